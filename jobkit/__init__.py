@@ -1,0 +1,38 @@
+"""jobkit: training runs in JAX and Flax that survive preemption.
+
+    with jobkit.Run("runs/mnist") as run:
+        run.resume(model=model, optimizer=optimizer, data=batches)
+        for step in run.steps(10_000):
+            loss = train_step(model, optimizer, next(batches))
+            run.log(loss=loss)
+
+Importing jobkit loads neither jax nor numpy; they come in with the first `Run`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
+
+if TYPE_CHECKING:
+    from jobkit.checkpoint import export_params, load
+    from jobkit.notice import Notice
+    from jobkit.run import Run
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "JobkitError", "Notice", "Preempted", "Run", "StorageError", "export_params", "load"]
+
+_HOMES = {
+    "Run": "jobkit.run",
+    "Notice": "jobkit.notice",
+    "load": "jobkit.checkpoint",
+    "export_params": "jobkit.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the heavy names on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jobkit' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,261 @@
+"""Committed steps: what makes a directory a checkpoint, checking one, and which may go. Knows neither jax nor Orbax.
+
+A checkpoint exists exactly when its commit.json does and every file it lists is there. A save is written below
+`checkpoints/.stage`, made durable, described by its commit.json, and only then renamed to `checkpoints/<step>`; the
+rename is the commit. Removal renames to `checkpoints/.trash` first, so that no reader ever sees half a step. A step
+that fails its check is renamed to `checkpoints/.set-aside`, with the reason, and never removed.
+"""
+
+import errno
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jobkit import contract, faults
+from jobkit.errors import ConfigError, StorageError, SupersededError
+from jobkit.storage import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """Size in bytes and crc32c (eight hexadecimal digits) of one file."""
+
+    size: int
+    crc32c: str
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of commit.json.
+
+    Args:
+        step: Completed steps of the run at the save.
+        attempt: The attempt that saved.
+        at: Seconds since the epoch, of the writer's clock.
+        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'.
+        files: Every file of the step but commit.json itself, by path relative to the step.
+        metrics: Named values given to `save`.
+        topology: Process and device counts and platform.
+        versions: Of jobkit, jax, flax, orbax-checkpoint, numpy, python.
+    """
+
+    version: int = contract.RUN_VERSION
+    step: int
+    attempt: int
+    at: float
+    reason: str
+    files: dict[str, FileRecord]
+    metrics: dict[str, float] = {}
+    topology: dict[str, int | str] = {}
+    versions: dict[str, str] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(record.size for record in self.files.values())
+
+
+def steps(store: Store) -> list[int]:
+    """List the committed steps in rising order. One directory listing and one existence check per step."""
+    found = store.numbers(contract.CHECKPOINTS)
+    return [step for step in found if store.exists(f"{contract.step_dir(step)}/{contract.COMMIT}")]
+
+
+def read(store: Store, step: int) -> Commit:
+    """Read a step's commit.json.
+
+    Raises:
+        StorageError: If it is absent or damaged.
+        ConfigError: If a newer jobkit wrote it.
+    """
+    name = f"{contract.step_dir(step)}/{contract.COMMIT}"
+    try:
+        commit = msgspec.json.decode(store.read(name), type=Commit)
+    except FileNotFoundError:
+        raise StorageError(f"step {step} of {store.url} is not committed: it has no {contract.COMMIT}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StorageError(f"{store.file(name)} is damaged: {error}") from None
+    if commit.version > contract.RUN_VERSION:
+        raise ConfigError(
+            f"step {step} of {store.url} has format {commit.version}, this jobkit reads up to {contract.RUN_VERSION}: "
+            "install the jobkit that wrote it or a newer one"
+        )
+    if commit.step != step:
+        raise StorageError(f"{store.file(name)} is of step {commit.step}: the directory was renamed")
+    return commit
+
+
+def metrics(store: Store) -> dict[int, dict[str, float]]:
+    """Return the metrics of every committed step."""
+    return {step: read(store, step).metrics for step in steps(store)}
+
+
+def problems(store: Store, step: int) -> list[str]:
+    """Check every byte of a committed step against its commit.json.
+
+    Returns:
+        What is wrong, one sentence each; empty if the step is whole.
+    """
+    try:
+        commit = read(store, step)
+    except StorageError as error:
+        return [str(error)]
+    root = store.file(contract.step_dir(step))
+    found = set(files_below(root)) - {contract.COMMIT}
+    wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - found)]
+    wrong += [f"{name} does not belong there" for name in sorted(found - commit.files.keys())]
+    for name in sorted(found & commit.files.keys()):
+        expected = commit.files[name]
+        try:
+            size, crc = checksum(root / name)
+        except OSError as error:
+            wrong.append(f"{name} cannot be read: {error.strerror}")
+            continue
+        if size != expected.size:
+            wrong.append(f"{name} has {size} bytes instead of {expected.size}")
+        elif crc != expected.crc32c:
+            wrong.append(f"{name} has crc32c {crc} instead of {expected.crc32c}")
+    return wrong
+
+
+def new_stage(store: Store, step: int, attempt: int) -> Path:
+    """Return a path for one save to be written to; its parent exists, it does not.
+
+    Raises:
+        ConfigError, StorageError: If the run directory cannot be written.
+    """
+    stage = store.file(contract.STAGE)
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, f"cannot create {stage}") from None
+    return stage / f"{attempt}-{step}-{secrets.token_hex(4)}"
+
+
+def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Commit) -> bool:
+    """Turn a finished stage into a committed step.
+
+    Args:
+        store: The run directory.
+        stage: A directory holding the Orbax item.
+        state: The leaf table, written to state.json.
+        commit: All but the `files`, which are measured here.
+
+    Returns:
+        False if that step was committed before (a step that an interruption made run twice): the first one stays,
+        since a committed step is never overwritten.
+
+    Durability: the step survives a power cut on return.
+
+    Raises:
+        SupersededError: If a newer attempt has begun; this one is a leftover and may not publish.
+        ConfigError: If nothing can be written and no retry can help.
+        StorageError: For any other failure.
+    """
+    final = store.file(contract.step_dir(commit.step))
+    try:
+        stage.mkdir(exist_ok=True)  # Orbax made it, unless there was no array to write
+        (stage / contract.STATE).write_text(json.dumps(state, separators=(",", ":")))
+        files = {name: FileRecord(*checksum(stage / name)) for name in files_below(stage)}
+        whole = msgspec.structs.replace(commit, files=files)
+        (stage / contract.COMMIT).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1))
+        sync_tree(stage)
+        faults.reach("before_rename")
+        newest = max(store.numbers(contract.ATTEMPTS), default=commit.attempt)
+        if newest > commit.attempt:
+            raise SupersededError(
+                f"attempt {commit.attempt} may not commit step {commit.step}: attempt {newest} has taken over"
+            )
+        os.rename(stage, final)
+        faults.reach("after_rename")
+        sync_directory(final.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
+            remove_tree(stage)
+            if (final / contract.COMMIT).exists():
+                return False
+            raise ConfigError(f"{final} exists but jobkit did not commit it: move it away") from None
+        raise explain(error, f"cannot commit step {commit.step} to {store.url}") from None
+    return True
+
+
+def set_aside(store: Store, step: int, reasons: Iterable[str]) -> Path:
+    """Move a damaged step out of the way, with the reason beside it. Nothing is removed."""
+    target = store.file(f"{contract.SET_ASIDE}/{step}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(store.file(contract.step_dir(step)), target)
+        sync_directory(target.parent)
+        sync_directory(store.file(contract.CHECKPOINTS))
+        target.with_name(target.name + ".reason.txt").write_text("\n".join(reasons) + "\n")
+    except OSError as error:
+        raise explain(error, f"cannot set damaged step {step} of {store.url} aside") from None
+    return target
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which committed steps stay.
+
+    Args:
+        newest: How many of the newest; at least 1.
+        best: Metric and 'min' or 'max'; the best step by it stays too.
+    """
+
+    newest: int = 3
+    best: tuple[str, str] | None = None
+
+    def superfluous(self, known: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """Say which steps may go, oldest first; never the newest.
+
+        Args:
+            known: Committed steps with their metrics.
+        """
+        ordered = sorted(known)
+        kept = set(ordered[-max(1, self.newest) :])
+        best = self.best_of(known)
+        if best is not None:
+            kept.add(best)
+        return [step for step in ordered if step not in kept]
+
+    def best_of(self, known: Mapping[int, Mapping[str, float]]) -> int | None:
+        """Return the best step by the metric, the earliest among equals; NaN is never best."""
+        if self.best is None:
+            return None
+        name, mode = self.best
+        sign = 1.0 if mode == "min" else -1.0
+        scored = [(sign * values[name], step) for step, values in known.items() if name in values]
+        scored = [(score, step) for score, step in scored if score == score]
+        return min(scored)[1] if scored else None
+
+
+def remove(store: Store, step: int) -> None:
+    """Remove a committed step: out of sight in one rename, then from storage."""
+    trash = store.file(contract.TRASH)
+    try:
+        trash.mkdir(parents=True, exist_ok=True)
+        target = trash / f"{step}-{secrets.token_hex(4)}"
+        os.rename(store.file(contract.step_dir(step)), target)
+        sync_directory(store.file(contract.CHECKPOINTS))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise explain(error, f"cannot remove step {step} of {store.url}") from None
+    faults.reach("during_retention")
+    remove_tree(target)
+
+
+def sweep(store: Store, *, attempt: int) -> None:
+    """Remove what dead attempts left: stages of earlier attempts and steps on their way out."""
+    stage = store.file(contract.STAGE)
+    for name in store.names(contract.STAGE):
+        number = name.partition("-")[0]
+        if number.isdecimal() and int(number) < attempt:
+            remove_tree(stage / name)
+    for name in store.names(contract.TRASH):
+        remove_tree(store.file(contract.TRASH) / name)

@@ -1,0 +1,151 @@
+"""What the launching side and the training side agree on: environment, exit codes, run-directory layout.
+
+Nothing here imports more than the standard library, so that a login node, a supervisor and a trainer can all
+read it at no cost.
+"""
+
+import enum
+import os
+import signal
+from collections.abc import Mapping
+
+RUN_VERSION = 1
+"""Version of the run directory's layout; written to run.json, commit.json and state.json."""
+
+ENV_RUN = "JOBKIT_RUN"
+"""URL of the run directory."""
+ENV_ATTEMPT = "JOBKIT_ATTEMPT"
+"""Number of this attempt, counted from 0."""
+ENV_SUPERVISOR = "JOBKIT_SUPERVISOR"
+"""Node-local directory that the supervisor shares with the program: heartbeat and alive pipe (see heartbeat.py)."""
+ENV_LOCK = "JOBKIT_LOCK_FD"
+"""Descriptor of the run's lock, which a local supervisor inherits and keeps open; never passed on to the program."""
+ENV_RUNNER = "JOBKIT_RUNNER_PID"
+"""Pid of the local runner, whose death is a notice to its supervisor."""
+ENV_FAULT = "JOBKIT_FAULT"
+"""Kill this process at a named point, for drills and tests (see faults.py)."""
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of a program under jobkit, of the supervisor, and so of a job (sysexits.h where it has a word)."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    """A mistake at the command line; nothing was done."""
+    STORAGE = 74
+    """EX_IOERR: could not commit or restore."""
+    PREEMPTED = 75
+    """EX_TEMPFAIL: stopped on notice, committed."""
+    STALLED = 76
+    """No progress within the phase's budget."""
+    CONFIG = 78
+    """EX_CONFIG: no restart can help."""
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended."""
+
+    DONE = "done"
+    PREEMPTED = "preempted"
+    STORAGE = "storage"
+    CONFIG = "config"
+    STALLED = "stalled"
+    FAILED = "failed"
+    KILLED = "killed"
+
+
+_BY_CODE = {
+    Exit.DONE: Outcome.DONE,
+    Exit.STORAGE: Outcome.STORAGE,
+    Exit.PREEMPTED: Outcome.PREEMPTED,
+    Exit.STALLED: Outcome.STALLED,
+    Exit.CONFIG: Outcome.CONFIG,
+}
+
+
+def outcome_of(exit_code: int) -> Outcome:
+    """Name an exit code; 128+n (and subprocess's -n) is a death by signal n.
+
+    Args:
+        exit_code: 0..255, or negative as `subprocess` reports a signal.
+    """
+    if exit_code < 0 or 128 < exit_code < 128 + signal.NSIG:
+        return Outcome.KILLED
+    return _BY_CODE.get(exit_code, Outcome.FAILED)  # type: ignore[call-overload, no-any-return]
+
+
+def describe_exit(exit_code: int) -> str:
+    """Say an exit code in words: 'exit code 1', 'SIGKILL'."""
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    if outcome_of(exit_code) is Outcome.KILLED:
+        try:
+            return signal.Signals(number).name
+        except ValueError:
+            return f"signal {number}"
+    return f"exit code {exit_code}"
+
+
+class State(enum.StrEnum):
+    """State of a run on every backend."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    REQUEUED = "requeued"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen to the run any more by itself."""
+        return self in (State.DONE, State.FAILED, State.CANCELLED)
+
+
+# The run directory. Every name is relative to the run's URL, with forward slashes.
+RUN_JSON = "run.json"
+README = "README.md"
+CANCEL = "cancel.json"
+STRATEGY = "strategy.json"
+"""What to save and keep, as the program's `Run` was told."""
+EVENTS = "events.jsonl"
+LOCK = "lock"
+CODE = "code"
+CHECKPOINTS = "checkpoints"
+STAGE = "checkpoints/.stage"
+TRASH = "checkpoints/.trash"
+SET_ASIDE = "checkpoints/.set-aside"
+COMMIT = "commit.json"
+STATE = "state.json"
+ORBAX_ITEM = "default"
+"""Name of the Orbax item inside a step; the one that a plain CheckpointManager reads."""
+ATTEMPTS = "attempts"
+OUTCOME = "outcome.json"
+REPORT = "report"
+CACHE = "cache"
+
+
+def attempt_dir(attempt: int) -> str:
+    """Return the directory of one attempt."""
+    return f"{ATTEMPTS}/{attempt}"
+
+
+def log_file(attempt: int, process: int = 0) -> str:
+    """Return the log of one process of one attempt."""
+    return f"{ATTEMPTS}/{attempt}/log-{process}.txt"
+
+
+def events_file(attempt: int, writer: int | str) -> str:
+    """Return the ledger of one writer (a process index, or 'supervisor') of one attempt."""
+    return f"{ATTEMPTS}/{attempt}/events-{writer}.jsonl"
+
+
+def step_dir(step: int) -> str:
+    """Return the directory of one committed step."""
+    return f"{CHECKPOINTS}/{step}"
+
+
+def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Read the attempt's number from the launcher's environment, None outside of one."""
+    text = environ.get(ENV_ATTEMPT, "")
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,41 @@
+"""Every error jobkit raises on purpose, each with the exit code it ends a process with.
+
+A message says the fact, the values found and the remedy; the command line and `Run` print it as one sentence,
+without a traceback.
+"""
+
+from jobkit.contract import Exit
+
+
+class JobkitError(Exception):
+    """Base of every error that jobkit raises on purpose."""
+
+    exit_code: int = Exit.FAILED
+
+
+class ConfigError(JobkitError):
+    """Something only a person can mend: a restart would fail the same way (exit code 78 inside a job)."""
+
+    exit_code = Exit.CONFIG
+
+
+class SupersededError(ConfigError):
+    """A newer attempt of the run has begun: this one is a leftover and may neither commit nor remove anything."""
+
+
+class StorageError(JobkitError):
+    """A checkpoint could not be committed or read; a later attempt may succeed (exit code 74)."""
+
+    exit_code = Exit.STORAGE
+
+
+class Preempted(SystemExit):
+    """The run stopped on a preemption notice and everything promised is committed (exit code 75).
+
+    Args:
+        message: What was committed, for a person; kept as the exception's first argument is the exit code.
+    """
+
+    def __init__(self, message: str = "stopped on notice") -> None:
+        super().__init__(int(Exit.PREEMPTED))
+        self.message = message

@@ -1,0 +1,141 @@
+"""What a program tells its supervisor while it runs, through a page of shared memory; and how it notices its death.
+
+The supervisor makes a small node-local directory and names it in `JOBKIT_SUPERVISOR`. A path rather than an inherited
+descriptor, since launchers in between (`subprocess.run`, a shell, srun) close descriptors but pass the environment on.
+It holds
+    heartbeat   one record, rewritten in place by the program: pid, phase, step, committed step, time
+    alive       a named pipe whose write end the supervisor keeps open: it hangs up when the supervisor is gone
+"""
+
+import enum
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_RECORD = struct.Struct("<IIqqqq")  # version, pid, phase, step, committed step, time (CLOCK_MONOTONIC, ns)
+_VERSION = 1
+
+
+class Phase(enum.IntEnum):
+    """What a program is doing; a watchdog budgets each apart."""
+
+    STARTING = 0
+    """Imports; no signal handler of ours yet."""
+    LISTENING = 1
+    """A notice will be served from here on."""
+    RESTORING = 2
+    FIRST_STEP = 3
+    """Compiling, mostly."""
+    STEPPING = 4
+    STOPPING = 5
+    """Saving on notice."""
+    FINISHED = 6
+    """The last step is done; what follows is the program's own."""
+    STOPPED = 7
+    """Committed on notice and leaving, whatever a shell around the program makes of its exit code."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One reading of the heartbeat.
+
+    Args:
+        step: Completed steps, -1 before the run's state is known.
+        committed_step: Newest committed step, -1 if there is none.
+        at_s: When it was written, on the clock of `time.monotonic` of this machine.
+    """
+
+    pid: int = 0
+    phase: Phase = Phase.STARTING
+    step: int = -1
+    committed_step: int = -1
+    at_s: float = 0.0
+
+
+class Heartbeat:
+    """The program's end: one assignment per step, a fraction of a microsecond.
+
+    Args:
+        directory: The supervisor's directory; None (no supervisor) makes a heartbeat that nobody reads.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._page: mmap.mmap | bytearray = bytearray(_RECORD.size)
+        if directory is not None:
+            try:
+                with open(directory / "heartbeat", "r+b") as file:
+                    self._page = mmap.mmap(file.fileno(), _RECORD.size)
+            except (OSError, ValueError):
+                pass  # a supervisor on another node or of another version: training goes on unwatched
+        self._directory = directory
+        self._pid = os.getpid()
+        self.phase = Phase.STARTING
+        self.step = -1
+        self.committed_step = -1
+
+    def beat(self) -> None:
+        """Publish phase, step and committed step as they stand now."""
+        _RECORD.pack_into(
+            self._page, 0, _VERSION, self._pid, self.phase, self.step, self.committed_step, time.monotonic_ns()
+        )
+
+    def enter(self, phase: Phase) -> None:
+        """Change phase and publish."""
+        self.phase = phase
+        self.beat()
+
+    def bury(self) -> None:
+        """Remove the directory of a supervisor that is gone."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class Link:
+    """The supervisor's end: makes the directory, reads the heartbeat, is the write end of the alive pipe."""
+
+    def __init__(self) -> None:
+        shared = Path("/dev/shm")
+        root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+        self.directory = Path(tempfile.mkdtemp(prefix="jobkit-", dir=root))
+        (self.directory / "heartbeat").write_bytes(bytes(_RECORD.size))
+        os.mkfifo(self.directory / "alive", 0o600)
+        # Read and write, so that opening does not wait for a reader. Not inherited by children, or the pipe would
+        # never hang up.
+        self._alive = os.open(self.directory / "alive", os.O_RDWR | os.O_CLOEXEC)
+
+    def read(self) -> Beat:
+        """Return the newest heartbeat; an empty one before the program's first."""
+        return read_beat(self.directory)
+
+    def close(self) -> None:
+        """Remove the directory."""
+        os.close(self._alive)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def read_beat(directory: Path) -> Beat:
+    """Return the newest heartbeat in a supervisor's directory; an empty one where there is none."""
+    try:
+        version, pid, phase, step, committed, at_ns = _RECORD.unpack((directory / "heartbeat").read_bytes())
+        if version == _VERSION:
+            return Beat(pid, Phase(phase), step, committed, at_ns / 1e9)
+    except (OSError, ValueError, struct.error):
+        pass
+    return Beat()
+
+
+def open_alive(directory: Path) -> int | None:
+    """Open the read end of the alive pipe, None where there is none.
+
+    Returns:
+        A descriptor on which `select.poll` reports POLLHUP once the supervisor is gone.
+    """
+    try:
+        return os.open(directory / "alive", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None

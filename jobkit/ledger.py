@@ -1,0 +1,169 @@
+"""The ledger: append-only events of a run, one JSON line each, written by every process of every attempt.
+
+A line is one `write` to a file opened with O_APPEND, so that a SIGKILL tears at most the last line of one file;
+the reader drops a torn line. The events, by who writes them:
+
+    submitted, resumed, cancelled, decision, ended          by the launching side, in events.jsonl
+    started, notice, exited                                 by the supervisor of an attempt
+    opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
+    notice, stopped, finished, metrics                      by the program
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobkit import contract
+from jobkit.errors import JobkitError
+from jobkit.storage import Store, explain
+
+Event = dict[str, Any]
+"""One line: at least `t` (seconds since the epoch, of the writer's clock) and `event`."""
+
+
+class Ledger:
+    """Append events to one file. Safe to use from several threads.
+
+    Args:
+        path: The file; made with its directory when missing.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise explain(error, f"cannot write {path}") from None
+        self._path = path
+        # A torn last line of an earlier writer must not swallow our first one.
+        if os.fstat(self._descriptor).st_size:
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    os.write(self._descriptor, b"\n")
+
+    def append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
+        """Write one event.
+
+        A ledger that cannot be written never stops a training: the failure is dropped here and shows itself where
+        it matters, at the next commit to the same storage.
+
+        Durability: after return the line survives a SIGKILL; with `durable` a power cut too.
+        """
+        self.append_all([{"t": self._clock(), "event": event, **fields}], durable=durable)
+
+    def append_all(self, events: list[Event], *, durable: bool = False) -> None:
+        """Write several events with one system call; they carry their own `t`."""
+        if self._descriptor is None or not events:
+            return
+        lines = "".join(json.dumps(event, separators=(",", ":"), default=str) + "\n" for event in events)
+        try:
+            os.write(self._descriptor, lines.encode())
+            if durable:
+                os.fsync(self._descriptor)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Close the file; later appends are dropped."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def read_events(store: Store) -> list[Event]:
+    """Read every event of a run, oldest first.
+
+    Each event gains `attempt` (absent for the launching side's) and `writer` ('launcher', 'supervisor' or a process
+    index as text).
+    """
+    events = [event | {"writer": "launcher"} for event in _lines(store, contract.EVENTS)]
+    for attempt in store.numbers(contract.ATTEMPTS):
+        events += attempt_events(store, attempt)
+    return sorted(events, key=lambda event: event["t"])
+
+
+def attempt_events(store: Store, attempt: int) -> list[Event]:
+    """Read every event of one attempt, oldest first."""
+    events = []
+    for name in store.names(contract.attempt_dir(attempt)):
+        if name.startswith("events-") and name.endswith(".jsonl"):
+            writer = name.removeprefix("events-").removesuffix(".jsonl")
+            extra = {"attempt": attempt, "writer": writer}
+            events += [event | extra for event in _lines(store, f"{contract.attempt_dir(attempt)}/{name}")]
+    return sorted(events, key=lambda event: event["t"])
+
+
+def _lines(store: Store, name: str) -> list[Event]:
+    try:
+        content = store.read(name)
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in content.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # torn by a SIGKILL or a full disk: normal input
+        if isinstance(event, dict) and isinstance(event.get("t"), int | float) and "event" in event:
+            events.append(event)
+    return events
+
+
+@dataclass
+class Series:
+    """What `run.log` recorded, as the finished history shows it.
+
+    A step that an interruption made run twice counts once, with the value of the later attempt.
+    """
+
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Metric name -> step -> value."""
+    repeated: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    """Metric name -> step -> every value recorded for a step that ran more than once, oldest first."""
+
+
+def read_metrics(store: Store) -> Series:
+    """Read every logged metric of process 0, rewound at each resume."""
+    series = Series()
+    for attempt in store.numbers(contract.ATTEMPTS):
+        for event in _lines(store, contract.events_file(attempt, 0)):
+            if event["event"] != "metrics":
+                continue
+            step, values = event.get("step"), event.get("values")
+            if not isinstance(step, int) or not isinstance(values, Mapping):
+                continue
+            for name, value in values.items():
+                line = series.values.setdefault(name, {})
+                if step in line:
+                    again = series.repeated.setdefault(name, {})
+                    again.setdefault(step, [line[step]]).append(value)
+                line[step] = value
+    return series
+
+
+def read_json(store: Store, name: str) -> dict[str, Any] | None:
+    """Read one small JSON object of a run directory, None if it is absent.
+
+    Raises:
+        JobkitError: If it is there but is not a JSON object.
+    """
+    try:
+        content = store.read(name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise explain(error, f"cannot read {store.file(name)}") from None
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise JobkitError(f"{store.file(name)} is damaged: it is not a JSON object")
+    return value

@@ -1,0 +1,134 @@
+"""Where a preemption notice comes from, as the program sees it: signals, and the death of its supervisor.
+
+A handler sets a flag and nothing else; the flag is a level that stays set, and the first notice wins. While the main
+thread is inside a long XLA call Python runs no handler, but the C half writes the signal's number to the wakeup
+descriptor at once, so that a thread of ours knows within a millisecond.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jobkit.heartbeat import open_alive
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+"""SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A word that this attempt has to end soon.
+
+    Args:
+        source: 'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGINT' or 'supervisor'.
+        reason: What is known of the cause, for a person.
+        at_s: When it came, on the clock of `time.monotonic`.
+        deadline_s: Seconds from `at_s` until the process is killed, None where nobody said.
+    """
+
+    source: str
+    reason: str
+    at_s: float
+    deadline_s: float | None = None
+
+
+class Listener:
+    """Listens for notices from `open` to `close`.
+
+    Signals: `open` and `close` belong on the main thread; elsewhere signals are left alone and only the supervisor is
+    watched. Handlers that were there before come back on `close`.
+
+    Args:
+        supervisor: The supervisor's directory, None without one.
+    """
+
+    def __init__(self, supervisor: Path | None = None) -> None:
+        self.noticed = False
+        """Whether a notice has come; the one thing a training loop looks at."""
+        self._supervisor = supervisor
+        self._first: tuple[str, str, float] | None = None
+        self._interrupts = 0
+        self._insist = False
+        self._earlier: dict[signal.Signals, Any] = {}
+        self._earlier_wakeup = -1
+        self._alive: int | None = None
+        self._pipe: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def notice(self) -> Notice | None:
+        """The first notice that came, None while there is none."""
+        return Notice(*self._first) if self._first is not None else None
+
+    def open(self) -> None:
+        """Start listening."""
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._pipe = (reader, writer)
+        self._insist = sys.stdin is not None and not sys.stdin.closed and os.isatty(0)
+        if self._supervisor is not None:
+            self._alive = open_alive(self._supervisor)
+        if threading.current_thread() is threading.main_thread():
+            self._earlier_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            for number in SIGNALS:
+                self._earlier[number] = signal.signal(number, self._handle)
+        self._thread = threading.Thread(target=self._watch, name="jobkit-notice", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and put earlier handlers back."""
+        if self._pipe is None or self._thread is None:
+            return
+        if self._earlier:
+            for number, handler in self._earlier.items():
+                # None stands for a handler that C code installed, which Python cannot put back.
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.set_wakeup_fd(self._earlier_wakeup)
+            self._earlier.clear()
+        reader, writer = self._pipe
+        self._pipe = None
+        os.write(writer, b"\0")  # no signal has number 0: ends the thread
+        self._thread.join()
+        for descriptor in (reader, writer, self._alive):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._note(signal.Signals(number).name, "signal")
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts >= 3 and self._insist:
+                raise KeyboardInterrupt
+
+    def _note(self, source: str, reason: str) -> None:
+        if self._first is None:
+            self._first = (source, reason, time.monotonic())
+        self.noticed = True
+
+    def _watch(self) -> None:
+        assert self._pipe is not None
+        reader = self._pipe[0]
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        if self._alive is not None:
+            poll.register(self._alive, 0)  # POLLHUP is always reported
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor == self._alive:
+                    poll.unregister(descriptor)
+                    self._note("supervisor", "the supervisor of this attempt is gone")
+                    continue
+                numbers = os.read(reader, 512)
+                if 0 in numbers:
+                    return
+                for number in numbers:
+                    if number in SIGNALS:
+                        self._note(signal.Signals(number).name, "signal")
+                if self._earlier_wakeup != -1:
+                    os.write(self._earlier_wakeup, numbers)

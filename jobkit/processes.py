@@ -1,0 +1,117 @@
+"""Processes of this machine: who is whose child, who is alive, and what belongs to a run.
+
+Linux answers through /proc and prctl; elsewhere the answers are empty and the callers do without. The scan of
+/proc/<pid>/stat is used rather than /proc/<pid>/task/*/children, which needs a kernel option (CONFIG_PROC_CHILDREN)
+and is documented as unreliable while the children run (proc(5)).
+"""
+
+import ctypes
+import os
+import sys
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+def become_subreaper() -> bool:
+    """Make orphaned descendants of this process its children, instead of init's; tell whether it worked."""
+    return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def signal_on_parent_death(number: int) -> bool:
+    """Ask the kernel to send this process a signal when its parent dies; tell whether it worked.
+
+    The parent may have died already: the caller compares `os.getppid()` afterwards.
+    """
+    return _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _prctl(option: int, value: int) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0)
+    except (OSError, AttributeError):
+        return False
+
+
+def children(pid: int | None = None) -> list[int]:
+    """Return the children of a process, zombies included; of this process by default."""
+    parent = os.getpid() if pid is None else pid
+    return [child for child, (_, its_parent) in _table().items() if its_parent == parent]
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    """Return all processes below a process, zombies included; below this process by default."""
+    offspring: dict[int, list[int]] = {}
+    for child, (_, parent) in _table().items():
+        offspring.setdefault(parent, []).append(child)
+    found: list[int] = []
+    waiting = [os.getpid() if pid is None else pid]
+    while waiting:
+        below = offspring.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process exists and is not a zombie."""
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    entry = _stat(pid)
+    return entry is None or entry[0] not in "ZX"
+
+
+def with_environment(name: str, value: str) -> list[int]:
+    """Return the live processes of this user that were started with `name=value` in their environment.
+
+    This finds what no family tree finds: trainers whose supervisor and runner were both killed.
+    """
+    wanted = f"{name}={value}".encode(errors="surrogateescape")
+    found = []
+    for pid in _pids():
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if wanted in file.read().split(b"\0"):
+                    found.append(pid)
+        except OSError:
+            continue  # gone meanwhile, a kernel thread's, or another user's
+    return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Return the environment that a process was started with; empty if it is gone or not ours."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            lines = file.read().decode(errors="surrogateescape").split("\0")
+    except OSError:
+        return {}
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _pids() -> list[int]:
+    try:
+        return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
+    except OSError:
+        return []
+
+
+def _table() -> dict[int, tuple[str, int]]:
+    return {pid: entry for pid in _pids() if (entry := _stat(pid)) is not None}
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return (state letter, parent) of a process; its command name may hold spaces and parentheses."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return fields[0].decode(), int(fields[1])
+    except (OSError, IndexError, ValueError):
+        return None

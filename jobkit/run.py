@@ -1,0 +1,545 @@
+"""Run: the front door of the training side.
+
+The loop stays the user's. `steps()` is where everything happens, between two steps: look at the notice, save when due,
+and on a notice commit and leave.
+"""
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from jobkit import contract, state
+from jobkit.checkpoint import Checkpoints, find_step, restore
+from jobkit.commits import Keep, sweep
+from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
+from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.ledger import Ledger
+from jobkit.notice import Listener, Notice
+from jobkit.storage import Store
+from jobkit.strategy import SaveEvery
+
+_FLUSH_S = 0.5
+"""Logged values reach the ledger at most this much later, and always before the commit of their step."""
+
+
+class Values:
+    """`run.state`: the value parts of a run by name; assign a new value after each step.
+
+    `run.state.train, metrics = train_step(run.state.train, batch)`
+    """
+
+    def __init__(self, parts: dict[str, state.ValuePart]) -> None:
+        object.__setattr__(self, "_parts", parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._part(name).value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._part(name).value = value
+
+    def __dir__(self) -> list[str]:
+        return sorted(self._parts)
+
+    def _part(self, name: str) -> state.ValuePart:
+        parts: dict[str, state.ValuePart] = object.__getattribute__(self, "_parts")
+        if name not in parts:
+            known = ", ".join(sorted(parts)) or "none; NNX objects and iterators are changed in place"
+            raise ConfigError(f"run.state has no value part {name!r} (it has: {known}): give it to resume({name}=...)")
+        return parts[name]
+
+
+class Run:
+    """One training, surviving every interruption. Use as `with jobkit.Run(...) as run`.
+
+    Args:
+        url: The run directory: a path or a file:// URL. Under a launcher its `JOBKIT_RUN` is used instead.
+        save_every: '500 steps' or 500, '10m', several of these in a tuple, 'best' (only when `save(metric=...)`
+            improves on the metric of `keep_best`), or None (only when asked, on notice, and at the end).
+        keep: How many of the newest checkpoints stay; at least 1.
+        keep_best: A metric and 'min' or 'max': the best checkpoint by it stays too.
+
+    Raises:
+        ConfigError: If an argument makes no sense or the run directory cannot be used.
+
+    Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices; earlier handlers come back.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        save_every: str | int | tuple[str | int, ...] | None = "10m",
+        keep: int = 3,
+        keep_best: tuple[str, str] | None = None,
+    ) -> None:
+        launched = os.environ.get(contract.ENV_RUN)
+        if url is None and not launched:
+            raise ConfigError(
+                "Run() has no run directory: give one, Run('runs/mnist'), or start the program with jobkit submit"
+            )
+        self._store = Store(launched or url or "")
+        if launched and url is not None and Store(url).path != self._store.path:
+            _say(f"the launcher's run directory {self._store.url} is used instead of {os.fspath(url)}")
+        self._strategy = SaveEvery.parse(save_every, keep_best=keep_best)
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ConfigError(f"keep={keep!r} is not a number of checkpoints; at least 1 always stays")
+        self._keep = Keep(keep, keep_best)
+        self._parts: dict[str, state.Part] | None = None
+        self._opened = False
+        self.step = 0
+        """Completed steps (optimizer updates) of the run."""
+        self.attempt = 0
+        """Number of this attempt, counted from 0."""
+
+    # Opening and closing.
+
+    def __enter__(self) -> Self:
+        """Open the run: claim an attempt, listen for notices."""
+        if self._opened:
+            raise ConfigError("this Run was opened before: make a new one")
+        self._opened = True
+        # JAX's own notifier would replace our SIGTERM handler without a word when jax.distributed starts.
+        jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+        supervisor = os.environ.get(contract.ENV_SUPERVISOR)
+        directory = Path(supervisor) if supervisor else None
+        self._listener = Listener(directory)
+        self._listener.open()
+        try:
+            self._heartbeat = Heartbeat(directory)
+            self._heartbeat.enter(Phase.LISTENING)
+            given = contract.attempt_from()
+            self.attempt = given if given is not None else self._store.claim(contract.ATTEMPTS)
+            self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, 0)))
+            self._ledger.append("opened", pid=os.getpid(), python=sys.version.split()[0])
+            self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
+        except BaseException:
+            self._listener.close()
+            raise
+        self._checkpoints = Checkpoints(
+            self._store,
+            attempt=self.attempt,
+            keep=self._keep,
+            ledger=self._ledger,
+            busy=lambda: self._listener.noticed,
+            before_commit=lambda: self._flush(everything=True),
+        )
+        self._pending: list[tuple[int, float, dict[str, Any]]] = []
+        self._pending_lock = threading.Lock()
+        self._flushed_at = time.monotonic()
+        self._asked: dict[str, float] | None = None
+        self._looping = self._left_early = self._finished = self._stepped = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run: finish what is being saved, put signal handlers back."""
+        try:
+            if error is None:
+                self._end()
+        finally:
+            try:
+                self._checkpoints.close()
+                self._flush(everything=error is None)
+                if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
+                    self._ledger.append("raised", error=f"{type(error).__name__}: {error}"[:2000], step=self.step)
+                elif error is None:
+                    self._heartbeat.enter(Phase.FINISHED)
+            finally:
+                self._ledger.close()
+                self._listener.close()
+                if self._listener.notice is not None and self._listener.notice.source == "supervisor":
+                    self._heartbeat.bury()
+
+    def _end(self) -> None:
+        """End normally: commit what a loop that was left early, or a loop of the user's own, still holds."""
+        if self._parts is None or self._finished:
+            return
+        if self._looping:  # left with `break`: the step in progress counts as completed
+            self.step += 1
+            self._finish()
+        elif self._listener.noticed:
+            self._stop()
+        else:
+            self._checkpoints.wait()
+            self._raise_failure()
+
+    # The state.
+
+    def resume(self, **parts: Any) -> Values:
+        """Take the run's parts, and restore them if there is a checkpoint.
+
+        NNX objects, iterators and generators are changed in place; pytrees and numbers live in `run.state` from here
+        on. A damaged checkpoint is set aside, loudly, and the next older one is used.
+
+        Args:
+            parts: Everything the next step depends on, by name: model, optimizer, RNGs, data iterator, ... Give
+                `optimizer=None` if the run has none.
+
+        Returns:
+            `run.state`, the value parts.
+
+        Raises:
+            ConfigError: If a part cannot be saved and rewound, if the optimizer is missing, if shapes or structure
+                differ from the checkpoint's, if every checkpoint is damaged, or if the disk has no room for one.
+            StorageError: If a checkpoint cannot be read.
+        """
+        if not self._opened:
+            raise ConfigError("open the run first: with jobkit.Run(...) as run: run.resume(...)")
+        if self._parts is not None:
+            raise ConfigError("resume() was called twice: give all parts in one call")
+        if jax.process_count() > 1:
+            raise ConfigError(f"{jax.process_count()} JAX processes: this version trains with one process")
+        self._needs_no_training = "optimizer" in parts and parts["optimizer"] is None
+        if self._needs_no_training:
+            parts = {name: value for name, value in parts.items() if name != "optimizer"}
+        elif "optax" in sys.modules and not state.has_optimizer(parts):
+            raise ConfigError(
+                "resume() was given no optimizer state, without which a resumed training goes another way: "
+                "resume(..., optimizer=optimizer), or optimizer=None if this run has none"
+            )
+        made = {name: state.part_of(name, value) for name, value in parts.items()}
+        values = {name: part for name, part in made.items() if isinstance(part, state.ValuePart)}
+        self._heartbeat.enter(Phase.RESTORING)
+        begun = time.monotonic()
+        snapshot = state.take(made)
+        self._checkpoints.check_space(snapshot.nbytes)
+        sweep(self._store, attempt=self.attempt)
+        restored = self._checkpoints.restore_newest(made)
+        seconds = round(time.monotonic() - begun, 6)
+        self._table, self._parts = snapshot.table, made
+        self.state = Values(values)
+        self.step = restored or 0
+        self._heartbeat.step, self._heartbeat.committed_step = self.step, self._checkpoints.committed_step
+        self._heartbeat.enter(Phase.FIRST_STEP)
+        self._strategy.begin(self.step, time.monotonic())
+        if restored is None:
+            self._ledger.append("fresh", bytes=snapshot.nbytes)
+            # At once, so that storage is proven before hours are spent, and a state that was not seeded survives.
+            self._checkpoints.save(snapshot, 0, reason="start", metrics={})
+        else:
+            self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
+            _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
+        self._remember()
+        return self.state
+
+    def restore(self, step: int | str = "best") -> int:
+        """Put a committed step into the live parts, outside the loop: the best one for a final evaluation.
+
+        Args:
+            step: A committed step, 'best' (by `keep_best`) or 'latest'.
+
+        Returns:
+            The step that was restored. `run.step` stays: nothing of this is saved.
+
+        Raises:
+            ConfigError: Inside `steps()`, or if there is no such step.
+            StorageError: If the step is damaged.
+        """
+        parts = self._resumed()
+        if self._looping:
+            raise ConfigError("restore() would change the state under the loop: call it after steps() has ended")
+        self._checkpoints.wait()
+        number = find_step(self._store, step)
+        restore(self._store, number, parts)
+        return number
+
+    def _resumed(self) -> dict[str, state.Part]:
+        if self._parts is None:
+            raise ConfigError("call run.resume(model=..., optimizer=..., data=...) before the first step")
+        return self._parts
+
+    # The loop.
+
+    @property
+    def notice(self) -> Notice | None:
+        """The preemption notice, None while there is none."""
+        return self._listener.notice
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a notice has come; `steps()` looks at it by itself."""
+        return self._listener.noticed
+
+    @property
+    def url(self) -> str:
+        """The run directory."""
+        return self._store.url
+
+    @property
+    def committed_step(self) -> int:
+        """Newest committed step, -1 if there is none."""
+        return self._checkpoints.committed_step
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Count the run's steps: `for step in run.steps(10_000)` yields what is left of 0..9999.
+
+        Between two steps the run saves when a save is due, and on a notice commits and leaves. After the last one the
+        final state is committed before the loop ends. Leaving with `break` ends the training: the step in progress
+        counts as completed and is committed when the run closes.
+
+        Args:
+            total: Steps of the whole run, over all attempts.
+
+        Raises:
+            Preempted: On a notice, once the state is committed: SystemExit with code 75.
+            ConfigError: If `resume` was not called, or nothing the run knows of changed in the first step.
+            StorageError: If the state could not be committed on notice or at the end.
+        """
+        self._resumed()
+        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+            raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
+        if self._looping:
+            raise ConfigError("steps() is already running: one loop at a time")
+        listener, heartbeat, strategy, checkpoints = self._listener, self._heartbeat, self._strategy, self._checkpoints
+        if listener.noticed and self.step < total:
+            self._stop()
+        self._looping = True
+        while self.step < total:
+            yield self.step
+            # The work per step when nothing is due: keep it under a microsecond or two.
+            self.step = heartbeat.step = self.step + 1
+            heartbeat.beat()
+            if (
+                listener.noticed
+                or self._asked is not None
+                or self.step >= strategy.next_step
+                or time.monotonic() >= strategy.next_s
+                or checkpoints.failed
+                or not self._stepped
+            ):
+                self._boundary(last=self.step >= total)
+        self._finish()
+
+    def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
+        """Save now, whatever `save_every` says.
+
+        Inside `steps()` the save is made at the boundary that ends this step, where the state is whole. In a loop of
+        one's own, give the number of completed steps.
+
+        Args:
+            step: Completed steps; only in a loop of one's own.
+            wait: Return only when the save is committed; only in a loop of one's own.
+            metrics: Named numbers kept with the checkpoint; `keep_best` chooses by one of them.
+
+        Raises:
+            ConfigError: If called before `resume`, or with a step inside `steps()`.
+            StorageError: With `wait`, if the save could not be committed.
+        """
+        self._resumed()
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        if self._looping:
+            if step is not None or wait:
+                raise ConfigError("inside steps() call save() without step and wait: it saves when this step ends")
+            self._asked = {**(self._asked or {}), **values}
+            return
+        if step is not None:
+            if isinstance(step, bool) or not isinstance(step, int) or step < self.step:
+                raise ConfigError(f"save({step!r}): the run has completed {self.step} steps; give as many or more")
+            self.step = self._heartbeat.step = step
+            self._heartbeat.enter(Phase.STEPPING)
+        if not self._strategy.only_best or self._checkpoints.improves(values):
+            self._save("asked", values)
+        if wait:
+            self._checkpoints.wait()
+            self._raise_failure()
+
+    def log(self, **values: Any) -> None:
+        """Record named numbers for the step in progress, in the ledger.
+
+        JAX arrays are converted later, so that logging does not wait for the device. What is logged up to a step is
+        on storage before that step is committed; a step that an interruption makes run twice counts once.
+
+        Args:
+            values: Numbers or 0-d arrays.
+
+        Raises:
+            ConfigError: If a value is not a number.
+        """
+        for name, value in values.items():
+            if getattr(value, "shape", ()) != () or not hasattr(value, "__float__"):
+                raise ConfigError(f"log({name}=...) takes a number or a 0-d array, not {_kind(value)}")
+        with self._pending_lock:
+            self._pending.append((self.step, time.time(), values))
+        if time.monotonic() - self._flushed_at >= _FLUSH_S:
+            self._flush(everything=False)
+
+    # Between two steps.
+
+    def _boundary(self, *, last: bool) -> None:
+        if not self._stepped:
+            self._first_step()
+        self._hear_failure()
+        if self._listener.noticed and not last:
+            self._stop()
+        asked, self._asked = self._asked, None
+        if asked is not None and (not self._strategy.only_best or self._checkpoints.improves(asked)):
+            self._save("asked", asked)
+        elif self._strategy.due(self.step, time.monotonic()) and not self._checkpoints.saving and not last:
+            self._save("interval", {})
+        self._heartbeat.committed_step = self._checkpoints.committed_step
+
+    def _first_step(self) -> None:
+        self._stepped = True
+        self._heartbeat.enter(Phase.STEPPING)
+        self._ledger.append("first_step", step=self.step)
+        self._check_change()
+
+    def _save(self, reason: str, metrics: dict[str, float]) -> None:
+        """Start a save; training goes on if it fails, loudly."""
+        try:
+            self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=metrics)
+        except SupersededError:
+            raise
+        except JobkitError as error:
+            _say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
+            self._ledger.append("save_failed", step=self.step, reason=str(error))
+        self._strategy.begin(self.step, time.monotonic())
+
+    def _snapshot(self) -> state.Snapshot:
+        snapshot = state.take(self._resumed())
+        state.check(snapshot.table, self._table, where=f"at step {self.step} from what resume() was given")
+        return snapshot
+
+    def _commit(self, reason: str) -> None:
+        """Commit the current step and wait for it.
+
+        Raises:
+            JobkitError: If it could not be committed.
+        """
+        self._checkpoints.wait()
+        self._hear_failure()
+        asked, self._asked = self._asked or {}, None
+        if self._checkpoints.committed_step != self.step or asked:
+            self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=asked)
+            self._checkpoints.wait()
+            self._raise_failure()
+        self._heartbeat.committed_step = self._checkpoints.committed_step
+        self._heartbeat.beat()
+
+    def _stop(self) -> None:
+        """Serve the notice: commit the completed steps and leave."""
+        notice = self._listener.notice
+        assert notice is not None
+        self._heartbeat.enter(Phase.STOPPING)
+        age_s = time.monotonic() - notice.at_s
+        self._ledger.append("notice", source=notice.source, reason=notice.reason, age_s=round(age_s, 6), step=self.step)
+        if self.step > 0 or self._checkpoints.saving:
+            self._commit("notice")
+        committed_s = round(time.monotonic() - notice.at_s, 6)
+        self._flush(everything=True)
+        self._ledger.append("stopped", durable=True, step=self.step, notice_to_commit_s=committed_s)
+        told = f"{notice.source}: stopped after step {self.step}, committed {committed_s:.2f} s after the notice"
+        _say(told)
+        self._looping = False
+        self._heartbeat.enter(Phase.STOPPED)
+        raise Preempted(told)
+
+    def _finish(self) -> None:
+        """Commit the last step."""
+        self._looping = False
+        self._commit("end")
+        self._finished = True
+        self._heartbeat.enter(Phase.FINISHED)
+        self._flush(everything=True)
+        self._ledger.append("finished", durable=True, step=self.step)
+
+    def _hear_failure(self) -> None:
+        """Say what went wrong with a save in the background; only a newer attempt's take-over ends the training."""
+        error = self._checkpoints.take_error()
+        if isinstance(error, SupersededError):
+            raise error
+        if error is not None:
+            _say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
+
+    def _raise_failure(self) -> None:
+        error = self._checkpoints.take_error()
+        if error is not None:
+            raise error
+
+    # What was logged.
+
+    def _flush(self, *, everything: bool) -> None:
+        """Write logged values to the ledger: all, or those whose arrays are ready."""
+        with self._pending_lock:
+            ready = len(self._pending) if everything else 0
+            while ready < len(self._pending) and all(
+                value.is_ready() for value in self._pending[ready][2].values() if hasattr(value, "is_ready")
+            ):
+                ready += 1
+            batch, self._pending = self._pending[:ready], self._pending[ready:]
+            self._flushed_at = time.monotonic()
+            self._ledger.append_all(
+                [
+                    {"t": at, "event": "metrics", "step": step, "values": {k: float(v) for k, v in values.items()}}
+                    for step, at, values in batch
+                ]
+            )
+
+    # Did the program train what it resumed?
+
+    def _remember(self) -> None:
+        """Keep weak references to the restored arrays: by the first boundary training must have replaced some."""
+        self._first_leaves = {
+            name: [weakref.ref(slot.value) for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
+            for name, part in self._resumed().items()
+            if part.kind != "object"
+        }
+
+    def _check_change(self) -> None:
+        parts = self._resumed()
+        same = []
+        leaves, self._first_leaves = self._first_leaves, {}
+        for name, before in leaves.items():
+            now = [slot.value for slot in parts[name].slots()[0] if isinstance(slot.value, jax.Array)]
+            if (
+                before
+                and len(now) == len(before)
+                and all(ref() is value for ref, value in zip(before, now, strict=True))
+            ):
+                same.append(name)
+        if not same or self._needs_no_training:
+            return
+        told = f"the first step changed nothing in {', '.join(same)}: the program trains a copy of it"
+        remedy = "assign the new values, run.state.NAME = ..., or update the NNX object itself"
+        if len(same) == sum(1 for before in leaves.values() if before):
+            raise ConfigError(f"{told}, which would never be saved: {remedy}")
+        _say(f"warning: {told}? If so {remedy}")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={_kind(value)} is not a number") from None
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"an array of shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"
+
+
+def _say(message: str) -> None:
+    """Tell the person reading the log."""
+    print(f"jobkit: {message}", file=sys.stderr, flush=True)
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End an uncaught error of ours with one sentence and its exit code; leave all others as they were."""
+    if not isinstance(error, JobkitError):
+        _earlier_hook(kind, error, trace)
+        return
+    _say(str(error))
+    raise SystemExit(int(error.exit_code))
+
+
+_earlier_hook = sys.excepthook
+sys.excepthook = _hook

@@ -1,0 +1,522 @@
+"""What is saved: the parts of a program's state, taken apart into arrays for Orbax and a table of all leaves.
+
+A part is given to `Run.resume(name=part)` and is one of
+    NNX      a module, optimizer, metric or Rngs, or a container of them: saved and restored in place
+    object   something with a position: get_state/set_state (Grain), state_dict/load_state_dict, a numpy Generator:
+             saved and restored in place
+    value    any pytree of arrays, typed PRNG keys and Python scalars: lives in `run.state.NAME`
+Every leaf is written down with its kind, shape and dtype, since Orbax alone would cast silently, turn 0-d arrays into
+scalars, and lose weak types; what comes back is what was there, to the bit.
+"""
+
+import base64
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jobkit.errors import ConfigError
+
+Path = tuple[str, ...]
+Record = dict[str, Any]
+"""How one leaf is written down in state.json: `is` (jax, key, numpy, scalar), shape, dtype, ... or a value."""
+
+_NUMBERS = (bool, int, float, complex)
+
+
+@dataclass
+class Slot:
+    """One leaf of a part.
+
+    Args:
+        path: Where it lies inside the part, without the part's name.
+        value: The leaf now.
+        role: For NNX the variable's type ('Param', 'BatchStat', 'RngKey', ...), else ''.
+    """
+
+    path: Path
+    value: Any
+    role: str = ""
+
+
+class Part(Protocol):
+    """A part of the state, whatever its kind."""
+
+    kind: str
+
+    def slots(self) -> tuple[list[Slot], Any]:
+        """Return the leaves as they are now, and for objects the skeleton they sit in (else None)."""
+
+    def assign(self, values: list[Any], skeleton: Any) -> None:
+        """Put leaves back, in the order of `slots` (for objects: of the skeleton)."""
+
+
+class ValuePart:
+    """A pytree, held by the run itself."""
+
+    kind = "value"
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def slots(self) -> tuple[list[Slot], Any]:
+        """Return the leaves of the current value."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.value)
+        return [Slot(_names(path), leaf) for path, leaf in leaves], None
+
+    def assign(self, values: list[Any], skeleton: Any) -> None:
+        """Replace the value by one of the same structure."""
+        self.value = jax.tree.unflatten(jax.tree.structure(self.value), values)
+
+
+class NnxPart:
+    """An NNX object or a container of them, changed in place."""
+
+    kind = "nnx"
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def _variables(self) -> list[tuple[tuple[Any, ...], Any]]:
+        from flax import nnx
+
+        return list(nnx.to_flat_state(nnx.state(self._target)))
+
+    def slots(self) -> tuple[list[Slot], Any]:
+        """Return the leaves of every variable."""
+        from flax import nnx
+
+        slots = []
+        for path, variable in self._variables():
+            prefix = tuple(str(key) for key in path)
+            held = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+            role = type(variable).__name__ if isinstance(variable, nnx.Variable) else ""
+            for inner, leaf in jax.tree_util.tree_flatten_with_path(held)[0]:
+                slots.append(Slot(prefix + _names(inner), leaf, role))
+        return slots, None
+
+    def assign(self, values: list[Any], skeleton: Any) -> None:
+        """Update every variable of the live object."""
+        from flax import nnx
+
+        left = iter(values)
+        flat = []
+        for path, variable in self._variables():
+            is_variable = isinstance(variable, nnx.Variable)
+            held = variable.get_value() if is_variable else variable
+            structure: Any = jax.tree.structure(held)
+            new = jax.tree.unflatten(structure, [next(left) for _ in range(structure.num_leaves)])
+            flat.append((path, variable.replace(new) if is_variable else new))
+        nnx.update(self._target, nnx.from_flat_state(flat))
+
+
+class ObjectPart:
+    """An object that gives and takes its state as plain data."""
+
+    kind = "object"
+
+    def __init__(self, get: Callable[[], Any], set_: Callable[[Any], Any]) -> None:
+        self._get, self._set = get, set_
+
+    def slots(self) -> tuple[list[Slot], Any]:
+        """Return the arrays of the object's state and the skeleton around them."""
+        leaves: list[Any] = []
+        skeleton = _encode(self._get(), leaves)
+        return [Slot((str(index),), leaf) for index, leaf in enumerate(leaves)], skeleton
+
+    def assign(self, values: list[Any], skeleton: Any) -> None:
+        """Hand the object the state it gave."""
+        self._set(_decode(skeleton, values))
+
+
+def _names(path: Iterable[Any]) -> Path:
+    """Turn JAX's key path into names: DictKey, SequenceKey, GetAttrKey and FlattenedIndexKey have one each."""
+    return tuple(str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))) for key in path)
+
+
+def part_of(name: str, value: Any) -> Part:
+    """Recognise what kind of part a value is.
+
+    Raises:
+        ConfigError: If it cannot be saved and rewound, with the remedy.
+    """
+    if isinstance(value, np.random.BitGenerator | np.random.Generator):
+        bits = value if isinstance(value, np.random.BitGenerator) else value.bit_generator
+        return ObjectPart(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    if isinstance(value, random.Random):
+        return ObjectPart(value.getstate, value.setstate)
+    if _holds_nnx(value):
+        _refuse_mixture(name, value)
+        return NnxPart(value)
+    for get, set_ in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+        if callable(getattr(value, get, None)) and callable(getattr(value, set_, None)):
+            return ObjectPart(getattr(value, get), getattr(value, set_))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+        if not _is_leaf(leaf):
+            raise ConfigError(_refusal("/".join((name, *_names(path))), leaf))
+    return ValuePart(value)
+
+
+def _is_nnx(value: Any) -> bool:
+    # Compared by module name first: a program that never imports NNX must not pay for importing it here.
+    if not any(base.__module__.startswith("flax.nnx") for base in type(value).__mro__):
+        return False
+    from flax import nnx
+
+    return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def _holds_nnx(value: Any) -> bool:
+    return any(_is_nnx(node) for node in jax.tree.leaves(value, is_leaf=_is_nnx))
+
+
+def _refuse_mixture(name: str, value: Any) -> None:
+    """Refuse a container of NNX objects and plain leaves: the leaves could not be restored in place."""
+    for path, node in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_nnx)[0]:
+        if not _is_nnx(node):
+            where = "/".join((name, *_names(path)))
+            raise ConfigError(
+                f"part {name!r} mixes NNX objects with plain values ({where} is {_kind(node)}): "
+                "give them to resume() as two parts"
+            )
+
+
+def _is_leaf(value: Any) -> bool:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in "biufc" or hasattr(ml_dtypes, value.dtype.name)
+    return isinstance(value, (*_NUMBERS, str, bytes, jax.Array))
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
+
+
+def _refusal(where: str, value: Any) -> str:
+    """Say why a leaf cannot be a part and what to do."""
+    if isinstance(value, np.ndarray | np.generic):
+        return (
+            f"{where!r} is a numpy array of dtype {value.dtype}, which a checkpoint cannot hold: encode it as numbers"
+        )
+    if hasattr(value, "__next__"):
+        return (
+            f"{where!r} is {_kind(value)}, which cannot be rewound: iterate a Grain dataset "
+            "(iter(grain.MapDataset.source(...).shuffle(seed=0).batch(32).to_iter_dataset())), or give it "
+            "state_dict() and load_state_dict()"
+        )
+    if hasattr(value, "__iter__"):
+        return f"{where!r} is {_kind(value)}, which has no position: make its iterator first and pass that, iter(...)"
+    return (
+        f"{where!r} is {_kind(value)}, which jobkit cannot save: pass NNX objects, pytrees of arrays and numbers, "
+        "or objects with state_dict() and load_state_dict()"
+    )
+
+
+# One leaf <-> its record and, where there is something to store, its array.
+
+
+def record_of(value: Any) -> tuple[Record, Any]:
+    """Write a leaf down.
+
+    Returns:
+        The record for state.json, and the array for Orbax, None where the record holds all (Python scalars, arrays
+        without elements).
+    """
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            record: Record = {"is": "key", "impl": str(jax.random.key_impl(value)), "shape": list(value.shape)}
+            return record, (jax.random.key_data(value) if value.size else None)
+        record = {"is": "jax", "shape": list(value.shape), "dtype": value.dtype.name}
+        if value.weak_type:
+            record["weak"] = True
+        return record, (value if value.size else None)
+    if isinstance(value, np.ndarray | np.generic):
+        kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
+        record = {"is": kind, "shape": list(value.shape), "dtype": value.dtype.name}
+        # A copy, since the program may write into its array while the save is under way.
+        return record, (np.array(value) if value.size else None)
+    if isinstance(value, complex):
+        return {"is": "scalar", "type": "complex", "value": [value.real.hex(), value.imag.hex()]}, None
+    if isinstance(value, float):
+        return {"is": "scalar", "type": "float", "value": value.hex()}, None
+    if isinstance(value, bytes):
+        return {"is": "scalar", "type": "bytes", "value": base64.b64encode(value).decode()}, None
+    return {"is": "scalar", "type": type(value).__name__, "value": value}, None
+
+
+_FROM_JSON: dict[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "int": int,
+    "float": float.fromhex,
+    "complex": lambda pair: complex(float.fromhex(pair[0]), float.fromhex(pair[1])),
+    "str": str,
+    "bytes": base64.b64decode,
+}
+
+
+def value_of(record: Record, stored: Any, live: Any = None) -> Any:
+    """Make a leaf from its record.
+
+    Args:
+        record: What `record_of` wrote.
+        stored: The array that Orbax read; None where the record holds all.
+        live: The leaf in the running program, whose placement on devices the result takes.
+    """
+    kind = record["is"]
+    if kind == "scalar":
+        return _FROM_JSON[record["type"]](record["value"])
+    if stored is None:
+        stored = np.zeros(record["shape"], _dtype(record) if kind != "key" else np.uint32)
+    if kind == "numpy":
+        return np.asarray(stored, _dtype(record))
+    if kind == "numpy_scalar":
+        return np.asarray(stored, _dtype(record))[()]
+    if kind == "key":
+        made = _key_of(record, stored)
+    elif isinstance(stored, jax.Array):
+        made = stored
+    else:
+        made = jnp.asarray(np.asarray(stored, _dtype(record)))
+    if record.get("weak"):
+        made = _weak(made)
+    if isinstance(live, jax.Array) and live.committed and made.sharding != live.sharding:
+        made = jax.device_put(made, live.sharding)
+    return made
+
+
+def _key_of(record: Record, stored: Any) -> jax.Array:
+    impl = record["impl"]
+    made: jax.Array
+    if 0 in record["shape"]:
+        made = jax.random.split(jax.random.key(0, impl=impl), 1)[:0].reshape(record["shape"])
+    else:
+        made = jax.random.wrap_key_data(jnp.asarray(np.asarray(stored)), impl=impl)
+    return made
+
+
+def _weak(value: jax.Array) -> jax.Array:
+    """Give an array the weak type it had: it decides the dtype of what is computed from it.
+
+    JAX has no public way (its `convert_element_type` makes strong arrays); a test holds the private one.
+    """
+    from jax._src.lax.lax import _convert_element_type
+
+    weak: jax.Array = _convert_element_type(value, value.dtype, weak_type=True)
+    return weak
+
+
+def _dtype(record: Record) -> np.dtype[Any]:
+    return np.dtype(record["dtype"])
+
+
+def stored_args(record: Record, live: Any) -> Any:
+    """Say how Orbax shall read one array: sharded like the live leaf where that is placed on purpose, else as numpy."""
+    import orbax.checkpoint as ocp
+
+    if record["is"] == "jax" and isinstance(live, jax.Array) and live.committed:
+        return ocp.ArrayRestoreArgs(sharding=live.sharding, dtype=_dtype(record), strict=True)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+# The state of an object <-> JSON, arrays taken out.
+
+
+def _encode(value: Any, leaves: list[Any]) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, list):
+        return [_encode(item, leaves) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, leaves) for item in value]}
+    if isinstance(value, Mapping):
+        return {"dict": [[_encode(key, leaves), _encode(item, leaves)] for key, item in value.items()]}
+    if not _is_leaf(value):
+        raise ConfigError(
+            f"an object's state holds {_kind(value)}, which jobkit cannot save: its state_dict() or get_state() "
+            "may hold numbers, text, bytes, arrays, lists, tuples and dicts"
+        )
+    leaves.append(value)
+    return {"leaf": len(leaves) - 1}
+
+
+def _decode(node: Any, leaves: list[Any]) -> Any:
+    if isinstance(node, list):
+        return [_decode(item, leaves) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tuple":
+        return tuple(_decode(item, leaves) for item in content)
+    if kind == "dict":
+        return {_hashable(_decode(key, leaves)): _decode(item, leaves) for key, item in content}
+    return leaves[content]
+
+
+def _hashable(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key
+
+
+# All parts together.
+
+
+@dataclass
+class Snapshot:
+    """The state of a program at one step boundary, ready to be written.
+
+    Args:
+        arrays: Nested dicts of arrays, the tree that Orbax stores: part, then path.
+        table: What goes to state.json: kind, records and skeleton of each part.
+        nbytes: Bytes of all arrays.
+        values: The leaves themselves, to tell whether anything changed.
+    """
+
+    arrays: dict[str, Any] = field(default_factory=dict)
+    table: dict[str, Any] = field(default_factory=dict)
+    nbytes: int = 0
+    values: list[Any] = field(default_factory=list)
+
+
+def take(parts: Mapping[str, Part]) -> Snapshot:
+    """Take a program's state apart, at a step boundary. Holds references; copies only numpy arrays.
+
+    Raises:
+        ConfigError: If two leaves have the same name or an object's state cannot be written down.
+    """
+    snapshot = Snapshot()
+    for name, part in parts.items():
+        slots, skeleton = part.slots()
+        records = {}
+        for slot in slots:
+            record, array = record_of(slot.value)
+            if slot.role:
+                record["role"] = slot.role
+            key = "/".join(_quote(item) for item in slot.path)
+            if key in records:
+                raise ConfigError(f"part {name!r} has two leaves named {key!r}: rename one of the two keys")
+            records[key] = record
+            snapshot.values.append(slot.value)
+            if array is not None:
+                _put(snapshot.arrays, quoted(name, slot.path), array)
+                snapshot.nbytes += array.nbytes
+        snapshot.table[name] = {"kind": part.kind, "leaves": records}
+        if skeleton is not None or part.kind == "object":
+            snapshot.table[name]["skeleton"] = skeleton
+    return snapshot
+
+
+def _quote(name: str) -> str:
+    """Escape what separates names: '/' in our paths; '.' in Orbax's, where {'a.b'} and {'a': {'b'}} would collide."""
+    return name.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+
+
+def quoted(part: str, path: Path) -> Path:
+    """Return where Orbax stores a leaf: the part's name and the path inside it, escaped."""
+    return tuple(_quote(item) for item in (part, *path))
+
+
+def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def stored_paths(table: Mapping[str, Any]) -> dict[tuple[str, ...], Record]:
+    """List the arrays that a table says Orbax holds: quoted path (part first) -> record."""
+    paths = {}
+    for name, entry in table.items():
+        for key, record in entry["leaves"].items():
+            if record["is"] != "scalar" and 0 not in record["shape"]:
+                paths[(_quote(name), *(key.split("/") if key else ()))] = record
+    return paths
+
+
+def check(now: Mapping[str, Any], then: Mapping[str, Any], *, where: str) -> None:
+    """Compare the program's leaf table with another one before anything is read or written.
+
+    Args:
+        now: The program's table.
+        then: The table that it must fit.
+        where: What it differs from, for the message: 'from the checkpoint of step 7'.
+
+    Raises:
+        ConfigError: Naming the leaves that differ, what was saved, what the program has, and the remedy.
+    """
+    remedy = "run the code that wrote it, or start the changed program in a new run directory"
+    missing, extra = sorted(now.keys() - then.keys()), sorted(then.keys() - now.keys())
+    if missing or extra:
+        told = [f"{', '.join(missing)} only here" if missing else "", f"{', '.join(extra)} only there" if extra else ""]
+        raise ConfigError(
+            f"the parts given to resume() differ {where} ({'; '.join(filter(None, told))}): "
+            f"give the same parts, or {remedy}"
+        )
+    problems = []
+    for name in now:
+        if "object" in (now[name]["kind"], then[name]["kind"]):
+            if now[name]["kind"] != then[name]["kind"]:
+                problems.append(f"{name}: {then[name]['kind']} there, {now[name]['kind']} here")
+            continue
+        here, there = now[name]["leaves"], then[name]["leaves"]
+        for key in [*there, *(key for key in here if key not in there)]:
+            was = _describe(there[key]) if key in there else "absent"
+            is_ = _describe(here[key]) if key in here else "absent"
+            if was != is_ and not (key in there and key in here and _both_numbers(there[key], here[key])):
+                problems.append(f"{name}/{key}: {was} there, {is_} here".replace("/:", ":"))
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ConfigError(f"the program's state differs {where}: {'; '.join(problems[:4])}{more}: {remedy}")
+
+
+def _describe(record: Record) -> str:
+    """Say what must agree between a checkpoint and a program: shape and dtype, not whether numpy or JAX holds it."""
+    if record["is"] == "scalar":
+        return f"a Python {record['type']}"
+    return f"{tuple(record['shape'])} {record.get('dtype') or 'key of ' + record['impl']}"
+
+
+def _both_numbers(one: Record, other: Record) -> bool:
+    """Allow a Python number where a 0-d array is and the other way round: TrainState.step starts as an int."""
+
+    def number(record: Record) -> bool:
+        if record["is"] == "scalar":
+            return record["type"] in ("bool", "int", "float", "complex")
+        return record["is"] != "key" and not record["shape"]
+
+    return number(one) and number(other) and "scalar" in (one["is"], other["is"])
+
+
+def give_back(parts: Mapping[str, Part], table: Mapping[str, Any], arrays: Mapping[tuple[str, ...], Any]) -> None:
+    """Put a checkpoint's values into the program's parts.
+
+    Args:
+        parts: What `check` accepted.
+        table: The checkpoint's leaf table.
+        arrays: What Orbax read, by quoted path.
+    """
+    ready = []
+    for name, part in parts.items():
+        slots = part.slots()[0]
+        live = {"/".join(_quote(item) for item in slot.path): slot.value for slot in slots}
+        records = table[name]["leaves"]
+        # Live order for values and NNX objects; an object's own leaves come in the order of its skeleton.
+        keys = list(records) if part.kind == "object" else list(live)
+        values = [
+            value_of(records[key], arrays.get((_quote(name), *(key.split("/") if key else ()))), live.get(key))
+            for key in keys
+        ]
+        ready.append((part, values, table[name].get("skeleton")))
+    for part, values, skeleton in ready:  # all values exist: nothing is half-restored if making one failed
+        part.assign(values, skeleton)
+
+
+def has_optimizer(parts: Mapping[str, Any]) -> bool:
+    """Tell whether any of the given objects is or holds an optimizer's state (optax, or NNX's Optimizer)."""
+
+    def is_optimizer(node: Any) -> bool:
+        names = ("Optimizer", "ModelAndOptimizer")
+        return type(node).__module__.split(".")[0] == "optax" or type(node).__name__ in names
+
+    return any(is_optimizer(node) for value in parts.values() for node in jax.tree.leaves(value, is_leaf=is_optimizer))

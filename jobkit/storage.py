@@ -1,0 +1,247 @@
+"""Where a run directory lies, and the only place that writes files durably.
+
+A file is either there as a whole or not there: content goes to a temporary name, is fsynced, gets its name in one
+step, and the directory is fsynced after it. What a SIGKILL leaves behind are temporary names, which no reader
+looks at.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import google_crc32c
+
+from jobkit.errors import ConfigError, JobkitError, StorageError
+
+# No restart mends these: a person has to free space, change permissions or remount.
+_HOPELESS = {
+    errno.ENOSPC: "the disk is full: free space there, or run elsewhere",
+    errno.EDQUOT: "the disk quota is used up: free space there, or run elsewhere",
+    errno.EROFS: "the file system is read-only: choose another run directory",
+    errno.EACCES: "permission denied: make it writable for this user, or choose another run directory",
+    errno.EPERM: "not permitted: make it writable for this user, or choose another run directory",
+    errno.ENOTDIR: "a part of that path is a file: choose another run directory",
+    errno.EISDIR: "there is a directory of that name: choose another run directory",
+}
+
+
+def explain(error: OSError, doing: str) -> JobkitError:
+    """Turn an operating-system error into one of ours: hopeless ones are `ConfigError`, the rest `StorageError`.
+
+    Args:
+        error: What the system said.
+        doing: What was tried, as the start of a sentence: 'cannot write runs/a'.
+    """
+    where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
+    if error.errno in _HOPELESS:
+        return ConfigError(f"{doing}{where}: {_HOPELESS[error.errno]}")
+    return StorageError(f"{doing}{where}: {error.strerror or error}")
+
+
+def local_path(url: str | os.PathLike[str]) -> Path:
+    """Return the absolute local path that a run's URL names.
+
+    Raises:
+        ConfigError: If the URL is not on a file system of this machine.
+    """
+    text = os.fspath(url)
+    if not text.strip():
+        raise ConfigError("the run directory's URL is empty; give a path or a URL")
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(f"{text!r} names another host; write file:///path")
+        return Path(unquote(parts.path)).absolute()
+    if "://" in text:
+        raise ConfigError(
+            f"{text!r} is not on a file system; this version stores runs on local and network file systems only: "
+            "give a path or a file:// URL"
+        )
+    return Path(text).expanduser().absolute()
+
+
+class Store:
+    """A run directory: small whole files in, whole files out.
+
+    Args:
+        url: A path or a file:// URL; need not exist yet.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.path = local_path(url)
+        self.url = str(self.path)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def file(self, name: str) -> Path:
+        """Return the path of a name inside the run directory."""
+        return self.path / name
+
+    def exists(self, name: str) -> bool:
+        """Tell whether a file or directory of that name is there."""
+        return self.file(name).exists()
+
+    def names(self, name: str) -> list[str]:
+        """List a directory in sorted order; an absent one is empty."""
+        try:
+            return sorted(os.listdir(self.file(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def numbers(self, name: str) -> list[int]:
+        """List the entries of a directory whose names are numbers, in rising order."""
+        return sorted(int(entry) for entry in self.names(name) if entry.isdecimal())
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content; raises FileNotFoundError if it is absent."""
+        return self.file(name).read_bytes()
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Replace a file as a whole.
+
+        Durability: the new content is on storage on return; a crash leaves the old or the new one.
+
+        Raises:
+            ConfigError: If no retry can help (full disk, no permission).
+            StorageError: For any other failure.
+        """
+        path = self.file(name)
+        with _Writing(path) as temporary:
+            _fill(temporary, content)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+
+    def create(self, name: str, content: bytes | str) -> bool:
+        """Create a file as a whole if none of that name exists; tell whether this call made it.
+
+        Durability: on storage on return. Of several callers exactly one gets True.
+        """
+        path = self.file(name)
+        with _Writing(path) as temporary:
+            _fill(temporary, content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            sync_directory(path.parent)
+        return True
+
+    def claim(self, name: str) -> int:
+        """Create the next numbered directory below `name`; of several callers each gets a number of its own."""
+        parent = self.file(name)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                number = max(self.numbers(name), default=-1) + 1
+                try:
+                    (parent / str(number)).mkdir()
+                except FileExistsError:
+                    continue
+                sync_directory(parent)
+                return number
+        except OSError as error:
+            raise explain(error, f"cannot create a directory in {parent}") from None
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there, durably."""
+        path = self.file(name)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise explain(error, f"cannot remove {path}") from None
+        sync_directory(path.parent)
+
+
+class _Writing:
+    """Give a temporary name beside `path`, translate errors, and leave nothing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+    def __enter__(self) -> Path:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain(error, f"cannot create {self._path.parent}") from None
+        return self._temporary
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise explain(error, f"cannot write {self._path}") from None
+
+
+def _fill(path: Path, content: bytes | str) -> None:
+    with open(path, "xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Make every file and directory below `root`, and `root` itself, durable."""
+    for directory, _, files in os.walk(root, topdown=False):
+        for name in files:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(directory))
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Yield every file below `root`, relative to it, with forward slashes, in sorted order.
+
+    A symbolic link is yielded as a file: nothing of ours makes one, so a checker should see it.
+    """
+    found = []
+    for directory, subdirectories, files in os.walk(root):
+        linked = [name for name in subdirectories if os.path.islink(os.path.join(directory, name))]
+        found += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *linked]]
+    yield from sorted(name.replace(os.sep, "/") for name in found)
+
+
+def checksum(path: Path) -> tuple[int, str]:
+    """Return a file's size in bytes and its crc32c as eight hexadecimal digits.
+
+    crc32c because object stores keep the same one beside every object.
+    """
+    value, size = 0, 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            value = google_crc32c.extend(value, chunk)
+            size += len(chunk)
+    return size, f"{value:08x}"
+
+
+def free_bytes(path: Path) -> int:
+    """Return what an ordinary user may still write at `path` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all below it; what is already gone is no error."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""When to save: by steps, by time, only what is best, or several of these."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from jobkit.commits import Keep
+from jobkit.errors import ConfigError
+from jobkit.units import duration_s
+
+
+@dataclass
+class SaveEvery:
+    """A parsed `save_every`, and when the next save is due.
+
+    Args:
+        every_steps: Save at multiples of this many completed steps; 0 for never.
+        every_s: Save this many seconds after the last save began; infinity for never.
+        only_best: `save(metric=...)` saves only an improvement.
+    """
+
+    every_steps: int = 0
+    every_s: float = math.inf
+    only_best: bool = False
+    next_step: float = math.inf
+    """Completed steps at which the next save is due."""
+    next_s: float = math.inf
+    """Time, on the clock of `time.monotonic`, at which the next save is due."""
+
+    @classmethod
+    def parse(cls, text: str | int | tuple[str | int, ...] | None, *, keep_best: tuple[str, str] | None = None) -> Self:
+        """Parse '500 steps', 500, '10m', 'best', a tuple of these, or None.
+
+        Raises:
+            ConfigError: If the text or `keep_best` makes no sense.
+        """
+        if keep_best is not None and not (
+            isinstance(keep_best, tuple | list) and len(keep_best) == 2 and keep_best[1] in ("min", "max")
+        ):
+            raise ConfigError(f"keep_best={keep_best!r}: give a metric and 'min' or 'max', ('val_loss', 'min')")
+        made = cls()
+        for item in () if text is None else text if isinstance(text, tuple | list) else (text,):
+            made._add(item)
+        if made.only_best and keep_best is None:
+            raise ConfigError("save_every='best' needs to know what is best: keep_best=('val_loss', 'min')")
+        return made
+
+    def _add(self, item: str | int) -> None:
+        if item == "best":
+            self.only_best = True
+            return
+        steps = re.fullmatch(r"\s*(\d+)\s*(?:steps?)?\s*", str(item)) if not isinstance(item, bool) else None
+        if steps and int(steps[1]) > 0:
+            self.every_steps = int(steps[1])
+            return
+        try:
+            seconds = duration_s(item) if isinstance(item, str) else 0.0
+        except ConfigError:
+            seconds = 0.0
+        if seconds <= 0:
+            raise ConfigError(f"save_every={item!r}: give '500 steps', a duration like '10m', 'best', or None")
+        self.every_s = seconds
+
+    def begin(self, step: int, now_s: float) -> None:
+        """Count from here: the run opened, or a save of this step began."""
+        self.next_step = (step // self.every_steps + 1) * self.every_steps if self.every_steps else math.inf
+        self.next_s = now_s + self.every_s
+
+    def due(self, step: int, now_s: float) -> bool:
+        """Tell whether a save is due."""
+        return step >= self.next_step or now_s >= self.next_s
+
+    def to_json(self, keep: Keep) -> str:
+        """Write the strategy down for those who read the run directory."""
+        return json.dumps(
+            {
+                "every_steps": self.every_steps,
+                "every_s": None if math.isinf(self.every_s) else self.every_s,
+                "only_best": self.only_best,
+                "keep": keep.newest,
+                "keep_best": keep.best,
+            }
+        )

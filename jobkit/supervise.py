@@ -1,0 +1,333 @@
+"""The supervisor of one attempt: `python -m jobkit.supervise -- CMD`.
+
+What a SLURM task, a container's PID 1 and the local backend run. It starts CMD, passes notices on to the process that
+can serve them, reaps orphans, and decides and writes down how the attempt ended. It never imports jax.
+
+CMD's output goes straight to the attempt's log, not through a pipe: a supervisor that is killed must not take the
+program down with a broken pipe in the middle of its emergency save. The log is copied to our own output as it grows.
+"""
+
+import contextlib
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import click
+
+from jobkit import commits, contract, processes
+from jobkit.contract import Exit, Outcome
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.heartbeat import Beat, Link, Phase
+from jobkit.ledger import Ledger
+from jobkit.storage import Store, explain
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+_LEFTOVER_S = 5.0
+"""What CMD leaves running when it ends gets this long between SIGTERM and SIGKILL."""
+_SAVING_S = 60.0
+"""A program that outlives the shell around it gets this long to end by itself, since it may be saving."""
+_TICK_S = 0.25
+
+
+@dataclass
+class Attempt:
+    """One attempt as its supervisor knows it.
+
+    Args:
+        store: The run directory.
+        number: Number of the attempt.
+        command: CMD with its arguments.
+        cwd: Where it runs; None for here.
+    """
+
+    store: Store
+    number: int
+    command: Sequence[str]
+    cwd: Path | None
+    started: float = field(default_factory=time.time)
+    notice: str | None = None
+    hint: str = ""
+    """Why, where the exit code alone would mislead."""
+    child: int = 0
+    codes: dict[int, int] = field(default_factory=dict)
+    """Exit codes of everything reaped, by pid; negative for a death by signal."""
+
+
+def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) -> int:
+    """Run one attempt to its end.
+
+    Returns:
+        The exit code of the attempt: CMD's own, 128+n for a death by signal n, 75 if it was stopped by a notice before
+        it could listen to one, 78 if CMD cannot be started.
+
+    Signals: must be called on the main thread; takes over all signals that stand for a notice.
+    """
+    processes.become_subreaper()
+    wakeup = _listen()
+    attempt = Attempt(store, store.claim(contract.ATTEMPTS), command, cwd)
+    ledger = Ledger(store.file(contract.events_file(attempt.number, "supervisor")))
+    link = Link()
+    try:
+        store.write(
+            f"{contract.attempt_dir(attempt.number)}/supervisor.json",
+            _json(pid=os.getpid(), started=attempt.started, heartbeat=str(link.directory)),
+        )
+        with open(store.file(contract.log_file(attempt.number)), "ab", buffering=0) as log:
+            try:
+                attempt.child = _start(attempt, link, log)
+            except ConfigError as error:
+                attempt.hint = str(error)
+                log.write(f"jobkit: {error}\n".encode())
+        if attempt.child:
+            ledger.append("started", pid=attempt.child, command=shlex.join(command))
+            code = _watch(attempt, link, ledger, wakeup)
+        else:
+            _copy_log(attempt, _Tail())
+            code = int(Exit.CONFIG)
+        _end(attempt, ledger, link.read(), code)
+        return code
+    finally:
+        link.close()
+        ledger.close()
+
+
+def _listen() -> int:
+    """Install handlers that do nothing but wake the main loop; return the descriptor it waits on."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (*_FORWARDED, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _start(attempt: Attempt, link: Link, log: IO[bytes]) -> int:
+    """Start CMD in a process group of its own."""
+    environment = os.environ | {
+        contract.ENV_RUN: attempt.store.url,
+        contract.ENV_ATTEMPT: str(attempt.number),
+        contract.ENV_SUPERVISOR: str(link.directory),
+        "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
+    }
+    for name in (contract.ENV_LOCK, contract.ENV_RUNNER):
+        environment.pop(name, None)
+    try:
+        # CMD's group is its own, so that a Ctrl-C at our terminal reaches it once, through us.
+        process = subprocess.Popen(
+            attempt.command,
+            cwd=attempt.cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    except FileNotFoundError as error:
+        if attempt.cwd is not None and not attempt.cwd.is_dir():
+            raise ConfigError(f"the directory {attempt.cwd} does not exist: submit again from one that does") from error
+        raise ConfigError(
+            f"the command {attempt.command[0]!r} was not found: give its path, or install it where the job runs"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"the command {attempt.command[0]!r} cannot be started: {error.strerror}") from error
+    process.returncode = 0  # reaped by our own waitpid: keeps Popen's destructor from looking for it
+    return process.pid
+
+
+class _Tail:
+    """How much of the log has been copied to our own output."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+
+
+def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int) -> int:
+    """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
+    tail = _Tail()
+    poll = select.poll()
+    poll.register(wakeup, select.POLLIN)
+    interrupts = 0
+    ended_at: float | None = None
+    while True:
+        numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
+        for number in numbers:
+            if number in _FORWARDED:
+                interrupts += number == signal.SIGINT
+                insist = interrupts >= 3 and os.isatty(0)
+                _forward(attempt, link, ledger, signal.SIGKILL if insist else signal.Signals(number))
+        _reap(attempt)
+        _copy_log(attempt, tail)
+        if attempt.child in attempt.codes:
+            ended_at = ended_at if ended_at is not None else time.monotonic()
+            if not _end_leftovers(attempt, link, time.monotonic() - ended_at):
+                break
+    _reap(attempt)
+    _copy_log(attempt, tail)
+    return _exit_code(attempt, link.read())
+
+
+def _forward(attempt: Attempt, link: Link, ledger: Ledger, number: signal.Signals) -> None:
+    """Pass a notice to the process that listens for one, else to CMD itself.
+
+    A SIGTERM that comes during imports ends the program at once: no step was done, so nothing is lost, and its node is
+    free sooner than if it were held back.
+    """
+    if attempt.notice is None:
+        attempt.notice = number.name
+        ledger.append("notice", source=number.name)
+    beat = link.read()
+    listens = beat.phase >= Phase.LISTENING and beat.pid in processes.descendants()
+    target = beat.pid if listens else attempt.child
+    if target in attempt.codes:
+        return
+    # What does not listen to a notice knows SIGTERM; SIGUSR1 or SIGHUP would be taken for something else.
+    sent = number if listens or number in (signal.SIGKILL, signal.SIGINT) else signal.SIGTERM
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
+
+
+def _reap(attempt: Attempt) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        attempt.codes[pid] = os.waitstatus_to_exitcode(status)
+
+
+def _end_leftovers(attempt: Attempt, link: Link, since_s: float) -> bool:
+    """End what CMD left running; tell whether something still is."""
+    left = processes.descendants()
+    if not left:
+        return False
+    beat = link.read()
+    saving = beat.pid in left and Phase.LISTENING <= beat.phase <= Phase.STOPPING
+    patience_s = _SAVING_S if saving else _LEFTOVER_S
+    number = signal.SIGTERM if since_s < patience_s else signal.SIGKILL
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return True
+
+
+def _exit_code(attempt: Attempt, beat: Beat) -> int:
+    """Decide the attempt's exit code: CMD's, unless the program inside it told better.
+
+    In `sh -c 'python train.py; echo done'` the shell exits 0 whatever became of the training; taken for done, the run
+    would be lost.
+    """
+    code = attempt.codes[attempt.child]
+    if beat.phase == Phase.STOPPED:
+        return int(Exit.PREEMPTED)
+    if beat.phase >= Phase.LISTENING and beat.pid in attempt.codes and code != 0:
+        code = attempt.codes[beat.pid]  # the shell died of the signal that the program served
+    if code == 0 and beat.phase not in (Phase.STARTING, Phase.FINISHED):
+        attempt.hint = f"the command exited 0 but the run inside it had not finished (step {beat.step})"
+        return int(Exit.FAILED)
+    asked = -code in {int(number) for number in _FORWARDED}
+    # Died of a notice before it could listen, or cannot listen at all: nothing was lost that a restart does not redo.
+    if asked and beat.phase == Phase.STARTING:
+        attempt.notice = attempt.notice or signal.Signals(-code).name
+        return int(Exit.PREEMPTED)
+    return 128 - code if code < 0 else code
+
+
+def _copy_log(attempt: Attempt, tail: _Tail) -> None:
+    """Copy what the log has grown by to our own output."""
+    with contextlib.suppress(OSError), open(attempt.store.file(contract.log_file(attempt.number)), "rb") as log:
+        log.seek(tail.offset)
+        while chunk := log.read(1 << 16):
+            tail.offset += len(chunk)
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+
+
+def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
+    """Write down how the attempt ended."""
+    outcome = contract.outcome_of(code)
+    committed = max(commits.steps(attempt.store), default=-1)
+    reason = attempt.hint or _reason(attempt, outcome, code)
+    told = {
+        "attempt": attempt.number,
+        "exit_code": code,
+        "outcome": outcome,
+        "reason": reason,
+        "step": max(beat.step, -1),
+        "committed_step": committed,
+        "started": attempt.started,
+        "ended": time.time(),
+        "notice": {"source": attempt.notice, "reason": "signal"} if attempt.notice else None,
+    }
+    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason)
+    try:
+        attempt.store.write(f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}", _json(**told))
+    except JobkitError as error:  # a full disk: the exit code still tells those who wait for us
+        print(f"jobkit: {error}", file=sys.stderr, flush=True)
+
+
+def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:
+    """Say why in a sentence; the last line of the log knows best where the program ended itself."""
+    if outcome is Outcome.DONE:
+        return "finished"
+    if outcome is Outcome.PREEMPTED:
+        return f"stopped on {attempt.notice}" if attempt.notice else "stopped on notice"
+    if outcome is Outcome.KILLED:
+        return f"killed by {contract.describe_exit(code)}"
+    return f"{contract.describe_exit(code)}: {_last_line(attempt)}".rstrip(": ")
+
+
+def _last_line(attempt: Attempt) -> str:
+    try:
+        with open(attempt.store.file(contract.log_file(attempt.number)), "rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+            lines = log.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+
+
+def _json(**values: object) -> str:
+    import json
+
+    return json.dumps(values, indent=1) + "\n"
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--run", "url", envvar=contract.ENV_RUN, help="The run directory; JOBKIT_RUN by default.")
+@click.option("--cwd", type=click.Path(path_type=Path), help="Directory in which CMD runs.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def main(url: str | None, cwd: Path | None, command: tuple[str, ...]) -> None:
+    """Run one attempt of CMD and exit as it does.
+
+    Example: JOBKIT_RUN=runs/mnist python -m jobkit.supervise -- python train.py
+    """
+    runner = os.environ.get(contract.ENV_RUNNER, "")
+    if runner.isdigit():  # told to stop when the local runner dies; the lock it handed down stays held until we end
+        processes.signal_on_parent_death(signal.SIGTERM)
+        if os.getppid() != int(runner):
+            os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        if not url:
+            raise ConfigError(f"no run directory: set {contract.ENV_RUN} or give --run")
+        code = supervise(Store(url), command, cwd=cwd)
+    except JobkitError as error:
+        print(f"jobkit: {error}", file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        told = explain(error, f"cannot supervise an attempt in {url}")
+        print(f"jobkit: {told}", file=sys.stderr)
+        code = told.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
