@@ -6,6 +6,7 @@ rename is the commit. Removal renames to `checkpoints/.trash` first, so that no 
 that fails its check is renamed to `checkpoints/.set-aside`, with the reason, and never removed.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -16,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import msgspec
 
 from jobkit import contract, faults
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.storage import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
+
+
+_UNSEALED = "00000000"
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -42,6 +47,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         metrics: Named values given to `save`.
         topology: Process and device counts and platform.
         versions: Of jobkit, jax, flax, orbax-checkpoint, numpy, python.
+        seal: crc32c of commit.json itself, computed with this value at zeros.
     """
 
     version: int = contract.RUN_VERSION
@@ -53,6 +59,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     topology: dict[str, int | str] = {}
     versions: dict[str, str] = {}
+    seal: str = _UNSEALED
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +82,8 @@ def read(store: Store, step: int) -> Commit:
     """
     name = f"{contract.step_dir(step)}/{contract.COMMIT}"
     try:
-        commit = msgspec.json.decode(store.read(name), type=Commit)
+        content = store.read(name)
+        commit = msgspec.json.decode(content, type=Commit)
     except FileNotFoundError:
         raise StorageError(f"step {step} of {store.url} is not committed: it has no {contract.COMMIT}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -85,14 +93,23 @@ def read(store: Store, step: int) -> Commit:
             f"step {step} of {store.url} has format {commit.version}, this jobkit reads up to {contract.RUN_VERSION}: "
             "install the jobkit that wrote it or a newer one"
         )
+    if content != _sealed(content.replace(f'"seal": "{commit.seal}"'.encode(), f'"seal": "{_UNSEALED}"'.encode())):
+        raise StorageError(f"{store.file(name)} is damaged: its content does not match its own crc32c")
     if commit.step != step:
         raise StorageError(f"{store.file(name)} is of step {commit.step}: the directory was renamed")
     return commit
 
 
 def metrics(store: Store) -> dict[int, dict[str, float]]:
-    """Return the metrics of every committed step."""
-    return {step: read(store, step).metrics for step in steps(store)}
+    """Return the metrics of every committed step whose commit.json can be read.
+
+    A damaged one neither fails a save nor is removed by retention: the next restore that meets it sets it aside.
+    """
+    found = {}
+    for step in steps(store):
+        with contextlib.suppress(StorageError):
+            found[step] = read(store, step).metrics
+    return found
 
 
 def problems(store: Store, step: int) -> list[str]:
@@ -121,6 +138,12 @@ def problems(store: Store, step: int) -> list[str]:
         elif crc != expected.crc32c:
             wrong.append(f"{name} has crc32c {crc} instead of {expected.crc32c}")
     return wrong
+
+
+def _sealed(content: bytes) -> bytes:
+    """Put the crc32c of an unsealed commit.json into it."""
+    seal = f"{google_crc32c.value(content):08x}"
+    return content.replace(f'"seal": "{_UNSEALED}"'.encode(), f'"seal": "{seal}"'.encode())
 
 
 def new_stage(store: Store, step: int, attempt: int) -> Path:
@@ -163,7 +186,7 @@ def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Comm
         (stage / contract.STATE).write_text(json.dumps(state, separators=(",", ":")))
         files = {name: FileRecord(*checksum(stage / name)) for name in files_below(stage)}
         whole = msgspec.structs.replace(commit, files=files)
-        (stage / contract.COMMIT).write_bytes(msgspec.json.format(msgspec.json.encode(whole), indent=1))
+        (stage / contract.COMMIT).write_bytes(_sealed(msgspec.json.format(msgspec.json.encode(whole), indent=1)))
         sync_tree(stage)
         faults.reach("before_rename")
         newest = max(store.numbers(contract.ATTEMPTS), default=commit.attempt)

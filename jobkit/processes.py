@@ -8,6 +8,7 @@ and is documented as unreliable while the children run (proc(5)).
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -78,9 +79,8 @@ def with_environment(name: str, value: str) -> list[int]:
     found = []
     for pid in _pids():
         try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if wanted in file.read().split(b"\0"):
-                    found.append(pid)
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
         except OSError:
             continue  # gone meanwhile, a kernel thread's, or another user's
     return found
@@ -89,8 +89,7 @@ def with_environment(name: str, value: str) -> list[int]:
 def environment_of(pid: int) -> dict[str, str]:
     """Return the environment that a process was started with; empty if it is gone or not ours."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            lines = file.read().decode(errors="surrogateescape").split("\0")
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
     except OSError:
         return {}
     return dict(line.split("=", 1) for line in lines if "=" in line)
@@ -110,8 +109,7 @@ def _table() -> dict[int, tuple[str, int]]:
 def _stat(pid: int) -> tuple[str, int] | None:
     """Return (state letter, parent) of a process; its command name may hold spaces and parentheses."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[1])
     except (OSError, IndexError, ValueError):
         return None

@@ -1,0 +1,315 @@
+"""A real training, interrupted by real signals at every moment that matters, ends with the undisturbed run's bits."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobkit import commits, contract, faults
+from jobkit.ledger import read_events, read_metrics
+from jobkit.storage import Store
+from tests import training
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train once without interruption."""
+    url = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert training.attempt(url) == (0, "")
+    return url
+
+
+def finish(url: Path, **named: Any) -> None:
+    """Run a last attempt to its end."""
+    code, printed = training.attempt(url, **named)
+    assert code == 0, printed
+
+
+def assert_same(url: Path, undisturbed: Path) -> None:
+    """Final state and every loss equal the undisturbed run's, to the bit, and repeated steps agree."""
+    assert training.digest(url) == training.digest(undisturbed)
+    series, expected = read_metrics(Store(url)), read_metrics(Store(undisturbed))
+    assert series.values == expected.values
+    assert sorted(series.values["loss"]) == list(range(training.STEPS))
+    for again in series.repeated.get("loss", {}).values():
+        assert len(set(again)) == 1
+
+
+def assert_tidy(url: Path, keep: int = 2) -> None:
+    """Nothing is left of dead attempts, and retention holds."""
+    store = Store(url)
+    assert store.names(contract.STAGE) == store.names(contract.TRASH) == []
+    assert len(commits.steps(store)) <= keep
+    assert all(commits.problems(store, step) == [] for step in commits.steps(store))
+    assert not [path for path in url.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("point", [point for point in faults.POINTS if point != "during_restore"])
+def test_sigkill_at_every_named_point_of_save_and_commit(
+    point: str, passes: int, tmp_path: Path, undisturbed: Path
+) -> None:
+    """SIGKILL at a named point of the save path: the next attempt ends with the same bits and no leftovers."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, fault=f"{point}:{passes}", pause_s=0.01)
+    assert code == -signal.SIGKILL, printed
+    finish(url)
+    assert_same(url, undisturbed)
+    assert_tidy(url)
+
+
+def test_sigkill_during_restore(tmp_path: Path, undisturbed: Path) -> None:
+    """SIGKILL between reading a checkpoint and using it changes nothing."""
+    url = tmp_path / "run"
+    assert training.attempt(url, at={30: "SIGTERM"})[0] == 75
+    assert training.attempt(url, fault="during_restore")[0] == -signal.SIGKILL
+    finish(url)
+    assert_same(url, undisturbed)
+
+
+def test_thirty_random_kills_in_a_row(tmp_path: Path, undisturbed: Path) -> None:
+    """Thirty SIGKILLs at random moments, one after the other: the thirty-first attempt ends with the same bits."""
+    url, log = tmp_path / "run", tmp_path / "log"
+    seed = int(os.environ.get("JOBKIT_TEST_SEED", time.time_ns() % 10**6))
+    print("seed", seed)
+    moments = random.Random(seed)
+    restored_before = -1
+    for kill in range(30):
+        process = training.start(training.train, str(url), log=log, pause_s=0.04, save_every="3 steps")
+        # Half of them early (imports, restore, compile), half while training.
+        process.join(moments.uniform(0.0, 1.0) if kill % 2 else moments.uniform(0.8, 2.0))
+        process.kill()
+        process.join()
+        steps = commits.steps(Store(url))
+        assert max(steps, default=-1) >= restored_before, "a committed step was lost"
+        restored_before = max(steps, default=-1)
+    finish(url)
+    assert_same(url, undisturbed)
+    assert_tidy(url)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_each_signal_commits_the_step_in_progress(name: str, tmp_path: Path, undisturbed: Path) -> None:
+    """A notice commits the step in progress, exits 75, and the next attempt starts right after it: none lost."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, at={23: name}, save_every=None)
+    assert code == 75
+    assert f"{name}: stopped after step 24" in printed
+    assert commits.steps(Store(url))[-1] == 24
+    finish(url)
+    assert [event["step"] for event in read_events(Store(url)) if event["event"] == "restored"] == [24]
+    assert read_metrics(Store(url)).repeated == {}
+    assert_same(url, undisturbed)
+
+
+def _twice(point: str, run: Any) -> None:
+    if point == "step" and run.step == 20:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+
+def test_the_first_notice_wins(tmp_path: Path, undisturbed: Path) -> None:
+    """Four signals in a burst are one notice, the first one's."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, hook=_twice)
+    assert code == 75
+    assert "SIGUSR1: stopped after step 21" in printed
+    finish(url)
+    assert_same(url, undisturbed)
+
+
+def _notice_at(point: str, wanted: str) -> None:
+    if point == wanted:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _when_opened(point: str, run: Any) -> None:
+    _notice_at(point, "opened")
+
+
+def _when_resumed(point: str, run: Any) -> None:
+    _notice_at(point, "resumed")
+
+
+def _when_ended(point: str, run: Any) -> None:
+    _notice_at(point, "ended")
+
+
+@pytest.mark.parametrize("hook", [_when_opened, _when_resumed])
+def test_notice_before_the_first_step(hook: Any, tmp_path: Path, undisturbed: Path) -> None:
+    """A notice before the first step ends with 75 at once, on a fresh run and on a resumed one."""
+    url = tmp_path / "run"
+    assert training.attempt(url, hook=hook)[0] == 75
+    assert commits.steps(Store(url)) == [0]
+    assert training.attempt(url, at={30: "SIGTERM"})[0] == 75
+    assert training.attempt(url, hook=hook)[0] == 75
+    assert commits.steps(Store(url))[-1] == 31
+    finish(url)
+    assert_same(url, undisturbed)
+
+
+def test_notice_after_the_last_step(tmp_path: Path, undisturbed: Path) -> None:
+    """A notice after the last step leaves a finished run finished: exit 0."""
+    url = tmp_path / "run"
+    assert training.attempt(url, hook=_when_ended) == (0, "")
+    assert_same(url, undisturbed)
+
+
+def test_notice_in_the_last_step(tmp_path: Path, undisturbed: Path) -> None:
+    """A notice while the last step runs: the run commits the end and is done, not preempted."""
+    url = tmp_path / "run"
+    assert training.attempt(url, at={training.STEPS - 1: "SIGTERM"})[0] == 0
+    assert_same(url, undisturbed)
+
+
+def test_a_finished_run_started_again_does_nothing(undisturbed: Path) -> None:
+    """An attempt on a finished run takes no step and exits 0."""
+    before = training.digest(undisturbed)
+    assert training.attempt(undisturbed)[0] == 0
+    assert training.digest(undisturbed) == before
+
+
+def test_notice_during_import_compile_and_training_from_outside(tmp_path: Path, undisturbed: Path) -> None:
+    """SIGTERM at any time from outside: exit 75 once the run listens, no step lost or repeated."""
+    url, log = tmp_path / "run", tmp_path / "log"
+    moments = random.Random(5)
+    codes = []
+    while True:
+        process = training.start(training.train, str(url), log=log, pause_s=0.01)
+        process.join(moments.uniform(0.2, 1.8))
+        if process.is_alive():
+            process.terminate()
+        process.join(30)
+        codes.append(process.exitcode)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode in (75, -signal.SIGTERM), log.read_text()
+        assert len(codes) < 40
+    assert read_metrics(Store(url)).repeated == {}, "a noticed step ran twice"
+    assert_same(url, undisturbed)
+
+
+def _big(point: str, run: Any) -> None:
+    if point == "step" and run.step == 4:
+        run.save()
+    if point == "step" and run.step == 5:
+        deadline = time.monotonic() + 5
+        while not run._checkpoints.saving and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_notice_behind_a_save_in_flight(tmp_path: Path) -> None:
+    """A notice while an earlier save is being written: both are committed, in order."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, hook=_big, width=400_000, save_every=None, keep=5)
+    assert code == 75, printed
+    saved = [event["step"] for event in read_events(Store(url)) if event["event"] == "saved"]
+    assert saved == [0, 5, 6]
+    assert commits.problems(Store(url), 6) == []
+
+
+def _handlers(url: str) -> None:
+    import jobkit
+
+    def mine(*_: object) -> None:
+        print("mine", flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, mine)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with jobkit.Run(url) as run:
+        run.resume(value=1, optimizer=None)
+        assert signal.getsignal(signal.SIGTERM) is not mine
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.set_wakeup_fd(-1) == -1
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+
+def test_earlier_handlers_come_back(tmp_path: Path) -> None:
+    """Handlers that were installed before the run are back when it closes, and work."""
+    assert training.attempt(tmp_path / "run", function=_handlers) == (0, "mine\n")
+
+
+def test_a_continued_old_attempt_can_neither_commit_nor_remove(tmp_path: Path, undisturbed: Path) -> None:
+    """SIGSTOP, a new attempt, SIGCONT: the old attempt ends itself with a clear line and changes nothing."""
+    url, log = tmp_path / "run", tmp_path / "log"
+    old = training.start(training.train, str(url), log=log, pause_s=0.02, save_every="2 steps")
+    deadline = time.monotonic() + 30
+    while max(commits.steps(Store(url)), default=0) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert old.pid is not None
+    os.kill(old.pid, signal.SIGSTOP)
+    finish(url)
+    before = {step: commits.read(Store(url), step) for step in commits.steps(Store(url))}
+    os.kill(old.pid, signal.SIGCONT)
+    old.join(30)
+    assert old.exitcode == contract.Exit.CONFIG
+    assert "attempt 1 has taken over" in log.read_text().splitlines()[-1]
+    assert {step: commits.read(Store(url), step) for step in commits.steps(Store(url))} == before
+    assert training.digest(url) == training.digest(undisturbed)
+
+
+def _own_loop(url: str, stop_at: int = -1) -> None:
+    import jobkit
+
+    with jobkit.Run(url, keep=2) as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in range(run.step, 20):
+            if run.should_stop:
+                break
+            state.total += step
+            run.save(step + 1)
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+    print(state.total)
+
+
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+    """A loop without steps(), built from step, save and should_stop, is preempted with 75 and resumed."""
+    url = tmp_path / "run"
+    assert training.attempt(url, function=_own_loop, stop_at=7)[0] == 75
+    code, printed = training.attempt(url, function=_own_loop)
+    assert code == 0
+    assert printed.endswith(f"{sum(range(20))}\n")
+
+
+def _left_early(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url) as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in run.steps(100):
+            state.total += 1
+            if step == 6:
+                break
+
+
+def test_leaving_the_loop_early_commits_the_last_step(tmp_path: Path) -> None:
+    """`break` ends the training with the step in progress counted and committed."""
+    assert training.attempt(tmp_path / "run", function=_left_early) == (0, "")
+    assert commits.steps(Store(tmp_path / "run"))[-1] == 7
+
+
+def _raises(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url, save_every="2 steps") as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in run.steps(100):
+            state.total += 1
+            if step == 9:
+                raise ValueError("boom")
+
+
+def test_the_programs_own_failure_keeps_its_traceback(tmp_path: Path) -> None:
+    """An exception of the program comes through unchanged; saves under way are finished, nothing newer is saved."""
+    code, printed = training.attempt(tmp_path / "run", function=_raises)
+    assert code == 1
+    assert "ValueError: boom" in printed
+    assert commits.steps(Store(tmp_path / "run"))[-1] <= 9

@@ -1,0 +1,266 @@
+"""The supervisor with real processes and signals: what it passes on, what it leaves, what it writes down."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobkit import contract, processes
+from jobkit.heartbeat import Phase, read_beat
+from jobkit.ledger import attempt_events
+from jobkit.storage import Store
+
+# A stand-in for a training that needs no jax: it speaks the heartbeat and serves SIGTERM like a Run does.
+PROGRAM = """
+import os, pathlib, signal, sys, time
+from jobkit.heartbeat import Heartbeat, Phase
+beat = Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"]))
+noticed = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    signal.signal(number, lambda number, frame: noticed.append(number))
+beat.enter(Phase.LISTENING)
+print("listening", flush=True)
+beat.step = 0
+while not noticed and beat.step < int(sys.argv[1]):
+    time.sleep(0.01)
+    beat.step += 1
+    beat.enter(Phase.STEPPING)
+if noticed:
+    beat.enter(Phase.STOPPING)
+    time.sleep(float(sys.argv[2]))
+    print("saved", signal.Signals(noticed[0]).name, len(noticed), flush=True)
+    beat.enter(Phase.STOPPED)
+    sys.exit(75)
+beat.enter(Phase.FINISHED)
+"""
+
+
+class Supervised:
+    """A supervisor under test."""
+
+    def __init__(self, url: Path, *command: str, environment: dict[str, str] | None = None) -> None:
+        self.store = Store(url)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobkit.supervise", "--", *command],
+            env=os.environ | {contract.ENV_RUN: str(url)} | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+        """Wait until `condition()` is true, and return it."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "it never happened"
+            time.sleep(0.01)
+        return found
+
+    def log(self) -> str:
+        """Return the program's log so far."""
+        path = self.store.file(contract.log_file(0))
+        return path.read_text() if path.exists() else ""
+
+    def beat(self) -> Any:
+        """Return the program's heartbeat."""
+        told = json.loads(self.store.read("attempts/0/supervisor.json"))
+        return read_beat(Path(told["heartbeat"]))
+
+    def end(self, timeout_s: float = 20.0) -> tuple[int, str, dict[str, Any]]:
+        """Wait for the end; return exit code, what was printed and the outcome."""
+        printed, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, printed, json.loads(self.store.read("attempts/0/outcome.json"))
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    """Return a command that trains 10,000 tiny steps and takes 0.3 s to save on notice."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return [sys.executable, str(path), "10000", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "outcome"),
+    [
+        (["true"], 0, "done"),
+        (["sh", "-c", "echo oops >&2; exit 3"], 3, "failed"),
+        (["sh", "-c", "exit 75"], 75, "preempted"),
+        (["sh", "-c", "exit 78"], 78, "config"),
+        (["sh", "-c", "kill -9 $$"], 137, "killed"),
+        (["sh", "-c", "kill -TERM $$"], 75, "preempted"),
+        (["no-such-command"], 78, "config"),
+        (["/etc/passwd"], 78, "config"),
+    ],
+)
+def test_exit_codes(command: list[str], code: int, outcome: str, tmp_path: Path) -> None:
+    """The attempt ends with the command's own code or the one that says what became of it, and writes it down."""
+    ended, printed, told = Supervised(tmp_path / "run", *command).end()
+    assert (ended, told["exit_code"], told["outcome"]) == (code, code, outcome)
+    if outcome == "failed":
+        assert printed == "oops\n"
+        assert told["reason"] == "exit code 3: oops"
+    if command[0] == "no-such-command":
+        assert told["reason"] == (
+            "the command 'no-such-command' was not found: give its path, or install it where the job runs"
+        )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_notice_reaches_the_program_as_it_came(number: signal.Signals, program: list[str], tmp_path: Path) -> None:
+    """Each signal that stands for a notice is passed on as it is; the supervisor waits for the save."""
+    under_test = Supervised(tmp_path / "run", *program)
+    under_test.wait_for(lambda: "listening" in under_test.log())
+    under_test.process.send_signal(number)
+    code, printed, told = under_test.end()
+    assert code == 75
+    assert f"saved {number.name} 1" in printed
+    assert told["outcome"] == "preempted"
+    assert told["notice"]["source"] == number.name
+    assert told["step"] > 0
+
+
+def test_a_burst_of_notices_changes_nothing(program: list[str], tmp_path: Path) -> None:
+    """Twenty SIGTERMs while the program saves: it still saves once and ends with 75."""
+    under_test = Supervised(tmp_path / "run", *program)
+    under_test.wait_for(lambda: "listening" in under_test.log())
+    for _ in range(20):
+        under_test.process.terminate()
+        time.sleep(0.01)
+    code, printed, _ = under_test.end()
+    assert code == 75
+    assert "saved SIGTERM" in printed
+
+
+@pytest.mark.parametrize("script", ["{program}; echo after", "{program}; true", "exec {program}", "set -e; {program}"])
+def test_a_shell_around_the_program_loses_nothing(script: str, program: list[str], tmp_path: Path) -> None:
+    """Whatever a shell makes of the exit code, a program that stopped on notice ends the attempt with 75."""
+    under_test = Supervised(tmp_path / "run", "sh", "-c", script.format(program=" ".join(program)))
+    under_test.wait_for(lambda: "listening" in under_test.log())
+    under_test.process.terminate()
+    code, printed, _ = under_test.end()
+    assert code == 75
+    assert "saved SIGTERM" in printed
+
+
+def test_the_program_outlives_a_shell_that_was_shot(program: list[str], tmp_path: Path) -> None:
+    """SIGKILL of the shell between: the orphaned program is told, saves, and its own code counts."""
+    under_test = Supervised(tmp_path / "run", "sh", "-c", f"{' '.join(program)}; true")
+    under_test.wait_for(lambda: "listening" in under_test.log())
+    (shell,) = processes.children(under_test.process.pid)
+    os.kill(shell, signal.SIGKILL)
+    code, printed, _ = under_test.end()
+    assert code == 75
+    assert "saved SIGTERM" in printed
+
+
+def test_a_killed_program_inside_a_shell_that_exits_0_is_not_done(program: list[str], tmp_path: Path) -> None:
+    """`sh -c 'train; true'` whose training was killed has not finished, whatever the shell says."""
+    under_test = Supervised(tmp_path / "run", "sh", "-c", f"{' '.join(program)}; true")
+    beat = under_test.wait_for(lambda: "listening" in under_test.log() and under_test.beat())
+    os.kill(beat.pid, signal.SIGKILL)
+    code, _, told = under_test.end()
+    assert code == 1
+    assert "had not finished" in told["reason"]
+
+
+def test_a_notice_before_the_program_listens(tmp_path: Path) -> None:
+    """SIGUSR1 to a program that cannot listen yet ends it at once, as preempted: nothing was lost."""
+    under_test = Supervised(tmp_path / "run", "sleep", "60")
+    under_test.wait_for(lambda: (tmp_path / "run/attempts/0/events-supervisor.jsonl").exists())
+    under_test.wait_for(lambda: processes.children(under_test.process.pid))
+    under_test.process.send_signal(signal.SIGUSR1)
+    code, _, told = under_test.end(5)
+    assert (code, told["outcome"], told["notice"]["source"]) == (75, "preempted", "SIGUSR1")
+
+
+def test_what_the_command_leaves_running_is_ended(tmp_path: Path) -> None:
+    """Daemons that the command leaves behind, double-forked ones too, are gone when the attempt is."""
+    script = "sleep 300 & setsid sh -c 'sleep 301 & sleep 302' & sleep 0.2; echo left"
+    under_test = Supervised(tmp_path / "run", "sh", "-c", script)
+    below = under_test.wait_for(lambda: len(found := processes.descendants(under_test.process.pid)) >= 4 and found)
+    code, _, _ = under_test.end()
+    assert code == 0
+    assert not [pid for pid in below if processes.alive(pid)]
+
+
+def test_sigkill_of_the_supervisor_is_a_notice_to_a_run(tmp_path: Path) -> None:
+    """A Run whose supervisor is killed commits the step in progress and exits by itself."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time, jobkit\n"
+        "with jobkit.Run(save_every=None) as run:\n"
+        "    state = run.resume(total=0)\n"
+        "    for step in run.steps(10_000):\n"
+        "        state.total += 1\n"
+        "        time.sleep(0.01)\n"
+    )
+    under_test = Supervised(tmp_path / "run", sys.executable, str(script))
+    beat = under_test.wait_for(
+        lambda: (
+            (tmp_path / "run/attempts/0/supervisor.json").exists()
+            and (beat := under_test.beat()).phase == Phase.STEPPING
+            and beat
+        )
+    )
+    directory = Path(json.loads(under_test.store.read("attempts/0/supervisor.json"))["heartbeat"])
+    under_test.process.kill()
+    under_test.wait_for(lambda: not processes.alive(beat.pid))
+    stopped = [event for event in attempt_events(under_test.store, 0) if event["event"] == "stopped"]
+    assert len(stopped) == 1
+    assert stopped[0]["step"] > 0
+    assert under_test.store.exists(f"checkpoints/{stopped[0]['step']}/commit.json")
+    assert not directory.exists()
+    under_test.process.communicate()
+
+
+def test_output_goes_to_the_log_and_on(tmp_path: Path) -> None:
+    """What the command prints is in the attempt's log and comes out of the supervisor, bytes and all."""
+    code, printed, _ = Supervised(tmp_path / "run", "printf", "%s\\n%s", "one", "tail").end()
+    assert code == 0
+    assert printed == "one\ntail"
+    assert (tmp_path / "run/attempts/0/log-0.txt").read_text() == "one\ntail"
+
+
+def test_attempts_are_numbered(tmp_path: Path) -> None:
+    """Each supervisor on a run directory is an attempt with a number of its own, which the program can read."""
+    for expected in range(3):
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "jobkit.supervise",
+                "--run",
+                str(tmp_path / "run"),
+                "--",
+                "sh",
+                "-c",
+                "echo $JOBKIT_ATTEMPT",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert process.stdout == f"{expected}\n"
+
+
+def test_without_a_run_directory(tmp_path: Path) -> None:
+    """A supervisor without a run directory says so and exits 78."""
+    environment = {key: value for key, value in os.environ.items() if key != contract.ENV_RUN}
+    process = subprocess.run(
+        [sys.executable, "-m", "jobkit.supervise", "--", "true"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 78
+    assert process.stderr == "jobkit: no run directory: set JOBKIT_RUN or give --run\n"
