@@ -1,0 +1,27 @@
+"""launch: submits, watches and reports runs; needs neither jax nor numpy.
+
+>>> import launch
+>>> launch.JobSpec(command=("python", "train.py"), run="runs/mnist").max_failures
+10
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.api import cancel, resume, status, submit
+    from launch.local import Local
+    from launch.report import Status
+    from launch.spec import JobSpec
+
+__all__ = ["JobSpec", "Local", "Status", "cancel", "resume", "status", "submit"]
+
+_HOMES = {"JobSpec": "launch.spec", "Local": "launch.local", "Status": "launch.report"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the names on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'launch' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES.get(name, "launch.api")), name)

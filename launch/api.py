@@ -1,0 +1,69 @@
+"""What the command line does, for Python: the same words, the same errors."""
+
+import os
+
+from jobkit.contract import State
+from launch import local, report
+from launch.report import Status
+from launch.spec import JobSpec
+
+
+def submit(spec: JobSpec, *, on: local.Local | None = None, wait: bool = False) -> Status:
+    """Start a run.
+
+    Args:
+        spec: What to run.
+        on: The backend; this machine by default.
+        wait: Whether to follow the run, printing a line per change, until it is over.
+
+    Returns:
+        The run's status on return.
+
+    Raises:
+        ConfigError: If it cannot work; nothing is left behind then.
+
+    Durability: the run is on storage on return, and goes on without this process.
+    """
+    store = (on or local.Local()).submit(spec)
+    if wait:
+        from launch import watch
+
+        watch.follow(store)
+    return report.status(store)
+
+
+def status(run: str | os.PathLike[str]) -> Status:
+    """Read what a run is doing.
+
+    Raises:
+        JobkitError: If it is not a run, or its run.json is damaged.
+    """
+    return report.status(local.open_run(run))
+
+
+def resume(run: str | os.PathLike[str], *, wait: bool = False) -> Status:
+    """Continue a run that is not done and not alive, from its newest committed step; takes back a cancel.
+
+    Raises:
+        ConfigError: If the run is alive.
+    """
+    state = local.resume(run)
+    if wait and state is not State.DONE:
+        from launch import watch
+
+        watch.follow(local.open_run(run))
+    return status(run)
+
+
+def cancel(run: str | os.PathLike[str], *, wait: bool = True) -> Status:
+    """End a run for good; it saves what it has and never comes back by itself.
+
+    Args:
+        run: URL of the run directory.
+        wait: Whether to wait until nothing of it runs any more.
+
+    Raises:
+        ConfigError: If the run is already done.
+    """
+    local.cancel(run, wait=wait)
+    return status(run)

@@ -1,0 +1,331 @@
+# ruff: noqa: D301  (click wants the character \\b itself)
+"""The command line: `jobkit`. A user's mistake is one sentence on stderr and exit code 2."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import jobkit
+from jobkit.contract import Exit, State
+from jobkit.errors import ConfigError, JobkitError
+
+if TYPE_CHECKING:
+    from launch.local import Plan
+    from launch.report import Status
+    from launch.spec import JobSpec
+
+_BACKENDS = ("local",)
+_PLANNED = ("slurm", "gcp", "aws")
+_EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
+
+
+class _Plain(click.Group):
+    """Commands in the order of a run's life, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Plain, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(jobkit.__version__, prog_name="jobkit")
+def cli() -> None:
+    """Run trainings in JAX and Flax that survive preemption.
+
+    \b
+    Examples:
+      jobkit demo
+      jobkit submit --wait -- python train.py --epochs 10
+      jobkit ls
+    """
+
+
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option("--on", help="Backend: local. [default: local]")
+@click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
+@click.option("--name", help="Name of the run. [default: that of the run directory]")
+@click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
+@click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
+@click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
+@click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
+@click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **given: Any) -> None:
+    """Start a run of COMMAND, detached, through every interruption.
+
+    \b
+    Examples:
+      jobkit submit -- python train.py
+      jobkit submit --run runs/mnist --wait -- python train.py --lr 1e-3
+      jobkit submit --profile long --dry-run -- python -m mypackage.train
+    """
+    from launch import local
+
+    spec = _spec(profile, given)
+    if dry_run:
+        _show_plan(local.prepare(spec), as_json)
+        return
+    store = local.submit(spec)
+    if not as_json:
+        print(f"submitted {store.url}", flush=True)
+    if wait:
+        sys.exit(_follow(store.url, as_json))
+    if as_json:
+        _print_status(store.url)
+    else:
+        print(f"  follow:  jobkit logs -f {store.url}\n  cancel:  jobkit cancel {store.url}")
+
+
+def _spec(profile: str | None, given: dict[str, Any]) -> "JobSpec":
+    """Merge a profile's options and the command line's, which win."""
+    from jobkit.units import duration_s
+    from launch.spec import JobSpec, read_profile
+
+    options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
+    flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
+    flags["max-failures"] = given["max_failures"]
+    flags["snapshot"] = False if given["no_snapshot"] else None
+    options |= {name: value for name, value in flags.items() if value is not None}
+    _check_backend(options.get("on", "local"))
+    return JobSpec(
+        command=tuple(given["command"]),
+        run=options.get("run", ""),
+        name=options.get("name", ""),
+        snapshot=options.get("snapshot", True),
+        grace_s=duration_s(options.get("grace", 30.0)),
+        max_failures=options.get("max-failures", 10),
+    )
+
+
+def _check_backend(backend: str) -> None:
+    if backend in _PLANNED:
+        raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local")
+    if backend not in _BACKENDS:
+        raise ConfigError(f"--on {backend!r} is not a backend; available: local")
+
+
+def _show_plan(plan: "Plan", as_json: bool) -> None:
+    import shlex
+
+    import msgspec
+
+    from launch import report, snapshot
+
+    code = snapshot.digest(plan.tree) if plan.tree is not None else None
+    spec = msgspec.structs.replace(plan.spec, code=code)
+    if as_json:
+        print(report.to_json(spec))
+        return
+    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
+    print(f"would run    {shlex.join(spec.command)}\nin           {spec.cwd}")
+    print(f"run          {spec.run}\nsnapshot     {files}")
+    if plan.tree and plan.tree.links:
+        print(f"linked       {', '.join(plan.tree.links)}")
+
+
+def _follow(url: str, as_json: bool) -> int:
+    from launch import local, watch
+
+    try:
+        code = watch.follow(local.open_run(url), quiet=as_json)
+    except KeyboardInterrupt:
+        print(f"\ndetached; the run goes on. To stop it: jobkit cancel {url}", file=sys.stderr)
+        return 130
+    if as_json:
+        _print_status(url)
+    return code
+
+
+def _print_status(url: str) -> None:
+    import launch
+    from launch import report
+
+    print(report.to_json(launch.status(url)))
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def status(run: str, as_json: bool) -> None:
+    """Say what RUN is doing.
+
+    \b
+    Examples:
+      jobkit status runs/mnist
+      jobkit status runs/mnist --json | python -m json.tool
+    """
+    if as_json:
+        _print_status(run)
+        return
+    import launch
+    from launch.watch import rows
+
+    for name, value in rows(launch.status(run)):
+        print(f"{name:<15} {value}")
+
+
+@cli.command()
+@click.argument("run")
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on, across attempts, until the run is over.")
+@click.option("--attempt", type=int, metavar="N", help="Only the log of attempt N.")
+def logs(run: str, following: bool, attempt: int | None) -> None:
+    """Print what RUN printed, attempt by attempt.
+
+    \b
+    Examples:
+      jobkit logs -f runs/mnist
+      jobkit logs --attempt 2 runs/mnist
+    """
+    from jobkit import contract
+    from launch import local, spec, watch
+
+    store = local.open_run(run)
+    spec.read(store)
+    numbers = store.numbers(contract.ATTEMPTS)
+    if attempt is not None and attempt not in numbers and not following:
+        have = f"it has {', '.join(map(str, numbers))}" if numbers else "it has none yet"
+        raise ConfigError(f"run {store.url} has no attempt {attempt}; {have}")
+    try:
+        watch.copy_logs(store, sys.stdout, attempt=attempt, following=following)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it has saved and stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def cancel(run: str, no_wait: bool, as_json: bool) -> None:
+    """End RUN for good: it saves, stops, and never comes back by itself.
+
+    \b
+    Examples:
+      jobkit cancel runs/mnist
+    """
+    from launch import local
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    state = local.cancel(run, wait=not no_wait, progress=progress)
+    if as_json:
+        _print_status(run)
+    elif state is State.DONE:
+        print(f"{run} was done before the cancel reached it")
+    else:
+        print(f"{run} is cancelled" if state.over else f"{run} is stopping")
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def resume(run: str, wait: bool, as_json: bool) -> None:
+    """Continue RUN from its newest committed step; takes back a cancel.
+
+    \b
+    Examples:
+      jobkit resume runs/mnist
+      jobkit resume --wait runs/mnist
+    """
+    from launch import local
+
+    state = local.resume(run)
+    if state is State.DONE:
+        print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
+    elif not as_json:
+        print(f"resumed {run}", flush=True)
+    if wait and state is not State.DONE:
+        sys.exit(_follow(run, as_json))
+    if as_json:
+        _print_status(run)
+
+
+@cli.command()
+@click.argument("directory", default="runs")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def ls(directory: str, as_json: bool) -> None:
+    """List the runs below DIRECTORY (runs/ by default).
+
+    \b
+    Examples:
+      jobkit ls
+      jobkit ls /scratch/me --json
+    """
+    from launch import local, report
+
+    path = local.open_run(directory).path
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory; name one that holds runs: jobkit ls DIRECTORY")
+    listed: list[Status] = []
+    for run in report.find_runs(path):
+        try:
+            listed.append(report.status(local.open_run(run)))
+        except JobkitError as error:
+            print(f"jobkit: {error}", file=sys.stderr)
+    if as_json:
+        print(report.to_json(listed))
+        return
+    print(_table(path, listed) if listed else f"no runs below {path}")
+
+
+def _table(path: Path, listed: "list[Status]") -> str:
+    def number(value: int | None) -> str:
+        return "-" if value is None else str(value)
+
+    head = ("RUN", "STATE", "ATTEMPTS", "STEP", "COMMITTED", "REASON")
+    lines = [head]
+    for status in listed:
+        run = Path(status.run)
+        shown = str(run.relative_to(path)) if run != path else run.name
+        counts = (str(status.attempts), number(status.step), number(status.committed_step))
+        lines.append((shown, str(status.state), *counts, status.reason))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
+    return "\n".join(
+        "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in lines
+    )
+
+
+@cli.command()
+@click.option("--run", metavar="URL", help="Where it goes. [default: a new directory below runs/]")
+@click.option("--seed", type=int, help="Of the moments at which it is interrupted; drawn and printed by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def demo(run: str | None, seed: int | None, as_json: bool) -> None:
+    """Train a small model undisturbed and interrupted, and compare every bit.
+
+    \b
+    Examples:
+      jobkit demo
+      jobkit demo --seed 7
+    """
+    from launch.demo import main as run_demo
+
+    sys.exit(run_demo(run=run, seed=seed, json=as_json))
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        result = cli.main(prog_name="jobkit", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.ClickException as error:
+        hint = f"; see '{error.ctx.command_path} --help'" if isinstance(error, click.UsageError) and error.ctx else ""
+        _fail(error.format_message().rstrip(".") + hint)
+    except JobkitError as error:
+        _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:  # `jobkit logs | head`
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    print(f"jobkit: {message}", file=sys.stderr)
+    sys.exit(Exit.USAGE)

@@ -1,0 +1,75 @@
+"""The command of a job: whether it can be run at all, and how it reads inside the unpacked snapshot."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jobkit.errors import ConfigError
+from launch.spec import JobSpec
+
+_PYTHON = re.compile(r"python(\d+(\.\d+)?)?")
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+"""Python's own options that take the next word as their value."""
+
+
+def search_path(environ: Mapping[str, str]) -> str:
+    """Return PATH with this Python's directory first, so that `python` means this environment's."""
+    return os.pathsep.join([os.path.dirname(sys.executable), environ.get("PATH", os.defpath)])
+
+
+def script_index(command: Sequence[str]) -> int | None:
+    """Return which word of a command names a Python script, None if none does (`-m`, `-c`, another program)."""
+    if not _PYTHON.fullmatch(os.path.basename(command[0])):
+        return None
+    index = 1
+    while index < len(command):
+        word = command[index]
+        if word in _WITH_VALUE:
+            index += 2
+        elif word == "-" or re.match(r"-[A-Za-z]*[mc]", word):
+            return None
+        elif word.startswith("-"):
+            index += 1
+        else:
+            return index
+    return None
+
+
+def check_command(command: Sequence[str], cwd: Path, environ: Mapping[str, str]) -> None:
+    """Refuse a command that cannot start.
+
+    Raises:
+        ConfigError: If the program or the script does not exist.
+    """
+    program = command[0]
+    found = shutil.which(str(cwd / program) if os.sep in program else program, path=search_path(environ))
+    if found is None and os.sep in program:
+        why = "is not executable: chmod +x it" if (cwd / program).is_file() else f"does not exist (from {cwd})"
+        raise ConfigError(f"the command {program!r} {why}")
+    if found is None:
+        hint = f"; for a script write: python {program}" if (cwd / program).is_file() else "; check its spelling"
+        raise ConfigError(f"the command {program!r} does not exist on PATH{hint}")
+    index = script_index(command)
+    if index is not None and not (cwd / command[index]).exists():
+        raise ConfigError(f"the script {command[index]!r} does not exist in {cwd}; check its spelling or change there")
+
+
+def command_in(spec: JobSpec, top: Path) -> list[str]:
+    """Return the command with the program and script that were named by absolute path taken from the snapshot.
+
+    Args:
+        spec: What was submitted.
+        top: The unpacked tree, or the working tree itself where there is no snapshot.
+    """
+    words = list(spec.command)
+    for index in {0, script_index(words)} - {None}:
+        assert index is not None
+        path = Path(words[index])
+        if path.is_absolute() and path.is_relative_to(spec.root):
+            copy = top / path.relative_to(spec.root)
+            if copy.exists() and not copy.is_dir():
+                words[index] = str(copy)
+    return words

@@ -1,0 +1,156 @@
+"""What an attempt may leave behind when its supervisor was killed: processes that still run, an outcome not written."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from jobkit import commits, contract, processes
+from jobkit.contract import Outcome
+from jobkit.errors import JobkitError
+from jobkit.heartbeat import read_beat
+from jobkit.ledger import attempt_events, read_json
+from jobkit.storage import Store, remove_tree
+
+NOTICE_S = 1.0
+"""A program whose supervisor died notices by itself; only after this long it is told by SIGTERM."""
+
+
+def processes_of(store: Store) -> list[int]:
+    """Return the live supervisors, programs and their children of a run, wherever in the family tree they are now."""
+    marks = (contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_RUNNER)
+    # A person's shell may have JOBKIT_RUN exported; what we started has more than that.
+    return [
+        pid
+        for pid in processes.with_environment(contract.ENV_RUN, store.url)
+        if pid != os.getpid() and any(mark in processes.environment_of(pid) for mark in marks)
+    ]
+
+
+class Clearing:
+    """End a set of processes in good order: let them notice, then SIGTERM, then SIGKILL.
+
+    Args:
+        grace_s: Seconds from the start until SIGKILL.
+        notice_s: Seconds from the start until SIGTERM.
+    """
+
+    def __init__(self, *, grace_s: float, notice_s: float = NOTICE_S) -> None:
+        self._start = time.monotonic()
+        self._grace_s, self._notice_s = grace_s, notice_s
+        self._told: set[int] = set()
+
+    def step(self, left: Iterable[int]) -> None:
+        """Do what is due now to those that are left."""
+        alive = set(left)
+        passed = time.monotonic() - self._start
+        if passed >= max(self._grace_s, self._notice_s):
+            for pid in alive:
+                send(pid, signal.SIGKILL)
+        elif passed >= self._notice_s:
+            # The topmost only: a program's worker processes must live while it saves.
+            below = {child for pid in alive for child in processes.descendants(pid)}
+            for pid in alive - below - self._told:
+                self._told.add(pid)
+                send(pid, signal.SIGTERM)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
+def clear(store: Store, *, grace_s: float, tick: Callable[[], Iterable[int]] | None = None) -> None:
+    """Wait until no process of a run is left, ending them in good order.
+
+    Args:
+        store: The run.
+        grace_s: Seconds until SIGKILL.
+        tick: Called between looks; returns further processes to end (orphans that hide their environment).
+    """
+    clearing = Clearing(grace_s=grace_s)
+    while True:
+        more = tick() if tick else ()
+        left = [pid for pid in {*processes_of(store), *more} if processes.alive(pid)]
+        if not left:
+            return
+        clearing.step(left)
+        time.sleep(0.05)
+
+
+def committed_step(store: Store) -> int:
+    """Return the newest committed step, -1 if there is none."""
+    return max(commits.steps(store), default=-1)
+
+
+def last_step(store: Store, attempt: int) -> int:
+    """Return the completed steps that an attempt's ledger shows, -1 if it shows none."""
+    steps = [event["step"] for event in attempt_events(store, attempt) if isinstance(event.get("step"), int)]
+    return max(steps, default=-1)
+
+
+def program_pid(store: Store, attempt: int) -> int | None:
+    """Return the process id of an attempt's program, None if it was not started."""
+    started = [event for event in attempt_events(store, attempt) if event["event"] == "started"]
+    pid = started[-1].get("pid") if started else None
+    return pid if isinstance(pid, int) else None
+
+
+def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:
+    """Read how an attempt ended, None if that is not written (or not readable)."""
+    try:
+        return read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}")
+    except JobkitError:
+        return None
+
+
+def heartbeat_directory(store: Store, attempt: int) -> Path | None:
+    """Return the node-local directory that an attempt's supervisor shares with its program, None if there is none."""
+    try:
+        link = read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json") or {}
+    except JobkitError:
+        return None
+    directory = Path(str(link.get("heartbeat", "")))
+    return directory if directory.name.startswith("jobkit-") and directory.is_dir() else None
+
+
+def write_outcome(store: Store, attempt: int, *, program_code: int | None, reason: str) -> None:
+    """Write the outcome that a killed supervisor did not write; one that is there stays.
+
+    Args:
+        store: The run.
+        attempt: Number of the attempt.
+        program_code: Exit code of the program if it is known, 128+n for signal n.
+        reason: What happened to the supervisor.
+    """
+    code = 137 if program_code is None else program_code
+    if program_code is not None:
+        reason = f"{reason}; the program ended with {contract.describe_exit(code)}"
+    directory, link = store.file(contract.attempt_dir(attempt)), heartbeat_directory(store, attempt)
+    events = attempt_events(store, attempt)
+    value = {
+        "attempt": attempt,
+        "exit_code": code,
+        "outcome": Outcome.KILLED if program_code is None else contract.outcome_of(code),
+        "reason": reason,
+        "step": max(last_step(store, attempt), read_beat(link).step if link else -1),
+        "committed_step": committed_step(store),
+        "started": events[0]["t"] if events else directory.stat().st_mtime,
+        "ended": time.time(),
+        "notice": None,
+    }
+    store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(value, indent=2) + "\n")
+    if link is not None:
+        remove_tree(link)  # the supervisor had no time to
+
+
+def close_attempts(store: Store, reason: str) -> None:
+    """Write an outcome for every attempt that has none; no process of the run may be left."""
+    for attempt in store.numbers(contract.ATTEMPTS):
+        if not store.exists(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"):
+            write_outcome(store, attempt, program_code=None, reason=reason)

@@ -1,0 +1,313 @@
+"""What a run is doing and has done, read from its directory alone."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jobkit import contract
+from jobkit.contract import State
+from jobkit.errors import JobkitError
+from jobkit.heartbeat import Beat, read_beat
+from jobkit.ledger import Event, read_json
+from jobkit.storage import Store
+from launch import leftovers
+from launch import spec as specs
+from launch.lock import held
+
+_TAIL_BYTES = 1 << 16
+"""How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """How one attempt ended."""
+
+    attempt: int
+    outcome: str
+    reason: str
+    step: int | None = None
+    committed_step: int | None = None
+    duration_s: float | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """A run at one moment; JSON has null where a number is not known.
+
+    Args:
+        state: One of `contract.State`.
+        attempt: Number of the newest attempt.
+        attempts: How many attempts there were.
+        step: Completed steps; of the running attempt, or where the last one ended.
+        committed_step: Newest committed step.
+        phase: What the running program is doing.
+        metrics: Newest logged values.
+        reason: Why the run is in this state, one clause.
+        submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s).
+        notices: Preemption notices: attempt, t, source.
+        endings: How the attempts ended, oldest first.
+        runner: 'alive', 'gone' (killed: nothing will happen until `jobkit resume`) or 'ended'.
+    """
+
+    run: str
+    name: str
+    backend: str
+    state: State
+    attempt: int | None = None
+    attempts: int = 0
+    step: int | None = None
+    committed_step: int | None = None
+    phase: str | None = None
+    metrics: dict[str, float | None] = {}
+    reason: str = ""
+    command: tuple[str, ...] = ()
+    submitted: float | None = None
+    started: float | None = None
+    updated: float | None = None
+    notices: list[dict[str, Any]] = []
+    endings: list[Ending] = []
+    runner: str = "alive"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run's end is written down."""
+        return self.runner == "ended"
+
+
+def to_json(value: object) -> str:
+    """Return one JSON document; values that JSON cannot say (NaN, infinities) become null."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
+def status(store: Store, *, assume_held: bool | None = None) -> Status:
+    """Read a run's status.
+
+    Args:
+        store: The run.
+        assume_held: Whether the run's lock counts as held; by default it is looked at.
+
+    Raises:
+        JobkitError: If it is not a run, or run.json is damaged.
+    """
+    # The lock first: a runner writes its end before it lets go.
+    alive = held(store) if assume_held is None else assume_held
+    result = _status(store, alive)
+    if result.runner == "gone" and assume_held is None and held(store):
+        result = _status(store, True)  # resumed between the two looks
+    return result
+
+
+def _status(store: Store, alive: bool) -> Status:
+    spec = specs.read(store)
+    backend, created = specs.read_backend(store)
+    attempts = store.numbers(contract.ATTEMPTS)
+    newest = attempts[-1] if attempts else None
+    endings = [ending for attempt in attempts if (ending := _ending(store, attempt)) is not None]
+    running = newest is not None and (not endings or endings[-1].attempt != newest)
+    state, reason, runner = _state(store, alive, attempted=newest is not None, running=running)
+    beat = _beat(store, newest) if running and newest is not None else None
+    if beat is None and state is State.RUNNING and not reason:
+        reason = "starting"
+    events = _attempt_tail(store, newest) if newest is not None else []
+    committed = leftovers.committed_step(store)
+    return Status(
+        run=store.url,
+        name=spec.name,
+        backend=backend,
+        state=state,
+        attempt=newest,
+        attempts=len(attempts),
+        step=_step(beat, endings, committed),
+        committed_step=committed if committed >= 0 else None,
+        phase=beat.phase.name.lower() if beat is not None else None,
+        metrics=_metrics(store, attempts, events),
+        reason=reason,
+        command=spec.command,
+        submitted=created,
+        started=_first_time(store, newest),
+        updated=_updated(store, newest),
+        notices=[notice for attempt in attempts for notice in _notices(store, attempt)],
+        endings=endings,
+        runner=runner,
+    )
+
+
+def _state(store: Store, alive: bool, *, attempted: bool, running: bool) -> tuple[State, str, str]:
+    """Return (state, reason, runner)."""
+    last = last_life_event(store)
+    cancelled = store.exists(contract.CANCEL)
+    if last.get("event") == "ended":
+        state, reason = _known_state(last.get("state")), str(last.get("reason", ""))
+        if cancelled and state is State.FAILED:
+            return State.CANCELLED, cancel_reason(store), "ended"
+        return state, reason, "ended"
+    if alive:
+        stopping = "a cancel was asked for; stopping" if cancelled else ""
+        if running:
+            return State.RUNNING, stopping, "alive"
+        if attempted:
+            return State.REQUEUED, stopping or str(last.get("reason", "")), "alive"
+        return State.QUEUED, stopping, "alive"
+    if cancelled:
+        return State.CANCELLED, cancel_reason(store), "gone"
+    return State.FAILED, f"the local runner is gone; continue with: jobkit resume {store.url}", "gone"
+
+
+def _known_state(value: object) -> State:
+    return State(str(value)) if value in list(State) else State.FAILED
+
+
+def last_life_event(store: Store) -> Event:
+    """Return the newest of submitted, resumed, decision, ended; empty if there is none."""
+    for event in reversed(list(_lines(store.file(contract.EVENTS)))):
+        if event["event"] in ("submitted", "resumed", "decision", "ended"):
+            return event
+    return {}
+
+
+def cancel_reason(store: Store) -> str:
+    """Say who cancelled a run."""
+    try:
+        by = (read_json(store, contract.CANCEL) or {}).get("by")
+    except JobkitError:
+        by = None
+    return f"cancelled by {by}" if by else "cancelled"
+
+
+def _lines(path: Path, *, tail_bytes: int | None = None) -> Iterator[Event]:
+    """Yield the events of one ledger file, in the order written, torn lines left out."""
+    try:
+        with path.open("rb") as file:
+            if tail_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
+            content = file.read()
+    except OSError:
+        return
+    for line in content.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("t"), int | float) and "event" in event:
+            yield event
+
+
+def _attempt_tail(store: Store, attempt: int) -> list[Event]:
+    return list(_lines(store.file(contract.events_file(attempt, 0)), tail_bytes=_TAIL_BYTES))
+
+
+def _metrics(store: Store, attempts: list[int], newest: list[Event]) -> dict[str, float | None]:
+    """Return the newest logged values; of an earlier attempt while this one has none."""
+    events = newest
+    for attempt in reversed(attempts):
+        values: dict[str, float | None] = {}
+        for event in events if attempt == attempts[-1] else _attempt_tail(store, attempt):
+            if event["event"] == "metrics" and isinstance(event.get("values"), dict):
+                values |= {name: _finite(value) for name, value in event["values"].items()}
+        if values:
+            return values
+    return {}
+
+
+def _finite(value: object) -> float | None:
+    if isinstance(value, int | float) and abs(value) < float("inf"):
+        return float(value)
+    return None
+
+
+def _ending(store: Store, attempt: int) -> Ending | None:
+    outcome = leftovers.read_outcome(store, attempt)
+    if outcome is None:
+        return None
+    started, ended = outcome.get("started"), outcome.get("ended")
+    timed = isinstance(started, int | float) and isinstance(ended, int | float)
+    return Ending(
+        attempt,
+        str(outcome.get("outcome", "")),
+        str(outcome.get("reason", "")),
+        _count(outcome.get("step")),
+        _count(outcome.get("committed_step")),
+        ended - started if timed else None,  # type: ignore[operator]
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _beat(store: Store, attempt: int) -> Beat | None:
+    """Return the live heartbeat of an attempt, None if there is none."""
+    link = leftovers.heartbeat_directory(store, attempt)
+    beat = read_beat(link) if link is not None else Beat()
+    return beat if beat.at_s > 0 else None
+
+
+def _step(beat: Beat | None, endings: list[Ending], committed: int) -> int | None:
+    if beat is not None and beat.step >= 0:
+        return beat.step
+    known = endings[-1].step if endings else None
+    return known if known is not None else _count(committed)
+
+
+def _notices(store: Store, attempt: int) -> list[dict[str, Any]]:
+    events = _lines(store.file(contract.events_file(attempt, "supervisor")))
+    wanted = ("t", "source", "reason")
+    return [
+        {"attempt": attempt} | {name: event[name] for name in wanted if name in event}
+        for event in events
+        if event["event"] == "notice"
+    ]
+
+
+def _first_time(store: Store, attempt: int | None) -> float | None:
+    if attempt is None:
+        return None
+    events = _lines(store.file(contract.events_file(attempt, "supervisor")))
+    return next((float(event["t"]) for event in events), None)
+
+
+def _updated(store: Store, attempt: int | None) -> float | None:
+    """Return when a file of the run last changed that its life writes to."""
+    names = [contract.EVENTS]
+    if attempt is not None:
+        names += [contract.events_file(attempt, 0), contract.events_file(attempt, "supervisor")]
+        names += [contract.log_file(attempt), f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"]
+    times = []
+    for name in names:
+        try:
+            times.append(store.file(name).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=None)
+
+
+def age(moment: float | None) -> float | None:
+    """Return how many seconds ago a moment was."""
+    return None if moment is None else max(0.0, time.time() - moment)
+
+
+def find_runs(directory: Path, *, depth: int = 3) -> list[Path]:
+    """Return the run directories below a directory, oldest first."""
+    found: list[tuple[float, Path]] = []
+    _search(directory, depth, found)
+    return [path for _, path in sorted(found)]
+
+
+def _search(directory: Path, depth: int, found: list[tuple[float, Path]]) -> None:
+    run = directory / contract.RUN_JSON
+    try:
+        found.append((run.stat().st_mtime, directory))
+        return
+    except OSError:
+        pass
+    if depth == 0:
+        return
+    try:
+        entries = [entry.path for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for entry in sorted(entries):
+        _search(Path(entry), depth - 1, found)

@@ -1,0 +1,243 @@
+"""The local runner: what a cluster's scheduler is elsewhere. One process per run, detached, with no memory of its own.
+
+Everything it knows is in the run directory, so it may be killed at any instant: its supervisor then stops the program,
+and `jobkit resume` starts another runner. It never starts an attempt while a process of an earlier one lives.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from jobkit import contract, processes
+from jobkit.contract import Outcome, State
+from jobkit.errors import JobkitError
+from jobkit.ledger import Ledger, attempt_events
+from jobkit.storage import Store
+from launch import leftovers, report, restart, snapshot
+from launch.command import command_in, search_path
+from launch.spec import JobSpec
+
+POLL_S = 0.1
+"""How often cancel.json is looked for."""
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def environment(store: Store, environ: dict[str, str], *, path: str) -> dict[str, str]:
+    """Return the environment of a supervisor.
+
+    Args:
+        store: The run.
+        environ: The runner's own.
+        path: PYTHONPATH.
+    """
+    ours = {"PATH": search_path(environ), contract.ENV_RUN: store.url, contract.ENV_RUNNER: str(os.getpid())}
+    # Lines printed before a SIGKILL must be in the log.
+    return {"PYTHONUNBUFFERED": "1"} | environ | ours | ({"PYTHONPATH": path} if path else {})
+
+
+class Runner:
+    """Run attempts of one run until there is nothing more to do.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        lock_fd: Descriptor of the run's lock; supervisors inherit it.
+    """
+
+    def __init__(self, store: Store, spec: JobSpec, lock_fd: int) -> None:
+        self._store, self._spec, self._lock_fd = store, spec, lock_fd
+        self._ledger = Ledger(store.file(contract.EVENTS))
+        self._signal: int | None = None
+        self._codes: dict[int, int] = {}
+        self._history: list[restart.Ended] = []
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> State:
+        """Run to the end and return the run's state.
+
+        Args:
+            ready: Called once signals are heard.
+
+        Signals: main thread only; SIGTERM, SIGINT, SIGHUP stop the run in good order.
+        """
+        self._listen()
+        ready()
+        processes.become_subreaper()
+        try:
+            state, reason = self._attempts()
+        except JobkitError as error:
+            state, reason = State.FAILED, str(error)
+        self._ledger.append("ended", durable=True, state=state, reason=reason)
+        return state
+
+    def _listen(self) -> None:
+        self._wake, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in (*_STOPPING, signal.SIGCHLD):
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGCHLD:
+            self._signal = self._signal or number
+
+    def _attempts(self) -> tuple[State, str]:
+        self._clear()
+        leftovers.close_attempts(self._store, "the runner and the supervisor were killed")
+        policy = restart.Policy(
+            max_failures=self._spec.max_failures, committed_at_start=leftovers.committed_step(self._store)
+        )
+        while (over := self._over()) is None:
+            ended = self._attempt()
+            self._history.append(ended)
+            decision = restart.decide(self._history, policy)
+            # A run that got to its end is done, whoever asked to stop it meanwhile.
+            if decision.state is not State.DONE and (over := self._over()) is not None:
+                break
+            self._ledger.append(
+                "decision", action=decision.action, delay_s=decision.delay_s, reason=decision.reason, durable=True
+            )
+            if not decision.restart:
+                return decision.state, decision.reason
+            self._wait(decision.delay_s)
+        return over
+
+    def _over(self) -> tuple[State, str] | None:
+        """Tell how the run ends if no further attempt may start."""
+        if self._cancelled():
+            return State.CANCELLED, report.cancel_reason(self._store)
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            return State.FAILED, (
+                f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
+            )
+        return None
+
+    def _cancelled(self) -> bool:
+        try:
+            return self._store.exists(contract.CANCEL)
+        except OSError:
+            return False  # a shared disk that does not answer must not end the training
+
+    def _wait(self, delay_s: float) -> None:
+        deadline = time.monotonic() + delay_s
+        while self._over() is None and (left := deadline - time.monotonic()) > 0:
+            self._nap(min(left, POLL_S))
+
+    def _attempt(self) -> restart.Ended:
+        """Run one attempt and return how it ended; no process of it is left then."""
+        before = max(self._store.numbers(contract.ATTEMPTS), default=-1)
+        started = time.monotonic()
+        pid = self._start()
+        code = self._follow(pid)
+        attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
+        if attempt == before:
+            self._clear()
+            reached = leftovers.committed_step(self._store)
+            return restart.Ended(contract.outcome_of(code), code, reached, duration_s=time.monotonic() - started)
+        self._clear()
+        self._close(attempt, code)
+        return self._ended(attempt, time.monotonic() - started)
+
+    def _start(self) -> int:
+        spec, old = self._spec, os.environ.get("PYTHONPATH", "")
+        if spec.code is None:
+            top, path = Path(spec.root), old
+        else:
+            top = snapshot.unpack(self._store, spec.code, root=Path(spec.root), links=spec.links)
+            path = snapshot.python_path(top, Path(spec.root), spec.imports, old)
+        cwd = top / os.path.relpath(spec.cwd, spec.root)
+        if spec.code is not None:
+            cwd.mkdir(parents=True, exist_ok=True)
+        command = command_in(spec, top)
+        supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
+        environ = environment(self._store, dict(os.environ), path=path) | {contract.ENV_LOCK: str(self._lock_fd)}
+        try:
+            process = subprocess.Popen(
+                supervise,
+                cwd=self._store.path,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # the attempt's log has it
+                pass_fds=[self._lock_fd],
+            )
+        except OSError as error:
+            raise JobkitError(f"cannot start the supervisor: {error}") from None
+        process.returncode = 0  # reaped by `_reap`, which reaps orphans too
+        return process.pid
+
+    def _follow(self, supervisor: int) -> int:
+        """Wait for the supervisor, passing on a wish to stop; kill what is left after the grace period."""
+        asked: float | None = None
+        while supervisor not in self._codes:
+            self._nap(POLL_S)
+            if self._over() is None:
+                continue
+            if asked is None:
+                asked = time.monotonic()
+                leftovers.send(supervisor, signal.SIGTERM)
+            late = time.monotonic() - asked - self._spec.grace_s
+            if late >= 0:
+                for pid in processes.descendants():
+                    # The supervisor a little later: it still writes how the program ended.
+                    if pid != supervisor or late > 3:
+                        leftovers.send(pid, signal.SIGKILL)
+        return self._codes[supervisor]
+
+    def _clear(self) -> None:
+        """Wait for processes that lost their supervisor; they save and go by themselves, or are made to."""
+
+        def tick() -> list[int]:
+            self._reap()
+            return processes.descendants()
+
+        leftovers.clear(self._store, grace_s=self._spec.grace_s, tick=tick)
+
+    def _close(self, attempt: int, code: int) -> None:
+        """Write the outcome if the supervisor did not."""
+        if leftovers.read_outcome(self._store, attempt) is not None:
+            return
+        pid = leftovers.program_pid(self._store, attempt)
+        program_code = self._codes.get(pid) if pid is not None else None
+        killed = contract.outcome_of(code) is Outcome.KILLED
+        how = f"was killed ({contract.describe_exit(code)})" if killed else f"ended with {contract.describe_exit(code)}"
+        if not killed and program_code is None:
+            program_code = code
+        leftovers.write_outcome(self._store, attempt, program_code=program_code, reason=f"the supervisor {how}")
+
+    def _ended(self, attempt: int, duration_s: float) -> restart.Ended:
+        outcome = leftovers.read_outcome(self._store, attempt) or {}
+        code = outcome.get("exit_code")
+        code = code if isinstance(code, int) else 137
+        step = outcome.get("step")
+        return restart.Ended(
+            outcome=contract.outcome_of(code),
+            exit_code=code,
+            committed_step=leftovers.committed_step(self._store),
+            step=step if isinstance(step, int) else -1,
+            duration_s=duration_s,
+            ready=any(event["event"] == "first_step" for event in attempt_events(self._store, attempt)),
+        )
+
+    def _nap(self, seconds: float) -> None:
+        """Sleep until a signal comes (a child's death too), at most `seconds`."""
+        if select.select([self._wake], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake, 512)
+        self._reap()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            self._codes[pid] = code if code >= 0 else 128 - code

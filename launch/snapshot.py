@@ -1,0 +1,390 @@
+"""The code of a run, as it was when it was submitted: one deterministic archive, unpacked once, run by every attempt.
+
+What git ignores (data, environments) is no part of the archive; it is linked into the unpacked tree, so that relative
+paths keep working.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from jobkit import contract
+from jobkit.errors import ConfigError
+from jobkit.storage import Store, explain, sync_directory
+from jobkit.units import show_size
+
+LIMIT_BYTES = 200_000_000
+_SKIPPED = {".git", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox"}
+"""Directories that are neither archived nor linked: caches, and git's own."""
+_LINKED = {".venv", "venv", "node_modules"}
+"""Directories that are linked where no git says what to ignore."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """What belongs to a snapshot, found but not yet read.
+
+    Args:
+        root: Top of the tree.
+        files: Files and symbolic links, relative to root, sorted.
+        links: What is linked instead of copied, relative to root, sorted.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    links: tuple[str, ...]
+
+
+def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES) -> Tree:
+    """Find what belongs to the snapshot of a working directory: of its git work tree, or of all below it.
+
+    Args:
+        cwd: Where the user is.
+        run: The run directory; never part of a snapshot.
+        limit_bytes: Largest size of all files together.
+
+    Raises:
+        ConfigError: If the files are too large together.
+    """
+    cwd, run = cwd.resolve(), run.resolve()
+    top = _git_top(cwd)
+    files, links = _git_files(top) if top else _all_files(cwd)
+    root = top or cwd
+    kept, others, runs = set(), set(links), {run: True}
+    for name in files:
+        owner = _run_above(root, name, runs)
+        if owner is None:
+            kept.add(name)
+        else:
+            others.add(owner)
+    linked = [name for name in sorted(others) if _linkable(root, name, run)]
+    tree = Tree(root, tuple(sorted(kept)), tuple(_topmost(linked)))
+    _check_size(tree, limit_bytes)
+    return tree
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, check=False)
+    except OSError:
+        return None
+    return os.fsdecode(done.stdout) if done.returncode == 0 else None
+
+
+def _git_top(cwd: Path) -> Path | None:
+    top = _git(cwd, "rev-parse", "--show-toplevel")
+    return Path(top.removesuffix("\n")) if top and top.strip() else None
+
+
+def _git_files(top: Path) -> tuple[list[str], list[str]]:
+    """List (tracked and untracked files, ignored entries) of a work tree, submodules and nested work trees included."""
+    listed = _git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard") or ""
+    ignored = _git(top, "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory") or ""
+    files, links = [], [name.rstrip("/") for name in ignored.split("\0") if name]
+    for name in filter(None, listed.split("\0")):
+        name = name.rstrip("/")
+        path = top / name
+        if path.is_dir() and not path.is_symlink():
+            inner_files, inner_links = _git_files(path) if (path / ".git").exists() else ([], [])
+            files += [f"{name}/{inner}" for inner in inner_files]
+            links += [f"{name}/{inner}" for inner in inner_links]
+        elif _archivable(path):
+            files.append(name)
+    return files, links
+
+
+def _all_files(top: Path) -> tuple[list[str], list[str]]:
+    files, links = [], []
+    for directory, subdirectories, names in os.walk(top):
+        relative = os.path.relpath(directory, top)
+        prefix = "" if relative == "." else f"{relative}/"
+        for name in list(subdirectories):
+            path = Path(directory, name)
+            if name in _LINKED or _is_run(path):
+                links.append(prefix + name)
+            if name in _SKIPPED or name in _LINKED or _is_run(path):
+                subdirectories.remove(name)
+            elif path.is_symlink():
+                files.append(prefix + name)
+        files += [prefix + name for name in names if not name.endswith(".pyc") and _archivable(Path(directory, name))]
+    return files, links
+
+
+def _archivable(path: Path) -> bool:
+    """Tell a file or symbolic link from what is gone or is a socket, a device, a pipe."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+
+
+def _is_run(path: Path) -> bool:
+    """Tell whether a directory is a run directory, complete or in the making."""
+    made = (path / contract.RUN_JSON).is_file() or (path / contract.CODE).is_dir()
+    return made and (path / contract.LOCK).is_file()
+
+
+def _run_above(root: Path, name: str, runs: dict[Path, bool]) -> str | None:
+    """Return the run directory that a file lies in, relative to root, None if it is in none; `runs` is a memory."""
+    parts = name.split("/")
+    for depth in range(1, len(parts)):
+        above = "/".join(parts[:depth])
+        path = root / above
+        if path not in runs:
+            runs[path] = _is_run(path)
+        if runs[path]:
+            return above
+    return None
+
+
+def _linkable(root: Path, name: str, run: Path) -> bool:
+    parts = name.split("/")
+    if _SKIPPED.intersection(parts) or name.endswith((".pyc", ".egg-info")):
+        return False
+    path = root / name
+    return path != run and run not in path.parents
+
+
+def _topmost(names: Iterable[str]) -> Iterator[str]:
+    """Drop every name below another one of them; they come sorted."""
+    seen: set[str] = set()
+    for name in names:
+        parts = name.split("/")
+        if not any("/".join(parts[:depth]) in seen for depth in range(1, len(parts))):
+            seen.add(name)
+            yield name
+
+
+def _check_size(tree: Tree, limit_bytes: int) -> None:
+    sizes = {name: (tree.root / name).lstat().st_size for name in tree.files}
+    total = sum(sizes.values())
+    if total <= limit_bytes:
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+    shown = ", ".join(f"{name} ({show_size(sizes[name])})" for name in largest)
+    raise ConfigError(
+        f"the code below {tree.root} is {show_size(total)}, and a snapshot may have {show_size(limit_bytes)}; the "
+        f"largest files are {shown}: name them in .gitignore (they are linked then), or submit with --no-snapshot"
+    )
+
+
+class _Hashing:
+    """A writer that hashes what passes."""
+
+    def __init__(self, file: BinaryIO | gzip.GzipFile) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self._file.write(content)
+
+
+def digest(tree: Tree) -> str:
+    """Return the digest that the archive of a tree has, without writing it."""
+
+    class _Nowhere(io.RawIOBase):
+        def write(self, content: object) -> int:
+            return len(content)  # type: ignore[arg-type]
+
+    return _write_tar(tree, _Nowhere())  # type: ignore[arg-type]
+
+
+def archive_name(code: str) -> str:
+    """Return the archive's name inside a run directory."""
+    return f"{contract.CODE}/{code}.tar.gz"
+
+
+def take(tree: Tree, store: Store) -> str:
+    """Write the archive into a run directory and return its digest: sha256 of the tar stream, 16 hexadecimal digits.
+
+    Durability: the archive is on storage on return, whole or not at all.
+    """
+    temporary = store.file(contract.CODE) / f".{secrets.token_hex(6)}.tmp"
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as zipped:
+                code = _write_tar(tree, zipped)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, store.file(archive_name(code)))
+        sync_directory(temporary.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise explain(error, f"cannot write the snapshot into {store.file(contract.CODE)}") from None
+    return code
+
+
+def _write_tar(tree: Tree, file: BinaryIO | gzip.GzipFile) -> str:
+    hashing = _Hashing(file)
+    with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
+        for name in tree.files:
+            try:
+                entry, content = _entry(tree.root, name)
+            except FileNotFoundError:
+                continue  # removed since it was listed
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot read {tree.root / name} for the snapshot: {error.strerror}; make it readable, name it "
+                    "in .gitignore, or submit with --no-snapshot"
+                ) from None
+            tar.addfile(entry, io.BytesIO(content))
+    return hashing.sha256.hexdigest()[:16]
+
+
+def _entry(root: Path, name: str) -> tuple[tarfile.TarInfo, bytes]:
+    path = root / name
+    entry = tarfile.TarInfo(name)
+    status = path.lstat()
+    entry.mtime = 0
+    if stat.S_ISLNK(status.st_mode):
+        entry.type, entry.mode = tarfile.SYMTYPE, 0o777
+        entry.linkname = _kept_target(root, name, os.readlink(path))
+        return entry, b""
+    content = path.read_bytes()
+    entry.mode = 0o755 if status.st_mode & 0o111 else 0o644
+    entry.size = len(content)  # not the status's: the file may change while it is read
+    return entry, content
+
+
+def _kept_target(root: Path, name: str, target: str) -> str:
+    """Return a symbolic link's target; one that leaves the tree becomes absolute, so that it still points there."""
+    inside = os.path.normpath(os.path.join(os.path.dirname(name), target))
+    if not os.path.isabs(target) and inside.split(os.sep)[0] == os.pardir:
+        return os.path.normpath(root / inside)
+    return target
+
+
+def unpack(store: Store, code: str, *, root: Path, links: Iterable[str]) -> Path:
+    """Unpack an archive beside itself, once, and return the directory.
+
+    Args:
+        store: The run.
+        code: The archive's digest.
+        root: The tree that it was taken of: links point there.
+        links: Paths that are linked into the unpacked tree.
+
+    Raises:
+        ConfigError: If the archive is missing or damaged.
+    """
+    target = store.file(f"{contract.CODE}/{code}")
+    if target.is_dir():
+        return target
+    content = _verified(store, code)
+    temporary = target.with_name(f".{code}.{secrets.token_hex(6)}.tmp")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            # Python before 3.11.4 has no filters; the content is ours, and its digest is checked.
+            tar.extraction_filter = getattr(tarfile, "tar_filter", None)
+            tar.extractall(temporary)
+        temporary.mkdir(exist_ok=True)
+        _sync_files(temporary)
+        for name in links:
+            _link(root, temporary, name)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        sync_directory(target.parent)
+    except OSError as error:
+        raise explain(error, f"cannot unpack the snapshot into {target}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _verified(store: Store, code: str) -> bytes:
+    path = store.file(archive_name(code))
+    remedy = "submit again, to a new run directory"
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"the snapshot {path} is missing; {remedy}") from None
+    except (OSError, EOFError, ValueError, zlib.error):
+        content = b""
+    found = hashlib.sha256(content).hexdigest()[:16]
+    if found != code:
+        raise ConfigError(f"the snapshot {path} is damaged: its digest is {found}; {remedy}")
+    return content
+
+
+def _sync_files(top: Path) -> None:
+    for directory, _, names in os.walk(top, topdown=False):
+        for name in names:
+            path = os.path.join(directory, name)
+            if not os.path.islink(path):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        sync_directory(Path(directory))
+
+
+def _link(root: Path, top: Path, name: str) -> None:
+    original, link = root / name, top / name
+    if not os.path.lexists(original) or os.path.lexists(link):
+        return
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(original)
+    except (FileExistsError, NotADirectoryError):
+        pass  # a file of the snapshot stands where a directory was meanwhile
+
+
+def imports_below(root: Path, entries: Iterable[str]) -> tuple[str, ...]:
+    """Return which of Python's import directories lie inside a tree, relative to it.
+
+    Args:
+        root: The tree.
+        entries: PYTHONPATH's and sys.path's; those of the environment itself (sys.prefix) do not count.
+    """
+    prefixes = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
+    found: list[str] = []
+    for entry in entries:
+        path = Path(entry or os.curdir).resolve()
+        if any(path.is_relative_to(prefix) for prefix in prefixes if prefix != root and prefix.is_relative_to(root)):
+            continue
+        if path.is_relative_to(root) and path.is_dir() and "site-packages" not in path.parts:
+            relative = path.relative_to(root).as_posix()
+            if relative not in found:
+                found.append(relative)
+    return tuple(found)
+
+
+def python_path(top: Path, root: Path, imports: Iterable[str], old: str) -> str:
+    """Return the PYTHONPATH under which the unpacked tree wins over the working tree.
+
+    Args:
+        top: The unpacked tree.
+        root: The working tree.
+        imports: Import directories, relative to both.
+        old: The PYTHONPATH so far, with absolute entries.
+    """
+    wanted = [top, *([top / "src"] if (top / "src").is_dir() else []), *(top / name for name in imports)]
+    rest = [entry for entry in old.split(os.pathsep) if entry and not _within(entry, root, top)]
+    return os.pathsep.join(dict.fromkeys([*(os.path.normpath(path) for path in wanted), *rest]))
+
+
+def _within(entry: str, root: Path, top: Path) -> bool:
+    """Tell whether an entry of PYTHONPATH has its copy in the unpacked tree."""
+    path = Path(entry).resolve()
+    if not path.is_relative_to(root):
+        return False
+    copy = top / path.relative_to(root)
+    return copy.is_dir() and copy.resolve().is_relative_to(top.resolve())

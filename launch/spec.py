@@ -1,0 +1,244 @@
+"""What is submitted: the job's specification, its durable form in run.json, and profiles from jobkit.toml."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import jobkit
+from jobkit import contract
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.storage import Store
+from jobkit.units import duration_s
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One training to run.
+
+    Args:
+        command: The program and its arguments, run as it stands (no shell).
+        run: URL of the run directory; empty for runs/<name>-<time> below the current directory.
+        name: What a person calls it; empty for the name of the run directory or of the script.
+        cwd: Directory that the command is run in; empty for the current one.
+        snapshot: Run a copy of the code as it is now, whatever happens to the working tree later.
+        grace_s: Seconds between asking an attempt to stop and killing it.
+        max_failures: Failures of the program after which the run may still be restarted.
+        root: Set by submit: top of the tree that the snapshot was taken of.
+        code: Set by submit: digest of the snapshot, None without one.
+        links: Set by submit: paths below root that are no part of the snapshot but are linked into it (data).
+        imports: Set by submit: directories below root that Python imports from.
+    """
+
+    command: tuple[str, ...]
+    run: str = ""
+    name: str = ""
+    cwd: str = ""
+    snapshot: bool = True
+    grace_s: float = 30.0
+    max_failures: int = 10
+    root: str = ""
+    code: str | None = None
+    links: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
+
+    def same_job(self, other: "JobSpec") -> bool:
+        """Tell whether both run the same command on the same code."""
+        return (self.command, self.code) == (other.command, other.code)
+
+
+class _RunFile(msgspec.Struct, frozen=True, kw_only=True):
+    """run.json as a whole. It names no value of any environment variable."""
+
+    version: int
+    jobkit: str
+    backend: str
+    created: float
+    spec: JobSpec
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """The part of run.json that every version has."""
+
+    version: int
+    jobkit: str = "unknown"
+
+
+def check(spec: JobSpec) -> None:
+    """Refuse values that cannot work.
+
+    Raises:
+        ConfigError: With the value and the remedy.
+    """
+    if not spec.command or not spec.command[0].strip():
+        raise ConfigError("no command to run; write it after '--': jobkit submit -- python train.py")
+    if spec.name and not _NAME.fullmatch(spec.name):
+        raise ConfigError(f"the name {spec.name!r} is not usable; use letters, digits, '.', '_' and '-' (at most 100)")
+    if spec.max_failures < 0:
+        raise ConfigError(f"max-failures is {spec.max_failures}; give 0 or more")
+    duration_s(spec.grace_s)
+
+
+def encode(spec: JobSpec, backend: str) -> bytes:
+    """Return run.json's content."""
+    file = _RunFile(
+        version=contract.RUN_VERSION, jobkit=jobkit.__version__, backend=backend, created=time.time(), spec=spec
+    )
+    return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+
+
+def create(store: Store, spec: JobSpec, backend: str) -> bool:
+    """Write run.json if there is none; tell whether this call made it.
+
+    Durability: on storage on return; this is the instant at which a run exists.
+    """
+    return store.create(contract.RUN_JSON, encode(spec, backend))
+
+
+def exists(store: Store) -> bool:
+    """Tell whether the directory is a run that was submitted."""
+    return store.exists(contract.RUN_JSON)
+
+
+def read(store: Store) -> JobSpec:
+    """Read what was submitted.
+
+    Raises:
+        ConfigError: If there is no run, or a newer jobkit wrote it.
+        JobkitError: If run.json is damaged.
+    """
+    return _read(store).spec
+
+
+def read_backend(store: Store) -> tuple[str, float]:
+    """Read which backend a run was submitted to, and when."""
+    file = _read(store)
+    return file.backend, file.created
+
+
+def _read(store: Store) -> _RunFile:
+    path = store.file(contract.RUN_JSON)
+    try:
+        content = store.read(contract.RUN_JSON)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{store.url} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; ask its owner for read permission") from None
+    try:
+        header = msgspec.json.decode(content, type=_Header)
+        if header.version > contract.RUN_VERSION:
+            raise ConfigError(
+                f"{path} has layout version {header.version}, written by jobkit {header.jobkit}; this is jobkit "
+                f"{jobkit.__version__}, which reads up to version {contract.RUN_VERSION}: upgrade to jobkit "
+                f"{header.jobkit} or newer"
+            )
+        return msgspec.json.decode(content, type=_RunFile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise JobkitError(
+            f"{path} is damaged ({error}); put it back from a copy, or submit to a new run directory: the "
+            f"checkpoints in {store.file(contract.CHECKPOINTS)} are not affected"
+        ) from None
+
+
+_README = """\
+# {name}: a run of jobkit {version}
+
+This directory is one training, first to last, with every interruption it survived.
+
+    command   {command}
+
+Look at it, follow it, stop it, continue it:
+
+    jobkit status {url}
+    jobkit logs -f {url}
+    jobkit cancel {url}
+    jobkit resume {url}
+
+| here | what it is |
+|---|---|
+| run.json | what was submitted; no secret is in it |
+| code/ | the snapshot of the code that every attempt runs |
+| checkpoints/<step>/ | committed steps (those with a commit.json); plain Orbax can read them |
+| attempts/<n>/ | log, events and outcome of each attempt |
+| events.jsonl | what the launching side did: submitted, decisions, ended |
+| runner.log | what the local runner itself printed: normally nothing |
+"""
+
+
+def write_readme(store: Store, spec: JobSpec) -> None:
+    """Write the run directory's README.md."""
+    import shlex
+
+    command = shlex.join(spec.command)
+    url = shlex.quote(store.url)
+    text = _README.format(name=spec.name, version=jobkit.__version__, command=command, url=url)
+    store.write(contract.README, text)
+
+
+_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "run": str,
+    "on": str,
+    "grace": (str, int, float),
+    "max-failures": int,
+    "snapshot": bool,
+}
+"""Options that a profile may set, and their types in TOML."""
+
+
+def profile_files(cwd: Path, home: Path) -> list[Path]:
+    """Return where profiles are looked for, in order."""
+    return [cwd / "jobkit.toml", home / ".config" / "jobkit" / "jobkit.toml"]
+
+
+def read_profile(name: str, *, cwd: Path, home: Path) -> dict[str, Any]:
+    """Read the options of one profile; the project's file comes before the user's.
+
+    Raises:
+        ConfigError: If no file has the profile, or it has an unknown option or a value of a wrong type.
+    """
+    known: list[str] = []
+    files = profile_files(cwd, home)
+    for path in files:
+        profiles = _profiles(path)
+        if name in profiles:
+            return _checked(profiles[name], f"profile {name!r} in {path}")
+        known += [other for other in profiles if other not in known]
+    have = f"known are: {', '.join(sorted(known))}" if known else "there are none"
+    where = " or ".join(str(path) for path in files)
+    raise ConfigError(f"no profile {name!r}; {have}. Write a table [profile.{name}] into {where}")
+
+
+def _profiles(path: Path) -> Mapping[str, Any]:
+    import tomllib
+
+    try:
+        profiles = tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {})
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; mend it, or leave --profile out") from None
+    if not isinstance(profiles, dict):
+        raise ConfigError(f"'profile' in {path} is not a table; write [profile.NAME]")
+    return profiles
+
+
+def _checked(options: Any, where: str) -> dict[str, Any]:
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where} is not a table; write [profile.NAME]")
+    checked = {}
+    for option, value in options.items():
+        name = option.replace("_", "-")
+        if name not in _OPTIONS:
+            raise ConfigError(f"{where} has an unknown option {option!r}; valid are {', '.join(_OPTIONS)}")
+        wanted = _OPTIONS[name]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            kind = "text" if wanted is str else "true or false" if wanted is bool else "a number"
+            raise ConfigError(f"{where}: {option} is {json.dumps(value, default=str)}; it must be {kind}")
+        checked[name] = value
+    return checked

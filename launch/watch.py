@@ -1,0 +1,187 @@
+"""Following a run until it is over: a live view on a terminal, a line per change elsewhere; and its log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from jobkit import contract
+from jobkit.contract import State
+from jobkit.errors import JobkitError
+from jobkit.storage import Store
+from jobkit.units import show_duration
+from launch import local, report
+from launch.report import Status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXIT_CODES = {State.DONE: 0, State.FAILED: 1, State.CANCELLED: 3}
+_POLL_S = 0.25
+_MAX_RESUMES = 5
+"""How often a runner that vanished is replaced while somebody watches."""
+
+
+def follow(store: Store, *, out: TextIO | None = None, quiet: bool = False) -> int:
+    """Follow a run until it is over, replacing its runner if that is killed.
+
+    Args:
+        store: The run.
+        out: Where lines go; standard output by default.
+        quiet: Print nothing.
+
+    Returns:
+        0 done, 1 failed, 3 cancelled.
+    """
+    out = out or sys.stdout
+    if quiet:
+        for status in _statuses(store, sys.stderr):
+            last = status
+    elif out.isatty():
+        last = _follow_live(store, out)
+    else:
+        last = _follow_plain(store, out)
+    if not quiet:
+        print(_ending_line(last), file=out, flush=True)
+    return EXIT_CODES.get(last.state, 1)
+
+
+def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
+    """Yield the run's status again and again, the last time when it is over."""
+    resumes = 0
+    while True:
+        status = report.status(store)
+        if status.runner == "gone" and status.state is State.FAILED and resumes < _MAX_RESUMES:
+            resumes += 1
+            print(f"jobkit: the local runner is gone; starting another ({resumes} of {_MAX_RESUMES})", file=out)
+            try:
+                local.resume(store.url, clear_cancel=False)
+            except JobkitError as error:
+                print(f"jobkit: {error}", file=out)
+            continue
+        yield status
+        if status.state.over:
+            return
+        time.sleep(_POLL_S)
+
+
+def _follow_plain(store: Store, out: TextIO) -> Status:
+    printed = ""
+    for status in _statuses(store, out):
+        line = _change_line(status)
+        if line != printed and not status.state.over:
+            print(line, file=out, flush=True)
+            printed = line
+    return status
+
+
+def _change_line(status: Status) -> str:
+    """Say what changes seldom; the step and the loss change all the time and are no reason for a line."""
+    words = [str(status.state)]
+    if status.attempt is not None:
+        words.append(f"attempt {status.attempt}")
+    if status.phase and status.state is State.RUNNING:
+        words.append(status.phase.replace("_", " "))
+    if status.committed_step is not None:
+        words.append(f"committed step {status.committed_step}")
+    notices = [notice for notice in status.notices if notice["attempt"] == status.attempt]
+    if notices and status.state is State.RUNNING:
+        words.append(f"notice {notices[-1].get('source', '')}".rstrip())
+    if status.reason and status.reason != "starting":
+        words.append(status.reason)
+    return ", ".join(words)
+
+
+def _ending_line(status: Status) -> str:
+    after = f" after {status.attempts} attempt{'s' * (status.attempts != 1)}" if status.attempts else ""
+    step = f", committed step {status.committed_step}" if status.committed_step is not None else ""
+    reason = f": {status.reason}" if status.reason else ""
+    return f"{status.state}{after}{step}{reason}"
+
+
+def _follow_live(store: Store, out: TextIO) -> Status:
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=out)
+    with Live(console=console, refresh_per_second=8, redirect_stderr=False) as live:
+        for status in _statuses(store, sys.stdout):
+            live.update(card(status))
+    return status
+
+
+def card(status: Status) -> "Table":
+    """Lay a status out for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows(status):
+        table.add_row(name, Text(value, style=_STYLES.get(value, "") if name == "state" else ""))
+    return table
+
+
+_STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow", "requeued": "cyan"}
+
+
+def rows(status: Status) -> Iterator[tuple[str, str]]:
+    """Yield a status as pairs of words for a person."""
+    yield "run", status.run
+    yield "state", str(status.state)
+    if status.reason:
+        yield "reason", status.reason
+    if status.attempt is not None:
+        phase = f", {status.phase.replace('_', ' ')}" if status.phase else ""
+        yield "attempt", f"{status.attempt}{phase}"
+    if status.step is not None:
+        yield "step", str(status.step)
+    yield "committed step", "none" if status.committed_step is None else str(status.committed_step)
+    if status.metrics:
+        shown = sorted(status.metrics.items(), key=lambda item: (item[0] != "loss", item[0]))
+        yield "metrics", "  ".join(f"{name} {'nan' if value is None else f'{value:.6g}'}" for name, value in shown)
+    if (seconds := report.age(status.updated)) is not None:
+        yield "updated", f"{show_duration(seconds)} ago"
+    for notice in status.notices[-3:]:
+        yield "notice", f"attempt {notice['attempt']}: {notice.get('source', '')}"
+    for ending in status.endings[-5:]:
+        step = f" at step {ending.step}" if ending.step is not None else ""
+        yield "ended", f"attempt {ending.attempt}: {ending.outcome}{step}: {ending.reason}"
+
+
+def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, following: bool = False) -> None:
+    """Write the log of every attempt, each under a line that names it.
+
+    Args:
+        store: The run.
+        out: Where it goes.
+        attempt: Only this one.
+        following: Go on until the run is over.
+    """
+    offsets: dict[int, int] = {}
+    while True:
+        # Before the copying: what is written until the run is over must still be copied.
+        over = not following or report.status(store).state.over
+        for number in store.numbers(contract.ATTEMPTS):
+            if attempt is None or number == attempt:
+                _copy_log(store, number, offsets, out, named=attempt is None)
+        out.flush()
+        if over:
+            return
+        time.sleep(_POLL_S)
+
+
+def _copy_log(store: Store, attempt: int, offsets: dict[int, int], out: TextIO, *, named: bool) -> None:
+    if attempt not in offsets and named:
+        print(f"==> attempt {attempt} <==", file=out)
+    offset = offsets.setdefault(attempt, 0)
+    try:
+        with store.file(contract.log_file(attempt)).open("rb") as log:
+            log.seek(offset)
+            while chunk := log.read(1 << 16):
+                offset += len(chunk)
+                out.write(chunk.decode(errors="replace"))
+    except FileNotFoundError:
+        pass
+    offsets[attempt] = offset
