@@ -1,0 +1,69 @@
+# `make demo` runs the main job, `make test` checks the code; both set up what they need in .venv.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+READY := .venv/.ready
+# pytest's workers; each one starts trainings of its own
+WORKERS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-all lint format types bench clean
+help:
+	@echo "make demo       train once undisturbed and once under fire, and compare the bits"
+	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
+	@echo "make test-all   the slow tests too"
+	@echo "make bench      what a step and a save cost"
+	@echo "make clean      remove .venv and everything generated"
+
+demo: $(READY)
+	$(BIN)/jobkit demo
+
+ifdef CI
+test: test-all
+else
+test: lint types
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+endif
+
+test-all: lint types
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(READY)
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format -q .
+
+bench: $(READY)
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find jobkit launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "jobkit needs Python 3.11 or newer; install one (apt-get install python3.11) and run make again" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) -s .venv-make
+	@echo "setting up .venv from constraints.txt (the first time takes a few minutes) ..."
+	@$(BIN)/python -m pip install -q -e '.[all]' -c constraints.txt
+	@touch $@
+
+# Debian and Ubuntu ship python3 without ensurepip; it comes with the package pythonX.Y-venv.
+.PHONY: .venv-make
+.venv-make:
+	@rm -rf .venv
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+		package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing $$package ..."; \
+			apt-get install -qq -y $$package >/dev/null || { apt-get update -qq && apt-get install -qq -y $$package >/dev/null; }; \
+		else \
+			echo "python3 lacks the venv module here; run: sudo apt-get install $$package, then make again" >&2; exit 1; \
+		fi; }
+	@$(PYTHON) -m venv .venv

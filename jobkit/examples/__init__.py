@@ -1,0 +1,1 @@
+"""Small, real trainings: each one runs as `python -m jobkit.examples.NAME`."""

@@ -1,0 +1,198 @@
+"""jobkit demo: its plan, its verdict, its picture, and once the whole of it."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from jobkit.contract import Outcome
+from jobkit.errors import ConfigError
+from jobkit.ledger import Ledger
+from launch import demo
+from launch.demo import Interruption, Result
+
+ROOT = Path(__file__).parent.parent
+
+
+def went(kind: str = "preemption", **changes: object) -> Interruption:
+    """Return an interruption that went as promised, but for `changes`."""
+    made = Interruption(kind, "trainer", 90)
+    made.fired_step, made.attempt, made.reached_step, made.resumed_step = 90, 0, 92, 92
+    made.outcome, made.commit_s, made.restart_s = Outcome.PREEMPTED, 0.25, 4.0
+    if kind == "kill":
+        made.outcome, made.commit_s, made.resumed_step = Outcome.KILLED, None, 80
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def result(*interruptions: Interruption, identical: bool = True) -> Result:
+    """Return a demo's result."""
+    comparison = {"equal": identical, "leaves": 122, "step": 500, "values": 510, "repeated": 12, "difference": None}
+    if not identical:
+        comparison["difference"] = {"name": "loss", "step": 91, "a": "1.0", "b": "1.5"}
+    return Result("run", 7, 500, 4, list(interruptions), identical, comparison, 20.0, 50.0, "loss.png")
+
+
+def card(found: Result) -> str:
+    """Return the card as an 80-column terminal shows it."""
+    console = Console(width=80, no_color=True)
+    with console.capture() as captured:
+        console.print(demo._card(found))
+    return captured.get()
+
+
+@given(st.integers(0, 10**6))
+def test_plan(seed: int) -> None:
+    """Whatever the seed: two preemptions and a kill, in rising order, far enough apart to hit an attempt each."""
+    plan = demo.draw(seed)
+    assert sorted((each.kind, each.target) for each in plan) == [
+        ("kill", "trainer"),
+        ("preemption", "supervisor"),
+        ("preemption", "trainer"),
+    ]
+    steps = [each.planned_step for each in plan]
+    assert steps[0] > 0
+    assert steps[-1] < demo.STEPS - 20
+    assert min(later - earlier for earlier, later in pairwise(steps)) >= 40
+    assert demo.draw(seed) == plan
+
+
+def test_seeds_differ() -> None:
+    """The seed decides the moments and the order."""
+    plans = [demo.draw(seed) for seed in range(20)]
+    assert len({plan[0].planned_step for plan in plans}) > 5
+    assert {plan[0].kind for plan in plans} == {"preemption", "kill"}
+
+
+@pytest.mark.parametrize(
+    ("interruption", "promised"),
+    [
+        (went(), True),
+        (went("kill"), True),
+        (went(fired_step=None), False),
+        (went(outcome=Outcome.KILLED), False),
+        (went("kill", outcome=Outcome.PREEMPTED), False),
+        (went(resumed_step=None), False),
+        (went(resumed_step=91), False),
+        (went(outcome=None), False),
+    ],
+)
+def test_as_promised(interruption: Interruption, promised: bool) -> None:
+    """It counts only if it was sent, ended its attempt the right way, and a preemption lost no step."""
+    assert interruption.as_promised is promised
+    assert result(interruption).survived is promised
+
+
+def test_card_of_success() -> None:
+    """The card says attempts, what each interruption cost, and the verdict."""
+    text = card(result(went(), went("kill")))
+    assert "500 steps in 4 attempts" in text
+    assert "SIGTERM, trainer       90           0     0.25 s    4.0 s  yes" in text
+    assert "SIGKILL, trainer       90          12          -    4.0 s  yes" in text
+    assert "final state and every loss bit-identical: yes" in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_card_of_failure() -> None:
+    """A difference is named, and so is an interruption that never happened."""
+    text = card(result(went(fired_step=None, outcome=None), identical=False))
+    assert "bit-identical: no" in text
+    assert "first difference at step 91, loss: 1.0 / 1.5" in text
+    assert "no (not sent)" in text
+    assert not result(went(), identical=False).survived
+
+
+def test_bars_on_a_terminal() -> None:
+    """On a terminal each training has a bar with its step, and events are printed above them."""
+    console = Console(force_terminal=True, width=100, no_color=True)
+    with console.capture() as captured, demo._screen(console) as screen:
+        task = screen.add("disturbed")
+        screen.update(task, 120, "stepping, loss 2.500, committed 100")
+        screen.say("step 120: SIGKILL to the trainer of attempt 0")
+    shown = captured.get()
+    assert "  step 120: SIGKILL to the trainer of attempt 0\n" in shown
+    assert "step 120/500 stepping, loss 2.500, committed 100" in shown
+
+
+def test_lines_without_a_terminal() -> None:
+    """Elsewhere there are plain lines, one in five seconds at most, and no control characters."""
+    console = Console(force_terminal=False, width=100)
+    with console.capture() as captured, demo._screen(console) as screen:
+        task = screen.add("disturbed")
+        for step in range(100):
+            screen.update(task, step, "stepping")
+    assert captured.get() == "  disturbed: step 0/500, stepping\n"
+
+
+def test_picture(tmp_path: Path) -> None:
+    """The picture is drawn from the ledgers alone, for interruptions early, late and never sent."""
+    for name in ("undisturbed", "disturbed"):
+        ledger = Ledger(tmp_path / name / "attempts/0/events-0.jsonl")
+        for step in range(0, 500, 5):
+            ledger.append("metrics", step=step, values={"loss": 5 / (step + 1)})
+        ledger.append("metrics", step=49, values={"val_loss": 2.0})
+        ledger.append("saved", step=40)
+        ledger.close()
+    plan = [
+        went("kill", reached_step=40, resumed_step=0),
+        went(fired_step=None),
+        went(reached_step=470, resumed_step=470),
+    ]
+    path = demo.draw_losses(tmp_path, plan)
+    assert path == tmp_path / "report/loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 20_000
+
+
+def test_directory_that_is_taken(tmp_path: Path) -> None:
+    """A directory with anything in it is refused before anything runs."""
+    (tmp_path / "precious").write_text("here")
+    with pytest.raises(ConfigError, match="is not an empty directory"):
+        demo.main(str(tmp_path), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_missing_packages(tmp_path: Path) -> None:
+    """Without the extras one sentence says what to install, and nothing is written."""
+    # An import system in which matplotlib is not there, as on a machine that has only the base.
+    code = (
+        "import importlib.util as u, sys\nreal = u.find_spec\n"
+        "u.find_spec = lambda name: None if name == 'matplotlib' else real(name)\n"
+        "sys.argv = ['jobkit', 'demo', '--run', sys.argv[1]]\nimport launch.cli\nlaunch.cli.main()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "jobkit: the demo needs matplotlib: pip install 'jobkit[train,report]'\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_whole_demo(tmp_path: Path) -> None:
+    """The whole of it: real trainings, real signals, the same bits, and a picture."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "demo", "--run", str(tmp_path / "run"), "--seed", "3", "--json"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["identical"] is True
+    assert told["survived"] is True
+    assert (told["seed"], told["attempts"]) == (3, 4)
+    assert [each["as_promised"] for each in told["interruptions"]] == [True] * 3
+    assert [each["lost_steps"] == 0 for each in told["interruptions"] if each["kind"] == "preemption"] == [True] * 2
+    assert "SIGKILL to the trainer of attempt" in done.stderr
+    assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "run").rglob("*.tmp"))
