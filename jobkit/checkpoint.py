@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jobkit import commits, contract, faults, state
+from jobkit import commits, contract, faults, mirror, state
 from jobkit.commits import Commit, Keep
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.ledger import Ledger, read_json
@@ -231,7 +231,8 @@ class Checkpoints:
         """
         self.wait()
         if self._orbax is not None:
-            self._orbax.close()
+            with contextlib.suppress(Exception):  # it raises a failed save's error again, which `take_error` told
+                self._orbax.close()
             self._orbax = None
 
     def best_step(self) -> int | None:
@@ -255,7 +256,8 @@ class Checkpoints:
             StorageError: If reading fails.
         """
         damaged = []
-        for step in reversed(commits.steps(self._store)):
+        # Every numbered directory: one without commit.json was committed by a rename and has lost it since.
+        for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
             wrong = commits.problems(self._store, step)
             if not wrong:
                 restore(self._store, step, parts)
@@ -345,12 +347,27 @@ def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts:
         StorageError: If the step is damaged.
     """
     store = Store(url)
+    fetch(store, step)
     number = find_step(store, step)
     made = {name: state.part_of(name, value) for name, value in parts.items()}
     restore(store, number, made, partial=True)
     from types import SimpleNamespace
 
     return SimpleNamespace(**{name: part.value for name, part in made.items() if isinstance(part, state.ValuePart)})
+
+
+def fetch(store: Store, step: int | str) -> None:
+    """Bring a step of a run on an object store into its home, unless it is there."""
+    if store.remote is None:
+        return
+    mirror.refresh(store)
+    known = {number: mirror.read_remote(store.remote, number).metrics for number in mirror.remote_steps(store.remote)}
+    wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
+    number = step if isinstance(step, int) else wanted
+    if number in known and number not in commits.steps(store):
+        wrong = mirror.fetch_step(store, number, attempt=0)
+        if wrong:
+            raise StorageError(f"step {number} of {store.url} is damaged: {wrong[0]}; choose another step")
 
 
 def find_step(store: Store, step: int | str) -> int:
@@ -409,6 +426,7 @@ def export_params(
     target = Path(out).expanduser().absolute()
     if target.exists():
         raise ConfigError(f"{target} exists: export never overwrites; choose another directory")
+    fetch(store, step)
     number = find_step(store, step)
     stored = state.stored_paths(_table(store, number))
     wanted = {path: None for path, record in stored.items() if _is_param(path, record)}

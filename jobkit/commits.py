@@ -9,6 +9,7 @@ that fails its check is renamed to `checkpoints/.set-aside`, with the reason, an
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import time
@@ -23,7 +24,6 @@ import msgspec
 from jobkit import contract, faults
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.storage import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
-
 
 _UNSEALED = "00000000"
 
@@ -67,6 +67,13 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         return sum(record.size for record in self.files.values())
 
 
+class _Envelope(msgspec.Struct):
+    """What the commit.json of every version has; both are required."""
+
+    version: int
+    seal: str
+
+
 def steps(store: Store) -> list[int]:
     """List the committed steps in rising order. One directory listing and one existence check per step."""
     found = store.numbers(contract.CHECKPOINTS)
@@ -83,20 +90,43 @@ def read(store: Store, step: int) -> Commit:
     name = f"{contract.step_dir(step)}/{contract.COMMIT}"
     try:
         content = store.read(name)
-        commit = msgspec.json.decode(content, type=Commit)
     except FileNotFoundError:
         raise StorageError(f"step {step} of {store.url} is not committed: it has no {contract.COMMIT}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise StorageError(f"{store.file(name)} is damaged: {error}") from None
-    if commit.version > contract.RUN_VERSION:
-        raise ConfigError(
-            f"step {step} of {store.url} has format {commit.version}, this jobkit reads up to {contract.RUN_VERSION}: "
-            "install the jobkit that wrote it or a newer one"
-        )
-    if content != _sealed(content.replace(f'"seal": "{commit.seal}"'.encode(), f'"seal": "{_UNSEALED}"'.encode())):
-        raise StorageError(f"{store.file(name)} is damaged: its content does not match its own crc32c")
+    except OSError as error:
+        raise StorageError(f"{store.file(name)} cannot be read: {error.strerror}") from None
+    return parse(content, step, where=str(store.file(name)))
+
+
+def parse(content: bytes, step: int, *, where: str) -> Commit:
+    """Read the content of a commit.json.
+
+    Args:
+        content: The bytes as they were stored.
+        step: The step whose directory it lies in.
+        where: Its place, for messages.
+
+    Raises:
+        StorageError: If it is damaged.
+        ConfigError: If a newer jobkit wrote it.
+    """
+    try:
+        envelope = msgspec.json.decode(content, type=_Envelope)
+        unsealed = content.replace(f'"seal": "{envelope.seal}"'.encode(), f'"seal": "{_UNSEALED}"'.encode())
+        if content != _sealed(unsealed):
+            raise StorageError(f"{where} is damaged: its content does not match its own crc32c")
+        # Only a version whose seal fits is believed: a flipped bit there is damage, not a newer jobkit.
+        if envelope.version > contract.RUN_VERSION:
+            raise ConfigError(
+                f"{where} has format {envelope.version}, this jobkit reads up to {contract.RUN_VERSION}: "
+                "install the jobkit that wrote it or a newer one"
+            )
+        told = msgspec.json.decode(content)
+        told["metrics"] = {name: float(value) for name, value in told.get("metrics", {}).items()}
+        commit = msgspec.convert(told, Commit)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise StorageError(f"{where} is damaged: {error}") from None
     if commit.step != step:
-        raise StorageError(f"{store.file(name)} is of step {commit.step}: the directory was renamed")
+        raise StorageError(f"{where} is of step {commit.step}: the directory was renamed")
     return commit
 
 
@@ -138,6 +168,13 @@ def problems(store: Store, step: int) -> list[str]:
         elif crc != expected.crc32c:
             wrong.append(f"{name} has crc32c {crc} instead of {expected.crc32c}")
     return wrong
+
+
+def _written(commit: Commit) -> bytes:
+    """Write a commit down as JSON, which has no word for a diverged metric's nan and inf: those become text."""
+    told = msgspec.to_builtins(commit)
+    told["metrics"] = {name: value if math.isfinite(value) else str(value) for name, value in commit.metrics.items()}
+    return msgspec.json.format(msgspec.json.encode(told), indent=1)
 
 
 def _sealed(content: bytes) -> bytes:
@@ -186,7 +223,7 @@ def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Comm
         (stage / contract.STATE).write_text(json.dumps(state, separators=(",", ":")))
         files = {name: FileRecord(*checksum(stage / name)) for name in files_below(stage)}
         whole = msgspec.structs.replace(commit, files=files)
-        (stage / contract.COMMIT).write_bytes(_sealed(msgspec.json.format(msgspec.json.encode(whole), indent=1)))
+        (stage / contract.COMMIT).write_bytes(_sealed(_written(whole)))
         sync_tree(stage)
         faults.reach("before_rename")
         newest = max(store.numbers(contract.ATTEMPTS), default=commit.attempt)

@@ -22,6 +22,8 @@ ENV_LOCK = "JOBKIT_LOCK_FD"
 """Descriptor of the run's lock, which a local supervisor inherits and keeps open; never passed on to the program."""
 ENV_RUNNER = "JOBKIT_RUNNER_PID"
 """Pid of the local runner, whose death is a notice to its supervisor."""
+ENV_HOME = "JOBKIT_HOME"
+"""Where a run on an object store is written on this node before it is uploaded."""
 ENV_FAULT = "JOBKIT_FAULT"
 """Kill this process at a named point, for drills and tests (see faults.py)."""
 

@@ -41,12 +41,12 @@ class Ledger:
         except OSError as error:
             raise explain(error, f"cannot write {path}") from None
         self._path = path
-        # A torn last line of an earlier writer must not swallow our first one.
+        # A torn last line, of an earlier writer or of a disk that was full for a while, must not swallow the next one.
+        self._torn = False
         if os.fstat(self._descriptor).st_size:
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    os.write(self._descriptor, b"\n")
+                self._torn = file.read() != b"\n"
 
     def append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
         """Write one event.
@@ -62,9 +62,11 @@ class Ledger:
         """Write several events with one system call; they carry their own `t`."""
         if self._descriptor is None or not events:
             return
-        lines = "".join(json.dumps(event, separators=(",", ":"), default=str) + "\n" for event in events)
+        lines = "".join(json.dumps(event, separators=(",", ":"), default=str) + "\n" for event in events).encode()
+        if self._torn:
+            lines = b"\n" + lines
         try:
-            os.write(self._descriptor, lines.encode())
+            self._torn = os.write(self._descriptor, lines) < len(lines)
             if durable:
                 os.fsync(self._descriptor)
         except OSError:
@@ -130,21 +132,30 @@ class Series:
 
 
 def read_metrics(store: Store) -> Series:
-    """Read every logged metric of process 0, rewound at each resume."""
+    """Read every logged metric of process 0, rewound at each resume: what lay beyond the restored step is gone."""
     series = Series()
+    earlier: dict[str, dict[int, list[float]]] = {}  # what was logged for steps that a resume took back
     for attempt in store.numbers(contract.ATTEMPTS):
+        logged: dict[str, dict[int, float]] = {}
         for event in _lines(store, contract.events_file(attempt, 0)):
-            if event["event"] != "metrics":
+            step, values = event.get("step", 0), event.get("values")
+            if not isinstance(step, int):
                 continue
-            step, values = event.get("step"), event.get("values")
-            if not isinstance(step, int) or not isinstance(values, Mapping):
-                continue
-            for name, value in values.items():
-                line = series.values.setdefault(name, {})
-                if step in line:
-                    again = series.repeated.setdefault(name, {})
-                    again.setdefault(step, [line[step]]).append(value)
-                line[step] = value
+            if event["event"] in ("fresh", "restored"):
+                for name, line in series.values.items():
+                    for taken_back in [logged_at for logged_at in line if logged_at >= step]:
+                        earlier.setdefault(name, {}).setdefault(taken_back, []).append(line.pop(taken_back))
+            elif event["event"] == "metrics" and isinstance(values, Mapping):
+                for name, value in values.items():
+                    logged.setdefault(name, {})[step] = value
+        for name, line in logged.items():
+            known = series.values.setdefault(name, {})
+            for step, value in line.items():
+                before = [*earlier.get(name, {}).get(step, []), *([known[step]] if step in known else [])]
+                if before:
+                    series.repeated.setdefault(name, {})[step] = [*before, value]
+                known[step] = value
+    series.values = {name: line for name, line in series.values.items() if line}
     return series
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import jax
 
-from jobkit import contract, state
+from jobkit import contract, mirror, state
 from jobkit.checkpoint import Checkpoints, find_step, restore
 from jobkit.commits import Keep, sweep
 from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
@@ -28,6 +28,10 @@ from jobkit.strategy import SaveEvery
 
 _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""
+
+
+_UPLOAD_S = 600.0
+"""How long the last uploads of a run without a supervisor may take."""
 
 
 class Values:
@@ -116,8 +120,12 @@ class Run:
             self._heartbeat = Heartbeat(directory)
             self._heartbeat.enter(Phase.LISTENING)
             given = contract.attempt_from()
-            self.attempt = given if given is not None else self._store.claim(contract.ATTEMPTS)
+            self.attempt = given if given is not None else mirror.claim(self._store)
             self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, 0)))
+            # Under a supervisor the uploads are its own, so that they survive this process.
+            self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if given is None else None
+            if self._carrier is not None:
+                self._carrier.start()
             self._ledger.append("opened", pid=os.getpid(), python=sys.version.split()[0])
             self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
         except BaseException:
@@ -149,6 +157,8 @@ class Run:
             try:
                 self._checkpoints.close()
                 self._flush(everything=error is None)
+                if self._carrier is not None:
+                    self._carrier.close(deadline_s=_UPLOAD_S)
                 if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
                     self._ledger.append("raised", error=f"{type(error).__name__}: {error}"[:2000], step=self.step)
                 elif error is None:
@@ -213,6 +223,8 @@ class Run:
         snapshot = state.take(made)
         self._checkpoints.check_space(snapshot.nbytes)
         sweep(self._store, attempt=self.attempt)
+        if self._store.remote is not None:
+            mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
         restored = self._checkpoints.restore_newest(made)
         seconds = round(time.monotonic() - begun, 6)
         self._table, self._parts = snapshot.table, made

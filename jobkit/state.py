@@ -11,13 +11,13 @@ scalars, and lose weak types; what comes back is what was there, to the bit.
 
 import base64
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jobkit.errors import ConfigError
@@ -27,6 +27,37 @@ Record = dict[str, Any]
 """How one leaf is written down in state.json: `is` (jax, key, numpy, scalar), shape, dtype, ... or a value."""
 
 _NUMBERS = (bool, int, float, complex)
+
+_DTYPES = frozenset(
+    [
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+        "complex64",
+        "complex128",
+        "bfloat16",
+        "int2",
+        "int4",
+        "float4_e2m1fn",
+        "float8_e3m4",
+        "float8_e4m3b11fnuz",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    ]
+)
+"""What tensorstore can write; a test saves one array of each."""
 
 
 @dataclass
@@ -66,7 +97,7 @@ class ValuePart:
 
     def slots(self) -> tuple[list[Slot], Any]:
         """Return the leaves of the current value."""
-        leaves, _ = jax.tree_util.tree_flatten_with_path(self.value)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.value, is_leaf=_is_iterator)
         return [Slot(_names(path), leaf) for path, leaf in leaves], None
 
     def assign(self, values: list[Any], skeleton: Any) -> None:
@@ -150,16 +181,29 @@ def part_of(name: str, value: Any) -> Part:
         return ObjectPart(lambda: bits.state, lambda state: setattr(bits, "state", state))
     if isinstance(value, random.Random):
         return ObjectPart(value.getstate, value.setstate)
-    if _holds_nnx(value):
+    try:
+        holds_nnx = _holds_nnx(value)
+    except (TypeError, ValueError) as error:  # keys that cannot be sorted, such as 1 and '1'
+        raise ConfigError(f"part {name!r} is no pytree that JAX can flatten: {error}") from None
+    if holds_nnx:
         _refuse_mixture(name, value)
-        return NnxPart(value)
-    for get, set_ in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+        return NnxPart([value] if isinstance(value, _variable_type()) else value)  # NNX has no state of a bare one
+    for get, set_ in _POSITIONS:
         if callable(getattr(value, get, None)) and callable(getattr(value, set_, None)):
             return ObjectPart(getattr(value, get), getattr(value, set_))
-    for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_iterator)[0]:
         if not _is_leaf(leaf):
             raise ConfigError(_refusal("/".join((name, *_names(path))), leaf))
     return ValuePart(value)
+
+
+_POSITIONS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
+
+
+def _has_position(value: Any) -> bool:
+    return isinstance(value, np.random.BitGenerator | np.random.Generator | random.Random) or any(
+        callable(getattr(value, get, None)) and callable(getattr(value, set_, None)) for get, set_ in _POSITIONS
+    )
 
 
 def _is_nnx(value: Any) -> bool:
@@ -172,7 +216,20 @@ def _is_nnx(value: Any) -> bool:
 
 
 def _holds_nnx(value: Any) -> bool:
-    return any(_is_nnx(node) for node in jax.tree.leaves(value, is_leaf=_is_nnx))
+    return any(
+        _is_nnx(node) for node in jax.tree.leaves(value, is_leaf=lambda node: _is_nnx(node) or _is_iterator(node))
+    )
+
+
+def _is_iterator(value: Any) -> bool:
+    # Named a leaf before JAX sees it: JAX warns of iterators in trees and will refuse them in words of its own.
+    return hasattr(value, "__next__")
+
+
+def _variable_type() -> type:
+    from flax import nnx
+
+    return nnx.Variable
 
 
 def _refuse_mixture(name: str, value: Any) -> None:
@@ -187,9 +244,11 @@ def _refuse_mixture(name: str, value: Any) -> None:
 
 
 def _is_leaf(value: Any) -> bool:
+    if isinstance(value, jax.Array):
+        return jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype.name in _DTYPES
     if isinstance(value, np.ndarray | np.generic):
-        return value.dtype.kind in "biufc" or hasattr(ml_dtypes, value.dtype.name)
-    return isinstance(value, (*_NUMBERS, str, bytes, jax.Array))
+        return value.dtype.name in _DTYPES and not isinstance(value, np.ma.MaskedArray)
+    return type(value) in (*_NUMBERS, str, bytes)  # not their subclasses (an enum): another type would come back
 
 
 def _kind(value: Any) -> str:
@@ -198,10 +257,19 @@ def _kind(value: Any) -> str:
 
 def _refusal(where: str, value: Any) -> str:
     """Say why a leaf cannot be a part and what to do."""
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ma.MaskedArray):
+        return f"{where!r} is a masked array, whose mask would be lost: pass its data and its mask as two arrays"
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        whose = "JAX" if isinstance(value, jax.Array) else "numpy"
         return (
-            f"{where!r} is a numpy array of dtype {value.dtype}, which a checkpoint cannot hold: encode it as numbers"
+            f"{where!r} is a {whose} array of dtype {value.dtype}, which a checkpoint cannot hold: "
+            "encode it as numbers of a usual dtype"
         )
+    if isinstance(value, (*_NUMBERS, str, bytes)):
+        plain = next(kind for kind in (int, float, complex, str, bytes) if isinstance(value, kind)).__name__
+        return f"{where!r} is {_kind(value)}, of which only the plain value could be saved: pass {plain}(...) of it"
+    if _has_position(value):
+        return f"{where!r} is {_kind(value)} inside a container: give it to resume() as a part of its own"
     if hasattr(value, "__next__"):
         return (
             f"{where!r} is {_kind(value)}, which cannot be rewound: iterate a Grain dataset "
@@ -237,6 +305,8 @@ def record_of(value: Any) -> tuple[Record, Any]:
     if isinstance(value, np.ndarray | np.generic):
         kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
         record = {"is": kind, "shape": list(value.shape), "dtype": value.dtype.name}
+        if not value.dtype.isnative:
+            record["swapped"] = True
         # A copy, since the program may write into its array while the save is under way.
         return record, (np.array(value) if value.size else None)
     if isinstance(value, complex):
@@ -272,7 +342,7 @@ def value_of(record: Record, stored: Any, live: Any = None) -> Any:
     if stored is None:
         stored = np.zeros(record["shape"], _dtype(record) if kind != "key" else np.uint32)
     if kind == "numpy":
-        return np.asarray(stored, _dtype(record))
+        return np.asarray(stored, _dtype(record).newbyteorder("S") if record.get("swapped") else _dtype(record))
     if kind == "numpy_scalar":
         return np.asarray(stored, _dtype(record))[()]
     if kind == "key":
@@ -283,7 +353,7 @@ def value_of(record: Record, stored: Any, live: Any = None) -> Any:
         made = jnp.asarray(np.asarray(stored, _dtype(record)))
     if record.get("weak"):
         made = _weak(made)
-    if isinstance(live, jax.Array) and live.committed and made.sharding != live.sharding:
+    if isinstance(live, jax.Array) and live.committed and (made.sharding != live.sharding or not made.committed):
         made = jax.device_put(made, live.sharding)
     return made
 
@@ -326,7 +396,7 @@ def stored_args(record: Record, live: Any) -> Any:
 
 
 def _encode(value: Any, leaves: list[Any]) -> Any:
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, list):
         return [_encode(item, leaves) for item in value]
@@ -391,6 +461,8 @@ def take(parts: Mapping[str, Part]) -> Snapshot:
         slots, skeleton = part.slots()
         records = {}
         for slot in slots:
+            if not _is_leaf(slot.value):
+                raise ConfigError(_refusal("/".join((name, *slot.path)), slot.value))
             record, array = record_of(slot.value)
             if slot.role:
                 record["role"] = slot.role
@@ -409,8 +481,13 @@ def take(parts: Mapping[str, Part]) -> Snapshot:
 
 
 def _quote(name: str) -> str:
-    """Escape what separates names: '/' in our paths; '.' in Orbax's, where {'a.b'} and {'a': {'b'}} would collide."""
-    return name.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+    """Escape what separates names: '/' in our paths; '.' in Orbax's, where {'a.b'} and {'a': {'b'}} would collide.
+
+    And the empty name, since a path without names is a part that is one leaf; and lone surrogates, since Orbax writes
+    UTF-8.
+    """
+    name = re.sub("[%/.\ud800-\udfff]", lambda found: f"%{ord(found[0]):02X}", name)
+    return name or "%"
 
 
 def quoted(part: str, path: Path) -> Path:

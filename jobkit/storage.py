@@ -7,9 +7,12 @@ looks at.
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from urllib.parse import unquote, urlsplit
 
 import google_crc32c
 
+from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.remote import Remote
 
 # No restart mends these: a person has to free space, change permissions or remount.
 _HOPELESS = {
@@ -57,25 +62,67 @@ def local_path(url: str | os.PathLike[str]) -> Path:
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(f"{text!r} names another host; write file:///path")
-        return Path(unquote(parts.path)).absolute()
-    if "://" in text:
-        raise ConfigError(
-            f"{text!r} is not on a file system; this version stores runs on local and network file systems only: "
-            "give a path or a file:// URL"
-        )
-    return Path(text).expanduser().absolute()
+        if parts.query or parts.fragment:
+            raise ConfigError(f"{text!r}: '?' and '#' end a URL's path; write %3F and %23, or give a plain path")
+        text = unquote(parts.path)
+    elif is_remote(text):
+        raise ConfigError(f"{text!r} is not on a file system: give a path or a file:// URL")
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # pathlib's gs://bucket; here it would be a directory 'gs:'
+        raise ConfigError(f"{text!r} has lost a slash of its '://': give the URL as text, not as a Path")
+    if not text or "\0" in text:
+        raise ConfigError(f"{os.fspath(url)!r} names no path; give a path or a URL")
+    try:
+        return (Path(text) if parts.scheme == "file" else Path(text).expanduser()).absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{text!r}: {error}; write the path in full") from None
+
+
+def is_remote(url: str | os.PathLike[str]) -> bool:
+    """Tell whether a URL is reached through fsspec rather than through the file system."""
+    text = os.fspath(url)
+    return "://" in text and not text.startswith("file://")
+
+
+def home_of(url: str) -> Path:
+    """Return the node-local directory in which a run on an object store is written before it is uploaded.
+
+    It lies in `JOBKIT_HOME`, else in the system's directory for temporary files, under a name made of the URL: the next
+    attempt on this node finds there what an earlier one could not upload.
+
+    Raises:
+        ConfigError: If it cannot be made, or somebody else made it.
+    """
+    root = Path(os.environ.get(contract.ENV_HOME) or Path(tempfile.gettempdir()) / f"jobkit-{os.getuid()}")
+    digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    home = root / f"{url.rstrip('/').rpartition('/')[2]}-{digest}"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.stat().st_uid != os.getuid():
+            raise ConfigError(f"{root} belongs to somebody else: set {contract.ENV_HOME} to a directory of yours")
+        home.mkdir(exist_ok=True)
+    except OSError as error:
+        raise explain(error, f"cannot create {home}") from None
+    return home
 
 
 class Store:
     """A run directory: small whole files in, whole files out.
 
     Args:
-        url: A path or a file:// URL; need not exist yet.
+        url: A path or a file:// URL, need not exist yet; or a URL of an object store, whose home on this node is what
+            is read and written here, and what mirror.py carries to and fro.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.path = local_path(url)
-        self.url = str(self.path)
+        self.remote: Remote | None = None
+        """The object store behind a home; None if the run directory is on a file system."""
+        if is_remote(url):
+            self.url = os.fspath(url).rstrip("/")
+            self.path = home_of(self.url)
+            self.remote = Remote(self.url)
+        else:
+            self.path = local_path(url)
+            self.url = str(self.path)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -97,7 +144,7 @@ class Store:
 
     def numbers(self, name: str) -> list[int]:
         """List the entries of a directory whose names are numbers, in rising order."""
-        return sorted(int(entry) for entry in self.names(name) if entry.isdecimal())
+        return sorted(int(entry) for entry in self.names(name) if re.fullmatch("0|[1-9][0-9]{0,17}", entry))
 
     def read(self, name: str) -> bytes:
         """Return a file's content; raises FileNotFoundError if it is absent."""

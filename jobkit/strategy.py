@@ -16,7 +16,8 @@ class SaveEvery:
     """A parsed `save_every`, and when the next save is due.
 
     Args:
-        every_steps: Save at multiples of this many completed steps; 0 for never.
+        every_steps: Save at multiples of this many completed steps, or as soon after as the save under way has ended; 0
+            for never.
         every_s: Save this many seconds after the last save began; infinity for never.
         only_best: `save(metric=...)` saves only an improvement.
     """
@@ -51,8 +52,12 @@ class SaveEvery:
         if item == "best":
             self.only_best = True
             return
-        steps = re.fullmatch(r"\s*(\d+)\s*(?:steps?)?\s*", str(item)) if not isinstance(item, bool) else None
+        steps = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:steps?)?\s*", str(item)) if not isinstance(item, bool) else None
         if steps and int(steps[1]) > 0:
+            if self.every_steps:
+                raise ConfigError(
+                    f"save_every gives two intervals in steps, {self.every_steps} and {steps[1]}: choose one"
+                )
             self.every_steps = int(steps[1])
             return
         try:
@@ -61,6 +66,8 @@ class SaveEvery:
             seconds = 0.0
         if seconds <= 0:
             raise ConfigError(f"save_every={item!r}: give '500 steps', a duration like '10m', 'best', or None")
+        if self.every_s < math.inf:
+            raise ConfigError(f"save_every gives two durations, {self.every_s:g} s and {seconds:g} s: choose one")
         self.every_s = seconds
 
     def begin(self, step: int, now_s: float) -> None:

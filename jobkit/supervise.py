@@ -22,7 +22,7 @@ from typing import IO
 
 import click
 
-from jobkit import commits, contract, processes
+from jobkit import commits, contract, mirror, processes
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.heartbeat import Beat, Link, Phase
@@ -35,6 +35,8 @@ _LEFTOVER_S = 5.0
 _SAVING_S = 60.0
 """A program that outlives the shell around it gets this long to end by itself, since it may be saving."""
 _TICK_S = 0.25
+_UPLOAD_S, _UPLOAD_NOTICED_S = 600.0, 120.0
+"""How long the last uploads may take; what is not up by then waits on this node for the next attempt."""
 
 
 @dataclass
@@ -72,10 +74,12 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     """
     processes.become_subreaper()
     wakeup = _listen()
-    attempt = Attempt(store, store.claim(contract.ATTEMPTS), command, cwd)
+    attempt = Attempt(store, mirror.claim(store), command, cwd)
     ledger = Ledger(store.file(contract.events_file(attempt.number, "supervisor")))
+    carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
     try:
+        carrier.start()
         store.write(
             f"{contract.attempt_dir(attempt.number)}/supervisor.json",
             _json(pid=os.getpid(), started=attempt.started, heartbeat=str(link.directory)),
@@ -88,11 +92,14 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
                 log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
-            code = _watch(attempt, link, ledger, wakeup)
+            code = _watch(attempt, link, ledger, wakeup, carrier)
+            code = _upload(attempt, carrier, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
         _end(attempt, ledger, link.read(), code)
+        with contextlib.suppress(JobkitError):
+            carrier.carry_files()  # the outcome itself
         return code
     finally:
         link.close()
@@ -148,7 +155,17 @@ class _Tail:
         self.offset = 0
 
 
-def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int) -> int:
+def _upload(attempt: Attempt, carrier: mirror.Mirror, code: int) -> int:
+    """Finish what the program left to upload; the attempt is neither done nor preempted in good order without it."""
+    try:
+        carrier.close(deadline_s=_UPLOAD_NOTICED_S if attempt.notice else _UPLOAD_S)
+    except JobkitError as error:
+        attempt.hint = str(error)
+        return int(error.exit_code) if code in (Exit.DONE, Exit.PREEMPTED) else code
+    return code
+
+
+def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: mirror.Mirror) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
     tail = _Tail()
     poll = select.poll()
@@ -162,6 +179,8 @@ def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int) -> int:
                 interrupts += number == signal.SIGINT
                 insist = interrupts >= 3 and os.isatty(0)
                 _forward(attempt, link, ledger, signal.SIGKILL if insist else signal.Signals(number))
+        if carrier.superseded and attempt.notice is None:
+            _forward(attempt, link, ledger, signal.SIGTERM)
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:

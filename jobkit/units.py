@@ -2,16 +2,21 @@
 
 import math
 import re
+from fractions import Fraction
 
 from jobkit.errors import ConfigError
 
-_SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+# Fractions, so that '9ms' is 0.009 and '1.001kB' is 1001: floats would give 0.009000000000000001 and 1000.
+_SECONDS = {"ms": Fraction(1, 1000)} | {
+    unit: Fraction(seconds) for unit, seconds in {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}.items()
+}
 _BYTES = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("kmgtp", start=1)
     for suffix, base in (("b", 1000), ("ib", 1024), ("", 1024))
 }
-_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.ASCII)
+_LONGEST = 100  # characters; Python refuses to read numbers of some thousand digits, with words of its own
 
 
 def duration_s(text: str | float) -> float:
@@ -21,18 +26,25 @@ def duration_s(text: str | float) -> float:
         ConfigError: If the text is not a duration, or is not finite and positive or zero.
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
-        seconds = float(text)
+        seconds = _float(text)
     else:
         parts = _PART.findall(str(text).strip().lower())
         joined = "".join(number + unit for number, unit in parts)
-        if not parts or joined != re.sub(r"\s+", "", str(text).strip().lower()):
+        if not parts or len(joined) > _LONGEST or joined != re.sub(r"\s+", "", str(text).strip().lower()):
             raise ConfigError(f"{text!r} is not a duration; write seconds or a form like '90s', '10m', '1h30m'")
         if any(unit not in _SECONDS and not (unit == "" and len(parts) == 1) for _, unit in parts):
             raise ConfigError(f"{text!r} has an unknown unit of time; known are {', '.join(_SECONDS)}")
-        seconds = sum(float(number) * _SECONDS.get(unit, 1.0) for number, unit in parts)
+        seconds = _float(sum(Fraction(number) * _SECONDS.get(unit, 1) for number, unit in parts))
     if not math.isfinite(seconds) or seconds < 0:
         raise ConfigError(f"{text!r} is not a duration of zero or more seconds")
     return seconds
+
+
+def _float(number: float | Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def size_bytes(text: str | int) -> int:
@@ -41,10 +53,10 @@ def size_bytes(text: str | int) -> int:
     Raises:
         ConfigError: If the text is not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    match = _PART.fullmatch(str(text).strip().lower()) if len(str(text)) <= _LONGEST else None
     if match is None or match[2] not in _BYTES:
         raise ConfigError(f"{text!r} is not a size; write bytes or a form like '500MB', '4GiB'")
-    return int(float(match[1]) * _BYTES[match[2]])
+    return int(Fraction(match[1]) * _BYTES[match[2]])
 
 
 def show_duration(seconds: float) -> str:

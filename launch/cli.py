@@ -12,6 +12,7 @@ from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
 
 if TYPE_CHECKING:
+    from launch.checkpoints import Row
     from launch.local import Plan
     from launch.report import Status
     from launch.spec import JobSpec
@@ -279,17 +280,90 @@ def _table(path: Path, listed: "list[Status]") -> str:
         return "-" if value is None else str(value)
 
     head = ("RUN", "STATE", "ATTEMPTS", "STEP", "COMMITTED", "REASON")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for status in listed:
         run = Path(status.run)
         shown = str(run.relative_to(path)) if run != path else run.name
         counts = (str(status.attempts), number(status.step), number(status.committed_step))
         lines.append((shown, str(status.state), *counts, status.reason))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head) - 1)]
+    return _aligned(lines)
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    """Lay rows of words out in columns; the last one runs free."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
     return "\n".join(
         "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
         for line in lines
     )
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("action", default="list", type=click.Choice(["list", "verify", "export", "rm"]))
+@click.argument("step", required=False)
+@click.option("--all", "every", is_flag=True, help="verify: every step, not only the newest.")
+@click.option("--params", metavar="OUT", help="export: write the parameters alone to the directory OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def checkpoints(run: str, action: str, step: str | None, every: bool, params: str | None, as_json: bool) -> None:
+    """List the committed steps of RUN; verify, export or remove them.
+
+    \b
+    Examples:
+      jobkit checkpoints runs/mnist
+      jobkit checkpoints runs/mnist verify --all
+      jobkit checkpoints runs/mnist export best --params exported
+      jobkit checkpoints runs/mnist rm 400
+    """
+    from launch import checkpoints, local, report
+
+    store = local.open_run(run)
+    if action == "list":
+        rows = checkpoints.listed(store)
+        print(report.to_json(rows) if as_json else _checkpoint_table(rows))
+    elif action == "verify":
+        steps = checkpoints.chosen(store, step, every=every)
+        found = checkpoints.verify(store, steps, lambda step, wrong: None if as_json else _print_verdict(step, wrong))
+        if as_json:
+            print(report.to_json({str(step): wrong for step, wrong in found.items()}))
+        sys.exit(1 if any(found.values()) else 0)
+    elif action == "export":
+        if not params:
+            raise ConfigError("export what where? give --params OUT, a directory that does not exist")
+        sys.exit(checkpoints.export(store, params, step))
+    else:
+        if step is None:
+            raise ConfigError("rm which step? jobkit checkpoints RUN lists them")
+        checkpoints.remove(store, checkpoints.chosen(store, step, every=False)[0])
+
+
+def _print_verdict(step: int, wrong: list[str]) -> None:
+    print(f"step {step}: {'; '.join(wrong) if wrong else 'whole'}", flush=True)
+
+
+def _checkpoint_table(rows: "list[Row]") -> str:
+    from jobkit.units import show_duration, show_size
+
+    if not rows:
+        return "no committed checkpoint"
+    lines: list[tuple[str, ...]] = [("STEP", "AGE", "SIZE", "ATTEMPT", "SAVED", "VERIFIED", "UPLOADED", "METRICS")]
+    for row in rows:
+        if row.problem:
+            lines.append((str(row.step), "-", "-", "-", "-", "damaged", "-", row.problem))
+            continue
+        lines.append(
+            (
+                str(row.step),
+                show_duration(row.age_s or 0.0),
+                show_size(row.bytes or 0),
+                str(row.attempt),
+                row.reason,
+                "yes" if row.verified_at else "not yet",
+                {None: "-", True: "yes", False: "waiting"}[row.uploaded],
+                "  ".join(f"{name} {value:.6g}" for name, value in row.metrics.items()),
+            )
+        )
+    return _aligned(lines)
 
 
 @cli.command()

@@ -84,8 +84,12 @@ def clear(store: Store, *, grace_s: float, tick: Callable[[], Iterable[int]] | N
 
 
 def committed_step(store: Store) -> int:
-    """Return the newest committed step, -1 if there is none."""
-    return max(commits.steps(store), default=-1)
+    """Return the newest committed step, -1 if there is none; on an object store also those not in this home."""
+    newest = max(commits.steps(store), default=-1)
+    if store.remote is not None:
+        told = [read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
+        newest = max([newest, *(outcome.get("committed_step", -1) for outcome in told)])
+    return newest
 
 
 def last_step(store: Store, attempt: int) -> int:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import msgspec
 
-from jobkit import contract
+from jobkit import contract, mirror
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import Ledger
-from jobkit.storage import Store, explain, local_path, remove_tree
+from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
 from jobkit.units import show_duration
 from launch import leftovers, report, snapshot
 from launch import spec as specs
@@ -51,8 +51,17 @@ class Local:
 
 
 def open_run(url: str | os.PathLike[str]) -> Store:
-    """Return the store of a run, under the one name that its processes know it by."""
-    return Store(os.path.realpath(local_path(url)))
+    """Return the store of a run, under the one name that its processes know it by.
+
+    A run on an object store is read from its home on this node, which is brought up to date first unless a runner
+    here is writing to it.
+    """
+    if not is_remote(url):
+        return Store(os.path.realpath(local_path(url)))
+    store = Store(url)
+    if not held(store):
+        mirror.refresh(store)
+    return store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +154,11 @@ def submit(spec: JobSpec) -> Store:
         store.remove(contract.CANCEL)  # of a submit that was killed half-way, then cancelled
         if not specs.create(store, spec, BACKEND):
             raise ConfigError(_taken(plan))
+        try:
+            mirror.publish(store)
+        except JobkitError:
+            store.remove(contract.RUN_JSON)
+            raise
         _record(store, "submitted", command=list(spec.command), code=code, by=_who())
     _start(store, lock)
     return store
@@ -284,6 +298,8 @@ def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_ca
         with cancel_mutex(store):
             if _cancel_content(store) == cancel_seen:
                 store.remove(contract.CANCEL)
+                if store.remote is not None:
+                    store.remote.remove([contract.CANCEL])
     _record(store, "resumed", by=_who())
     _start(store, lock)
     return State.RUNNING
@@ -327,6 +343,8 @@ def cancel(
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
     content = json.dumps({"by": _who(), "at": time.time(), "id": secrets.token_hex(8)}).encode() + b"\n"
     with cancel_mutex(store):
+        if store.remote is not None:
+            store.remote.write(contract.CANCEL, content)
         store.write(contract.CANCEL, content)
     _record(store, "cancelled", by=_who())
     if wait and held(store):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from jobkit import contract, processes
+from jobkit import contract, mirror, processes
 from jobkit.contract import Outcome, State
 from jobkit.errors import JobkitError
 from jobkit.ledger import Ledger, attempt_events
@@ -74,6 +74,8 @@ class Runner:
         except JobkitError as error:
             state, reason = State.FAILED, str(error)
         self._ledger.append("ended", durable=True, state=state, reason=reason)
+        with contextlib.suppress(JobkitError):
+            mirror.carry_described(self._store)
         return state
 
     def _listen(self) -> None:

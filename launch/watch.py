@@ -70,7 +70,7 @@ def _follow_plain(store: Store, out: TextIO) -> Status:
     for status in _statuses(store, out):
         line = _change_line(status)
         if line != printed and not status.state.over:
-            print(line, file=out, flush=True)
+            print(line + _moving(status), file=out, flush=True)
             printed = line
     return status
 
@@ -90,6 +90,13 @@ def _change_line(status: Status) -> str:
     if status.reason and status.reason != "starting":
         words.append(status.reason)
     return ", ".join(words)
+
+
+def _moving(status: Status) -> str:
+    """Say what changes all the time, for a line that is printed for another reason."""
+    step = f"; at step {status.step}" if status.step is not None and status.state is State.RUNNING else ""
+    loss = status.metrics.get("loss")
+    return f"{step}, loss {loss:.6g}" if step and loss is not None else step
 
 
 def _ending_line(status: Status) -> str:

@@ -41,7 +41,7 @@ MISTAKES = [
     (["submit", "--name", "a/b", "--", "true"], "the name 'a/b' is not usable"),
     (["submit", "--profile", "x", "--", "true"], "no profile 'x'; known are: bad"),
     (["submit", "--profile", "bad", "--", "true"], "has an unknown option 'colour'; valid are name, run, on, grace"),
-    (["submit", "--run", "gs://b/r", "--", "true"], "is not on a file system"),
+    (["submit", "--run", "nosuch://b/r", "--", "true"], "is not a URL that fsspec knows"),
     (["submit", "--run", "job.py", "--", "true"], "is a file; give another --run"),
     (["submit", "--run", "job.py/r", "--", "true"], "is not writable"),
     (["submit", "--run", "/proc/r", "--", "true"], "/proc"),

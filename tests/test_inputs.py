@@ -126,7 +126,7 @@ def test_a_program_that_trains_a_copy_is_refused(tmp_path: Path) -> None:
         ({"save_every": "best"}, "keep_best=('val_loss', 'min')"),
         ({"keep": 0}, "at least 1"),
         ({"keep_best": ("val_loss", "lowest")}, "'min' or 'max'"),
-        ({"where": "gs://bucket/run"}, "file systems only"),
+        ({"where": "nosuch://bucket/run"}, "not a URL that fsspec knows"),
         ({"where": " "}, "empty"),
     ],
 )

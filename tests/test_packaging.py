@@ -18,16 +18,16 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
-    "contract", "errors", "units", "faults", "processes", "storage", "heartbeat", "ledger", "commits", "strategy",
-    "notice", "state", "checkpoint", "run", "supervise", "compare",
+    "contract", "errors", "units", "faults", "processes", "remote", "storage", "heartbeat", "ledger", "commits",
+    "mirror", "strategy", "notice", "state", "checkpoint", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
-    "restart", "spec", "snapshot", "command", "lock", "leftovers", "report", "runner", "local", "watch", "api", "demo",
-    "cli",
+    "restart", "spec", "snapshot", "command", "lock", "leftovers", "report", "runner", "local", "checkpoints", "watch",
+    "api", "demo", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
-USES_JAX = {"state", "checkpoint", "run", "compare"}
+USES_JAX = {"state", "checkpoint", "run", "compare", "export"}
 """The only modules of jobkit that may name jax and its family."""
 
 
@@ -170,7 +170,7 @@ def tracked() -> list[Path]:
 def test_no_addresses() -> None:
     """No index, registry or machine's own path is written into the project."""
     address = re.compile(
-        r"https?://(?!www\.apache\.org/licenses)|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}\b"
+        r"https?://(?!www\.apache\.org/licenses)[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}\b"
     )
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"

@@ -19,7 +19,8 @@ from tests import training
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train once without interruption."""
     url = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert training.attempt(url) == (0, "")
+    code, printed = training.attempt(url)
+    assert code == 0, printed
     return url
 
 
@@ -45,7 +46,7 @@ def assert_tidy(url: Path, keep: int = 2) -> None:
     assert store.names(contract.STAGE) == store.names(contract.TRASH) == []
     assert len(commits.steps(store)) <= keep
     assert all(commits.problems(store, step) == [] for step in commits.steps(store))
-    assert not [path for path in url.rglob("*.tmp")]
+    assert list(url.rglob("*.tmp")) == []
 
 
 @pytest.mark.parametrize("passes", [1, 3])

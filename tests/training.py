@@ -139,12 +139,19 @@ def start(
 
 
 def attempt(
-    url: Path, *, fault: str = "", timeout_s: float = 60.0, function: Any = train, **named: Any
+    url: Path | str,
+    *,
+    fault: str = "",
+    timeout_s: float = 60.0,
+    function: Any = train,
+    environment: dict[str, str] | None = None,
+    log: Path | None = None,
+    **named: Any,
 ) -> tuple[int, str]:
     """Run one attempt to its end; return its exit code (negative for a signal) and what it printed."""
-    log = url.with_name(url.name + ".log")
+    log = log or Path(url).with_name(Path(url).name + ".log")
     before = log.stat().st_size if log.exists() else 0
-    process = start(function, str(url), log=log, environment={contract.ENV_FAULT: fault}, **named)
+    process = start(function, str(url), log=log, environment={contract.ENV_FAULT: fault} | (environment or {}), **named)
     process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
@@ -153,7 +160,7 @@ def attempt(
     return process.exitcode, log.read_text()[before:]
 
 
-def digest(url: Path, step: int | None = None) -> str:
+def digest(url: Path | str, step: int | None = None) -> str:
     """Return a digest of everything a committed step holds: leaf names, kinds, bytes and object states."""
     import numpy as np
     import orbax.checkpoint as ocp

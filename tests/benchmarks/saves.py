@@ -78,17 +78,17 @@ def main() -> int:
     ):
         run.resume(net=state, optimizer=None)
         run._checkpoints.wait()
+        contenders: dict[str, Callable[[int], tuple[float, float]]] = {
+            "flat write + fsync (floor)": lambda step: _flat(root, state, step),
+            "Orbax default": lambda step: _orbax(default, ocp.args.StandardSave(state), step),
+            "Orbax tuned": lambda step: _orbax(
+                tuned_manager, ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=64 << 20), step
+            ),
+            "jobkit": lambda step: _jobkit(run, step),
+        }
         for step in range(1, ROUNDS + 2):
-            contenders: dict[str, Callable[[], tuple[float, float]]] = {
-                "flat write + fsync (floor)": lambda: _flat(root, state, step),
-                "Orbax default": lambda: _orbax(default, ocp.args.StandardSave(state), step),
-                "Orbax tuned": lambda: _orbax(
-                    tuned_manager, ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=64 << 20), step
-                ),
-                "jobkit": lambda: _jobkit(run, step),
-            }
             for name, measure in contenders.items():
-                figures = measure()
+                figures = measure(step)
                 if step > 1:  # the first of each touches memory and imports for the first time
                     rows.setdefault(name, []).append(figures)
     table = Table(

@@ -1,0 +1,415 @@
+"""Carry a run directory between its node-local home and its URL.
+
+For a run on an object store everything is written to a home on this node first, which is a whole run directory: a save
+is committed there in the time a local disk takes, and a restart on the same node restores from it. The mirror, a thread
+of the supervisor, carries what is new to the URL: a step's files in parallel, each created only if it is not there yet,
+and commit.json last. A program that is killed right after its local commit still gets its save into the bucket.
+
+Under a dead bucket the training goes on; saves wait in the home, as many as retention keeps, until the bucket is back.
+"""
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import google_crc32c
+import msgspec
+
+from jobkit import commits, contract
+from jobkit.commits import Commit
+from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError
+from jobkit.ledger import Ledger
+from jobkit.remote import PARALLEL, Remote, each
+from jobkit.storage import Store, checksum, remove_tree, sync_tree
+
+_TICK_S = 0.5
+_FILES_S = 2.0
+"""Logs and ledgers of a running attempt reach the URL this often."""
+_CANCEL_S = 2.0
+"""A cancel that was written on another machine is seen after this long."""
+_ROOT_FILES = (contract.RUN_JSON, contract.README, contract.EVENTS, contract.STRATEGY)
+
+
+class Mirror:
+    """Carries one attempt's home to its URL until closed; has nothing to do for a run on a file system.
+
+    Args:
+        store: The run directory.
+        attempt: Number of the attempt; the mirror commits nothing once a newer one exists.
+        ledger: Where uploads and their failures are written.
+    """
+
+    def __init__(self, store: Store, attempt: int, ledger: Ledger) -> None:
+        self._store, self._attempt, self._ledger = store, attempt, ledger
+        self._done: set[int] = set()
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._files_at = self._cancel_at = 0.0
+        self._failing_since: float | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="jobkit-mirror", daemon=True)
+        self.superseded = False
+
+    def start(self) -> None:
+        """Begin carrying, in a thread."""
+        if self._store.remote is not None:
+            self._thread.start()
+
+    def close(self, *, deadline_s: float) -> None:
+        """Carry everything that is left and end.
+
+        Raises:
+            StorageError: If the newest committed step is not on the URL after `deadline_s`; it stays in the home.
+        """
+        if self._store.remote is None:
+            return
+        self._closing.set()
+        self._thread.join()
+        end = time.monotonic() + deadline_s
+        while True:
+            try:
+                self._carry(final=True)
+                return
+            except SupersededError:
+                raise
+            except JobkitError as error:
+                if time.monotonic() >= end:
+                    raise StorageError(f"{error}; the newest saves wait in {self._store.path}") from error
+                self._hear(error)
+                time.sleep(_TICK_S)
+
+    def _run(self) -> None:
+        while not self._closing.wait(_TICK_S):
+            try:
+                self._carry(final=False)
+            except SupersededError as error:
+                self.superseded = True
+                self._ledger.append("upload_failed", reason=str(error))
+                return
+            except JobkitError as error:
+                self._hear(error)
+            else:
+                if self._failing_since is not None:
+                    self._ledger.append("upload_back", after_s=round(time.monotonic() - self._failing_since, 3))
+                    self._failing_since = None
+
+    def _hear(self, error: JobkitError) -> None:
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+            self._ledger.append("upload_failed", reason=str(error))
+
+    def _carry(self, *, final: bool) -> None:
+        """Carry what is new: steps first, newest before older."""
+        local = commits.steps(self._store)
+        waiting = [step for step in reversed(local) if step not in self._done]
+        for step in waiting:
+            if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger):
+                self._done.add(step)
+        if waiting:
+            self._retain()
+        if time.monotonic() - self._cancel_at >= _CANCEL_S:
+            self._cancel_at = time.monotonic()
+            self._hear_cancel()
+        if final or time.monotonic() - self._files_at >= _FILES_S:
+            self._files_at = time.monotonic()
+            self.carry_files()
+
+    def carry_files(self) -> None:
+        """Carry logs, ledgers and what describes the run, as far as they have grown.
+
+        Raises:
+            JobkitError: If the URL cannot be written.
+        """
+        if self._store.remote is None:
+            return
+        own = contract.attempt_dir(self._attempt)
+        mine = [f"{own}/{name}" for name in self._store.names(own) if not name.startswith(".")]
+        for name in [*described(self._store), *mine]:
+            info = self._store.file(name).stat()
+            stamp = (info.st_size, info.st_mtime_ns)
+            if self._sizes.get(name) != stamp:
+                self._store.remote.write(name, self._store.read(name))
+                self._sizes[name] = stamp
+
+    def _hear_cancel(self) -> None:
+        remote = self._store.remote
+        if remote is not None and not self._store.exists(contract.CANCEL) and remote.find(contract.CANCEL):
+            self._store.write(contract.CANCEL, remote.read(contract.CANCEL))
+
+    def _retain(self) -> None:
+        """Remove remote steps that retention does not keep, and what dead attempts left unfinished."""
+        remote, strategy = self._store.remote, keep_of(self._store)
+        assert remote is not None
+        by_step = group(remote.find(contract.CHECKPOINTS))
+        committed = {step for step, names in by_step.items() if _commit_name(step) in names}
+        known = {step: read_remote(remote, step).metrics for step in committed}
+        for step in strategy.superfluous(known):
+            remove(remote, step)
+        newest = max(committed, default=-1)
+        for step, names in by_step.items():
+            if step not in committed and step < newest and step not in commits.steps(self._store):
+                remote.remove(names)
+
+
+def described(store: Store) -> list[str]:
+    """List the files of a home that say what the run is and what the launching side did."""
+    code = [f"{contract.CODE}/{name}" for name in store.names(contract.CODE) if name.endswith(".tar.gz")]
+    return [name for name in _ROOT_FILES if store.exists(name)] + code
+
+
+def publish(store: Store) -> None:
+    """Write what describes a new run to its URL, run.json first.
+
+    Raises:
+        ConfigError: If the URL holds a run already.
+        JobkitError: If it cannot be written.
+    """
+    if store.remote is None:
+        return
+    if not store.remote.create(contract.RUN_JSON, store.read(contract.RUN_JSON)):
+        raise ConfigError(f"{store.url} already holds a run: continue it with 'jobkit resume {store.url}'")
+    carry_described(store)
+
+
+def carry_described(store: Store) -> None:
+    """Write what describes a run to its URL, from a launching side that has just added to it."""
+    if store.remote is not None:
+        for name in described(store):
+            if name != contract.RUN_JSON:
+                store.remote.write(name, store.read(name))
+
+
+def refresh(store: Store) -> None:
+    """Bring what the URL knows of a run into the home: all but checkpoints; for a home that nobody writes to just now.
+
+    Ledgers and logs only grow, so that the longer one is the newer.
+    """
+    remote = store.remote
+    if remote is None:
+        return
+    found = remote.find()
+    for name, size in found.items():
+        path = store.file(name)
+        if name.startswith(contract.CHECKPOINTS + "/"):
+            continue
+        if not path.exists() or (path.stat().st_size < size and name != contract.LOCK):
+            store.write(name, remote.read(name))
+    if contract.CANCEL not in found:
+        store.remove(contract.CANCEL)
+
+
+def keep_of(store: Store) -> commits.Keep:
+    """Return what the program's `Run` keeps; everything while it has not said."""
+    from jobkit.ledger import read_json
+
+    strategy = read_json(store, contract.STRATEGY)
+    if strategy is None:
+        return commits.Keep(newest=1 << 30)
+    best = strategy.get("keep_best")
+    return commits.Keep(int(strategy["keep"]), (best[0], best[1]) if best else None)
+
+
+def _commit_name(step: int) -> str:
+    return f"{contract.step_dir(step)}/{contract.COMMIT}"
+
+
+def group(found: Mapping[str, int]) -> dict[int, list[str]]:
+    """Group object names below checkpoints/ by step."""
+    steps: dict[int, list[str]] = {}
+    for name in found:
+        part = name.split("/")[1]
+        if part.isdecimal():
+            steps.setdefault(int(part), []).append(name)
+    return steps
+
+
+def read_remote(remote: Remote, step: int) -> Commit:
+    """Read a remote step's commit.json."""
+    try:
+        return commits.parse(remote.read(_commit_name(step)), step, where=f"{remote.url}/{_commit_name(step)}")
+    except FileNotFoundError:
+        raise StorageError(f"step {step} of {remote.url} is not committed") from None
+
+
+def remote_steps(remote: Remote) -> list[int]:
+    """List the committed steps on a URL, in rising order, with one request per thousand objects."""
+    steps = group(remote.find(contract.CHECKPOINTS))
+    return sorted(step for step, names in steps.items() if _commit_name(step) in names)
+
+
+def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger) -> bool:
+    """Upload a committed local step and commit it on the URL.
+
+    Returns:
+        False if retention removed it locally before its files could be opened.
+
+    Raises:
+        SupersededError: If a newer attempt has begun on the URL.
+        JobkitError: If the upload failed.
+    """
+    remote = store.remote
+    assert remote is not None
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        try:
+            # Opened all at once, so that retention in the program may remove the step while it is being uploaded.
+            content = store.read(_commit_name(step))
+            commit = commits.parse(content, step, where=str(store.file(_commit_name(step))))
+            root = store.file(contract.step_dir(step))
+            files = {name: stack.enter_context((root / name).open("rb")) for name in commit.files}
+        except FileNotFoundError:
+            return False
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-upload") as pool:
+            jobs = [pool.submit(_push_file, remote, commit, name, file) for name, file in files.items()]
+            for job in jobs:
+                job.result()
+    check_newest(remote, attempt)
+    if not remote.create(_commit_name(step), content):
+        ledger.append("skipped", step=step, reason="committed on the URL before")
+        return True
+    seconds = round(time.monotonic() - begun, 6)
+    ledger.append("uploaded", durable=True, step=step, seconds=seconds, bytes=commit.nbytes)
+    return True
+
+
+def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes]) -> None:
+    """Create one file; what a dead attempt left under its name gives way, what is the same stays."""
+    target = f"{contract.step_dir(commit.step)}/{name}"
+    content = file.read()
+    expected = commit.files[name]
+    if f"{google_crc32c.value(content):08x}" != expected.crc32c:
+        raise StorageError(f"{name} of step {commit.step} changed on the local disk after its commit")
+    for _ in range(5):
+        if remote.create(target, content) or not content:
+            return
+        remote.remove([target])
+    raise StorageError(f"{remote.url}/{target} is being written by another attempt")
+
+
+def check_newest(remote: Remote, attempt: int) -> None:
+    """Refuse to commit once a newer attempt has claimed the run.
+
+    Raises:
+        SupersededError: Naming it.
+    """
+    newest = max(remote_attempts(remote), default=attempt)
+    if newest > attempt:
+        raise SupersededError(f"attempt {attempt} may not commit to {remote.url}: attempt {newest} has taken over")
+
+
+def remote_attempts(remote: Remote) -> list[int]:
+    """List the attempts that claimed a number on a URL."""
+    numbers = {name.split("/")[1] for name in remote.find(contract.ATTEMPTS)}
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def claim(store: Store) -> int:
+    """Claim the next attempt number, on the URL where there is one, and its directory."""
+    if store.remote is None:
+        return store.claim(contract.ATTEMPTS)
+    local = max(store.numbers(contract.ATTEMPTS), default=-1)
+    while True:
+        number = max([*remote_attempts(store.remote), local]) + 1
+        token = msgspec.json.encode({"host": os.uname().nodename, "pid": os.getpid(), "at": time.time_ns()})
+        if store.remote.create(f"{contract.attempt_dir(number)}/claim.json", token):
+            store.write(f"{contract.attempt_dir(number)}/claim.json", token)
+            return number
+
+
+def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
+    """Bring the newest whole step of the URL into the home, unless the home has it or a newer one.
+
+    A step that does not check out is set aside on the URL, with the reason, and the next older one is taken.
+    """
+    remote = store.remote
+    assert remote is not None
+    for step in reversed(remote_steps(remote)):
+        if any(have >= step and not commits.problems(store, have) for have in commits.steps(store)):
+            return None
+        wrong = fetch_step(store, step, attempt=attempt)
+        if not wrong:
+            return step
+        set_aside(remote, step, wrong)
+        ledger.append("set_aside", step=step, reason=wrong[0], durable=True)
+    return None
+
+
+def fetch_step(store: Store, step: int, *, attempt: int) -> list[str]:
+    """Download a step into the home and check every byte; return what is wrong with it."""
+    remote = store.remote
+    assert remote is not None
+    try:
+        content = remote.read(_commit_name(step))
+        commit = commits.parse(content, step, where=f"{remote.url}/{_commit_name(step)}")
+    except StorageError as error:
+        return [str(error)]
+    stage = commits.new_stage(store, step, attempt)
+    try:
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-download") as pool:
+            wrong = list(filter(None, pool.map(lambda name: _fetch_file(remote, commit, name, stage), commit.files)))
+        if wrong:
+            return wrong
+        (stage / contract.COMMIT).write_bytes(content)
+        sync_tree(stage)
+        final = store.file(contract.step_dir(step))
+        if final.exists():  # damaged here: the home's own copy gives way to the URL's
+            commits.set_aside(store, step, commits.problems(store, step))
+        os.rename(stage, final)
+        return []
+    finally:
+        remove_tree(stage)
+
+
+def _fetch_file(remote: Remote, commit: Commit, name: str, stage: Path) -> str:
+    """Download one file; return what is wrong with it, or ''."""
+    try:
+        remote.fetch(f"{contract.step_dir(commit.step)}/{name}", stage / name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    size, crc = checksum(stage / name)
+    expected = commit.files[name]
+    return "" if (size, crc) == (expected.size, expected.crc32c) else f"{name} differs from its checksum"
+
+
+def problems(store: Store, step: int) -> list[str]:
+    """Check every byte of a step on the URL against its commit.json; return what is wrong."""
+    remote = store.remote
+    assert remote is not None
+    try:
+        commit = read_remote(remote, step)
+    except StorageError as error:
+        return [str(error)]
+    with tempfile.TemporaryDirectory(prefix="jobkit-verify-") as scratch:
+
+        def one(name: str) -> str:
+            wrong = _fetch_file(remote, commit, name, Path(scratch))
+            (Path(scratch) / name).unlink(missing_ok=True)
+            return wrong
+
+        wrong = [told for told in each(one, commit.files) if told]
+    prefix = contract.step_dir(step) + "/"
+    present = {name.removeprefix(prefix) for name in remote.find(contract.step_dir(step))}
+    extra = sorted(present - commit.files.keys() - {contract.COMMIT})
+    return wrong + [f"{name} does not belong there" for name in extra]
+
+
+def remove(remote: Remote, step: int) -> None:
+    """Remove a step from a URL; commit.json first, so that no reader takes a half-removed step for whole."""
+    names = remote.find(contract.step_dir(step))
+    remote.remove([name for name in names if name == _commit_name(step)])
+    remote.remove([name for name in names if name != _commit_name(step)])
+
+
+def set_aside(remote: Remote, step: int, reasons: list[str]) -> None:
+    """Move a damaged step on the URL out of the way, with the reason; commit.json goes first."""
+    target = f"{contract.SET_ASIDE}/{step}-{int(time.time())}"
+    names = sorted(remote.find(contract.step_dir(step)), key=lambda name: not name.endswith(contract.COMMIT))
+    remote.write(f"{target}.reason.txt", "\n".join(reasons).encode())
+    for name in names:
+        remote.write(name.replace(contract.step_dir(step), target, 1), remote.read(name))
+        remote.remove([name])

@@ -1,0 +1,200 @@
+"""A run directory on an object store, through fsspec: retried, bounded in time, and created only once.
+
+Nothing here runs on the training thread. Every call ends within its deadline: what is worth retrying (429, 5xx, a
+reset connection, a token being refreshed) is retried with jittered backoff; what is not (403, no such bucket, bad
+credentials) is a `ConfigError` that says so.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from jobkit.errors import ConfigError, JobkitError, StorageError
+
+PARALLEL = 12
+"""Transfers at a time; one stream gets a small part of what a bucket gives (measured: 16 streams 1.3x the wire)."""
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "gcs": {"requests_timeout": 120.0},
+    "aws": {"config_kwargs": {"connect_timeout": 20, "read_timeout": 120}},
+}
+"""No single request may hang for ever; a part of 64 MiB at 1 MB/s must still get through."""
+_EXTRA = {"gs": "gcs", "gcs": "gcs", "s3": "aws", "s3a": "aws"}
+
+
+class Remote:
+    """The objects below one URL.
+
+    Args:
+        url: Such as gs://bucket/run, s3://bucket/run, memory://run.
+        deadline_s: Seconds after which a call that keeps failing gives up.
+    """
+
+    def __init__(self, url: str, *, deadline_s: float = 120.0) -> None:
+        self.url = url.rstrip("/")
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._opened: tuple[Any, str] | None = None
+
+    def _fs(self) -> tuple[Any, str]:
+        """Open the file system on first use: importing gcsfs takes a second."""
+        with self._lock:
+            if self._opened is None:
+                # Else gcsfs asks a gRPC service for the bucket's type, for up to 60 s where gRPC is blocked.
+                os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+                logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs each retry as an error; we say it once
+                scheme = self.url.partition("://")[0]
+                try:
+                    import fsspec
+
+                    fs, root = fsspec.core.url_to_fs(
+                        self.url, use_listings_cache=False, **_OPTIONS.get(_EXTRA.get(scheme, ""), {})
+                    )
+                except ImportError as error:
+                    extra = _EXTRA.get(scheme)
+                    remedy = f"pip install 'jobkit[{extra}]'" if extra else str(error)
+                    raise ConfigError(f"{self.url} needs a package that is not installed: {remedy}") from None
+                except ValueError as error:
+                    raise ConfigError(f"{self.url} is not a URL that fsspec knows: {error}") from None
+                self._opened = fs, str(root).rstrip("/")
+            return self._opened
+
+    def _call(self, doing: str, method: str, name: str, *arguments: Any, **named: Any) -> Any:
+        fs, root = self._fs()
+        path = f"{root}/{name}" if name else root
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(self._deadline_s),
+            wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0, jitter=0.3),
+            retry=tenacity.retry_if_exception(worth_retrying),
+            reraise=True,
+        )
+        try:
+            return retrying(getattr(fs, method), path, *arguments, **named)
+        except FileNotFoundError:
+            if method == "pipe_file":  # only a missing bucket stops an object from being written
+                raise ConfigError(
+                    f"cannot {doing} {self.url}/{name}: there is no such bucket: create it, or give another URL"
+                ) from None
+            raise
+        except FileExistsError:
+            raise
+        except Exception as error:
+            raise translate(error, f"cannot {doing} {self.url}/{name}".rstrip("/")) from error
+
+    def read(self, name: str) -> bytes:
+        """Return an object's content; raises FileNotFoundError if there is none."""
+        content: bytes = self._call("read", "cat_file", name)
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object, replacing an earlier one."""
+        self._call("write", "pipe_file", name, content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Create an object if there is none; of several callers exactly one gets True.
+
+        A retry after a lost answer finds the object there: it counts as ours if its content is.
+        """
+        try:
+            self._call("create", "pipe_file", name, content, mode="create")
+        except FileExistsError:
+            return self.read(name) == content and len(content) > 0
+        return True
+
+    def find(self, name: str = "") -> dict[str, int]:
+        """List every object below a name, with its size in bytes; names are relative to the URL."""
+        try:
+            found = self._call("list", "find", name, detail=True)
+        except FileNotFoundError:
+            return {}
+        _, root = self._fs()
+        return {path.removeprefix(root + "/"): int(info["size"] or 0) for path, info in found.items()}
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects, in parallel; absent ones are no error."""
+
+        def one(name: str) -> None:
+            try:
+                self._call("remove", "rm_file", name)
+            except FileNotFoundError:
+                pass
+
+        for _ in each(one, names):
+            pass
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Write an object's content to a local file."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(self.read(name))
+
+
+def each(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Call a function for every item, several at a time; yield results as they come; the first error ends it."""
+    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-transfer") as pool:
+        yield from pool.map(function, list(items))
+
+
+def _code(error: BaseException) -> int | None:
+    """Return the HTTP status behind an error of gcsfs, botocore or aiohttp."""
+    for name in ("code", "status"):
+        value = getattr(error, name, None)
+        if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+            return int(value)
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+    return None
+
+
+def worth_retrying(error: BaseException) -> bool:
+    """Tell whether the same call may succeed a little later."""
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | JobkitError):
+        return False
+    code = _code(error) or _code(error.__cause__ or error)
+    if code is not None:
+        return code in (401, 408, 429) or code >= 500
+    names = {f"{base.__module__.split('.')[0]}.{base.__name__}" for base in type(error).__mro__}
+    if names & {"google.DefaultCredentialsError", "botocore.NoCredentialsError"} or "Forbidden" in str(error):
+        return False
+    transient = {
+        "aiohttp.ClientError",
+        "requests.RequestException",
+        "google.TransportError",
+        "botocore.HTTPClientError",
+    }
+    return (
+        bool(names & transient)
+        or isinstance(error, ConnectionError | TimeoutError | asyncio.TimeoutError)
+        or (isinstance(error, OSError) and error.errno is not None)
+    )
+
+
+def translate(error: BaseException, doing: str) -> JobkitError:
+    """Say an error of a cloud's client in one sentence, with who was refused what where that is known."""
+    if isinstance(error, JobkitError):
+        return error
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    code = _code(error) or _code(error.__cause__ or error)
+    if isinstance(error, PermissionError) or code == 403 or "Forbidden" in text:
+        return ConfigError(
+            f"{doing}: permission denied for {identity()}: give it read and write access to the bucket's objects "
+            "(on Google Cloud roles/storage.objectUser; on AWS s3:GetObject, PutObject, DeleteObject, ListBucket): "
+            f"{text}"
+        )
+    if code == 401 or "Credentials" in type(error).__name__:
+        return ConfigError(f"{doing}: the credentials of {identity()} were refused: sign in again: {text}")
+    return StorageError(f"{doing}: {type(error).__name__}: {text}")
+
+
+def identity() -> str:
+    """Name the account that the cloud's clients use, as far as the environment tells; never a secret."""
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE"):
+        if os.environ.get(name):
+            return f"{name}={os.environ[name]}"
+    return "AWS_ACCESS_KEY_ID" if os.environ.get("AWS_ACCESS_KEY_ID") else "this machine's default account"

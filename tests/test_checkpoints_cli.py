@@ -1,0 +1,110 @@
+"""`jobkit checkpoints`: list, verify, export and remove, as a person uses them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobkit import contract
+from jobkit.storage import Store
+from tests import training
+
+
+def _best(point: str, run: Any) -> None:
+    if point == "step" and run.step % 20 == 19:
+        run.save(val_loss=abs(run.step - 25.0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a run that keeps several steps with metrics."""
+    url = tmp_path_factory.mktemp("checkpoints") / "run"
+    code, printed = training.attempt(url, hook=_best, save_every=None, keep=5)
+    assert code == 0, printed
+    return url
+
+
+def jobkit(*arguments: str | Path) -> tuple[int, str, str]:
+    """Run the command line; return exit code, output and errors."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch", "checkpoints", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_list(run: Path) -> None:
+    """Every committed step is listed with size, attempt, reason and metrics; the first one was read back."""
+    code, printed, _ = jobkit(run, "--json")
+    rows = json.loads(printed)
+    assert code == 0
+    assert [row["step"] for row in rows] == [0, 20, 40, 60]
+    assert [row["metrics"] for row in rows[1:]] == [{"val_loss": 6.0}, {"val_loss": 14.0}, {"val_loss": 34.0}]
+    assert all(row["bytes"] > 1000 and row["attempt"] == 0 for row in rows)
+    assert rows[0]["verified_at"] is not None
+    code, printed, _ = jobkit(run)
+    assert code == 0
+    assert printed.startswith("STEP")
+    assert "val_loss 14" in printed
+
+
+def test_verify_finds_one_flipped_bit(run: Path) -> None:
+    """`verify --all` says every step is whole; with one bit flipped it names the file and exits 1."""
+    assert jobkit(run, "verify", "--all")[:2] == (0, "step 0: whole\nstep 20: whole\nstep 40: whole\nstep 60: whole\n")
+    victim = max(Store(run).file(contract.step_dir(40)).rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    code, printed, _ = jobkit(run, "verify", "--all")
+    assert code == 1
+    assert victim.name in printed
+    assert "step 20: whole" in printed
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    assert jobkit(run, "verify", "40")[0] == 0
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    """`export` writes parameters that plain Orbax reads, and never overwrites."""
+    import orbax.checkpoint as ocp
+
+    code, printed, _ = jobkit(run, "export", "20", "--params", tmp_path / "out")
+    assert code == 0
+    assert "model/hidden/kernel" in printed
+    assert "optimizer" not in printed
+    tree = ocp.StandardCheckpointer().restore(tmp_path / "out")
+    assert tree["model"]["hidden"]["kernel"].shape == (4, 8)
+    code, _, told = jobkit(run, "export", "20", "--params", tmp_path / "out")
+    assert code == 2
+    assert "never overwrites" in told
+
+
+def test_remove(run: Path) -> None:
+    """`rm` removes an older step and refuses the newest."""
+    assert jobkit(run, "rm", "0")[0] == 0
+    code, _, told = jobkit(run, "rm", "60")
+    assert code == 2
+    assert "it stays" in told
+    assert [row["step"] for row in json.loads(jobkit(run, "--json")[1])] == [20, 40, 60]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["verify", "7"], "'7' is not a committed step"),
+        (["export", "20"], "give --params OUT"),
+        (["rm"], "rm which step?"),
+        (["polish"], "'polish' is not one of"),
+    ],
+)
+def test_mistakes(arguments: list[str], told: str, run: Path) -> None:
+    """A mistake is one sentence and exit code 2."""
+    code, printed, errors = jobkit(run, *arguments)
+    assert (code, printed) == (2, "")
+    assert told in errors
+    assert len(errors.splitlines()) == 1

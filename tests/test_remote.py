@@ -1,0 +1,431 @@
+"""Runs on object stores, against servers that speak their protocols: our own for GCS, moto for S3."""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from jobkit import commits, contract, mirror
+from jobkit.errors import ConfigError
+from jobkit.ledger import Ledger, read_events, read_metrics
+from jobkit.remote import Remote
+from jobkit.storage import Store
+from tests import training
+from tests.gcs_server import GcsServer
+
+
+@dataclass
+class Place:
+    """A bucket on a server of this machine.
+
+    Args:
+        url: Where runs may lie.
+        environment: What a client needs to find the server.
+        homes: Directories standing for the local disks of nodes.
+    """
+
+    url: str
+    environment: dict[str, str]
+    homes: Path
+
+    def node(self, name: str) -> dict[str, str]:
+        """Return the environment of a process on a node of that name."""
+        return self.environment | {contract.ENV_HOME: str(self.homes / name)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[dict[str, str]]:
+    """Run moto's server; yield the environment that leads S3 clients to it."""
+    port = _free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for _ in range(300):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    yield {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+def gcs() -> Iterator[GcsServer]:
+    """Run a GCS server of one bucket."""
+    with GcsServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["gs", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Yield a new bucket."""
+    monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
+    if request.param == "gs":
+        environment = request.getfixturevalue("gcs").environment()
+        url = "gs://bucket/runs/one"
+    else:
+        environment = request.getfixturevalue("moto")
+        url = f"s3://bucket-{random.randrange(10**9)}/runs/one"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.config.conf.clear()
+    fsspec.config.set_conf_env(fsspec.config.conf)
+    fsspec.filesystem(request.param).clear_instance_cache()
+    if request.param == "s3":
+        fsspec.filesystem("s3").mkdir(url.split("/")[2])
+    return Place(url, environment, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train once on the local disk without interruption."""
+    url = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, printed = training.attempt(url)
+    assert code == 0, printed
+    return url
+
+
+def attempt(place: Place, node: str, **named: Any) -> tuple[int, str]:
+    """Run one attempt on a node of its own local disk."""
+    return training.attempt(place.url, environment=place.node(node), log=place.homes / f"{node}.log", **named)
+
+
+def test_create_is_exclusive(place: Place) -> None:
+    """Of twenty creators of one object exactly one wins, and its content is what is read."""
+    remote = Remote(place.url)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(20) as pool:
+        won = list(pool.map(lambda index: remote.create("lease", b"%d" % index), range(20)))
+    assert sum(won) == 1
+    assert remote.read("lease") == b"%d" % won.index(True)
+
+
+def test_find_read_write_remove(place: Place) -> None:
+    """Objects are listed with their sizes, read back, replaced and removed."""
+    remote = Remote(place.url)
+    assert remote.find() == {}
+    remote.write("a/one", b"1")
+    remote.write("a/two", b"22")
+    remote.write("a/two", b"222")
+    assert remote.find("a") == {"a/one": 1, "a/two": 3}
+    assert remote.read("a/two") == b"222"
+    remote.remove(["a/one", "a/never"])
+    assert remote.find() == {"a/two": 3}
+    with pytest.raises(FileNotFoundError):
+        remote.read("a/one")
+
+
+def test_a_bucket_that_does_not_exist_is_said_so(place: Place) -> None:
+    """Writing to a bucket that does not exist is one sentence, not a retry for minutes."""
+    begun = time.monotonic()
+    with pytest.raises(ConfigError) as refused:
+        Remote(f"{place.url.split(':')[0]}://no-such-bucket-anywhere/run").write("x", b"1")
+    assert time.monotonic() - begun < 20
+    assert "no-such-bucket" in str(refused.value)
+
+
+def test_a_run_moves_from_node_to_node(place: Place, undisturbed: Path) -> None:
+    """Three nodes without a shared disk: preempted, killed, finished; the bits are the undisturbed run's."""
+    assert attempt(place, "a", at={20: "SIGTERM"}, pause_s=0.01)[0] == 75
+    assert 21 in mirror.remote_steps(Remote(place.url))
+    code, printed = attempt(place, "b", at={45: "SIGKILL"}, pause_s=0.05)
+    assert code == -9
+    assert "resumes at step 21" in printed
+    code, printed = attempt(place, "c")
+    assert code == 0, printed
+    remote = Remote(place.url)
+    steps = mirror.remote_steps(remote)
+    assert steps[-1] == training.STEPS
+    assert len(steps) <= 2
+    store = Store(place.homes / "c" / next(path.name for path in (place.homes / "c").iterdir()))
+    assert training.digest(store.path) == training.digest(undisturbed)
+
+
+def test_the_same_node_restores_what_was_not_uploaded(place: Place, undisturbed: Path) -> None:
+    """A step that was committed locally but never uploaded is used by the next attempt on that node, and uploaded."""
+    code, _ = attempt(place, "a", at={30: "SIGKILL"}, pause_s=0.03)
+    assert code == -9
+    (home,) = (place.homes / "a").iterdir()
+    newest = commits.steps(Store(home))[-1]
+    Remote(place.url).remove(Remote(place.url).find(contract.step_dir(newest)))
+    code, printed = attempt(place, "a")
+    assert code == 0
+    assert f"resumes at step {newest}" in printed
+    assert training.digest(home) == training.digest(undisturbed)
+
+
+def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> None:
+    """SIGKILL of the program right after its local commit: the step is in the bucket when the attempt has ended."""
+    script = place.homes / "train.py"
+    script.write_text(
+        "import os, signal, numpy as np, jobkit\n"
+        "with jobkit.Run(save_every=None) as run:\n"
+        "    state = run.resume(w=np.arange(1_000_000), n=0)\n"
+        "    for step in run.steps(100):\n"
+        "        state.n += 1\n"
+        "        if step == 5: run.save()\n"
+        "        if run.committed_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        import time; time.sleep(0.01)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "jobkit.supervise", "--run", place.url, "--", sys.executable, str(script)],
+        env=os.environ | place.node("a"),
+        check=False,
+    )
+    assert ended.returncode == 137
+    remote = Remote(place.url)
+    assert 6 in mirror.remote_steps(remote)
+    assert json.loads(remote.read("attempts/0/outcome.json"))["outcome"] == "killed"
+    assert b"uploaded" in remote.read("attempts/0/events-supervisor.jsonl")
+
+
+def _damage(place: Place, kind: str, name: str, remote: Remote) -> None:
+    content = bytearray(remote.read(name))
+    if kind == "flip":
+        content[len(content) // 2] ^= 1
+        remote.write(name, bytes(content))
+    elif kind == "truncate":
+        remote.write(name, bytes(content[:-1]))
+    else:
+        remote.remove([name])
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
+def test_damage_in_the_bucket_is_found_and_the_older_step_used(kind: str, place: Place) -> None:
+    """Every file of the newest step in turn, damaged in the bucket: found, set aside, the older step is restored."""
+    import numpy as np
+
+    import jobkit
+
+    with jobkit.Run(place.url, save_every=None, keep=5) as run:
+        state = run.resume(w=np.zeros(1000), n=0)
+        for step in run.steps(2):
+            state.n += 1
+            state.w = state.w + 1
+            if step == 0:
+                run.save()
+    remote = Remote(place.url)
+    originals = {name: remote.read(name) for name in remote.find(contract.step_dir(2))}
+    assert len(originals) > 5
+    for index, name in enumerate(originals):
+        for restored in remote.find(contract.CHECKPOINTS):
+            if restored.split("/")[1] not in ("0", "1"):
+                remote.remove([restored])
+        for original, content in originals.items():
+            remote.write(original, content)
+        _damage(place, kind, name, remote)
+        store = _elsewhere(place, index)
+        ledger = Ledger(store.file("events.jsonl"))
+        # A deleted commit.json is a step that was never committed; everything else is damage.
+        assert mirror.fetch_newest(store, ledger, attempt=9) == 1
+        assert commits.problems(store, 1) == []
+        told = [event for event in read_events(store) if event["event"] == "set_aside"]
+        if not (kind == "delete" and name.endswith(contract.COMMIT)):
+            assert [event["step"] for event in told] == [2], name
+            assert any(name.startswith(contract.SET_ASIDE) for name in remote.find(contract.CHECKPOINTS))
+
+
+def _elsewhere(place: Place, index: int) -> Store:
+    """Return the run as a node with an empty disk sees it."""
+    before = os.environ[contract.ENV_HOME]
+    os.environ[contract.ENV_HOME] = str(place.homes / f"elsewhere-{index}")
+    store = Store(place.url)
+    os.environ[contract.ENV_HOME] = before
+    return store
+
+
+def test_an_old_attempt_cannot_commit_to_the_bucket(place: Place) -> None:
+    """Once a newer attempt has claimed the run, the mirror of an older one refuses to commit."""
+    store = Store(place.url)
+    old = mirror.claim(store)
+    elsewhere = _elsewhere(place, 1)
+    assert mirror.claim(elsewhere) == old + 1
+    with pytest.raises(ConfigError, match=f"attempt {old + 1} has taken over"):
+        mirror.check_newest(Remote(place.url), old)
+
+
+def test_submit_status_and_cancel_on_a_bucket(place: Place) -> None:
+    """The local backend runs a run on a bucket; another machine sees its status, cancels it, and it stays cancelled."""
+    script = place.homes / "work" / "train.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import time, numpy as np, jobkit\n"
+        "with jobkit.Run(save_every='20 steps') as run:\n"
+        "    state = run.resume(n=0)\n"
+        "    for step in run.steps(100_000):\n"
+        "        state.n += 1\n"
+        "        time.sleep(0.01)\n"
+        "        run.log(loss=1.0)\n"
+    )
+
+    def jobkit(node: str, *arguments: str) -> dict[str, Any]:
+        ended = subprocess.run(
+            [sys.executable, "-m", "launch", *arguments],
+            cwd=script.parent,
+            env=os.environ | place.node(node),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        told: dict[str, Any] = json.loads(ended.stdout) if "--json" in arguments else {}
+        return told
+
+    jobkit("laptop", "submit", "--run", place.url, "--json", "--", "python", "train.py")
+    deadline = time.monotonic() + 60
+    while (jobkit("laptop", "status", place.url, "--json").get("committed_step") or 0) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(3)
+    seen = jobkit("other", "status", place.url, "--json")
+    assert seen["attempts"] == 1
+    jobkit("other", "cancel", place.url)
+    while jobkit("laptop", "status", place.url, "--json")["state"] != "cancelled":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert jobkit("other", "status", place.url, "--json")["state"] == "cancelled"
+
+
+def test_twenty_random_kills_with_uploads(place: Place, undisturbed: Path) -> None:
+    """SIGKILL at random moments of saves and uploads, on two nodes in turn: no wrong restore, no lost commit."""
+    moments = random.Random(11)
+    newest = -1
+    for kill in range(20):
+        node = "ab"[kill % 2]
+        process = training.start(
+            training.train,
+            place.url,
+            log=place.homes / "log",
+            environment=place.node(node),
+            pause_s=0.04,
+            save_every="3 steps",
+        )
+        process.join(moments.uniform(0.8, 2.5))
+        process.kill()
+        process.join()
+        steps = mirror.remote_steps(Remote(place.url))
+        assert max(steps, default=-1) >= newest, "a commit was lost"
+        newest = max(steps, default=-1)
+    code, printed = attempt(place, "c")
+    assert code == 0, printed
+    (home,) = (place.homes / "c").iterdir()
+    assert training.digest(home) == training.digest(undisturbed)
+    for again in read_metrics(Store(home)).repeated.values():
+        assert all(len(set(values)) == 1 for values in again.values())
+    found = mirror.group(Remote(place.url).find(contract.CHECKPOINTS))
+    assert sorted(found) == mirror.remote_steps(Remote(place.url)), "an unfinished upload was left"
+    shutil.rmtree(home)
+
+
+def _plain(url: str, steps: int = 30, pause_s: float = 0.05) -> None:
+    import numpy as np
+
+    import jobkit
+
+    with jobkit.Run(url, save_every="5 steps", keep=2) as run:
+        state = run.resume(w=np.zeros(100_000), n=0, optimizer=None)
+        for _ in run.steps(steps):
+            state.n += 1
+            state.w = state.w + 1
+            time.sleep(pause_s)
+
+
+@pytest.fixture
+def gs(gcs: GcsServer, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Yield a bucket of the GCS server whose faults the test sets."""
+    for name, value in gcs.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
+    fsspec.filesystem("gs").clear_instance_cache()
+    return Place("gs://bucket/runs/one", gcs.environment(), tmp_path)
+
+
+def _arm(server: GcsServer, fault: str) -> None:
+    faults = server.faults
+    if fault == "503 burst":
+        faults.fail(503, count=12)
+    elif fault == "429 burst":
+        faults.fail(429, count=6, match="upload")
+    elif fault == "reset":
+        faults.reset_mid_body(4, after_bytes=1000)
+    elif fault == "lost answers":
+        faults.lose_answer(6, match="upload")
+    elif fault == "401":
+        faults.expire_tokens(4)
+    elif fault == "stall":
+        faults.stall(2.0, 3)
+
+
+@pytest.mark.parametrize("fault", ["503 burst", "429 burst", "reset", "lost answers", "401", "stall"])
+def test_passing_faults_are_retried(fault: str, gs: Place, gcs: GcsServer) -> None:
+    """Bursts of refusals, resets, lost answers, expired tokens and stalls: everything is committed in the end."""
+    gcs.faults.latency_s = 0.005
+    _arm(gcs, fault)
+    code, printed = training.attempt(
+        gs.url, function=_plain, environment=gs.node("a"), log=gs.homes / "log", timeout_s=120
+    )
+    assert code == 0, printed
+    assert sum(gcs.faults.fired.values()) > 0, "the fault never fired"
+    assert mirror.remote_steps(Remote(gs.url))[-1] == 30
+    assert mirror.problems(_elsewhere(gs, 0), 30) == []
+
+
+def test_a_dead_bucket_does_not_stop_the_training(gs: Place, gcs: GcsServer) -> None:
+    """While the bucket is down training goes on and saves stay here, loudly; when it is back everything lands."""
+    log = gs.homes / "log"
+    process = training.start(_plain, gs.url, log=log, environment=gs.node("a"), steps=120)
+    deadline = time.monotonic() + 60
+    while not any("checkpoints/0/commit.json" in name for name in gcs.names()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    gcs.faults.down = "503"
+    (home,) = (gs.homes / "a").iterdir()
+    begun = max(commits.steps(Store(home)))
+    while max(commits.steps(Store(home))) < begun + 30:  # training and local commits go on
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    gcs.faults.down = None
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    assert mirror.remote_steps(Remote(gs.url))[-1] == 120
+    assert mirror.problems(_elsewhere(gs, 0), 120) == []
+
+
+def test_no_permission_is_said_at_once(gs: Place, gcs: GcsServer) -> None:
+    """403 is not retried: one sentence naming the account and the permission, exit code 78."""
+    gcs.faults.forbid()
+    begun = time.monotonic()
+    code, printed = training.attempt(gs.url, function=_plain, environment=gs.node("a"), log=gs.homes / "log")
+    assert code == contract.Exit.CONFIG
+    assert time.monotonic() - begun < 30
+    assert "permission denied for" in printed
+    assert "roles/storage.objectUser" in printed
+    assert "Traceback" not in printed
