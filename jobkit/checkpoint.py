@@ -98,7 +98,7 @@ class Checkpoints:
         stage = commits.new_stage(self._store, step, self._attempt)
         faults.reach("before_write")
         try:
-            self._start_orbax(stage, snapshot.arrays)
+            self._start_orbax(stage, snapshot)
         except Exception as error:
             _discard(stage)
             raise _storage_error(error, f"cannot save step {step} to {self._store.url}") from error
@@ -119,7 +119,8 @@ class Checkpoints:
         )
         self._thread.start()
 
-    def _start_orbax(self, stage: Path, arrays: dict[str, Any]) -> None:
+    def _start_orbax(self, stage: Path, snapshot: state.Snapshot) -> None:
+        arrays = snapshot.arrays
         if not arrays:  # Orbax refuses an empty tree
             stage.mkdir()
             return
@@ -128,7 +129,12 @@ class Checkpoints:
                 **{contract.ORBAX_ITEM: ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS)}
             )
             self._orbax = ocp.AsyncCheckpointer(handler)
-        item = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+        if self._store.remote is None:
+            item = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+        else:
+            size = _upload_bytes(snapshot.nbytes)
+            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=size), arrays)
+            item = ocp.args.PyTreeSave(arrays, chunked, ocdbt_target_data_file_size=size)
         self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: item}))
 
     def _finish(self, stage: Path, snapshot: state.Snapshot, commit: Commit, begun: float, blocking_s: float) -> None:
@@ -539,6 +545,11 @@ def _storage_error(error: BaseException, doing: str) -> JobkitError:
                 return explain(OSError(number, text), doing)
         cause = cause.__cause__ or cause.__context__
     return StorageError(f"{doing}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _upload_bytes(nbytes: int) -> int:
+    """Choose the size of data files for a bucket: small enough that uploads run in parallel, not thousands of them."""
+    return min(max(nbytes // 64, 8 << 20), 256 << 20)
 
 
 def _topology() -> dict[str, int | str]:

@@ -572,7 +572,7 @@ print("placed on", jax.device_count())
 
 
 def test_restoring_onto_other_meshes(tmp_path: Path) -> None:
-    """On 8 devices: each mesh restores onto itself and another, placed as the live program is; free leaves stay free."""
+    """On 8 devices: each mesh restores onto itself and another, placed as the program is; free leaves stay free."""
     environ = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     environ["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, "-c", _PLACED, str(tmp_path)]

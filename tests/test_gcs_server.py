@@ -738,15 +738,19 @@ def test_an_outage(server: GcsServer, raw: Raw) -> None:
 
 
 def test_closing_ends_connections() -> None:
-    """A server that is closed leaves no client waiting, and its port refuses."""
+    """A server that is closed ends a stall, answers no kept connection any more, and its port refuses."""
     server = GcsServer()
-    server.faults.stall(30)
+    kept = Raw(server.url)
+    kept.put("a")
+    server.faults.stall(30, match="object.get")
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(requests.get, f"{server.url}/storage/v1/b", timeout=20)
+        waiting = pool.submit(requests.get, kept.object("a"), timeout=20)
         while not server.faults.fired["stall"]:
             time.sleep(0.01)
         server.close()
-        assert isinstance(waiting.exception(5), requests.ConnectionError) or waiting.result().ok
+        waiting.exception(5)
+    with pytest.raises(requests.ConnectionError):
+        kept.put("a")
     with pytest.raises(requests.ConnectionError):
         requests.get(server.url, timeout=5)
 

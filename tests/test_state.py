@@ -794,6 +794,17 @@ def test_a_changed_module_is_refused_whole(tmp_path: Path) -> None:
     same(nnx.to_pure_dict(nnx.state(other)), before)
 
 
+def test_nothing_is_half_restored() -> None:
+    """If one part's values cannot be made, no part has changed, those before it included."""
+    parts = parts_of(a=1, model=nnx.Param(jnp.ones(1)), z=3)
+    table = state.take(parts_of(a=7, model=nnx.Param(jnp.zeros(1)), z=9)).table
+    table["z"]["leaves"][""]["type"] = "no such type"
+    with pytest.raises(KeyError):
+        state.give_back(parts, table, {("model", "0"): np.zeros(1, np.float32)})
+    before = state.take(parts_of(a=1, model=nnx.Param(jnp.ones(1)), z=3))
+    same(state.take(parts).values, before.values)
+
+
 def test_numbers_and_arrays_without_dimensions_agree() -> None:
     """A Python number and a 0-d array stand for each other (TrainState.step); what was saved is what comes back."""
     got = through({"x": [jnp.int32(5), 7, np.int64(3)]}, {"x": [0, jnp.int32(0), 0]})["x"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from tests.benchmarks import saves, steps
+from tests.benchmarks import saves, steps, uploads
 
-sys.exit(steps.main() or saves.main())
+sys.exit(steps.main() or saves.main() or uploads.main())

@@ -1,0 +1,152 @@
+"""Save to a bucket until it is committed there: jobkit beside default and tuned Orbax and the bare wire.
+
+The GCS server of the tests runs in a process of its own with 50 ms per request, 12.5 MB/s per stream and 100 MB/s in
+all; contenders take turns. Run: python -m tests.benchmarks.uploads [MEGABYTES [PICTURE.png]]
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.gcs_server import control, environment
+
+ROUNDS, LATENCY_S, PER_STREAM, IN_ALL = 5, 0.05, 12.5e6, 100e6
+LIMIT = 0.35
+"""Of default Orbax's time, median of the ratios round by round."""
+
+
+def _state(megabytes: int) -> dict[str, Any]:
+    import jax.numpy as jnp
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    count = megabytes * 1_000_000 // 4 // 64
+    return {f"layer{index}": jnp.asarray(random.normal(size=count).astype(np.float32)) for index in range(64)}
+
+
+def _wire(url: str, megabytes: int, step: int) -> float:
+    """Upload the same bytes as sixteen objects at once: what the limits leave."""
+    from jobkit.remote import PARALLEL, Remote
+
+    remote, part = Remote(url), os.urandom(megabytes * 1_000_000 // PARALLEL)
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda index: remote.write(f"{step}/{index}", part), range(PARALLEL)))
+    return time.perf_counter() - begun
+
+
+def _orbax(manager: Any, args: Any, step: int) -> float:
+    begun = time.perf_counter()
+    manager.save(step, args=args)
+    manager.wait_until_finished()
+    return time.perf_counter() - begun
+
+
+def _jobkit(run: Any, step: int) -> float:
+    from jobkit import mirror
+    from jobkit.ledger import Ledger
+
+    begun = time.perf_counter()
+    run.save(step, wait=True)
+    ledger = Ledger(run._store.file("bench.jsonl"))
+    assert mirror.push_step(run._store, step, attempt=run.attempt, ledger=ledger)
+    return time.perf_counter() - begun
+
+
+def _measure(megabytes: int) -> dict[str, list[float]]:
+    import orbax.checkpoint as ocp
+
+    import jobkit
+
+    state = _state(megabytes)
+    keep = ocp.CheckpointManagerOptions(max_to_keep=None)
+    tuned_handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
+    rows: dict[str, list[float]] = {}
+    with (
+        ocp.CheckpointManager("gs://bucket/default", options=keep) as default,
+        ocp.CheckpointManager("gs://bucket/tuned", item_handlers=tuned_handler, options=keep) as tuned,
+        jobkit.Run("gs://bucket/run", save_every=None, keep=100) as run,
+    ):
+        run.resume(net=state, optimizer=None)
+        assert run._carrier is not None
+        run._carrier._closing.set()  # the benchmark itself uploads, to see when it ends
+        for step in range(1, ROUNDS + 1):
+            for name, figure in (
+                ("wire", _wire("gs://bucket/wire", megabytes, step)),
+                ("Orbax default", _orbax(default, ocp.args.StandardSave(state), step)),
+                (
+                    "Orbax tuned",
+                    _orbax(tuned, ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=8 << 20), step),
+                ),
+                ("jobkit", _jobkit(run, step)),
+            ):
+                rows.setdefault(name, []).append(figure)
+    return rows
+
+
+def _draw(rows: dict[str, list[float]], megabytes: int, path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
+    names = list(rows)
+    medians = [statistics.median(rows[name]) for name in names]
+    colours = ["#9aa0a6", "#c58f6b", "#d9b38c", "#2a6f97"]
+    axes.barh(names, medians, color=colours)
+    for name, figures in rows.items():
+        axes.plot(figures, [name] * len(figures), ".", color="black", markersize=4)
+    axes.bar_label(axes.containers[0], [f" {median:.1f} s" for median in medians], padding=14)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("seconds until committed")
+    axes.set_title(f"{megabytes} MB to gs://, 50 ms per request, 12.5 MB/s per stream, 100 MB/s in all", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Measure, print and draw; fail above the limit."""
+    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 104
+    picture = Path(sys.argv[2] if len(sys.argv) > 2 else "uploads.png")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.gcs_server", "--port", "0", "--bucket", "bucket"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        control(url, latency_s=LATENCY_S, bandwidth_per_stream=PER_STREAM, bandwidth_total=IN_ALL)
+        os.environ.update(environment(url))
+        with tempfile.TemporaryDirectory() as home:
+            os.environ["JOBKIT_HOME"] = home
+            rows = _measure(megabytes)
+    finally:
+        server.terminate()
+        server.wait()
+    ratios = {
+        name: statistics.median(mine / theirs for mine, theirs in zip(figures, rows["Orbax default"], strict=True))
+        for name, figures in rows.items()
+    }
+    table = Table(f"{megabytes} MB", "median s", "of Orbax default", title=f"{ROUNDS} interleaved rounds")
+    for name, figures in rows.items():
+        table.add_row(name, f"{statistics.median(figures):.2f}", f"{ratios[name]:.2f}")
+    Console().print(table)
+    _draw(rows, megabytes, picture)
+    print(picture)
+    return 0 if ratios["jobkit"] <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
