@@ -118,7 +118,8 @@ def _draw(rows: dict[str, list[float]], megabytes: int, path: Path) -> None:
 def main() -> int:
     """Measure, print and draw; fail above the limit."""
     megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 104
-    picture = Path(sys.argv[2] if len(sys.argv) > 2 else "uploads.png")
+    picture = Path(sys.argv[2] if len(sys.argv) > 2 else "build/uploads.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.gcs_server", "--port", "0", "--bucket", "bucket"],
         stdout=subprocess.PIPE,
