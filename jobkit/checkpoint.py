@@ -305,7 +305,8 @@ def restore(store: Store, step: int, parts: Mapping[str, state.Part], *, partial
     Args:
         store: The run directory.
         step: A step for which `commits.problems` is empty.
-        parts: The program's parts, changed by this call only if all of it succeeds.
+        parts: The program's parts. None is changed unless every value could be read; an object whose own loading
+            fails leaves those before it changed.
         partial: Take only those of the checkpoint's parts that are given.
 
     Raises:

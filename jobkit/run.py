@@ -216,6 +216,8 @@ class Run:
                 "resume() was given no optimizer state, without which a resumed training goes another way: "
                 "resume(..., optimizer=optimizer), or optimizer=None if this run has none"
             )
+        if "step" in parts:
+            raise ConfigError("a part cannot be named 'step', which load(step=...) means otherwise: choose another name")
         made = {name: state.part_of(name, value) for name, value in parts.items()}
         values = {name: part for name, part in made.items() if isinstance(part, state.ValuePart)}
         self._heartbeat.enter(Phase.RESTORING)

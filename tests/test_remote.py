@@ -218,6 +218,7 @@ def _damage(place: Place, kind: str, name: str, remote: Remote) -> None:
         remote.remove([name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flip", "truncate", "delete"])
 def test_damage_in_the_bucket_is_found_and_the_older_step_used(kind: str, place: Place) -> None:
     """Every file of the newest step in turn, damaged in the bucket: found, set aside, the older step is restored."""
@@ -314,6 +315,7 @@ def test_submit_status_and_cancel_on_a_bucket(place: Place) -> None:
     assert jobkit("other", "status", place.url, "--json")["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_twenty_random_kills_with_uploads(place: Place, undisturbed: Path) -> None:
     """SIGKILL at random moments of saves and uploads, on two nodes in turn: no wrong restore, no lost commit."""
     moments = random.Random(11)
@@ -384,6 +386,7 @@ def _arm(server: GcsServer, fault: str) -> None:
         faults.stall(2.0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503 burst", "429 burst", "reset", "lost answers", "401", "stall"])
 def test_passing_faults_are_retried(fault: str, gs: Place, gcs: GcsServer) -> None:
     """Bursts of refusals, resets, lost answers, expired tokens and stalls: everything is committed in the end."""
