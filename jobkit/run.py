@@ -217,7 +217,7 @@ class Run:
                 "resume(..., optimizer=optimizer), or optimizer=None if this run has none"
             )
         if "step" in parts:
-            raise ConfigError("a part cannot be named 'step', which load(step=...) means otherwise: choose another name")
+            raise ConfigError("no part can be named 'step': that is load()'s own word; choose another name")
         made = {name: state.part_of(name, value) for name, value in parts.items()}
         values = {name: part for name, part in made.items() if isinstance(part, state.ValuePart)}
         self._heartbeat.enter(Phase.RESTORING)
