@@ -62,9 +62,10 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     commands = [line for line in COMMANDS if line.startswith("jobkit ")]
     printed = [shell(as_this_checkout(command), tmp_path) for command in commands]
     words = [shlex.split(command)[1] for command in commands]
-    assert words == ["submit", "submit", "status", "cancel", "resume", "logs", "ls"]
+    assert words == ["submit", "submit", "status", "cancel", "resume", "logs", "ls", "checkpoints", "checkpoints"]
     assert "cancelled" in printed[3]
-    listed = printed[-1].splitlines()
+    assert "whole" in printed[-1]
+    listed = printed[-3].splitlines()
     assert [line.split()[:2] for line in listed[1:]] == [["first", "done"], ["second", "done"]]
     assert all(line.split()[3:5] == ["2000", "2000"] for line in listed[1:])
 
