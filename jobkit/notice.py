@@ -39,6 +39,23 @@ class Notice:
     deadline_s: float | None = None
 
 
+_listening: "set[Listener]" = set()
+
+
+def _forget_in_child() -> None:
+    """Give a forked child its parent's earlier handlers back.
+
+    The wakeup pipe is shared across a fork: a SIGTERM with which a `multiprocessing.Pool` ends its workers would reach
+    the parent's watcher as a notice, and the worker would ignore it.
+    """
+    for listener in _listening:
+        listener.let_go()
+    _listening.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 class Listener:
     """Listens for notices from `open` to `close`.
 
@@ -80,17 +97,14 @@ class Listener:
                 self._earlier[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._watch, name="jobkit-notice", daemon=True)
         self._thread.start()
+        _listening.add(self)
 
     def close(self) -> None:
         """Stop listening and put earlier handlers back."""
         if self._pipe is None or self._thread is None:
             return
-        if self._earlier:
-            for number, handler in self._earlier.items():
-                # None stands for a handler that C code installed, which Python cannot put back.
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-            signal.set_wakeup_fd(self._earlier_wakeup)
-            self._earlier.clear()
+        _listening.discard(self)
+        self.let_go()
         reader, writer = self._pipe
         self._pipe = None
         os.write(writer, b"\0")  # no signal has number 0: ends the thread
@@ -98,6 +112,16 @@ class Listener:
         for descriptor in (reader, writer, self._alive):
             if descriptor is not None:
                 os.close(descriptor)
+
+    def let_go(self) -> None:
+        """Put earlier handlers back; elsewhere than on the main thread there is nothing to do."""
+        if not self._earlier or threading.current_thread() is not threading.main_thread():
+            return
+        signal.set_wakeup_fd(self._earlier_wakeup)
+        for number, handler in self._earlier.items():
+            # None stands for a handler that C code installed, which Python cannot put back.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._earlier.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(signal.Signals(number).name, "signal")

@@ -76,6 +76,9 @@ class Run:
     Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices; earlier handlers come back.
     """
 
+    _opened_here = False
+    """Whether a Run was opened in this process before."""
+
     def __init__(
         self,
         url: str | os.PathLike[str] | None = None,
@@ -91,6 +94,11 @@ class Run:
             )
         self._store = Store(launched or url or "")
         if launched and url is not None and Store(url).path != self._store.path:
+            if Run._opened_here:
+                raise ConfigError(
+                    f"a second Run, {os.fspath(url)}, in a program that was submitted as the one run "
+                    f"{self._store.url}: submit each run on its own"
+                )
             _say(f"the launcher's run directory {self._store.url} is used instead of {os.fspath(url)}")
         self._strategy = SaveEvery.parse(save_every, keep_best=keep_best)
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
@@ -109,7 +117,7 @@ class Run:
         """Open the run: claim an attempt, listen for notices."""
         if self._opened:
             raise ConfigError("this Run was opened before: make a new one")
-        self._opened = True
+        self._opened = Run._opened_here = True
         # JAX's own notifier would replace our SIGTERM handler without a word when jax.distributed starts.
         jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
         supervisor = os.environ.get(contract.ENV_SUPERVISOR)

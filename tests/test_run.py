@@ -314,3 +314,49 @@ def test_the_programs_own_failure_keeps_its_traceback(tmp_path: Path) -> None:
     assert code == 1
     assert "ValueError: boom" in printed
     assert commits.steps(Store(tmp_path / "run"))[-1] <= 9
+
+
+def _forks(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url) as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in run.steps(6):
+            state.total += 1
+            if step == 2:
+                worker = os.fork()
+                if worker == 0:
+                    time.sleep(20)
+                    os._exit(0)
+                time.sleep(0.2)
+                os.kill(worker, signal.SIGTERM)
+                print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
+                time.sleep(0.1)
+        print(run.notice, state.total)
+
+
+def test_a_forked_worker_can_be_terminated(tmp_path: Path) -> None:
+    """SIGTERM to a forked worker, as a pool sends it, ends the worker at once and is no notice to the run."""
+    code, printed = training.attempt(tmp_path / "run", function=_forks, timeout_s=15)
+    assert code == 0, printed
+    assert "-15\nNone 6" in printed
+
+
+def _two_runs(url: str) -> None:
+    import jobkit
+
+    for name in ("one", "two"):
+        with jobkit.Run(f"{url}-{name}") as run:
+            run.resume(total=0, optimizer=None)
+            for _ in run.steps(3):
+                pass
+
+
+def test_two_runs_in_one_program(tmp_path: Path) -> None:
+    """Two runs one after the other work alone; submitted as one run, the second is refused instead of mixed in."""
+    assert training.attempt(tmp_path / "run", function=_two_runs) == (0, "")
+    code, printed = training.attempt(
+        tmp_path / "run", function=_two_runs, environment={contract.ENV_RUN: str(tmp_path / "launched")}
+    )
+    assert code == contract.Exit.CONFIG
+    assert "submit each run on its own" in printed
