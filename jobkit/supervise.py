@@ -232,7 +232,8 @@ def _end_leftovers(attempt: Attempt, link: Link, since_s: float) -> bool:
     saving = beat.pid in left and Phase.LISTENING <= beat.phase <= Phase.STOPPING
     patience_s = _SAVING_S if saving else _LEFTOVER_S
     number = signal.SIGTERM if since_s < patience_s else signal.SIGKILL
-    for pid in left:
+    # While the program saves, it alone is told: its worker processes must live until it is through.
+    for pid in [beat.pid] if saving and number == signal.SIGTERM else left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     return True
