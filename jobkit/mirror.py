@@ -53,7 +53,8 @@ class Mirror:
         self._failing_since: float | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jobkit-mirror", daemon=True)
-        self.superseded = False
+        self.superseded: SupersededError | None = None
+        """Says which newer attempt has taken over, once one has; nothing is carried from then on."""
 
     def start(self) -> None:
         """Begin carrying, in a thread."""
@@ -88,7 +89,7 @@ class Mirror:
             try:
                 self._carry(final=False)
             except SupersededError as error:
-                self.superseded = True
+                self.superseded = error
                 self._ledger.append("upload_failed", reason=str(error))
                 return
             except JobkitError as error:

@@ -479,6 +479,8 @@ class Run:
         error = self._checkpoints.take_error()
         if isinstance(error, SupersededError):
             raise error
+        if self._carrier is not None and self._carrier.superseded is not None:
+            raise self._carrier.superseded
         if error is not None:
             _say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
 

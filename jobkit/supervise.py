@@ -179,7 +179,7 @@ def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: m
                 interrupts += number == signal.SIGINT
                 insist = interrupts >= 3 and os.isatty(0)
                 _forward(attempt, link, ledger, signal.SIGKILL if insist else signal.Signals(number))
-        if carrier.superseded and attempt.notice is None:
+        if carrier.superseded is not None and attempt.notice is None:
             _forward(attempt, link, ledger, signal.SIGTERM)
         _reap(attempt)
         _copy_log(attempt, tail)

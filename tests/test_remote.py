@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -432,3 +433,29 @@ def test_no_permission_is_said_at_once(gs: Place, gcs: GcsServer) -> None:
     assert "permission denied for" in printed
     assert "roles/storage.objectUser" in printed
     assert "Traceback" not in printed
+
+
+def test_a_continued_old_attempt_changes_nothing_in_the_bucket(place: Place, undisturbed: Path) -> None:
+    """SIGSTOP on one node, a whole new attempt on another, SIGCONT: the old one ends itself and changes nothing."""
+    log = place.homes / "old"
+    old = training.start(
+        training.train, place.url, log=log, environment=place.node("a"), pause_s=0.05, save_every="2 steps"
+    )
+    remote, deadline = Remote(place.url), time.monotonic() + 60
+    while max(mirror.remote_steps(remote), default=0) < 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert old.pid is not None
+    os.kill(old.pid, signal.SIGSTOP)
+    code, printed = attempt(place, "b")
+    assert code == 0, printed
+    before = {name: remote.read(name) for name in remote.find(contract.CHECKPOINTS)}
+    os.kill(old.pid, signal.SIGCONT)
+    old.join(60)
+    assert old.exitcode == contract.Exit.CONFIG, log.read_text()
+    assert "attempt 1 has taken over" in log.read_text().splitlines()[-1]
+    committed = {name.rpartition("/")[0] for name in before if name.endswith(contract.COMMIT)}
+    after = {name: remote.read(name) for name in remote.find(contract.CHECKPOINTS)}
+    kept = {name: content for name, content in after.items() if any(name.startswith(step + "/") for step in committed)}
+    assert kept == before
+    assert {name for name in after if name.endswith(contract.COMMIT)} == {f"{step}/commit.json" for step in committed}
