@@ -76,7 +76,7 @@ class Remote:
             named["timeout"] = _CALL_S
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self._deadline_s),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=3.0, jitter=0.3),
+            wait=tenacity.wait_exponential(0.2, 3.0) + tenacity.wait_random(0, 0.3),
             retry=tenacity.retry_if_exception(worth_retrying),
             before_sleep=lambda tried: _forget_token(fs, tried),
             reraise=True,

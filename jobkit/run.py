@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import jax
 
-from jobkit import contract, mirror, state
+from jobkit import contract, mirror, plain, state
 from jobkit.checkpoint import Checkpoints, find_step, restore
 from jobkit.commits import Keep, sweep
 from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
@@ -69,6 +69,7 @@ class Run:
             improves on the metric of `keep_best`), or None (only when asked, on notice, and at the end).
         keep: How many of the newest checkpoints stay; at least 1.
         keep_best: A metric and 'min' or 'max': the best checkpoint by it stays too.
+        start_from: URL of a checkpoint that plain Orbax wrote, to begin with where the run has none of its own yet.
 
     Raises:
         ConfigError: If an argument makes no sense or the run directory cannot be used.
@@ -86,6 +87,7 @@ class Run:
         save_every: str | int | tuple[str | int, ...] | None = "10m",
         keep: int = 3,
         keep_best: tuple[str, str] | None = None,
+        start_from: str | os.PathLike[str] | None = None,
     ) -> None:
         launched = os.environ.get(contract.ENV_RUN)
         if url is None and not launched:
@@ -104,6 +106,7 @@ class Run:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ConfigError(f"keep={keep!r} is not a number of checkpoints; at least 1 always stays")
         self._keep = Keep(keep, keep_best)
+        self._start_from = start_from
         self._parts: dict[str, state.Part] | None = None
         self._opened = False
         self.step = 0
@@ -236,22 +239,34 @@ class Run:
         if self._store.remote is not None:
             mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
         restored = self._checkpoints.restore_newest(made)
+        started = None
+        if restored is None and self._start_from is not None:
+            started = plain.start(self._start_from, made)
+            snapshot = state.take(made)
         seconds = round(time.monotonic() - begun, 6)
         self._table, self._parts = snapshot.table, made
         self.state = Values(values)
-        self.step = restored or 0
+        self.step = restored if restored is not None else started.step if started is not None else 0
         self._heartbeat.step, self._heartbeat.committed_step = self.step, self._checkpoints.committed_step
         self._heartbeat.enter(Phase.FIRST_STEP)
         self._strategy.begin(self.step, time.monotonic())
         if restored is None:
-            self._ledger.append("fresh", bytes=snapshot.nbytes)
+            self._ledger.append("fresh", bytes=snapshot.nbytes, step=self.step)
+            if started is not None:
+                self._tell_start(started)
             # At once, so that storage is proven before hours are spent, and a state that was not seeded survives.
-            self._checkpoints.save(snapshot, 0, reason="start", metrics={})
+            self._checkpoints.save(snapshot, self.step, reason="start", metrics={})
         else:
             self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
             _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
         self._remember()
         return self.state
+
+    def _tell_start(self, started: plain.Start) -> None:
+        url = os.fspath(self._start_from or "")
+        self._ledger.append("started_from", url=url, parts=started.parts, fresh=started.fresh, step=self.step)
+        rest = f"; as the program made it: {', '.join(started.fresh)}" if started.fresh else ""
+        _say(f"begins at step {self.step} with {', '.join(started.parts)} of {url}{rest}")
 
     def restore(self, step: int | str = "best") -> int:
         """Put a committed step into the live parts, outside the loop: the best one for a final evaluation.

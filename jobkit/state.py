@@ -98,7 +98,7 @@ class ValuePart:
     def slots(self) -> tuple[list[Slot], Any]:
         """Return the leaves of the current value."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.value, is_leaf=_is_iterator)
-        return [Slot(_names(path), leaf) for path, leaf in leaves], None
+        return [Slot(names(path), leaf) for path, leaf in leaves], None
 
     def assign(self, values: list[Any], skeleton: Any) -> None:
         """Replace the value by one of the same structure."""
@@ -128,7 +128,7 @@ class NnxPart:
             held = variable.get_value() if isinstance(variable, nnx.Variable) else variable
             role = type(variable).__name__ if isinstance(variable, nnx.Variable) else ""
             for inner, leaf in jax.tree_util.tree_flatten_with_path(held)[0]:
-                slots.append(Slot(prefix + _names(inner), leaf, role))
+                slots.append(Slot(prefix + names(inner), leaf, role))
         return slots, None
 
     def assign(self, values: list[Any], skeleton: Any) -> None:
@@ -165,7 +165,7 @@ class ObjectPart:
         self._set(_decode(skeleton, values))
 
 
-def _names(path: Iterable[Any]) -> Path:
+def names(path: Iterable[Any]) -> Path:
     """Turn JAX's key path into names: DictKey, SequenceKey, GetAttrKey and FlattenedIndexKey have one each."""
     return tuple(str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))) for key in path)
 
@@ -193,7 +193,7 @@ def part_of(name: str, value: Any) -> Part:
             return ObjectPart(getattr(value, get), getattr(value, set_))
     for path, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_iterator)[0]:
         if not _is_leaf(leaf):
-            raise ConfigError(_refusal("/".join((name, *_names(path))), leaf))
+            raise ConfigError(_refusal("/".join((name, *names(path))), leaf))
     return ValuePart(value)
 
 
@@ -236,7 +236,7 @@ def _refuse_mixture(name: str, value: Any) -> None:
     """Refuse a container of NNX objects and plain leaves: the leaves could not be restored in place."""
     for path, node in jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_nnx)[0]:
         if not _is_nnx(node):
-            where = "/".join((name, *_names(path)))
+            where = "/".join((name, *names(path)))
             raise ConfigError(
                 f"part {name!r} mixes NNX objects with plain values ({where} is {_kind(node)}): "
                 "give them to resume() as two parts"

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "remote", "storage", "heartbeat", "ledger", "commits",
-    "mirror", "strategy", "notice", "state", "checkpoint", "run", "supervise", "compare", "export",
+    "mirror", "strategy", "notice", "state", "checkpoint", "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
@@ -27,7 +27,7 @@ LAUNCH = [
     "api", "demo", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
-USES_JAX = {"state", "checkpoint", "run", "compare", "export"}
+USES_JAX = {"state", "checkpoint", "plain", "run", "compare", "export"}
 """The only modules of jobkit that may name jax and its family."""
 
 
