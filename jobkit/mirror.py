@@ -10,11 +10,11 @@ Under a dead bucket the training goes on; saves wait in the home, as many as ret
 
 import contextlib
 import os
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +25,8 @@ from jobkit import commits, contract
 from jobkit.commits import Commit
 from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError
 from jobkit.ledger import Ledger
-from jobkit.remote import PARALLEL, Remote, each
+from jobkit.progress import transfer
+from jobkit.remote import Remote, each
 from jobkit.storage import Store, checksum, remove_tree, sync_tree
 
 _TICK_S = 0.5
@@ -85,6 +86,10 @@ class Mirror:
                 time.sleep(_TICK_S)
 
     def _run(self) -> None:
+        assert self._store.remote is not None
+        with contextlib.suppress(JobkitError):
+            # Of dead attempts: this one has claimed its number, so that no older one can commit any more.
+            self._store.remote.abort_uploads()
         while not self._closing.wait(_TICK_S):
             try:
                 self._carry(final=False)
@@ -103,13 +108,14 @@ class Mirror:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             self._ledger.append("upload_failed", reason=str(error))
+            print(f"jobkit: {error}; saves wait in {self._store.path} meanwhile", file=sys.stderr, flush=True)
 
     def _carry(self, *, final: bool) -> None:
         """Carry what is new: steps first, newest before older."""
         local = commits.steps(self._store)
         waiting = [step for step in reversed(local) if step not in self._done]
         for step in waiting:
-            if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger):
+            if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=final):
                 self._done.add(step)
         if waiting:
             self._retain()
@@ -243,8 +249,15 @@ def remote_steps(remote: Remote) -> list[int]:
     return sorted(step for step, names in steps.items() if _commit_name(step) in names)
 
 
-def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger) -> bool:
+def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool = False) -> bool:
     """Upload a committed local step and commit it on the URL.
+
+    Args:
+        store: The run directory.
+        step: A step that is committed in the home.
+        attempt: Number of the attempt that uploads.
+        ledger: Where the upload is written.
+        shown: Whether a person at a terminal sees a progress bar.
 
     Returns:
         False if retention removed it locally before its files could be opened.
@@ -265,10 +278,14 @@ def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger) -> bool:
             files = {name: stack.enter_context((root / name).open("rb")) for name in commit.files}
         except FileNotFoundError:
             return False
-        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-upload") as pool:
-            jobs = [pool.submit(_push_file, remote, commit, name, file) for name, file in files.items()]
-            for job in jobs:
-                job.result()
+        with transfer(f"uploading step {step}", commit.nbytes, shown=shown) as advance:
+
+            def push(name: str) -> None:
+                _push_file(remote, commit, name, files[name])
+                advance(commit.files[name].size)
+
+            for _ in each(push, files):
+                pass
     check_newest(remote, attempt)
     if not remote.create(_commit_name(step), content):
         ledger.append("skipped", step=step, reason="committed on the URL before")
@@ -351,8 +368,7 @@ def fetch_step(store: Store, step: int, *, attempt: int) -> list[str]:
         return [str(error)]
     stage = commits.new_stage(store, step, attempt)
     try:
-        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-download") as pool:
-            wrong = list(filter(None, pool.map(lambda name: _fetch_file(remote, commit, name, stage), commit.files)))
+        wrong = _fetch_files(remote, commit, f"downloading step {step}", stage)
         if wrong:
             return wrong
         (stage / contract.COMMIT).write_bytes(content)
@@ -364,6 +380,20 @@ def fetch_step(store: Store, step: int, *, attempt: int) -> list[str]:
         return []
     finally:
         remove_tree(stage)
+
+
+def _fetch_files(remote: Remote, commit: Commit, doing: str, stage: Path, *, keep: bool = True) -> list[str]:
+    """Download a step's files in parallel; return what is wrong with them."""
+    with transfer(doing, commit.nbytes) as advance:
+
+        def fetch(name: str) -> str:
+            wrong = _fetch_file(remote, commit, name, stage)
+            if not keep:
+                (stage / name).unlink(missing_ok=True)
+            advance(commit.files[name].size)
+            return wrong
+
+        return [told for told in each(fetch, commit.files) if told]
 
 
 def _fetch_file(remote: Remote, commit: Commit, name: str, stage: Path) -> str:
@@ -386,13 +416,7 @@ def problems(store: Store, step: int) -> list[str]:
     except StorageError as error:
         return [str(error)]
     with tempfile.TemporaryDirectory(prefix="jobkit-verify-") as scratch:
-
-        def one(name: str) -> str:
-            wrong = _fetch_file(remote, commit, name, Path(scratch))
-            (Path(scratch) / name).unlink(missing_ok=True)
-            return wrong
-
-        wrong = [told for told in each(one, commit.files) if told]
+        wrong = _fetch_files(remote, commit, f"verifying step {step}", Path(scratch), keep=False)
     prefix = contract.step_dir(step) + "/"
     present = {name.removeprefix(prefix) for name in remote.find(contract.step_dir(step))}
     extra = sorted(present - commit.files.keys() - {contract.COMMIT})

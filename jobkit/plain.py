@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from jobkit import contract, state
 from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.progress import transfer
 from jobkit.remote import Remote, each
 from jobkit.storage import files_below, is_remote, local_path
 
@@ -161,12 +162,19 @@ def _read(url: str | os.PathLike[str]) -> tuple[dict[str, Leaves], int | None]:
         prefix, items = _locate(list(files_below(root)), text)
         return {name: _load(root / prefix / item) for name, item in items.items()}, _step(f"{text}/{prefix}")
     remote = Remote(text)
-    names = list(remote.find())
+    sizes = remote.find()
+    names = list(sizes)
     prefix, items = _locate(names, text)
     with tempfile.TemporaryDirectory(prefix="jobkit-start-") as scratch:
         wanted = [name for name in names if name.startswith(prefix)]
-        for _ in each(lambda name: remote.fetch(name, Path(scratch) / name), wanted):
-            pass
+        with transfer(f"downloading {text}", sum(sizes[name] for name in wanted)) as advance:
+
+            def fetch(name: str) -> None:
+                remote.fetch(name, Path(scratch) / name)
+                advance(sizes[name])
+
+            for _ in each(fetch, wanted):
+                pass
         return {name: _load(Path(scratch) / prefix / item) for name, item in items.items()}, _step(f"{text}/{prefix}")
 
 

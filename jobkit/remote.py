@@ -137,6 +137,24 @@ class Remote:
         for _ in each(one, names):
             pass
 
+    def abort_uploads(self) -> int:
+        """End multipart uploads below the URL that nobody completed; return their number.
+
+        S3 keeps, and bills, their parts until then. GCS forgets its resumable uploads by itself, after a week.
+        """
+        fs, root = self._fs()
+        if not hasattr(fs, "call_s3"):
+            return 0
+        bucket, _, prefix = root.partition("/")
+        try:
+            listed = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+            found = [(upload["Key"], upload["UploadId"]) for upload in listed.get("Uploads") or []]
+            for key, upload in found:
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+        except Exception as error:
+            raise translate(error, f"cannot end old uploads to {self.url}") from error
+        return len(found)
+
     def fetch(self, name: str, target: Path) -> None:
         """Write an object's content to a local file."""
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -111,15 +111,16 @@ class Store:
     Args:
         url: A path or a file:// URL, need not exist yet; or a URL of an object store, whose home on this node is what
             is read and written here, and what mirror.py carries to and fro.
+        deadline_s: How long a request to an object store is tried again before it gives up.
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], *, deadline_s: float = 120.0) -> None:
         self.remote: Remote | None = None
         """The object store behind a home; None if the run directory is on a file system."""
         if is_remote(url):
             self.url = os.fspath(url).rstrip("/")
             self.path = home_of(self.url)
-            self.remote = Remote(self.url)
+            self.remote = Remote(self.url, deadline_s=deadline_s)
         else:
             self.path = local_path(url)
             self.url = str(self.path)

@@ -35,6 +35,8 @@ from launch.spec import JobSpec
 BACKEND = "local"
 _OURS = (contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER)
 """What a submit from inside another run must not hand on."""
+_PATIENCE_S = 20.0
+"""How long a person at a prompt waits for a bucket that does not answer."""
 _READY_S = 30.0
 """How long a runner may take to come up: imports on a slow shared disk."""
 
@@ -58,10 +60,15 @@ def open_run(url: str | os.PathLike[str]) -> Store:
     """
     if not is_remote(url):
         return Store(os.path.realpath(local_path(url)))
-    store = Store(url)
-    if not held(store):
-        mirror.refresh(store)
+    store = Store(url, deadline_s=_PATIENCE_S)
+    refresh(store)
     return store
+
+
+def refresh(store: Store) -> None:
+    """Bring a home up to date, unless a runner here is writing to it."""
+    if store.remote is not None and not held(store):
+        mirror.refresh(store)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jobkit.errors import JobkitError
 from jobkit.heartbeat import Beat, read_beat
 from jobkit.ledger import Event, read_json
 from jobkit.storage import Store
+from jobkit.units import show_duration
 from launch import leftovers
 from launch import spec as specs
 from launch.lock import held
@@ -49,6 +50,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s).
         notices: Preemption notices: attempt, t, source.
         endings: How the attempts ended, oldest first.
+        storage: What is wrong with the run's URL, '' while uploads get there.
         runner: 'alive', 'gone' (killed: nothing will happen until `jobkit resume`) or 'ended'.
     """
 
@@ -69,6 +71,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     updated: float | None = None
     notices: list[dict[str, Any]] = []
     endings: list[Ending] = []
+    storage: str = ""
     runner: str = "alive"
 
     @property
@@ -131,6 +134,7 @@ def _status(store: Store, alive: bool) -> Status:
         updated=_updated(store, newest),
         notices=[notice for attempt in attempts for notice in _notices(store, attempt)],
         endings=endings,
+        storage=_outage(store, newest) if newest is not None and store.remote is not None else "",
         runner=runner,
     )
 
@@ -260,6 +264,19 @@ def _notices(store: Store, attempt: int) -> list[dict[str, Any]]:
         for event in events
         if event["event"] == "notice"
     ]
+
+
+def _outage(store: Store, attempt: int) -> str:
+    """Say since when, and why, nothing reaches the run's URL; '' if the newest upload did."""
+    last: Event | None = None
+    for writer in ("supervisor", 0):
+        for event in _lines(store.file(contract.events_file(attempt, writer)), tail_bytes=_TAIL_BYTES):
+            if event["event"] in ("upload_failed", "upload_back", "uploaded"):
+                last = event
+    if last is None or last["event"] != "upload_failed":
+        return ""
+    ago = show_duration(age(float(last["t"])) or 0.0)
+    return f"uploads fail for {ago}, saves wait in {store.path}: {last.get('reason', '')}"
 
 
 def _first_time(store: Store, attempt: int | None) -> float | None:

@@ -1,8 +1,9 @@
 """Following a run until it is over: a live view on a terminal, a line per change elsewhere; and its log."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from jobkit import contract
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {State.DONE: 0, State.FAILED: 1, State.CANCELLED: 3}
 _POLL_S = 0.25
+_REFRESH_S = 2.0
+"""A run on an object store that lives on another machine is looked at this often."""
 _MAX_RESUMES = 5
 """How often a runner that vanished is replaced while somebody watches."""
 
@@ -49,7 +52,9 @@ def follow(store: Store, *, out: TextIO | None = None, quiet: bool = False) -> i
 def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
     """Yield the run's status again and again, the last time when it is over."""
     resumes = 0
+    look = _looker(store)
     while True:
+        look()
         status = report.status(store)
         if status.runner == "gone" and status.state is State.FAILED and resumes < _MAX_RESUMES:
             resumes += 1
@@ -63,6 +68,20 @@ def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
         if status.state.over:
             return
         time.sleep(_POLL_S)
+
+
+def _looker(store: Store) -> Callable[[], None]:
+    """Return what brings the run's home up to date, now and then; a store that does not answer just now is no end."""
+    next_s = time.monotonic() + _REFRESH_S
+
+    def look() -> None:
+        nonlocal next_s
+        if time.monotonic() >= next_s:
+            with contextlib.suppress(JobkitError):
+                local.refresh(store)
+            next_s = time.monotonic() + _REFRESH_S
+
+    return look
 
 
 def _follow_plain(store: Store, out: TextIO) -> Status:
@@ -89,6 +108,8 @@ def _change_line(status: Status) -> str:
         words.append(f"notice {notices[-1].get('source', '')}".rstrip())
     if status.reason and status.reason != "starting":
         words.append(status.reason)
+    if status.storage:
+        words.append("uploads fail")
     return ", ".join(words)
 
 
@@ -150,6 +171,8 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "metrics", "  ".join(f"{name} {'nan' if value is None else f'{value:.6g}'}" for name, value in shown)
     if (seconds := report.age(status.updated)) is not None:
         yield "updated", f"{show_duration(seconds)} ago"
+    if status.storage:
+        yield "storage", status.storage
     for notice in status.notices[-3:]:
         yield "notice", f"attempt {notice['attempt']}: {notice.get('source', '')}"
     for ending in status.endings[-5:]:
@@ -167,7 +190,9 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
         following: Go on until the run is over.
     """
     offsets: dict[int, int] = {}
+    look = _looker(store)
     while True:
+        look()
         # Before the copying: what is written until the run is over must still be copied.
         over = not following or report.status(store).state.over
         for number in store.numbers(contract.ATTEMPTS):

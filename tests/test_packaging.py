@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
-    "contract", "errors", "units", "faults", "processes", "remote", "storage", "heartbeat", "ledger", "commits",
-    "mirror", "strategy", "notice", "state", "checkpoint", "plain", "run", "supervise", "compare", "export",
+    "contract", "errors", "units", "faults", "processes", "progress", "remote", "storage", "heartbeat", "ledger",
+    "commits", "mirror", "strategy", "notice", "state", "checkpoint", "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
