@@ -10,14 +10,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test test-all lint format types bench clean
 help:
-	@echo "make demo       train once undisturbed and once under fire, and compare the bits"
+	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
 	@echo "make test-all   the slow tests too"
 	@echo "make bench      what a step and a save cost"
 	@echo "make clean      remove .venv and everything generated"
 
 demo: $(READY)
-	$(BIN)/jobkit demo
+	$(BIN)/jobkit demo $(if $(RUN),--run '$(subst ','\'',$(RUN))')
 
 ifdef CI
 test: test-all

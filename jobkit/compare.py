@@ -67,6 +67,11 @@ def compare(a: str, b: str) -> Comparison:
         StorageError: If a checkpoint is damaged.
     """
     stores = Store(a), Store(b)
+    for store in stores:
+        if store.remote is not None:
+            from jobkit import checkpoint
+
+            checkpoint.fetch(store, "latest")
     steps = [_newest(store) for store in stores]
     logged = [read_metrics(store) for store in stores]
     differences = list(_metric_differences(*logged))

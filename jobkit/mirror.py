@@ -30,6 +30,7 @@ from jobkit.remote import Remote, each
 from jobkit.storage import Store, checksum, remove_tree, sync_tree
 
 _TICK_S = 0.5
+_TELL_S = 10.0
 _FILES_S = 2.0
 """Logs and ledgers of a running attempt reach the URL this often."""
 _CANCEL_S = 2.0
@@ -47,7 +48,9 @@ class Mirror:
     """
 
     def __init__(self, store: Store, attempt: int, ledger: Ledger) -> None:
-        self._store, self._attempt, self._ledger = store, attempt, ledger
+        # A dead bucket is told of soon; whoever carries tries again anyway.
+        self._store = Store(store.url, deadline_s=_TELL_S) if store.remote is not None else store
+        self._attempt, self._ledger = attempt, ledger
         self._done: set[int] = set()
         self._sizes: dict[str, tuple[int, int]] = {}
         self._files_at = self._cancel_at = 0.0

@@ -10,8 +10,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ from jobkit.contract import Outcome, State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.heartbeat import Phase, read_beat
 from jobkit.ledger import Event, read_json
-from jobkit.storage import Store, local_path
+from jobkit.remote import Remote
+from jobkit.storage import Store, is_remote, local_path
 from jobkit.units import show_duration
 from launch import local, report
 from launch.spec import JobSpec
@@ -139,7 +141,8 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
     """Run the demo and print its card.
 
     Args:
-        run: Directory for the two runs and the picture; a new one below runs/ by default.
+        run: Directory for the two runs and the picture, a new one below runs/ by default; or the URL of a bucket for
+            the runs, and then the picture lies below runs/.
         seed: Decides when and what is interrupted; drawn and printed by default.
         json: Print one JSON object instead of a card; progress goes to standard error.
 
@@ -150,32 +153,38 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
         ConfigError: If the directory is taken, or what the demo needs is not installed.
     """
     _check_installed()
-    place = local_path(run) if run else _fresh_place()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"{place} is not an empty directory; give the demo a new --run")
+    place = local_path(run) if run and not is_remote(run) else _fresh_place()
+    base = run.rstrip("/") if run and is_remote(run) else str(place)
+    _check_free(base, place)
+    urls = {name: f"{base}/{name}" for name in ("undisturbed", "disturbed")}
     seed = random.SystemRandom().randrange(1000) if seed is None else seed
     console = Console(stderr=json)
     plan = draw(seed)
-    console.print(f"[bold]jobkit demo[/bold]  run {_short(place)}  seed {seed}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[bold]jobkit demo[/bold]  run {base if is_remote(base) else _short(place)}  seed {seed}",
+        highlight=False,
+        soft_wrap=True,
+    )
     planned = ", ".join(f"{interruption.name} at step {interruption.planned_step}" for interruption in plan)
     console.print(f"planned: {planned}", highlight=False, soft_wrap=True)
     with _screen(console) as screen:
-        undisturbed = _train(place / "undisturbed", [], screen)
-        disturbed = _train(place / "disturbed", plan, screen)
+        undisturbed = _train("undisturbed", urls["undisturbed"], place, [], screen)
+        disturbed = _train("disturbed", urls["disturbed"], place, plan, screen)
         screen.say("comparing the two runs bit for bit")
-        comparison = _compare(place)
-    _settle(Store(place / "disturbed"), plan)
+        comparison = _compare(urls)
+    stores = {name: Store(url) for name, url in urls.items()}
+    _settle(stores["disturbed"], plan)
     result = Result(
-        run=str(place),
+        run=base,
         seed=seed,
         steps=STEPS,
-        attempts=len(Store(place / "disturbed").numbers(contract.ATTEMPTS)),
+        attempts=len(stores["disturbed"].numbers(contract.ATTEMPTS)),
         interruptions=plan,
         identical=bool(comparison.get("equal")),
         comparison=comparison,
         undisturbed_s=undisturbed,
         disturbed_s=disturbed,
-        plot=str(draw_losses(place, plan)),
+        plot=str(draw_losses(place, stores, plan)),
     )
     if json:
         _print_json(result)
@@ -191,6 +200,14 @@ def _check_installed() -> None:
     missing = [name for name in ("jax", "flax", "optax", "orbax", "grain", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"the demo needs {', '.join(missing)}: pip install 'jobkit[train,report]'")
+
+
+def _check_free(base: str, place: Path) -> None:
+    if is_remote(base):
+        if Remote(base, deadline_s=20).find():
+            raise ConfigError(f"{base} is not empty; give the demo a new --run")
+    elif place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place} is not an empty directory; give the demo a new --run")
 
 
 def _fresh_place() -> Path:
@@ -209,8 +226,15 @@ def _short(path: Path) -> str:
 # One training, watched.
 
 
-def _train(place: Path, plan: Sequence[Interruption], screen: "_Screen") -> float:
+def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], screen: "_Screen") -> float:
     """Run the training to its end, interrupting it as planned; return the seconds it took.
+
+    Args:
+        name: What the bar is called.
+        url: The run.
+        place: A directory to start it in.
+        plan: The interruptions.
+        screen: Where it is shown.
 
     Raises:
         JobkitError: If it does not get to its end; nothing of it runs any more then.
@@ -219,10 +243,8 @@ def _train(place: Path, plan: Sequence[Interruption], screen: "_Screen") -> floa
     # On the CPU whatever the machine has: an accelerator's kernels need flags of their own to repeat their bits.
     trainer = (sys.executable, "-m", "jobkit.examples.text", "--steps", str(STEPS))
     place.mkdir(parents=True, exist_ok=True)
-    spec = JobSpec(
-        command=("env", "JAX_PLATFORMS=cpu", *trainer), run=str(place), cwd=str(place.parent), snapshot=False
-    )
-    task, waiting, over = screen.add(place.name), list(plan), False
+    spec = JobSpec(command=("env", "JAX_PLATFORMS=cpu", *trainer), run=url, cwd=str(place), snapshot=False)
+    task, waiting, over = screen.add(name), list(plan), False
     store = local.submit(spec)
     watched = _Watched(store, task, screen)
     try:
@@ -239,7 +261,7 @@ def _train(place: Path, plan: Sequence[Interruption], screen: "_Screen") -> floa
             local.cancel(store.url)
     if watched.status.state is not State.DONE:
         log = store.file(contract.log_file(watched.status.attempt or 0))
-        raise JobkitError(f"the {place.name} training did not finish: {watched.status.reason}; see {log}")
+        raise JobkitError(f"the {name} training did not finish: {watched.status.reason}; see {log}")
     return time.monotonic() - begun
 
 
@@ -381,17 +403,20 @@ def _first(store: Store, attempt: int, name: str) -> Event:
     return next((event for event in ledger.attempt_events(store, attempt) if event["event"] == name), {})
 
 
-def _compare(place: Path) -> dict[str, Any]:
-    """Compare the two runs in a process of its own, since reading checkpoints needs jax."""
-    runs = [str(place / name) for name in ("undisturbed", "disturbed")]
-    told = subprocess.run(
-        [sys.executable, "-m", "jobkit.compare", *runs, "--json"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def _compare(urls: Mapping[str, str]) -> dict[str, Any]:
+    """Compare the two runs in a process of its own, since reading checkpoints needs jax.
+
+    With an empty home, as on another machine: from a bucket it reads what has got there.
+    """
+    with tempfile.TemporaryDirectory(prefix="jobkit-demo-") as home:
+        told = subprocess.run(
+            [sys.executable, "-m", "jobkit.compare", *urls.values(), "--json"],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", contract.ENV_HOME: home},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if told.returncode not in (0, 1) or not told.stdout.strip():
         last = (told.stderr.strip().splitlines() or ["no output"])[-1]
         raise JobkitError(f"the two runs could not be compared: {last.removeprefix('jobkit: ')}")
@@ -453,11 +478,12 @@ def _print_json(result: Result) -> None:
 _INK, _BLUE, _ORANGE, _RED, _GREEN = "#1f2933", "#3b6fb6", "#e07b1a", "#c0392b", "#2e8b57"
 
 
-def draw_losses(place: Path, plan: Sequence[Interruption]) -> Path:
+def draw_losses(place: Path, runs: Mapping[str, Store], plan: Sequence[Interruption]) -> Path:
     """Draw both loss curves, the interruptions and the commits into report/loss.png.
 
     Args:
-        place: The demo's directory, with the runs 'undisturbed' and 'disturbed' in it.
+        place: The demo's directory.
+        runs: 'undisturbed' and 'disturbed'.
         plan: The interruptions, as they went.
     """
     import matplotlib as mpl
@@ -465,7 +491,7 @@ def draw_losses(place: Path, plan: Sequence[Interruption]) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    stores = [Store(place / name) for name in ("undisturbed", "disturbed")]
+    stores = [runs["undisturbed"], runs["disturbed"]]
     left, right = (ledger.read_metrics(store).values for store in stores)
     style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.color": _INK}
     with plt.rc_context(style):

@@ -12,11 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from jobkit import contract
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
 from jobkit.ledger import Ledger
+from jobkit.storage import Store
 from launch import demo
 from launch.demo import Interruption, Result
+from tests.gcs_server import GcsServer
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,7 +149,7 @@ def test_picture(tmp_path: Path) -> None:
         went(fired_step=None),
         went(reached_step=470, resumed_step=470),
     ]
-    path = demo.draw_losses(tmp_path, plan)
+    path = demo.draw_losses(tmp_path, {name: Store(tmp_path / name) for name in ("undisturbed", "disturbed")}, plan)
     assert path == tmp_path / "report/loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
@@ -196,3 +199,24 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert "SIGKILL to the trainer of attempt" in done.stderr
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_demo_on_a_bucket(tmp_path: Path) -> None:
+    """`make demo RUN=gs://...`: the same in a bucket, compared from what has got there."""
+    with GcsServer() as server:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "demo", "--run", "gs://bucket/demo", "--seed", "4", "--json"],
+            cwd=tmp_path,
+            env=os.environ
+            | server.environment()
+            | {"PYTHONPATH": str(ROOT), contract.ENV_HOME: str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert any(name.endswith("disturbed/checkpoints/500/commit.json") for name in server.names())
+    told = json.loads(done.stdout)
+    assert (told["survived"], told["run"]) == (True, "gs://bucket/demo")
+    assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
