@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 READY := .venv/.ready
+SLURM := .venv/.slurm
 # pytest's workers; each one starts trainings of its own
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -22,11 +23,11 @@ demo: $(READY)
 ifdef CI
 test: test-all
 else
-test: lint types
+test: lint types $(SLURM)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 endif
 
-test-all: lint types
+test-all: lint types $(SLURM)
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 lint: $(READY)
@@ -53,6 +54,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv from constraints.txt (the first time takes a few minutes) ..."
 	@$(BIN)/python -m pip install -q -e '.[all]' -c constraints.txt
 	@touch $@
+
+# SLURM for the tests, unpacked below .venv where it is not installed; made again while there is none.
+$(SLURM): $(READY) tests/slurm_packages.py
+	@$(BIN)/python -m tests.slurm_packages $@
 
 # Debian and Ubuntu ship python3 without ensurepip; it comes with the package pythonX.Y-venv.
 .PHONY: .venv-make

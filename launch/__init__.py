@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from launch.api import cancel, resume, status, submit
     from launch.local import Local
     from launch.report import Status
+    from launch.slurm import Slurm
     from launch.spec import JobSpec
 
-__all__ = ["JobSpec", "Local", "Status", "cancel", "resume", "status", "submit"]
+__all__ = ["JobSpec", "Local", "Slurm", "Status", "cancel", "resume", "status", "submit"]
 
-_HOMES = {"JobSpec": "launch.spec", "Local": "launch.local", "Status": "launch.report"}
+_HOMES = {"JobSpec": "launch.spec", "Local": "launch.local", "Slurm": "launch.slurm", "Status": "launch.report"}
 
 
 def __getattr__(name: str) -> Any:

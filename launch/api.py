@@ -3,12 +3,12 @@
 import os
 
 from jobkit.contract import State
-from launch import local, report
+from launch import backends, local, slurm, submission
 from launch.report import Status
 from launch.spec import JobSpec
 
 
-def submit(spec: JobSpec, *, on: local.Local | None = None, wait: bool = False) -> Status:
+def submit(spec: JobSpec, *, on: local.Local | slurm.Slurm | None = None, wait: bool = False) -> Status:
     """Start a run.
 
     Args:
@@ -29,7 +29,7 @@ def submit(spec: JobSpec, *, on: local.Local | None = None, wait: bool = False) 
         from launch import watch
 
         watch.follow(store)
-    return report.status(store)
+    return backends.status(store)
 
 
 def status(run: str | os.PathLike[str]) -> Status:
@@ -38,7 +38,7 @@ def status(run: str | os.PathLike[str]) -> Status:
     Raises:
         JobkitError: If it is not a run, or its run.json is damaged.
     """
-    return report.status(local.open_run(run))
+    return backends.status(submission.open_run(run))
 
 
 def resume(run: str | os.PathLike[str], *, wait: bool = False) -> Status:
@@ -47,11 +47,11 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False) -> Status:
     Raises:
         ConfigError: If the run is alive.
     """
-    state = local.resume(run)
+    state = backends.resume(run)
     if wait and state is not State.DONE:
         from launch import watch
 
-        watch.follow(local.open_run(run))
+        watch.follow(submission.open_run(run))
     return status(run)
 
 
@@ -65,5 +65,5 @@ def cancel(run: str | os.PathLike[str], *, wait: bool = True) -> Status:
     Raises:
         ConfigError: If the run is already done.
     """
-    local.cancel(run, wait=wait)
+    backends.cancel(run, wait=wait)
     return status(run)

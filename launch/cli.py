@@ -13,12 +13,11 @@ from jobkit.errors import ConfigError, JobkitError
 
 if TYPE_CHECKING:
     from launch.checkpoints import Row
-    from launch.local import Plan
     from launch.report import Status
     from launch.spec import JobSpec
+    from launch.submission import Plan
 
-_BACKENDS = ("local",)
-_PLANNED = ("slurm", "gcp", "aws")
+_PLANNED = ("gcp", "aws")
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
 
 
@@ -45,13 +44,24 @@ def cli() -> None:
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})
-@click.option("--on", help="Backend: local. [default: local]")
+@click.option("--on", help="Backend: local, slurm. [default: local]")
 @click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
 @click.option("--name", help="Name of the run. [default: that of the run directory]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
 @click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
 @click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
 @click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
+@click.option("-p", "--partition", help="SLURM: partition.")
+@click.option("--account", help="SLURM: account.")
+@click.option("--qos", help="SLURM: quality of service.")
+@click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]")
+@click.option("--ntasks-per-node", type=int, help="SLURM: processes per node. [default: 1]")
+@click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8.")
+@click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process.")
+@click.option("--mem", help="SLURM: memory per node, such as 64G.")
+@click.option("--time", help="SLURM: time limit of one job; a run goes on in the next. [default: the partition's]")
+@click.option("--constraint", help="SLURM: features that nodes must have.")
+@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -64,14 +74,16 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit -- python train.py
       jobkit submit --run runs/mnist --wait -- python train.py --lr 1e-3
       jobkit submit --profile long --dry-run -- python -m mypackage.train
+      jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
     """
-    from launch import local
+    from launch import backends, submission
 
-    spec = _spec(profile, given)
+    spec, name = _spec(profile, given)
+    backend = backends.named(name)
     if dry_run:
-        _show_plan(local.prepare(spec), as_json)
+        _show_plan(submission.prepare(spec), name, as_json)
         return
-    store = local.submit(spec)
+    store = backend.submit(spec)
     if not as_json:
         print(f"submitted {store.url}", flush=True)
     if wait:
@@ -82,41 +94,51 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
         print(f"  follow:  jobkit logs -f {store.url}\n  cancel:  jobkit cancel {store.url}")
 
 
-def _spec(profile: str | None, given: dict[str, Any]) -> "JobSpec":
-    """Merge a profile's options and the command line's, which win."""
+def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
+    """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
     from jobkit.units import duration_s
-    from launch.spec import JobSpec, read_profile
+    from launch.spec import SBATCH, JobSpec, read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
     flags["max-failures"] = given["max_failures"]
     flags["snapshot"] = False if given["no_snapshot"] else None
     options |= {name: value for name, value in flags.items() if value is not None}
-    _check_backend(options.get("on", "local"))
-    return JobSpec(
+    sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
+    for text in given["sbatch"]:
+        key, _, value = text.lstrip("-").partition("=")
+        sbatch[key] = value
+    for key in SBATCH:
+        value = given[key.replace("-", "_")]
+        value = options.get(key) if value is None else value
+        if value is not None:
+            sbatch[key] = str(value)
+    backend = options.get("on", "local")
+    if backend in _PLANNED:
+        raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local, slurm")
+    if sbatch and backend != "slurm":
+        raise ConfigError(f"--{next(iter(sbatch))} is for --on slurm; this is --on {backend}")
+    spec = JobSpec(
         command=tuple(given["command"]),
         run=options.get("run", ""),
         name=options.get("name", ""),
         snapshot=options.get("snapshot", True),
         grace_s=duration_s(options.get("grace", 30.0)),
         max_failures=options.get("max-failures", 10),
+        sbatch=sbatch,
     )
+    return spec, backend
 
 
-def _check_backend(backend: str) -> None:
-    if backend in _PLANNED:
-        raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local")
-    if backend not in _BACKENDS:
-        raise ConfigError(f"--on {backend!r} is not a backend; available: local")
-
-
-def _show_plan(plan: "Plan", as_json: bool) -> None:
+def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     import shlex
 
     import msgspec
 
-    from launch import report, snapshot
+    from launch import report, slurm, snapshot
 
+    if backend == slurm.BACKEND:
+        slurm.check(plan.spec.sbatch)
     code = snapshot.digest(plan.tree) if plan.tree is not None else None
     spec = msgspec.structs.replace(plan.spec, code=code)
     if as_json:
@@ -127,13 +149,15 @@ def _show_plan(plan: "Plan", as_json: bool) -> None:
     print(f"run          {spec.run}\nsnapshot     {files}")
     if plan.tree and plan.tree.links:
         print(f"linked       {', '.join(plan.tree.links)}")
+    if backend == slurm.BACKEND:
+        print(f"\n{slurm.script(plan.spec, plan.store)}", end="")
 
 
 def _follow(url: str, as_json: bool) -> int:
-    from launch import local, watch
+    from launch import submission, watch
 
     try:
-        code = watch.follow(local.open_run(url), quiet=as_json)
+        code = watch.follow(submission.open_run(url), quiet=as_json)
     except KeyboardInterrupt:
         print(f"\ndetached; the run goes on. To stop it: jobkit cancel {url}", file=sys.stderr)
         return 130
@@ -183,9 +207,9 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
       jobkit logs --attempt 2 runs/mnist
     """
     from jobkit import contract
-    from launch import local, spec, watch
+    from launch import spec, submission, watch
 
-    store = local.open_run(run)
+    store = submission.open_run(run)
     spec.read(store)
     numbers = store.numbers(contract.ATTEMPTS)
     if attempt is not None and attempt not in numbers and not following:
@@ -208,12 +232,12 @@ def cancel(run: str, no_wait: bool, as_json: bool) -> None:
     Examples:
       jobkit cancel runs/mnist
     """
-    from launch import local
+    from launch import backends
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    state = local.cancel(run, wait=not no_wait, progress=progress)
+    state = backends.cancel(run, wait=not no_wait, progress=progress)
     if as_json:
         _print_status(run)
     elif state is State.DONE:
@@ -234,9 +258,9 @@ def resume(run: str, wait: bool, as_json: bool) -> None:
       jobkit resume runs/mnist
       jobkit resume --wait runs/mnist
     """
-    from launch import local
+    from launch import backends
 
-    state = local.resume(run)
+    state = backends.resume(run)
     if state is State.DONE:
         print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
     elif not as_json:
@@ -258,17 +282,13 @@ def ls(directory: str, as_json: bool) -> None:
       jobkit ls
       jobkit ls /scratch/me --json
     """
-    from launch import local, report
+    from launch import backends, report, submission
 
-    path = local.open_run(directory).path
+    path = submission.open_run(directory).path
     if not path.is_dir():
         raise ConfigError(f"{path} is not a directory; name one that holds runs: jobkit ls DIRECTORY")
-    listed: list[Status] = []
-    for run in report.find_runs(path):
-        try:
-            listed.append(report.status(local.open_run(run)))
-        except JobkitError as error:
-            print(f"jobkit: {error}", file=sys.stderr)
+    stores = [submission.open_run(run) for run in report.find_runs(path)]
+    listed = backends.listed(stores, lambda text: print(f"jobkit: {text}", file=sys.stderr))
     if as_json:
         print(report.to_json(listed))
         return
@@ -315,9 +335,9 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
       jobkit checkpoints runs/mnist export best --params exported
       jobkit checkpoints runs/mnist rm 400
     """
-    from launch import checkpoints, local, report
+    from launch import checkpoints, report, submission
 
-    store = local.open_run(run)
+    store = submission.open_run(run)
     if action == "list":
         rows = checkpoints.listed(store)
         print(report.to_json(rows) if as_json else _checkpoint_table(rows))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobkit import commits, contract, processes
-from jobkit.contract import Outcome
+from jobkit.contract import Exit, Outcome
 from jobkit.errors import JobkitError
 from jobkit.heartbeat import read_beat
 from jobkit.ledger import attempt_events, read_json
@@ -123,7 +123,9 @@ def heartbeat_directory(store: Store, attempt: int) -> Path | None:
     return directory if directory.name.startswith("jobkit-") and directory.is_dir() else None
 
 
-def write_outcome(store: Store, attempt: int, *, program_code: int | None, reason: str) -> None:
+def write_outcome(
+    store: Store, attempt: int, *, program_code: int | None, reason: str, preempted: bool = False
+) -> None:
     """Write the outcome that a killed supervisor did not write; one that is there stays.
 
     Args:
@@ -131,8 +133,9 @@ def write_outcome(store: Store, attempt: int, *, program_code: int | None, reaso
         attempt: Number of the attempt.
         program_code: Exit code of the program if it is known, 128+n for signal n.
         reason: What happened to the supervisor.
+        preempted: Whether a scheduler ended the attempt to start it again: nobody's failure.
     """
-    code = 137 if program_code is None else program_code
+    code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
     if program_code is not None:
         reason = f"{reason}; the program ended with {contract.describe_exit(code)}"
     directory, link = store.file(contract.attempt_dir(attempt)), heartbeat_directory(store, attempt)
@@ -140,7 +143,7 @@ def write_outcome(store: Store, attempt: int, *, program_code: int | None, reaso
     value = {
         "attempt": attempt,
         "exit_code": code,
-        "outcome": Outcome.KILLED if program_code is None else contract.outcome_of(code),
+        "outcome": Outcome.KILLED if program_code is None and not preempted else contract.outcome_of(code),
         "reason": reason,
         "step": max(last_step(store, attempt), read_beat(link).step if link else -1),
         "committed_step": committed_step(store),
@@ -153,8 +156,8 @@ def write_outcome(store: Store, attempt: int, *, program_code: int | None, reaso
         remove_tree(link)  # the supervisor had no time to
 
 
-def close_attempts(store: Store, reason: str) -> None:
+def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> None:
     """Write an outcome for every attempt that has none; no process of the run may be left."""
     for attempt in store.numbers(contract.ATTEMPTS):
         if not store.exists(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"):
-            write_outcome(store, attempt, program_code=None, reason=reason)
+            write_outcome(store, attempt, program_code=None, reason=reason, preempted=preempted)

@@ -19,6 +19,7 @@ from jobkit.units import show_duration
 from launch import leftovers
 from launch import spec as specs
 from launch.lock import held
+from launch.scontrol import Job
 
 _TAIL_BYTES = 1 << 16
 """How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""
@@ -50,6 +51,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s).
         notices: Preemption notices: attempt, t, source.
         endings: How the attempts ended, oldest first.
+        job: Number of the run's job, for a scheduler.
         storage: What is wrong with the run's URL, '' while uploads get there.
         runner: 'alive', 'gone' (killed: nothing will happen until `jobkit resume`) or 'ended'.
     """
@@ -71,6 +73,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     updated: float | None = None
     notices: list[dict[str, Any]] = []
     endings: list[Ending] = []
+    job: str | None = None
     storage: str = ""
     runner: str = "alive"
 
@@ -85,16 +88,19 @@ def to_json(value: object) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 
-def status(store: Store, *, assume_held: bool | None = None) -> Status:
+def status(store: Store, *, assume_held: bool | None = None, job: Job | None = None) -> Status:
     """Read a run's status.
 
     Args:
         store: The run.
         assume_held: Whether the run's lock counts as held; by default it is looked at.
+        job: What a scheduler says of the run's job; None for a run of the local backend.
 
     Raises:
         JobkitError: If it is not a run, or run.json is damaged.
     """
+    if job is not None:
+        return _status(store, job.active or job.state == "UNKNOWN", job)
     # The lock first: a runner writes its end before it lets go.
     alive = held(store) if assume_held is None else assume_held
     result = _status(store, alive)
@@ -103,14 +109,15 @@ def status(store: Store, *, assume_held: bool | None = None) -> Status:
     return result
 
 
-def _status(store: Store, alive: bool) -> Status:
+def _status(store: Store, alive: bool, job: Job | None = None) -> Status:
     spec = specs.read(store)
     backend, created = specs.read_backend(store)
     attempts = store.numbers(contract.ATTEMPTS)
     newest = attempts[-1] if attempts else None
     endings = [ending for attempt in attempts if (ending := _ending(store, attempt)) is not None]
     running = newest is not None and (not endings or endings[-1].attempt != newest)
-    state, reason, runner = _state(store, alive, attempted=newest is not None, running=running)
+    running = running and not (job is not None and job.pending)
+    state, reason, runner = _state(store, alive, attempted=newest is not None, running=running, job=job)
     beat = _beat(store, newest) if running and newest is not None else None
     if beat is None and state is State.RUNNING and not reason:
         reason = "starting"
@@ -134,12 +141,13 @@ def _status(store: Store, alive: bool) -> Status:
         updated=_updated(store, newest),
         notices=[notice for attempt in attempts for notice in _notices(store, attempt)],
         endings=endings,
+        job=job.id if job is not None else None,
         storage=_outage(store, newest) if newest is not None and store.remote is not None else "",
         runner=runner,
     )
 
 
-def _state(store: Store, alive: bool, *, attempted: bool, running: bool) -> tuple[State, str, str]:
+def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Job | None) -> tuple[State, str, str]:
     """Return (state, reason, runner)."""
     last = last_life_event(store)
     cancelled = store.exists(contract.CANCEL)
@@ -150,6 +158,9 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool) -> tupl
         return state, reason, "ended"
     if alive:
         stopping = "a cancel was asked for; stopping" if cancelled else ""
+        if job is not None and not running:
+            waits = f"job {job.id} is {job.state.lower()}" + (f" ({job.reason})" if job.reason else "")
+            return State.REQUEUED if attempted else State.QUEUED, stopping or waits, "alive"
         if running:
             return State.RUNNING, stopping, "alive"
         if attempted:
@@ -157,11 +168,24 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool) -> tupl
         return State.QUEUED, stopping, "alive"
     if cancelled:
         return State.CANCELLED, cancel_reason(store), "gone"
-    return State.FAILED, f"the local runner is gone; continue with: jobkit resume {store.url}", "gone"
+    if job is not None and job.state == "CANCELLED":
+        return State.CANCELLED, f"job {job.id} was cancelled (scancel)", "gone"
+    if job is None:
+        gone = "the local runner is gone"
+    elif job.id:
+        gone = f"job {job.id} has ended ({job.state.lower()}) and nothing has started the next"
+    else:
+        gone = "its job was never submitted"
+    return State.FAILED, f"{gone}; continue with: jobkit resume {store.url}", "gone"
 
 
 def _known_state(value: object) -> State:
     return State(str(value)) if value in list(State) else State.FAILED
+
+
+def events(store: Store) -> list[Event]:
+    """Return the launching side's ledger, in the order written."""
+    return list(_lines(store.file(contract.EVENTS)))
 
 
 def last_life_event(store: Store) -> Event:

@@ -37,7 +37,7 @@ def environment(store: Store, environ: dict[str, str], *, path: str) -> dict[str
         environ: The runner's own.
         path: PYTHONPATH.
     """
-    ours = {"PATH": search_path(environ), contract.ENV_RUN: store.url, contract.ENV_RUNNER: str(os.getpid())}
+    ours = {"PATH": search_path(environ), contract.ENV_RUN: store.url}
     # Lines printed before a SIGKILL must be in the log.
     return {"PYTHONUNBUFFERED": "1"} | environ | ours | ({"PYTHONPATH": path} if path else {})
 
@@ -48,10 +48,11 @@ class Runner:
     Args:
         store: The run.
         spec: What was submitted.
-        lock_fd: Descriptor of the run's lock; supervisors inherit it.
+        lock_fd: Descriptor of the run's lock; supervisors inherit it. None where a scheduler sees to it that a run is
+            not run twice.
     """
 
-    def __init__(self, store: Store, spec: JobSpec, lock_fd: int) -> None:
+    def __init__(self, store: Store, spec: JobSpec, lock_fd: int | None) -> None:
         self._store, self._spec, self._lock_fd = store, spec, lock_fd
         self._ledger = Ledger(store.file(contract.EVENTS))
         self._signal: int | None = None
@@ -158,20 +159,31 @@ class Runner:
             cwd.mkdir(parents=True, exist_ok=True)
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
-        environ = environment(self._store, dict(os.environ), path=path) | {contract.ENV_LOCK: str(self._lock_fd)}
+        environ = environment(self._store, dict(os.environ), path=path)
         try:
             process = subprocess.Popen(
-                supervise,
+                [*self._launcher(), *supervise],
                 cwd=self._store.path,
-                env=environ,
+                env=self._hand_down(environ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the attempt's log has it
-                pass_fds=[self._lock_fd],
+                pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
             )
         except OSError as error:
             raise JobkitError(f"cannot start the supervisor: {error}") from None
         process.returncode = 0  # reaped by `_reap`, which reaps orphans too
         return process.pid
+
+    def _launcher(self) -> list[str]:
+        """Return what the supervisor is started with."""
+        return []
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        """Add to a supervisor's environment what ties it to this process."""
+        return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self._lock_fd)}
+
+    def _ask_to_stop(self, supervisor: int) -> None:
+        leftovers.send(supervisor, signal.SIGTERM)
 
     def _follow(self, supervisor: int) -> int:
         """Wait for the supervisor, passing on a wish to stop; kill what is left after the grace period."""
@@ -182,7 +194,7 @@ class Runner:
                 continue
             if asked is None:
                 asked = time.monotonic()
-                leftovers.send(supervisor, signal.SIGTERM)
+                self._ask_to_stop(supervisor)
             late = time.monotonic() - asked - self._spec.grace_s
             if late >= 0:
                 for pid in processes.descendants():

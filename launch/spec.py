@@ -29,6 +29,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         snapshot: Run a copy of the code as it is now, whatever happens to the working tree later.
         grace_s: Seconds between asking an attempt to stop and killing it.
         max_failures: Failures of the program after which the run may still be restarted.
+        sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch.
         root: Set by submit: top of the tree that the snapshot was taken of.
         code: Set by submit: digest of the snapshot, None without one.
         links: Set by submit: paths below root that are no part of the snapshot but are linked into it (data).
@@ -42,6 +43,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: bool = True
     grace_s: float = 30.0
     max_failures: int = 10
+    sbatch: dict[str, str] = {}
     root: str = ""
     code: str | None = None
     links: tuple[str, ...] = ()
@@ -180,14 +182,20 @@ def write_readme(store: Store, spec: JobSpec) -> None:
     store.write(contract.README, text)
 
 
-_OPTIONS: dict[str, type | tuple[type, ...]] = {
+SBATCH = (
+    "partition", "account", "qos", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time",
+    "constraint",
+)  # fmt: skip
+"""Options of sbatch that are options of `jobkit submit` too."""
+_OPTIONS: dict[str, Any] = {
     "name": str,
     "run": str,
     "on": str,
     "grace": (str, int, float),
     "max-failures": int,
     "snapshot": bool,
-}
+    "sbatch": dict,
+} | dict.fromkeys(SBATCH, (str, int))
 """Options that a profile may set, and their types in TOML."""
 
 
@@ -228,6 +236,9 @@ def _profiles(path: Path) -> Mapping[str, Any]:
     return profiles
 
 
+_KINDS = {str: "text", bool: "true or false", dict: "a table", (str, int): "text or a number"}
+
+
 def _checked(options: Any, where: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ConfigError(f"{where} is not a table; write [profile.NAME]")
@@ -238,7 +249,7 @@ def _checked(options: Any, where: str) -> dict[str, Any]:
             raise ConfigError(f"{where} has an unknown option {option!r}; valid are {', '.join(_OPTIONS)}")
         wanted = _OPTIONS[name]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            kind = "text" if wanted is str else "true or false" if wanted is bool else "a number"
+            kind = _KINDS.get(wanted, "a number")
             raise ConfigError(f"{where}: {option} is {json.dumps(value, default=str)}; it must be {kind}")
         checked[name] = value
     return checked

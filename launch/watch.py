@@ -11,7 +11,7 @@ from jobkit.contract import State
 from jobkit.errors import JobkitError
 from jobkit.storage import Store
 from jobkit.units import show_duration
-from launch import local, report
+from launch import backends, report, submission
 from launch.report import Status
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {State.DONE: 0, State.FAILED: 1, State.CANCELLED: 3}
 _POLL_S = 0.25
+_POLL_JOB_S = 2.0
+"""A scheduler is asked less often than a directory."""
 _REFRESH_S = 2.0
 """A run on an object store that lives on another machine is looked at this often."""
 _MAX_RESUMES = 5
@@ -55,19 +57,19 @@ def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
     look = _looker(store)
     while True:
         look()
-        status = report.status(store)
-        if status.runner == "gone" and status.state is State.FAILED and resumes < _MAX_RESUMES:
+        status = backends.status(store)
+        if status.runner == "gone" and status.job is None and status.state is State.FAILED and resumes < _MAX_RESUMES:
             resumes += 1
             print(f"jobkit: the local runner is gone; starting another ({resumes} of {_MAX_RESUMES})", file=out)
             try:
-                local.resume(store.url, clear_cancel=False)
+                backends.resume(store.url, clear_cancel=False)
             except JobkitError as error:
                 print(f"jobkit: {error}", file=out)
             continue
         yield status
         if status.state.over:
             return
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S if status.job is None else _POLL_JOB_S)
 
 
 def _looker(store: Store) -> Callable[[], None]:
@@ -78,7 +80,7 @@ def _looker(store: Store) -> Callable[[], None]:
         nonlocal next_s
         if time.monotonic() >= next_s:
             with contextlib.suppress(JobkitError):
-                local.refresh(store)
+                submission.refresh(store)
             next_s = time.monotonic() + _REFRESH_S
 
     return look
@@ -194,7 +196,7 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
     while True:
         look()
         # Before the copying: what is written until the run is over must still be copied.
-        over = not following or report.status(store).state.over
+        over = not following or backends.status(store).state.over
         for number in store.numbers(contract.ATTEMPTS):
             if attempt is None or number == attempt:
                 _copy_log(store, number, offsets, out, named=attempt is None)

@@ -2,9 +2,30 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-for name in [name for name in os.environ if name.startswith("JOBKIT_")]:
-    del os.environ[name]
+import pytest
+
+if TYPE_CHECKING:
+    from tests.slurm import Cluster
+
+for name in [name for name in os.environ if name.startswith(("JOBKIT_", "SLURM_", "SBATCH_", "SRUN_"))]:
+    if name != "JOBKIT_SLURM":  # where SLURM lies unpacked (tests/slurm_packages.py)
+        del os.environ[name]
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A shell's background job has SIGINT ignored, and what it starts inherits that; the tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> "Iterator[Cluster]":
+    """Run a SLURM cluster of four nodes for each worker of pytest; without SLURM skip, on CI fail."""
+    from tests import slurm, slurm_packages
+
+    if slurm_packages.find() is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"SLURM is missing: {slurm_packages.HOW}")
+        pytest.skip(f"SLURM is missing: {slurm_packages.HOW}")
+    with slurm.Cluster() as running:
+        yield running

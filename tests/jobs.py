@@ -15,6 +15,7 @@ from jobkit.ledger import read_events
 from jobkit.storage import Store
 from launch import leftovers, local, lock, report
 from launch.spec import JobSpec
+from launch.submission import open_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,7 +118,7 @@ class Project:
     def close(self) -> None:
         """End whatever a test left, and fail if two programs of one run ever lived at once."""
         for path in report.find_runs(self.runs):
-            store = local.open_run(path)
+            store = open_run(path)
             for pid in [runner_pid(store), *leftovers.processes_of(store)]:
                 if pid and lock.held(store):
                     with contextlib.suppress(ProcessLookupError):

@@ -23,8 +23,8 @@ JOBKIT = [
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
-    "restart", "spec", "snapshot", "command", "lock", "leftovers", "report", "runner", "local", "checkpoints", "watch",
-    "api", "demo", "cli",
+    "restart", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner", "submission",
+    "local", "slurm", "slurm_job", "backends", "checkpoints", "watch", "api", "demo", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {"state", "checkpoint", "plain", "run", "compare", "export"}

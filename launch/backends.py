@@ -1,0 +1,73 @@
+"""Which backend a run was submitted to, and its verbs: the one place that knows them all."""
+
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from jobkit.contract import State
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.storage import Store
+from launch import local, report, slurm, submission
+from launch import spec as specs
+from launch.report import Status
+
+_BY_NAME: dict[str, ModuleType] = {local.BACKEND: local, slurm.BACKEND: slurm}
+NAMES = tuple(_BY_NAME)
+
+
+def named(name: str) -> ModuleType:
+    """Return a backend by name.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if name not in _BY_NAME:
+        raise ConfigError(f"--on {name!r} is not a backend; available: {', '.join(NAMES)}")
+    return _BY_NAME[name]
+
+
+def of(store: Store) -> ModuleType:
+    """Return the backend of a run.
+
+    Raises:
+        JobkitError: If it is not a run, or its run.json is damaged.
+    """
+    return named(specs.read_backend(store)[0])
+
+
+def status(store: Store) -> Status:
+    """Read what a run is doing."""
+    return statuses([store])[0]
+
+
+def statuses(stores: Sequence[Store]) -> list[Status]:
+    """Read what any number of runs are doing, asking each scheduler once."""
+    jobs = slurm.jobs_of([store for store in stores if of(store) is slurm])
+    return [report.status(store, job=jobs.get(store.url)) for store in stores]
+
+
+def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
+    """Continue a run; see the backend's own `resume`."""
+    state: State = of(submission.open_run(run)).resume(run, clear_cancel=clear_cancel)
+    return state
+
+
+def cancel(
+    run: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+) -> State:
+    """End a run for good; see the backend's own `cancel`."""
+    state: State = of(submission.open_run(run)).cancel(run, wait=wait, progress=progress)
+    return state
+
+
+def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]:
+    """Read the status of runs, leaving out, and telling of, those that cannot be read."""
+    good = []
+    for store in stores:
+        try:
+            of(store)
+            report.status(store)
+            good.append(store)
+        except JobkitError as error:
+            tell(str(error))
+    return statuses(good)

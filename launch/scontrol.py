@@ -1,0 +1,213 @@
+"""What SLURM is asked and how it answers: one-line formats that are the same from 22.05 on, read into plain values.
+
+Sources: scontrol(1), squeue(1); what a job sees on each event was measured on a real cluster, and the table is in
+`cause`, which is a pure function.
+"""
+
+import enum
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from jobkit.errors import ConfigError, JobkitError
+
+_COMMAND_S = 30.0
+"""SLURM's own message timeout is 10 s; a controller that restarts answers later."""
+_PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REQUEUE_FED")
+_ACTIVE = (*_PENDING, "RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
+_DEFAULT_HOLD_S = 120.0
+"""AuthInfo's cred_expire: a requeued job may not start sooner."""
+
+
+class SlurmError(JobkitError):
+    """SLURM refused a request, or does not answer."""
+
+
+def run(*command: str, stdin: str | None = None) -> str:
+    """Run one of SLURM's commands and return what it printed.
+
+    Raises:
+        ConfigError: If it is not installed here.
+        SlurmError: If it fails; says what SLURM said.
+    """
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"{command[0]} is not on PATH: run this on a login node of the cluster")
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, input=stdin, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} has not answered for {_COMMAND_S:.0f} s") from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split())
+        raise SlurmError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
+    return done.stdout
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One job as `squeue` shows it.
+
+    Args:
+        id: Its number; with `_n` for a task of an array.
+        state: SLURM's word, such as RUNNING.
+        reason: Why it waits, or where it runs.
+        nodes: Names of the nodes it has.
+    """
+
+    id: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it may still do something."""
+        return self.state in _ACTIVE
+
+    @property
+    def pending(self) -> bool:
+        """Whether it waits to be started, for the first time or again."""
+        return self.state in _PENDING
+
+
+def queue(ids: Iterable[str]) -> dict[str, Job]:
+    """Ask for any number of jobs with one `squeue`; jobs that SLURM has forgotten are absent.
+
+    Raises:
+        JobkitError: If SLURM does not answer.
+    """
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    # Without -j, which fails as a whole where one of the jobs is forgotten; -r lists every task of an array.
+    printed = run("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T|%r|%N")
+    return {job.id: job for job in parse_queue(printed) if job.id in wanted or job.id.split("_")[0] in wanted}
+
+
+def parse_queue(printed: str) -> list[Job]:
+    """Read squeue's lines of `%i|%T|%r|%N`."""
+    fields = (line.strip().split("|") for line in printed.splitlines() if line.count("|") == 3)
+    return [Job(number, state, "" if reason == "None" else reason, nodes) for number, state, reason, nodes in fields]
+
+
+def show_job(job: str) -> dict[str, str]:
+    """Return `scontrol -o show job` as names and values.
+
+    Raises:
+        JobkitError: If SLURM does not know it, or does not answer.
+    """
+    return parse_pairs(run("scontrol", "-o", "show", "job", job))
+
+
+def parse_pairs(printed: str) -> dict[str, str]:
+    """Read one line of `Name=value Name=value`; values with spaces end before the next name."""
+    found = re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][A-Za-z0-9/:_-]*=|\s*$)", printed.splitlines()[0] if printed else "")
+    return dict(found)
+
+
+def hold_s(config: str | None = None) -> float:
+    """Return how long SLURM holds a requeued job back, in seconds, from `scontrol show config`."""
+    config = run("scontrol", "show", "config") if config is None else config
+    newer = re.search(r"requeue_delay=(\d+)", config)
+    if newer:
+        return float(newer[1])
+    found = re.search(r"cred_expire=(\d+)", config)
+    return float(found[1]) if found and int(found[1]) >= 5 else _DEFAULT_HOLD_S
+
+
+class Cause(enum.StrEnum):
+    """Why an attempt inside a job has ended or is to end."""
+
+    OWN = "own"
+    """Not SLURM's doing: the job runs on, and may start the next attempt at once."""
+    PREEMPTED = "preempted"
+    """Notice with a grace period; SLURM will end the job, and whether it requeues it is not known."""
+    REQUEUED = "requeued"
+    """SLURM has requeued the job already: preemption without grace, a lost node, or an administrator."""
+    TIME_LIMIT = "time limit"
+    CANCELLED = "cancelled"
+    """By a person; never undone."""
+    GONE = "gone"
+    """SLURM is ending the job and will not start it again; whether by a preemption or by a person is seen later."""
+
+
+def cause(job: Mapping[str, str], *, restarts: int, now: float, warned_s: float, preempt_mode: str = "") -> Cause:
+    """Tell why a job is being stopped; a pure function of what `scontrol show job` says.
+
+    | event | JobState | Reason | Restarts | PreemptTime |
+    |---|---|---|---|---|
+    | notice of a preemption | RUNNING | None | same | set |
+    | preempted without grace, requeued, node down | COMPLETING | None | one more | absent |
+    | scancel | COMPLETING | None | same | None |
+    | warning before the time limit | RUNNING, EndTime near | None | same | None |
+    | time limit | COMPLETING | TimeLimit | same | None |
+
+    A job that is ended by PreemptMode=CANCEL looks like one that a person cancelled, until it has ended.
+
+    Args:
+        job: Names and values of `scontrol -o show job`.
+        restarts: SLURM_RESTART_COUNT of this incarnation.
+        now: Time of the question (epoch, s).
+        warned_s: How long before the time limit the warning may come.
+        preempt_mode: PreemptMode of the job's partition.
+    """
+    if int(job.get("Restarts", "0") or 0) > restarts:
+        return Cause.REQUEUED
+    state, reason = job.get("JobState", ""), job.get("Reason", "None")
+    preempted = job.get("PreemptTime", "None") not in ("None", "Unknown", "")
+    if reason == "TimeLimit" or state == "TIMEOUT":
+        return Cause.TIME_LIMIT
+    if state in ("RUNNING", "SUSPENDED", "SIGNALING", "RESIZING"):
+        if preempted:
+            return Cause.PREEMPTED
+        end = parse_time(job.get("EndTime", ""))
+        return Cause.TIME_LIMIT if end is not None and end - now < warned_s else Cause.OWN
+    if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        return Cause.REQUEUED
+    if state == "CANCELLED":
+        return Cause.CANCELLED
+    maybe = state == "PREEMPTED" or preempted or "CANCEL" in preempt_mode or job.get("Requeue") == "0"
+    return Cause.GONE if maybe else Cause.CANCELLED
+
+
+def preempt_mode(job: Mapping[str, str]) -> str:
+    """Return the PreemptMode of a job's partition, '' if it is not told."""
+    try:
+        return parse_pairs(run("scontrol", "-o", "show", "partition", job["Partition"])).get("PreemptMode", "")
+    except (JobkitError, KeyError):
+        return ""
+
+
+def parse_time(text: str) -> float | None:
+    """Read SLURM's local time, such as 2026-11-24T01:02:03; None for Unknown and the like."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def requeue(job: str) -> None:
+    """Have a running job of ours started again.
+
+    Raises:
+        SlurmError: If SLURM refuses.
+    """
+    try:
+        run("scontrol", "update", f"JobId={job}", "Requeue=1")  # of a job that was submitted with --no-requeue
+    except SlurmError:
+        pass
+    run("scontrol", "requeue", job)
+
+
+def submitted_id(printed: str) -> str:
+    """Read the number that `sbatch --parsable` printed."""
+    return printed.strip().split(";")[0]
+
+
+def flags(options: Mapping[str, str]) -> Sequence[str]:
+    """Write options as sbatch takes them; an empty value is a switch."""
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]

@@ -1,0 +1,358 @@
+"""The SLURM backend: submit, resume and cancel runs from a login node.
+
+submitit writes and submits the script; what the job then does, requeues included, is in slurm_job.py. A run's jobs are
+in its ledger; the newest of them is the one that may run attempts.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import secrets
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jobkit import contract, mirror
+from jobkit.contract import State
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.ledger import Ledger
+from jobkit.storage import Store
+from jobkit.units import show_duration
+from launch import leftovers, report, scontrol
+from launch import spec as specs
+from launch.lock import cancel_mutex
+from launch.scontrol import Job, SlurmError
+from launch.spec import JobSpec
+from launch.submission import OURS, Plan, new_run, open_run, prepare, record, runner_environment, who
+
+BACKEND = "slurm"
+FOLDER = "slurm"
+"""Where the job's script and its own output lie, in the run directory."""
+WARNING_S = 60.0
+"""SLURM looks at time limits every 30 s: the warning is asked for this much before the grace has to begin."""
+_POLL_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """The SLURM backend.
+
+    Args:
+        options: What `sbatch` is to be given, by its long option's name: {"partition": "low", "time": "1:00:00"}; an
+            empty value is a switch.
+    """
+
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    name = BACKEND
+
+    def submit(self, spec: JobSpec) -> Store:
+        """See `submit`."""
+        return submit(msgspec.structs.replace(spec, sbatch=dict(self.options)))
+
+
+def submit(spec: JobSpec) -> Store:
+    """Start a run as a job.
+
+    Durability: on return run.json is on storage and SLURM has the job.
+
+    Raises:
+        ConfigError: If the specification cannot work, or SLURM refuses it; nothing is left behind then.
+    """
+    check(spec.sbatch)
+    with new_run(prepare(spec), BACKEND) as (store, spec, lock):
+        _sbatch(store, spec)
+    lock.close()
+    return store
+
+
+_REFUSED = {
+    "array": "one run is one job",
+    "signal": "jobkit asks for its own warning before the time limit (--grace)",
+    "output": "the run directory has the logs: jobkit logs",
+    "error": "the run directory has the logs: jobkit logs",
+    "open-mode": "jobkit sets it",
+    "requeue": "jobkit requeues by itself",
+    "wrap": "give the command after '--'",
+    "job-name": "use --name",
+    "chdir": "the job runs where it was submitted; change there",
+    "parsable": "use --json",
+    "test-only": "use --dry-run",
+    "ntasks": "give -N and --ntasks-per-node",
+}
+
+
+def check(options: Mapping[str, str]) -> None:
+    """Refuse sbatch options that would break a run, and a machine without SLURM.
+
+    Raises:
+        ConfigError: With the remedy.
+    """
+    for name, value in options.items():
+        if name in _REFUSED:
+            raise ConfigError(f"--{name} cannot be passed on to sbatch: {_REFUSED[name]}")
+        if "\n" in value or not name.replace("-", "").isalnum():
+            raise ConfigError(f"--{name}={value!r} is no option of sbatch")
+    tasks = [options.get("nodes", "1"), options.get("ntasks-per-node", "1")]
+    if tasks != ["1", "1"]:
+        raise ConfigError("this version trains with one process on one node: leave -N and --ntasks-per-node at 1")
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch is not on PATH: submit from a login node of the cluster")
+
+
+def script(spec: JobSpec, store: Store) -> str:
+    """Return the batch script, exactly as it is submitted."""
+    return str(_executor(spec, store)._make_submission_file_text(command(store), "jobkit"))
+
+
+def command(store: Store) -> str:
+    """Return the line that the batch script runs: our runner, which starts each attempt with srun."""
+    words = [sys.executable, "-P", "-m", "launch.slurm_job", store.url]
+    path = runner_environment().get("PYTHONPATH")
+    if path:
+        words = ["env", f"PYTHONPATH={path}", *words]
+    return "exec " + shlex.join(words)
+
+
+def folder(store: Store) -> Path:
+    """Return where the script and the job's own output lie: on a disk that login and compute nodes share."""
+    if store.remote is None:
+        return store.file(FOLDER)
+    return Path.home() / ".jobkit" / "slurm" / store.path.name
+
+
+def _executor(spec: JobSpec, store: Store) -> Any:
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=folder(store))
+    options = {name: (value if value else True) for name, value in spec.sbatch.items()}
+    time_limit = options.pop("time", None)
+    extra: dict[str, Any] = ({} if "no-requeue" in options else {"requeue": True}) | options
+    extra["time"] = time_limit
+    extra["wckey"] = None
+    executor.update_parameters(
+        job_name=spec.name,
+        use_srun=False,  # the runner starts each attempt as a step of its own
+        stderr_to_stdout=True,
+        signal_delay_s=int(spec.grace_s + WARNING_S),
+        additional_parameters={name: value for name, value in extra.items() if value is not None},
+    )
+    executor.parameters.pop("wckey", None)
+    executor.parameters["wckey"] = None
+    if time_limit is None:  # the partition's default, not submitit's five minutes
+        executor.parameters["time"] = None
+    return executor
+
+
+def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None) -> str:
+    """Submit a job for a run and write it down; return its number.
+
+    Raises:
+        ConfigError: If SLURM refuses it.
+    """
+    import submitit
+
+    folder(store).mkdir(parents=True, exist_ok=True)
+    executor = _executor(spec, store)
+    if dependency:
+        executor.parameters["dependency"] = dependency
+    said = io.StringIO()
+    with _clean_environment(), contextlib.redirect_stderr(said):  # submitit prints what sbatch said, and raises less
+        try:
+            job = executor._submit_command(command(store)).job_id
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}") from None
+    record(store, "job", id=str(job), by=who())
+    with contextlib.suppress(JobkitError):
+        mirror.carry_described(store)
+    return str(job)
+
+
+def _said(text: str) -> str:
+    """Put what sbatch said into one line."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in text.splitlines()]
+    return "; ".join(filter(None, lines))[:400]
+
+
+@contextlib.contextmanager
+def _clean_environment() -> Any:
+    """Hide what belongs to a run that this process is part of: sbatch hands the environment on."""
+    hidden = {name: os.environ.pop(name) for name in (*OURS, *_SLURM_OURS) if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+_SLURM_OURS = ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_NTASKS", "SLURM_NPROCS")
+"""Of the job that a successor is submitted from: srun would take them for orders."""
+
+
+def again(store: Store, spec: JobSpec, job: str, *, running: bool) -> str:
+    """Have a run go on after its job: a requeue, or a successor where that starts sooner; called inside the job.
+
+    A successor looks, when it starts, whether a person cancelled the job before it.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        job: The job that has to end.
+        running: Whether SLURM lets it run yet; a job that is being ended is never requeued, since that would undo a
+            person's cancel.
+
+    Returns:
+        What was done, for the ledger.
+
+    Raises:
+        JobkitError: If SLURM refuses both.
+    """
+    why = "since this one is being ended"
+    if running:
+        try:
+            hold_s = scontrol.hold_s()
+            if hold_s <= _SHORT_HOLD_S:
+                scontrol.requeue(job)
+                return f"requeued job {job}"
+            why = f"since a requeue is held back for {show_duration(hold_s)}"
+        except SlurmError as error:
+            why = f"since it cannot be requeued ({error})"
+    successor = _sbatch(store, spec, dependency=f"afterany:{job}")
+    return f"submitted job {successor} after job {job}, {why}"
+
+
+_SHORT_HOLD_S = 15.0
+
+
+def jobs(store: Store) -> list[str]:
+    """List the numbers of a run's jobs, oldest first."""
+    return [str(event["id"]) for event in report.events(store) if event["event"] == "job" and "id" in event]
+
+
+def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
+    """Ask SLURM once for the jobs of any number of runs; return the one that counts by the run's URL.
+
+    That is the newest job; SLURM forgets ended ones after a while, and one that it has forgotten has the state GONE.
+    """
+    known = {store.url: jobs(store) for store in stores}
+    numbers = [number for its in known.values() for number in its]
+    try:
+        table = scontrol.queue(numbers)
+    except JobkitError as error:
+        return {url: Job(its[-1] if its else "", "UNKNOWN", str(error)) for url, its in known.items()}
+    found = {}
+    for url, its in known.items():
+        active = [table[number] for number in its if number in table and table[number].active]
+        newest = its[-1] if its else ""
+        found[url] = active[-1] if active else table.get(newest, Job(newest, "GONE"))
+    return found
+
+
+def status(store: Store) -> report.Status:
+    """Read what a run is doing."""
+    return report.status(store, job=jobs_of([store])[store.url])
+
+
+def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
+    """Submit a job for a run that has none; what it committed is where it goes on.
+
+    Raises:
+        ConfigError: If the run is alive, or SLURM refuses.
+    """
+    store = open_run(url)
+    spec = specs.read(store)
+    now = status(store)
+    if now.state is State.DONE:
+        return State.DONE
+    job = jobs_of([store])[store.url]
+    if job.active or job.state == "UNKNOWN":
+        raise ConfigError(
+            f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
+            f"'jobkit cancel {store.url}'"
+        )
+    check(spec.sbatch)
+    if clear_cancel:
+        with cancel_mutex(store):
+            store.remove(contract.CANCEL)
+            if store.remote is not None:
+                store.remote.remove([contract.CANCEL])
+    record(
+        store,
+        "resumed",
+        by=who(),
+        attempts=len(store.numbers(contract.ATTEMPTS)),
+        committed=leftovers.committed_step(store),
+    )
+    _sbatch(store, spec)
+    return State.QUEUED
+
+
+def cancel(
+    url: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+) -> State:
+    """End a run for good: it gets its grace, then SLURM is told to insist.
+
+    Durability: on return cancel.json is on storage; nothing overrules it but `resume`.
+
+    Raises:
+        ConfigError: If the run is already done.
+        SlurmError: If SLURM does not answer; the cancel stands all the same.
+    """
+    store = open_run(url)
+    spec = specs.read(store)
+    if status(store).state is State.DONE:
+        raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
+    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)}).encode() + b"\n"
+    with cancel_mutex(store):
+        if store.remote is not None:
+            store.remote.write(contract.CANCEL, content)
+        store.write(contract.CANCEL, content)
+    record(store, "cancelled", by=who())
+    asked = time.monotonic()
+    told: set[str] = set()
+    while True:
+        active = [job for job in scontrol.queue(jobs(store)).values() if job.active]
+        if not active:
+            break
+        insist = time.monotonic() - asked > spec.grace_s
+        for job in active:
+            if job.pending or (insist and f"{job.id}!" not in told):
+                told.add(f"{job.id}!")
+                _tell(job.id)
+            elif job.id not in told and job.state == "RUNNING":
+                told.add(job.id)
+                if wait:
+                    progress(f"waiting for job {job.id} to save and stop (killed after {show_duration(spec.grace_s)})")
+                _tell(job.id, "--signal=TERM")
+        if not wait:
+            return status(store).state
+        time.sleep(_POLL_S)
+    end(store, State.CANCELLED, report.cancel_reason(store))
+    return status(store).state
+
+
+def _tell(job: str, *options: str) -> None:
+    with contextlib.suppress(SlurmError):  # it has ended this very moment
+        scontrol.run("scancel", *options, job)
+
+
+def end(store: Store, state: State, reason: str) -> None:
+    """Write down the end of a run, unless it is written."""
+    if report.last_life_event(store).get("event") == "ended":
+        return
+    ledger = Ledger(store.file(contract.EVENTS))
+    ledger.append("ended", durable=True, state=state, reason=reason)
+    ledger.close()
+    with contextlib.suppress(JobkitError):
+        mirror.carry_described(store)
+
+
+def show_plan(plan: Plan) -> str:
+    """Return what a dry run prints: the exact script."""
+    return script(plan.spec, plan.store)

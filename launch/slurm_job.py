@@ -1,0 +1,227 @@
+"""What a SLURM job runs, `python -m launch.slurm_job RUN`: attempts as srun steps, until the job has to end.
+
+The batch script becomes this process, on the job's first node. SLURM tells the steps of a preemption and of the time
+limit, and tells the batch script of neither; so the supervisor in the step serves the notice, and when the step is
+over this process asks `scontrol` why, and only then decides: go on in this very allocation, have SLURM start the run
+again, or leave it be. A person's cancel is never undone.
+"""
+
+import os
+import signal
+import sys
+import time
+
+from jobkit import contract, mirror, processes
+from jobkit.contract import Exit, Outcome, State
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.ledger import Event
+from jobkit.storage import Store
+from launch import leftovers, report, restart, scontrol, slurm
+from launch import spec as specs
+from launch.runner import Runner
+from launch.scontrol import Cause, SlurmError
+from launch.spec import JobSpec
+from launch.submission import OURS, open_run
+
+_ASK_S = 2.0
+"""slurmctld may take a moment to write down why it has signalled a step."""
+
+
+class SlurmRunner(Runner):
+    """Run attempts inside one job.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        job: SLURM_JOB_ID.
+        restarts: SLURM_RESTART_COUNT: how often SLURM has started this job again.
+    """
+
+    def __init__(self, store: Store, spec: JobSpec, job: str, restarts: int) -> None:
+        super().__init__(store, spec, None)
+        self._job, self._restarts = job, restarts
+
+    def run_job(self) -> int:
+        """Run until the job has to end; return its exit code."""
+        self._listen()
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
+        processes.become_subreaper()
+        newest = max(slurm.jobs(self._store), key=_number, default=self._job)
+        if _number(newest) > _number(self._job):
+            return self._leave(f"job {newest} has taken over", Exit.DONE)
+        try:
+            return self._attempts_in_job()
+        except JobkitError as error:
+            return self._end(State.FAILED, str(error))
+
+    def _attempts_in_job(self) -> int:
+        self._ledger.append("job_started", job=self._job, restarts=self._restarts, nodes=_nodes(), durable=True)
+        self._clear()
+        leftovers.close_attempts(self._store, "SLURM ended the job", preempted=self._restarts > 0)
+        if (cancelled := self._cancelled_before()) is not None:
+            return self._end(State.CANCELLED, cancelled)
+        policy = self._remember()
+        if self._history and (code := self._decide(policy, Cause.OWN, before=True)) is not None:
+            return code
+        while True:
+            if (over := self._over()) is not None:
+                return self._end(*over)
+            self._history.append(self._attempt())
+            why = self._ask(self._history[-1].outcome)
+            if (code := self._decide(policy, why)) is not None:
+                return code
+
+    def _remember(self) -> restart.Policy:
+        """Take up the history of the run since it was submitted or resumed: earlier incarnations and jobs."""
+        begun = [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed")]
+        skip, committed = (begun[-1].get("attempts", 0), begun[-1].get("committed", -1)) if begun else (0, -1)
+        attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
+        self._history = [self._ended(attempt, 0.0) for attempt in attempts]
+        return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
+
+    def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
+        """Act on how the last attempt ended; return the job's exit code, or None to go on in this allocation."""
+        decision = restart.decide(self._history, policy)
+        if decision.state is State.DONE:
+            return self._end(State.DONE, decision.reason)
+        if (over := self._over()) is not None:
+            return self._end(*over)
+        if why is Cause.CANCELLED:
+            return self._end(State.CANCELLED, f"job {self._job} was cancelled (scancel)")
+        if not before:
+            reason = f"{decision.reason}; {_WORDS[why]}"
+            told = {"action": decision.action, "delay_s": decision.delay_s, "reason": reason, "cause": why}
+            self._ledger.append("decision", **told, job=self._job, durable=True)
+        if why is Cause.REQUEUED:
+            return self._leave("SLURM starts the job again", Exit.PREEMPTED)
+        if not decision.restart:
+            return self._end(decision.state, decision.reason)
+        if why is Cause.OWN:
+            if not before:
+                self._wait(decision.delay_s)
+            return None
+        if (over := self._over()) is not None:
+            return self._end(*over)
+        done = slurm.again(self._store, self._spec, self._job, running=why is not Cause.GONE)
+        self._ledger.append("requeued", job=self._job, how=done, durable=True)
+        return self._leave(done, Exit.PREEMPTED)
+
+    def _ask(self, outcome: Outcome) -> Cause:
+        """Ask SLURM why the step has ended."""
+        if outcome is Outcome.DONE or self._cancelled():
+            return Cause.OWN
+        deadline = time.monotonic() + _ASK_S
+        told = Cause.OWN
+        while True:
+            try:
+                shown = scontrol.show_job(self._job)
+                told = scontrol.cause(
+                    shown,
+                    preempt_mode=scontrol.preempt_mode(shown),
+                    restarts=self._restarts,
+                    now=time.time(),
+                    warned_s=self._spec.grace_s + slurm.WARNING_S + 35.0,
+                )
+            except SlurmError as error:
+                print(f"jobkit: {error}", file=sys.stderr, flush=True)
+            stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
+            if told is not Cause.OWN or not stopped or time.monotonic() >= deadline:
+                break
+            self._nap(0.25)
+        limit = told is Cause.TIME_LIMIT and outcome not in (Outcome.PREEMPTED, Outcome.KILLED, Outcome.STORAGE)
+        return Cause.OWN if limit else told
+
+    def _cancelled_before(self) -> str | None:
+        """Tell whether a person cancelled the job that this one is the successor of."""
+        if self._cancelled():
+            return report.cancel_reason(self._store)
+        before = [job for job in slurm.jobs(self._store) if _number(job) < _number(self._job)]
+        resumed = max((i for i, event in enumerate(self._life()) if event["event"] == "resumed"), default=-1)
+        mine = next((i for i, event in enumerate(self._life()) if str(event.get("id")) == self._job), len(self._life()))
+        if not before or resumed == mine - 1:
+            return None
+        try:
+            state = scontrol.show_job(before[-1]).get("JobState", "")
+        except JobkitError:
+            return None
+        return f"job {before[-1]} was cancelled (scancel)" if state == "CANCELLED" else None
+
+    def _life(self) -> list[Event]:
+        return [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed", "job")]
+
+    def _over(self) -> tuple[State, str] | None:
+        # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.
+        return (State.CANCELLED, report.cancel_reason(self._store)) if self._cancelled() else None
+
+    def _end(self, state: State, reason: str) -> int:
+        """Write down the end of the run."""
+        slurm.end(self._store, state, reason)
+        return self._leave(reason, {State.DONE: Exit.DONE, State.CANCELLED: Exit.DONE}.get(state, Exit.FAILED))
+
+    def _leave(self, reason: str, code: Exit) -> int:
+        print(f"jobkit: {reason}", file=sys.stderr, flush=True)
+        try:
+            mirror.carry_described(self._store)
+        except JobkitError as error:
+            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+        return int(code)
+
+    # One attempt is one step.
+
+    def _launcher(self) -> list[str]:
+        step = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--nodes=1", "--ntasks=1", "--export=ALL"]
+        cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it from sbatch by itself, since 22.05
+        return [*step, f"--cpus-per-task={cpus}"] if cpus else step
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ  # the step's parent is SLURM, not this process
+
+    def _ask_to_stop(self, supervisor: int) -> None:
+        try:
+            scontrol.run("scancel", "--signal=TERM", self._job)
+        except JobkitError as error:
+            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+
+
+_WORDS = {
+    Cause.OWN: "the job goes on",
+    Cause.PREEMPTED: "SLURM preempts the job",
+    Cause.REQUEUED: "SLURM has requeued the job",
+    Cause.TIME_LIMIT: "the job's time limit",
+    Cause.CANCELLED: "the job was cancelled",
+    Cause.GONE: "SLURM has ended the job",
+}
+
+
+def _number(job: str) -> int:
+    head = job.split("_")[0]
+    return int(head) if head.isdecimal() else -1
+
+
+def _nodes() -> str:
+    return os.environ.get("SLURM_JOB_NODELIST", "")
+
+
+def main(arguments: list[str]) -> int:
+    """Run a run's attempts in this job.
+
+    Args:
+        arguments: The run.
+    """
+    for name in OURS:
+        os.environ.pop(name, None)
+    job = os.environ.get("SLURM_JOB_ID")
+    if len(arguments) != 1 or not job:
+        raise ConfigError("this runs inside a SLURM job: use jobkit submit --on slurm")
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    store = open_run(arguments[0])
+    return SlurmRunner(store, specs.read(store), job, int(restarts) if restarts.isdecimal() else 0).run_job()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except JobkitError as problem:
+        print(f"jobkit: {problem}", file=sys.stderr)
+        sys.exit(int(problem.exit_code))

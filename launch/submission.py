@@ -1,0 +1,238 @@
+"""What every backend does to start a run: check, snapshot, run directory; and how a run is opened later."""
+
+import contextlib
+import dataclasses
+import getpass
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from jobkit import contract, mirror
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.ledger import Ledger
+from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
+from launch import snapshot
+from launch import spec as specs
+from launch.command import check_command
+from launch.lock import RunLock, acquire, held, holder
+from launch.spec import JobSpec
+
+OURS = (contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER)
+"""What a submit from inside another run must not hand on."""
+_PATIENCE_S = 20.0
+"""How long a person at a prompt waits for a bucket that does not answer."""
+
+
+def open_run(url: str | os.PathLike[str]) -> Store:
+    """Return the store of a run, under the one name that its processes know it by.
+
+    A run on an object store is read from its home on this node, which is brought up to date first unless a runner
+    here is writing to it.
+    """
+    if not is_remote(url):
+        return Store(os.path.realpath(local_path(url)))
+    store = Store(url, deadline_s=_PATIENCE_S)
+    refresh(store)
+    return store
+
+
+def refresh(store: Store) -> None:
+    """Bring a home up to date, unless a runner here is writing to it."""
+    if store.remote is not None and not held(store):
+        mirror.refresh(store)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked submission that has written nothing yet."""
+
+    store: Store
+    spec: JobSpec
+    tree: snapshot.Tree | None
+
+
+def prepare(spec: JobSpec) -> Plan:
+    """Check a specification against this machine and fill in what it leaves open; writes nothing.
+
+    Raises:
+        ConfigError: If it cannot work.
+    """
+    specs.check(spec)
+    cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
+    if not cwd.is_dir():
+        raise ConfigError(f"the working directory {cwd} does not exist; give one that does")
+    check_command(spec.command, cwd, os.environ)
+    store = open_run(spec.run or _fresh_place(spec.name or _script_name(spec)))
+    _check_place(store)
+    spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.path.name)
+    if not spec.snapshot:
+        return Plan(store, msgspec.structs.replace(spec, root=str(cwd)), None)
+    tree = snapshot.find(cwd, store.path)
+    imports = snapshot.imports_below(tree.root, [*_python_path(), *sys.path])
+    return Plan(store, msgspec.structs.replace(spec, root=str(tree.root), links=tree.links, imports=imports), tree)
+
+
+def _fresh_place(name: str) -> str:
+    stem = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    count = 2
+    place = stem
+    while os.path.lexists(place):
+        place, count = f"{stem}-{count}", count + 1
+    return place
+
+
+def _script_name(spec: JobSpec) -> str:
+    words = [word for word in spec.command if not word.startswith("-")]
+    name = Path(words[1] if len(words) > 1 else words[0]).stem.rpartition(".")[2]
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).strip("-._") or "run"
+
+
+def _python_path() -> list[str]:
+    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
+_LAYOUT = (
+    contract.RUN_JSON, contract.README, contract.CANCEL, contract.EVENTS, contract.LOCK, contract.CODE,
+    contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log", "tensorboard",
+)  # fmt: skip
+
+
+def _check_place(store: Store) -> None:
+    """Refuse a directory that is not writable, or that holds something else than a run."""
+    path = store.path
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"the run directory {path} is a file; give another --run")
+    strange = [name for name in store.names("") if name not in _LAYOUT and not name.startswith(".")]
+    if strange and not specs.exists(store):
+        shown = ", ".join(strange[:3])
+        raise ConfigError(f"{path} is not empty and is not a run (it holds {shown}); give a new directory as --run")
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"the run directory {path} is not writable: {parent} is not; give another --run")
+
+
+@contextlib.contextmanager
+def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]]:
+    """Make a run: directory, snapshot, run.json, `submitted` in its ledger; the lock is held and is the caller's.
+
+    On an error inside, of ours or of the caller's, nothing is left behind.
+
+    Durability: on entering run.json is on storage, on the URL too.
+
+    Raises:
+        ConfigError: If the directory is taken.
+    """
+    store = plan.store
+    with _new_directory(store) as lock:
+        if specs.exists(store):
+            raise ConfigError(_taken(plan))
+        code = snapshot.take(plan.tree, store) if plan.tree is not None else None
+        spec = msgspec.structs.replace(plan.spec, code=code)
+        specs.write_readme(store, spec)
+        store.remove(contract.CANCEL)  # of a submit that was killed half-way, then cancelled
+        if not specs.create(store, spec, backend):
+            raise ConfigError(_taken(plan))
+        published = False
+        try:
+            mirror.publish(store)
+            published = True
+            record(store, "submitted", command=list(spec.command), code=code, by=who())
+            yield store, spec, lock
+        except BaseException:
+            store.remove(contract.RUN_JSON)
+            store.remove(contract.EVENTS)
+            if published:
+                _withdraw(store)
+            raise
+
+
+def _withdraw(store: Store) -> None:
+    if store.remote is not None:
+        with contextlib.suppress(JobkitError):
+            store.remote.remove([*mirror.described(store), contract.RUN_JSON])
+
+
+def _taken(plan: Plan) -> str:
+    try:
+        old = specs.read(plan.store)
+        digest = snapshot.digest(plan.tree) if plan.tree is not None else None
+        same = old.same_job(msgspec.structs.replace(plan.spec, code=digest))
+    except JobkitError as error:
+        return str(error)
+    what = "this very job" if same else "another job"
+    return (
+        f"{plan.store.url} already holds {what} ({shlex.join(old.command)}); two trainings never share a directory: "
+        f"continue it with 'jobkit resume {plan.store.url}', or give a new --run"
+    )
+
+
+@contextlib.contextmanager
+def _new_directory(store: Store) -> Iterator[RunLock]:
+    """Make the run directory and take its lock; on an error remove what was made, and leave the lock free."""
+    made = [path for path in (store.path, *store.path.parents) if not path.exists()]
+    lock = None
+    try:
+        for _ in range(10):
+            try:
+                store.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise explain(error, f"cannot create {store.path}") from None
+            try:
+                lock = acquire(store)
+                break
+            except JobkitError:
+                if store.path.exists():
+                    raise
+                # a submit that failed removed the directory meanwhile
+        if lock is None:
+            raise ConfigError(says_alive(store))
+        lock.sign(os.getpid())
+        yield lock
+    except BaseException:
+        if lock is not None and store.path in made and not specs.exists(store):
+            remove_tree(store.path)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only if it is empty: another submit may use it
+        if lock is not None:
+            lock.close()
+        raise
+
+
+def says_alive(store: Store) -> str:
+    """Say who holds a run, and what can be done."""
+    pid = holder(store).get("pid", "unknown")
+    return f"run {store.url} is alive (pid {pid}): 'jobkit logs -f {store.url}' or 'jobkit cancel {store.url}'"
+
+
+def who() -> str:
+    """Name the person and machine for the ledger."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):
+        return socket.gethostname()
+
+
+def record(store: Store, event: str, **fields: object) -> None:
+    """Append to the launching side's ledger, durably."""
+    ledger = Ledger(store.file(contract.EVENTS))
+    ledger.append(event, durable=True, **fields)
+    ledger.close()
+
+
+def runner_environment() -> dict[str, str]:
+    """Return the environment in which a runner finds the same packages; nothing of another run is handed on."""
+    environ = {name: value for name, value in os.environ.items() if name not in OURS}
+    path = [os.path.abspath(entry) for entry in _python_path()]
+    home = Path(__file__).absolute().parent.parent
+    if home.name not in ("site-packages", "dist-packages") and str(home) not in path:
+        path.append(str(home))  # running from a checkout: the runner and the program find it too
+    return environ | ({"PYTHONPATH": os.pathsep.join(path)} if path else {})

@@ -1,0 +1,365 @@
+"""Runs on a real SLURM cluster: every way in which a job is stopped, and every state in which it is cancelled."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobkit import commits, contract
+from jobkit.heartbeat import read_beat
+from jobkit.ledger import read_events, read_json
+from jobkit.storage import Store
+from launch import leftovers
+from tests import training
+from tests.slurm import Cluster
+
+ROOT = Path(__file__).parent.parent
+
+_SCRIPT = """\
+import os, sys
+from tests import training
+training.train(os.environ["JOBKIT_RUN"], pause_s=float(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Train once without interruption; return the digest of the end."""
+    url = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, printed = training.attempt(url)
+    assert code == 0, printed
+    return training.digest(url)
+
+
+@dataclass
+class Login:
+    """A user on the cluster's login node.
+
+    Args:
+        cluster: The cluster.
+        home: The user's directory.
+    """
+
+    cluster: Cluster
+    home: Path
+
+    @property
+    def store(self) -> Store:
+        """The run that the tests submit."""
+        return Store(self.home / "run")
+
+    def jobkit(self, *arguments: str, code: int = 0) -> str:
+        """Run the command line; return what it printed on standard output, or its errors where it is to fail."""
+        environ = os.environ | self.cluster.environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        ended = subprocess.run(
+            [sys.executable, "-m", "launch", *arguments],
+            cwd=self.home,
+            env=environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == code, ended.stdout + ended.stderr
+        return ended.stderr if code else ended.stdout
+
+    def submit(self, *options: str, pause_s: float = 0.1) -> str:
+        """Submit the training; return the job's number."""
+        (self.home / "train.py").write_text(_SCRIPT)
+        command = ("python", "train.py", str(pause_s))
+        told = json.loads(self.jobkit("submit", "--on", "slurm", "--run", "run", *options, "--json", "--", *command))
+        assert told["state"] == "queued" or told["job"]
+        return str(told["job"])
+
+    def status(self) -> dict[str, Any]:
+        """Return the run's status."""
+        told: dict[str, Any] = json.loads(self.jobkit("status", "run", "--json"))
+        return told
+
+    def until(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 90.0) -> dict[str, Any]:
+        """Wait for a status."""
+        deadline = time.monotonic() + timeout_s
+        while not condition(told := self.status()):
+            log = "\n".join(path.read_text() for path in self.store.file("slurm").glob("*.out"))
+            assert time.monotonic() < deadline, f"{told}\n{log}\n{self.cluster.logs()}"
+            time.sleep(0.2)
+        return told
+
+    def until_step(self, step: int) -> dict[str, Any]:
+        """Wait until the newest attempt trains and has completed so many steps."""
+        return self.until(lambda told: told["phase"] == "stepping" and (told["step"] or 0) >= step)
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Return how each attempt ended."""
+        numbers = self.store.numbers(contract.ATTEMPTS)
+        return [leftovers.read_outcome(self.store, number) or {} for number in numbers]
+
+    def check_end(self, digest: str) -> None:
+        """Wait for the end, which must be the undisturbed run's to the last bit; no job is left."""
+        told = self.until(lambda told: told["state"] in ("done", "failed", "cancelled"), 150)
+        assert told["state"] == "done", told
+        assert training.digest(self.store.path) == digest
+        self.until_no_job()
+
+    def until_no_job(self) -> None:
+        """Wait until SLURM has none of our jobs any more."""
+        self.cluster.wait(
+            lambda: not self.cluster.run("squeue", "--noheader", "--me").strip(), "the queue is empty", 60
+        )
+
+
+@pytest.fixture
+def login(cluster: Cluster, tmp_path: Path) -> Iterator[Login]:
+    """Yield a user on a cluster whose nodes are all idle."""
+    cluster.tidy()
+    yield Login(cluster, tmp_path)
+    cluster.tidy()
+
+
+def node_of(login: Login, job: str) -> str:
+    """Return the name of the node a job runs on."""
+    return login.cluster.job(job)["BatchHost"]
+
+
+def trainer(login: Login) -> int:
+    """Return the process that trains."""
+    attempt = login.store.numbers(contract.ATTEMPTS)[-1]
+    link = leftovers.heartbeat_directory(login.store, attempt)
+    assert link is not None
+    return read_beat(link).pid
+
+
+def preempt(login: Login, job: str) -> None:
+    """Take the job's node for a job of higher priority."""
+    login.cluster.preempt([node_of(login, job)], seconds=1)
+
+
+def requeue(login: Login, job: str) -> None:
+    """Have an administrator requeue the job."""
+    login.cluster.run("scontrol", "requeue", job)
+
+
+def reach_limit(login: Login, job: str) -> None:
+    """Bring the job's time limit near."""
+    login.cluster.set_end(job, 45)
+
+
+def set_down(login: Login, job: str) -> None:
+    """Declare the job's node down, and bring it back later."""
+    node = node_of(login, job)
+    login.cluster.set_down(node)
+    login.until(lambda told: told["attempt"] == 1)
+    login.cluster.resume(node)
+
+
+def lose_node(login: Login, job: str) -> None:
+    """Kill everything on the job's node, SLURM's daemon included."""
+    node = node_of(login, job)
+    login.cluster.kill_slurmd(node, and_tasks=True)
+    login.until(lambda told: told["attempt"] == 1)
+    login.cluster.start_slurmd(node)
+
+
+def lose_daemon(login: Login, job: str) -> None:
+    """Kill SLURM's daemon alone: the job is started elsewhere while the old one still runs."""
+    node = node_of(login, job)
+    login.cluster.kill_slurmd(node)
+    login.until(lambda told: told["attempt"] == 1)
+    login.cluster.start_slurmd(node)
+
+
+def kill_trainer(login: Login, job: str) -> None:
+    """SIGKILL the program."""
+    os.kill(trainer(login), signal.SIGKILL)
+
+
+WAYS: dict[str, tuple[Callable[[Login, str], None], list[str], float, bool]] = {
+    "preempt requeue 0": (preempt, ["-p", "requeue0"], 0.1, True),
+    "preempt requeue 5": (preempt, ["-p", "requeue5"], 0.1, True),
+    "preempt cancel 5": (preempt, ["-p", "cancel5"], 0.1, True),
+    "preempt no-requeue": (preempt, ["-p", "requeue5", "--sbatch", "no-requeue"], 0.1, True),
+    "time limit": (reach_limit, ["--time", "10", "--grace", "5s"], 1.5, True),
+    "node down": (set_down, [], 0.1, True),
+    "node lost": (lose_node, [], 0.3, False),
+    "slurmd lost": (lose_daemon, [], 0.5, False),
+    "scontrol requeue": (requeue, [], 0.1, True),
+    "SIGKILL of the program": (kill_trainer, [], 0.1, False),
+}
+"""How a job is stopped: the deed, options of the submit, seconds per step, whether a notice comes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_be_stopped(way: str, login: Login, undisturbed: str) -> None:
+    """However SLURM ends the job, the run goes on by itself and ends bit-equal; with a notice no step is lost."""
+    deed, options, pause_s, noticed = WAYS[way]
+    job = login.submit(*options, pause_s=pause_s)
+    login.until_step(12)
+    deed(login, job)
+    login.check_end(undisturbed)
+    first, *_, last = login.outcomes()
+    assert last["outcome"] == "done"
+    if noticed:
+        assert first["outcome"] == "preempted", first
+        assert first["committed_step"] == first["step"] > 10, "a step was lost"
+    for again in (event for event in read_events(login.store) if event["event"] == "restored"):
+        assert again["step"] >= 10
+
+
+def test_a_preempted_job_goes_on(login: Login, undisturbed: str) -> None:
+    """A preemption with five seconds of grace: committed, requeued by itself, bit-equal in the end."""
+    job = login.submit("-p", "requeue5", pause_s=0.05)
+    login.until_step(5)
+    preempt(login, job)
+    login.check_end(undisturbed)
+    assert [outcome["outcome"] for outcome in login.outcomes()] == ["preempted", "done"]
+    assert login.outcomes()[0]["committed_step"] == login.outcomes()[0]["step"]
+
+
+@pytest.mark.slow
+def test_ten_preemptions_in_a_row(login: Login, undisturbed: str) -> None:
+    """Preempted again and again, the run gets to its end, and the status is one of the honest ones at every poll."""
+    job = login.submit("-p", "requeue0", pause_s=0.15)
+    for attempt in range(10):
+        login.until(
+            lambda told, attempt=attempt: (
+                told["attempt"] == attempt and told["phase"] == "stepping" and told["state"] == "running"
+            )
+        )
+        login.cluster.run("scontrol", "requeue", job) if attempt % 2 else preempt(login, job)
+        login.until(lambda told, attempt=attempt: told["state"] == "requeued" or told["attempt"] > attempt)
+    login.check_end(undisturbed)
+    assert [outcome["outcome"] for outcome in login.outcomes()] == ["preempted"] * 10 + ["done"]
+
+
+def pending(login: Login) -> None:
+    """Submit a job that waits."""
+    login.submit("--sbatch", "begin=now+1hour")
+
+
+def starting(login: Login) -> None:
+    """Submit a job and wait until SLURM has started it."""
+    login.cluster.wait_state(login.submit(), "RUNNING")
+
+
+def in_training(login: Login) -> None:
+    """Submit a job and wait for some steps."""
+    login.submit(pause_s=0.3)
+    login.until_step(3)
+
+
+def in_grace(login: Login) -> None:
+    """Preempt a job that needs its whole grace, and wait for the notice."""
+    job = login.submit("-p", "requeue5", pause_s=1.5)
+    login.until_step(1)
+    preempt(login, job)
+    login.cluster.wait(lambda: login.cluster.job(job).get("PreemptTime", "None") != "None", "the notice has come", 20)
+
+
+def held_back(login: Login) -> None:
+    """Requeue a job and wait until SLURM holds it back."""
+    job = login.submit(pause_s=0.3)
+    login.until_step(3)
+    requeue(login, job)
+    login.cluster.wait_state(job, "PENDING")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["jobkit cancel", "scancel"])
+@pytest.mark.parametrize("when", [pending, starting, in_training, in_grace, held_back])
+def test_a_cancel_is_for_good(when: Callable[[Login], None], how: str, login: Login) -> None:
+    """In every state, by our command and by SLURM's own: the job ends and never comes back."""
+    when(login)
+    if how == "scancel":
+        for job in login.cluster.run("squeue", "--noheader", "--me", "--format=%i|%j").splitlines():
+            if job.endswith("|run"):
+                login.cluster.run("scancel", job.split("|")[0])
+    else:
+        login.jobkit("cancel", "run")
+    told = login.until(lambda told: told["state"] not in ("queued", "running", "requeued"), 40)
+    assert told["state"] == "cancelled", told
+    login.until_no_job()
+    attempts = login.store.numbers(contract.ATTEMPTS)
+    time.sleep(8)  # longer than SLURM holds a requeued job back
+    assert login.store.numbers(contract.ATTEMPTS) == attempts
+    assert not login.cluster.run("squeue", "--noheader", "--me").strip()
+    assert login.status()["state"] == "cancelled"
+    for outcome in login.outcomes():
+        assert outcome["outcome"] in ("preempted", "killed")
+
+
+@pytest.mark.slow
+def test_resume_after_a_cancel(login: Login, undisturbed: str) -> None:
+    """A cancelled run is resumed in a new job and ends bit-equal; a second resume meanwhile is refused."""
+    in_training(login)
+    login.jobkit("cancel", "run")
+    committed = commits.steps(login.store)[-1]
+    login.jobkit("resume", "run")
+    assert "is alive: job" in login.jobkit("resume", "run", code=2)
+    login.check_end(undisturbed)
+    restored = [event["step"] for event in read_events(login.store) if event["event"] == "restored"]
+    assert restored == [committed]
+
+
+def test_dry_run_prints_the_script(login: Login) -> None:
+    """A dry run prints the batch script and writes nothing; no input of the user's reaches a shell unquoted."""
+    evil = "a; touch pwned $(touch pwned)"
+    (login.home / "train.py").write_text(_SCRIPT)
+    printed = login.jobkit(
+        "submit", "--on", "slurm", "--run", evil, "-p", "low", "--time", "1:00:00", "--sbatch", "exclude=n[1-3]",
+        "--dry-run", "--", "python", "train.py", "'; touch pwned",
+    )  # fmt: skip
+    assert "#SBATCH --partition=low\n" in printed
+    assert "#SBATCH --time=1:00:00\n" in printed
+    assert "#SBATCH --exclude='n[1-3]'\n" in printed or "#SBATCH --exclude=n[1-3]\n" in printed
+    last = printed.rstrip().splitlines()[-1]
+    assert shlex.split(last)[-1] == str(login.home / evil)
+    assert sorted(path.name for path in login.home.iterdir()) == ["train.py"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-p", "nope"], "invalid partition specified: nope"),
+        (["--sbatch", "array=0-3"], "one run is one job"),
+        (["-N", "9999999"], "one process on one node"),
+        (["--time", "soon"], "Invalid --time specification"),
+    ],
+)
+def test_refused_submissions_leave_nothing(options: list[str], message: str, login: Login) -> None:
+    """What SLURM or jobkit refuses is one sentence, exit code 2, and no run directory."""
+    (login.home / "train.py").write_text(_SCRIPT)
+    said = login.jobkit("submit", "--on", "slurm", "--run", "run", *options, "--", "python", "train.py", code=2)
+    assert message in said
+    assert len(said.strip().splitlines()) == 1, said
+    assert [path.name for path in login.home.iterdir()] == ["train.py"]
+
+
+def test_a_secret_stays_out_of_files(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment reaches the program, and no file of the run holds it."""
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t-value")
+    (login.home / "show.py").write_text("import os; print(len(os.environ['WANDB_API_KEY']))")
+    login.jobkit("submit", "--on", "slurm", "--run", "run", "--", "python", "show.py")
+    login.until(lambda told: told["state"] == "done")
+    assert login.store.read(contract.log_file(0)).split() == [b"12"]
+    files = [path for path in login.store.path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if b"s3cr3t-value" in path.read_bytes()]
+
+
+def test_a_failing_program_fails_in_its_job(login: Login) -> None:
+    """A program that fails twice without progress ends the run, with the reason, in the job it had."""
+    (login.home / "train.py").write_text("raise SystemExit(3)")
+    login.jobkit("submit", "--on", "slurm", "--run", "run", "--", "python", "train.py")
+    told = login.until(lambda told: told["state"] == "failed")
+    assert "failed (exit code 3) before committing anything" in told["reason"]
+    assert read_json(login.store, f"{contract.attempt_dir(0)}/{contract.OUTCOME}")
+    login.until_no_job()
