@@ -72,6 +72,7 @@ PropagateResourceLimits=NONE
 PARTITIONS = """\
 PartitionName=requeue0 Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1  PreemptMode=REQUEUE GraceTime=0
 PartitionName=requeue5 Nodes=ALL Default=NO  MaxTime=INFINITE PriorityTier=1  PreemptMode=REQUEUE GraceTime=5
+PartitionName=low      Nodes=ALL Default=NO  MaxTime=INFINITE PriorityTier=1  PreemptMode=REQUEUE GraceTime=5
 PartitionName=cancel5  Nodes=ALL Default=NO  MaxTime=INFINITE PriorityTier=1  PreemptMode=CANCEL  GraceTime=5
 PartitionName=high     Nodes=ALL Default=NO  MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
@@ -86,8 +87,9 @@ class SlurmError(Exception):
 class Cluster:
     """A running cluster, to be closed: `with Cluster() as cluster: cluster.run("squeue")`.
 
-    The partitions are requeue0 (the default), requeue5 and cancel5, whose jobs are preempted with 0, 5 and 5 seconds
-    of grace, and high, which preempts them. SLURM lengthens a grace: 5 seconds are 7 (KillWait + MessageTimeout).
+    The partitions are requeue0 (the default), requeue5 (also named low) and cancel5, whose jobs are preempted with 0, 5
+    and 5 seconds of grace, and high, which preempts them. SLURM lengthens a grace: 5 seconds are 7 (KillWait +
+    MessageTimeout).
 
     Args:
         nodes: How many nodes, of 8 CPUs each; at most 254.

@@ -80,6 +80,7 @@ def test_killed_ends_like_plain(kind: str, tmp_path: Path) -> None:
     assert run("-m", f"jobkit.examples.{kind}_jobkit", **here) == (0, plain)
 
 
+@pytest.mark.slow
 def test_strategies(tmp_path: Path) -> None:
     """Every strategy trains, keeps what it says, and what is loaded elsewhere is what was best."""
     _, out = run("-m", "jobkit.examples.strategies", str(tmp_path))

@@ -170,7 +170,7 @@ def tracked() -> list[Path]:
 def test_no_addresses() -> None:
     """No index, registry or machine's own path is written into the project."""
     address = re.compile(
-        r"https?://(?!www\.apache\.org/licenses)[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}\b"
+        r"https?://(?!www\.apache\.org/licenses)[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.|0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}\b"
     )
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"

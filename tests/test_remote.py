@@ -421,6 +421,7 @@ def test_passing_faults_are_retried(fault: str, gs: Place, gcs: GcsServer) -> No
     assert mirror.problems(_elsewhere(gs, 0), 30) == []
 
 
+@pytest.mark.slow
 def test_a_dead_bucket_does_not_stop_the_training(gs: Place, gcs: GcsServer) -> None:
     """While the bucket is down training goes on and saves stay here, loudly; when it is back everything lands."""
     log = gs.homes / "log"
@@ -457,6 +458,7 @@ def test_no_permission_is_said_at_once(gs: Place, gcs: GcsServer) -> None:
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_a_continued_old_attempt_changes_nothing_in_the_bucket(place: Place, undisturbed: Path) -> None:
     """SIGSTOP on one node, a whole new attempt on another, SIGCONT: the old one ends itself and changes nothing."""
     log = place.homes / "old"

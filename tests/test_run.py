@@ -72,6 +72,7 @@ def test_sigkill_during_restore(tmp_path: Path, undisturbed: Path) -> None:
     assert_same(url, undisturbed)
 
 
+@pytest.mark.slow
 def test_thirty_random_kills_in_a_row(tmp_path: Path, undisturbed: Path) -> None:
     """Thirty SIGKILLs at random moments, one after the other: the thirty-first attempt ends with the same bits."""
     url, log = tmp_path / "run", tmp_path / "log"
@@ -174,6 +175,7 @@ def test_a_finished_run_started_again_does_nothing(undisturbed: Path) -> None:
     assert training.digest(undisturbed) == before
 
 
+@pytest.mark.slow
 def test_notice_during_import_compile_and_training_from_outside(tmp_path: Path, undisturbed: Path) -> None:
     """SIGTERM at any time from outside: exit 75 once the run listens, no step lost or repeated."""
     url, log = tmp_path / "run", tmp_path / "log"

@@ -363,3 +363,20 @@ def test_a_failing_program_fails_in_its_job(login: Login) -> None:
     assert "failed (exit code 3) before committing anything" in told["reason"]
     assert read_json(login.store, f"{contract.attempt_dir(0)}/{contract.OUTCOME}")
     login.until_no_job()
+
+
+@pytest.mark.slow
+def test_readme(login: Login) -> None:
+    """The README's command for a cluster, on the README's own train.py."""
+    readme = (ROOT / "README.md").read_text()
+    (line,) = [line for line in readme.splitlines() if line.startswith("jobkit submit --on slurm")]
+    (login.home / "train.py").write_text(readme.partition("```python\n")[2].partition("```")[0])
+    login.jobkit(*shlex.split(line)[1:])
+    told = json.loads(login.jobkit("status", "runs/big", "--json"))
+    assert login.cluster.job(told["job"])["TimeLimit"] == "12:00:00"
+    deadline = time.monotonic() + 120
+    while told["state"] in ("queued", "running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+        told = json.loads(login.jobkit("ls", "--json"))[0]
+    assert (told["state"], told["committed_step"]) == ("done", 2000)

@@ -58,6 +58,7 @@ def test_preempted_job_runs_again(free: Cluster, tmp_path: Path) -> None:
     assert read(tmp_path / "out").split().index("TERM") > 0
 
 
+@pytest.mark.slow
 def test_notice_then_preempted(free: Cluster, tmp_path: Path) -> None:
     """A job with grace works on after the notice; where preemption cancels, the end of the grace is its end."""
     job = submit(free, tmp_path / "out", "--partition=cancel5")
@@ -83,6 +84,7 @@ def test_node_down(free: Cluster, tmp_path: Path) -> None:
     free.run("srun", f"--nodelist={node}", "true")
 
 
+@pytest.mark.slow
 def test_node_lost(free: Cluster, tmp_path: Path) -> None:
     """Nothing of a killed node lives on, SLURM finds out by itself and requeues, and the node can come back."""
     job = submit(free, tmp_path / "out")
