@@ -58,6 +58,8 @@ class Runner:
         self._signal: int | None = None
         self._codes: dict[int, int] = {}
         self._history: list[restart.Ended] = []
+        self._newest_attempt = -1
+        """The newest attempt that this process knows to be its own, or an earlier one's."""
 
     def run(self, ready: Callable[[], None] = lambda: None) -> State:
         """Run to the end and return the run's state.
@@ -138,8 +140,10 @@ class Runner:
         started = time.monotonic()
         pid = self._start()
         code = self._follow(pid)
-        attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
-        if attempt == before:
+        # The first of the new ones: another may have been begun elsewhere since, by a scheduler that lost this node.
+        new = [number for number in self._store.numbers(contract.ATTEMPTS) if number > before]
+        self._newest_attempt = attempt = new[0] if new else before
+        if not new:
             self._clear()
             reached = leftovers.committed_step(self._store)
             return restart.Ended(contract.outcome_of(code), code, reached, duration_s=time.monotonic() - started)
@@ -182,6 +186,9 @@ class Runner:
         """Add to a supervisor's environment what ties it to this process."""
         return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self._lock_fd)}
 
+    def _while_running(self) -> None:
+        """Do what is due while an attempt runs."""
+
     def _ask_to_stop(self, supervisor: int) -> None:
         leftovers.send(supervisor, signal.SIGTERM)
 
@@ -190,6 +197,7 @@ class Runner:
         asked: float | None = None
         while supervisor not in self._codes:
             self._nap(POLL_S)
+            self._while_running()
             if self._over() is None:
                 continue
             if asked is None:

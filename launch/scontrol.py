@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 
@@ -55,13 +55,13 @@ class Job(msgspec.Struct, frozen=True):
         id: Its number; with `_n` for a task of an array.
         state: SLURM's word, such as RUNNING.
         reason: Why it waits, or where it runs.
-        nodes: Names of the nodes it has.
+        comment: What it was submitted with; for our jobs the run's URL.
     """
 
     id: str
     state: str
     reason: str = ""
-    nodes: str = ""
+    comment: str = ""
 
     @property
     def active(self) -> bool:
@@ -74,24 +74,29 @@ class Job(msgspec.Struct, frozen=True):
         return self.state in _PENDING
 
 
-def queue(ids: Iterable[str]) -> dict[str, Job]:
-    """Ask for any number of jobs with one `squeue`; jobs that SLURM has forgotten are absent.
+def queue() -> list[Job]:
+    """List this user's jobs with one `squeue`, those lately ended too, in the order of their numbers.
 
     Raises:
         JobkitError: If SLURM does not answer.
     """
-    wanted = set(ids)
-    if not wanted:
-        return {}
-    # Without -j, which fails as a whole where one of the jobs is forgotten; -r lists every task of an array.
-    printed = run("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T|%r|%N")
-    return {job.id: job for job in parse_queue(printed) if job.id in wanted or job.id.split("_")[0] in wanted}
+    found = parse_queue(run("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T|%r|%k"))
+    return sorted(found, key=lambda job: number(job.id))
 
 
 def parse_queue(printed: str) -> list[Job]:
-    """Read squeue's lines of `%i|%T|%r|%N`."""
-    fields = (line.strip().split("|") for line in printed.splitlines() if line.count("|") == 3)
-    return [Job(number, state, "" if reason == "None" else reason, nodes) for number, state, reason, nodes in fields]
+    """Read squeue's lines of `%i|%T|%r|%k`; the last is the user's own text and may hold anything."""
+    fields = (line.rstrip("\n").split("|", 3) for line in printed.splitlines() if line.count("|") >= 3)
+    return [
+        Job(job.strip(), state, "" if reason == "None" else reason, "" if comment == "(null)" else comment)
+        for job, state, reason, comment in fields
+    ]
+
+
+def number(job: str) -> int:
+    """Return a job's number, of an array's task the array's; -1 for what is none. A later job has a larger one."""
+    head = job.split("_")[0]
+    return int(head) if head.isdecimal() else -1
 
 
 def show_job(job: str) -> dict[str, str]:
@@ -201,13 +206,3 @@ def requeue(job: str) -> None:
     except SlurmError:
         pass
     run("scontrol", "requeue", job)
-
-
-def submitted_id(printed: str) -> str:
-    """Read the number that `sbatch --parsable` printed."""
-    return printed.strip().split(";")[0]
-
-
-def flags(options: Mapping[str, str]) -> Sequence[str]:
-    """Write options as sbatch takes them; an empty value is a switch."""
-    return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]

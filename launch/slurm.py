@@ -82,6 +82,7 @@ _REFUSED = {
     "requeue": "jobkit requeues by itself",
     "wrap": "give the command after '--'",
     "job-name": "use --name",
+    "comment": "jobkit writes the run's URL there, to find its jobs again",
     "chdir": "the job runs where it was submitted; change there",
     "parsable": "use --json",
     "test-only": "use --dry-run",
@@ -113,12 +114,16 @@ def script(spec: JobSpec, store: Store) -> str:
 
 
 def command(store: Store) -> str:
-    """Return the line that the batch script runs: our runner, which starts each attempt with srun."""
+    """Return the line that the batch script runs: our runner, which starts each attempt with srun.
+
+    A runner that is killed alone (out of memory) is started again; SLURM's signals are the runner's business.
+    """
     words = [sys.executable, "-P", "-m", "launch.slurm_job", store.url]
     path = runner_environment().get("PYTHONPATH")
     if path:
         words = ["env", f"PYTHONPATH={path}", *words]
-    return "exec " + shlex.join(words)
+    again = 'do code=$?; [ "$code" -eq 137 ] || exit "$code"; done'
+    return f"trap : TERM USR1 USR2; until {shlex.join(words)}; {again}"
 
 
 def folder(store: Store) -> Path:
@@ -134,6 +139,7 @@ def _executor(spec: JobSpec, store: Store) -> Any:
     executor = submitit.SlurmExecutor(folder=folder(store))
     options = {name: (value if value else True) for name, value in spec.sbatch.items()}
     time_limit = options.pop("time", None)
+    options["comment"] = store.url
     extra: dict[str, Any] = ({} if "no-requeue" in options else {"requeue": True}) | options
     extra["time"] = time_limit
     extra["wckey"] = None
@@ -231,26 +237,39 @@ _SHORT_HOLD_S = 15.0
 
 
 def jobs(store: Store) -> list[str]:
-    """List the numbers of a run's jobs, oldest first."""
+    """List the numbers of a run's jobs that are in its ledger, oldest first."""
     return [str(event["id"]) for event in report.events(store) if event["event"] == "job" and "id" in event]
 
 
-def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
-    """Ask SLURM once for the jobs of any number of runs; return the one that counts by the run's URL.
+def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
+    """Ask SLURM once for the jobs of any number of runs that it still knows, oldest first, by the run's URL.
 
-    That is the newest job; SLURM forgets ended ones after a while, and one that it has forgotten has the state GONE.
+    Also those that a submit, killed the moment after, did not write down.
+
+    Raises:
+        JobkitError: If SLURM does not answer.
     """
-    known = {store.url: jobs(store) for store in stores}
-    numbers = [number for its in known.values() for number in its]
+    table = scontrol.queue() if stores else []
+    mine = {store.url: set(jobs(store)) for store in stores}
+    return {url: [job for job in table if job.comment == url or job.id in ids] for url, ids in mine.items()}
+
+
+def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
+    """Return the job that counts, by the run's URL: the newest that is active, else the newest.
+
+    A job that SLURM has forgotten has the state GONE; where SLURM does not answer it is UNKNOWN.
+    """
     try:
-        table = scontrol.queue(numbers)
+        known = queued([store for store in stores if report.last_life_event(store).get("event") != "ended"])
     except JobkitError as error:
-        return {url: Job(its[-1] if its else "", "UNKNOWN", str(error)) for url, its in known.items()}
+        unknown = str(error)
+        return {store.url: Job((jobs(store) or [""])[-1], "UNKNOWN", unknown) for store in stores}
     found = {}
-    for url, its in known.items():
-        active = [table[number] for number in its if number in table and table[number].active]
-        newest = its[-1] if its else ""
-        found[url] = active[-1] if active else table.get(newest, Job(newest, "GONE"))
+    for store in stores:
+        table = known.get(store.url, [])
+        active = [job for job in table if job.active]
+        forgotten = Job((jobs(store) or [""])[-1], "GONE")
+        found[store.url] = active[-1] if active else table[-1] if table else forgotten
     return found
 
 
@@ -270,8 +289,11 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
     now = status(store)
     if now.state is State.DONE:
         return State.DONE
-    job = jobs_of([store])[store.url]
-    if job.active or job.state == "UNKNOWN":
+    try:
+        job = (queued([store])[store.url] or [Job("", "GONE")])[-1]
+    except JobkitError as error:
+        raise ConfigError(f"cannot tell whether run {store.url} is alive: {error}; try again") from None
+    if job.active:
         raise ConfigError(
             f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
             f"'jobkit cancel {store.url}'"
@@ -317,7 +339,7 @@ def cancel(
     asked = time.monotonic()
     told: set[str] = set()
     while True:
-        active = [job for job in scontrol.queue(jobs(store)).values() if job.active]
+        active = [job for job in queued([store])[store.url] if job.active]
         if not active:
             break
         insist = time.monotonic() - asked > spec.grace_s

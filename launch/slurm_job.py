@@ -40,6 +40,8 @@ class SlurmRunner(Runner):
     def __init__(self, store: Store, spec: JobSpec, job: str, restarts: int) -> None:
         super().__init__(store, spec, None)
         self._job, self._restarts = job, restarts
+        self._secured = ""
+        """What makes the run go on after this job, once that is arranged."""
 
     def run_job(self) -> int:
         """Run until the job has to end; return its exit code."""
@@ -47,18 +49,25 @@ class SlurmRunner(Runner):
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
         processes.become_subreaper()
-        newest = max(slurm.jobs(self._store), key=_number, default=self._job)
-        if _number(newest) > _number(self._job):
-            return self._leave(f"job {newest} has taken over", Exit.DONE)
+        if self._job not in slurm.jobs(self._store):  # its submit was killed before it could write that down
+            self._ledger.append("job", id=self._job, durable=True)
+        self._newest_attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
+        if (other := self._superseded()) is not None:
+            return self._leave(f"{other} has taken over", Exit.DONE)
         try:
             return self._attempts_in_job()
         except JobkitError as error:
             return self._end(State.FAILED, str(error))
 
     def _attempts_in_job(self) -> int:
-        self._ledger.append("job_started", job=self._job, restarts=self._restarts, nodes=_nodes(), durable=True)
+        here = {"job": self._job, "restarts": self._restarts}
+        again = any(here.items() <= event.items() for event in report.events(self._store))
+        self._ledger.append("job_started", **here, nodes=_nodes(), durable=True)
         self._clear()
-        leftovers.close_attempts(self._store, "SLURM ended the job", preempted=self._restarts > 0)
+        if again:
+            leftovers.close_attempts(self._store, "the runner was killed")
+        else:
+            leftovers.close_attempts(self._store, "SLURM ended the job", preempted=self._restarts > 0)
         if (cancelled := self._cancelled_before()) is not None:
             return self._end(State.CANCELLED, cancelled)
         policy = self._remember()
@@ -82,6 +91,8 @@ class SlurmRunner(Runner):
 
     def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
         """Act on how the last attempt ended; return the job's exit code, or None to go on in this allocation."""
+        if (other := self._superseded()) is not None:
+            return self._leave(f"{other} has taken over", Exit.DONE)
         decision = restart.decide(self._history, policy)
         if decision.state is State.DONE:
             return self._end(State.DONE, decision.reason)
@@ -103,9 +114,44 @@ class SlurmRunner(Runner):
             return None
         if (over := self._over()) is not None:
             return self._end(*over)
-        done = slurm.again(self._store, self._spec, self._job, running=why is not Cause.GONE)
-        self._ledger.append("requeued", job=self._job, how=done, durable=True)
-        return self._leave(done, Exit.PREEMPTED)
+        self._secure(running=why is not Cause.GONE)
+        return self._leave(self._secured, Exit.PREEMPTED)
+
+    def _secure(self, *, running: bool) -> None:
+        """Arrange, once, that the run goes on after this job."""
+        if not self._secured:
+            self._secured = slurm.again(self._store, self._spec, self._job, running=running)
+            self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
+
+    def _superseded(self) -> str | None:
+        """Name what has taken over from this job: a later job of the run, or an attempt that it did not start."""
+        newest = max(slurm.jobs(self._store), key=scontrol.number, default=self._job)
+        if scontrol.number(newest) > scontrol.number(self._job) and newest not in self._secured.split():
+            return f"job {newest}"
+        attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
+        return f"attempt {attempt}" if attempt > self._newest_attempt else None
+
+    def _while_running(self) -> None:
+        """Look after the run's future when SLURM ends the job under a program that may not be through in time."""
+        if self._signal is None or self._secured or self._cancelled():
+            return
+        self._signal = None
+        try:
+            why = self._cause()
+            if why in (Cause.TIME_LIMIT, Cause.GONE):
+                self._secure(running=False)
+        except JobkitError as error:
+            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+
+    def _cause(self) -> Cause:
+        job = scontrol.show_job(self._job)
+        return scontrol.cause(
+            job,
+            restarts=self._restarts,
+            now=time.time(),
+            warned_s=self._spec.grace_s + slurm.WARNING_S + 35.0,
+            preempt_mode=scontrol.preempt_mode(job),
+        )
 
     def _ask(self, outcome: Outcome) -> Cause:
         """Ask SLURM why the step has ended."""
@@ -115,14 +161,7 @@ class SlurmRunner(Runner):
         told = Cause.OWN
         while True:
             try:
-                shown = scontrol.show_job(self._job)
-                told = scontrol.cause(
-                    shown,
-                    preempt_mode=scontrol.preempt_mode(shown),
-                    restarts=self._restarts,
-                    now=time.time(),
-                    warned_s=self._spec.grace_s + slurm.WARNING_S + 35.0,
-                )
+                told = self._cause()
             except SlurmError as error:
                 print(f"jobkit: {error}", file=sys.stderr, flush=True)
             stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
@@ -136,7 +175,7 @@ class SlurmRunner(Runner):
         """Tell whether a person cancelled the job that this one is the successor of."""
         if self._cancelled():
             return report.cancel_reason(self._store)
-        before = [job for job in slurm.jobs(self._store) if _number(job) < _number(self._job)]
+        before = [job for job in slurm.jobs(self._store) if scontrol.number(job) < scontrol.number(self._job)]
         resumed = max((i for i, event in enumerate(self._life()) if event["event"] == "resumed"), default=-1)
         mine = next((i for i, event in enumerate(self._life()) if str(event.get("id")) == self._job), len(self._life()))
         if not before or resumed == mine - 1:
@@ -192,11 +231,6 @@ _WORDS = {
     Cause.CANCELLED: "the job was cancelled",
     Cause.GONE: "SLURM has ended the job",
 }
-
-
-def _number(job: str) -> int:
-    head = job.split("_")[0]
-    return int(head) if head.isdecimal() else -1
 
 
 def _nodes() -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract
+from jobkit import commits, contract, processes
 from jobkit.heartbeat import read_beat
 from jobkit.ledger import read_events, read_json
 from jobkit.storage import Store
-from launch import leftovers
+from launch import leftovers, report
 from tests import training
 from tests.slurm import Cluster
 
@@ -181,6 +181,16 @@ def kill_trainer(login: Login, job: str) -> None:
     os.kill(trainer(login), signal.SIGKILL)
 
 
+def kill_runner(login: Login, job: str) -> None:
+    """SIGKILL what the batch script runs, as the kernel does when memory is short."""
+    (pid,) = [
+        pid
+        for pid in processes.with_environment("SLURM_JOB_ID", job)
+        if b"launch.slurm_job" in (words := Path(f"/proc/{pid}/cmdline").read_bytes()) and words.startswith(b"/")
+    ]
+    os.kill(pid, signal.SIGKILL)
+
+
 WAYS: dict[str, tuple[Callable[[Login, str], None], list[str], float, bool]] = {
     "preempt requeue 0": (preempt, ["-p", "requeue0"], 0.1, True),
     "preempt requeue 5": (preempt, ["-p", "requeue5"], 0.1, True),
@@ -192,6 +202,7 @@ WAYS: dict[str, tuple[Callable[[Login, str], None], list[str], float, bool]] = {
     "slurmd lost": (lose_daemon, [], 0.5, False),
     "scontrol requeue": (requeue, [], 0.1, True),
     "SIGKILL of the program": (kill_trainer, [], 0.1, False),
+    "SIGKILL of the runner": (kill_runner, [], 0.1, False),
 }
 """How a job is stopped: the deed, options of the submit, seconds per step, whether a notice comes."""
 
@@ -321,7 +332,7 @@ def test_dry_run_prints_the_script(login: Login) -> None:
     assert "#SBATCH --time=1:00:00\n" in printed
     assert "#SBATCH --exclude='n[1-3]'\n" in printed or "#SBATCH --exclude=n[1-3]\n" in printed
     last = printed.rstrip().splitlines()[-1]
-    assert shlex.split(last)[-1] == str(login.home / evil)
+    assert f"{login.home / evil};" in shlex.split(last)
     assert sorted(path.name for path in login.home.iterdir()) == ["train.py"]
 
 
@@ -380,3 +391,64 @@ def test_readme(login: Login) -> None:
         time.sleep(0.5)
         told = json.loads(login.jobkit("ls", "--json"))[0]
     assert (told["state"], told["committed_step"]) == ("done", 2000)
+
+
+@pytest.mark.slow
+def test_time_limit_of_a_program_that_does_not_stop(login: Login) -> None:
+    """A program that ignores every notice is killed at the time limit, and the run goes on in another job."""
+    (login.home / "train.py").write_text(
+        "import os, signal, sys, time\n"
+        "for number in (signal.SIGTERM, signal.SIGUSR2): signal.signal(number, signal.SIG_IGN)\n"
+        "if os.environ['JOBKIT_ATTEMPT'] == '0': time.sleep(600)\n"
+    )
+    login.jobkit("submit", "--on", "slurm", "--run", "run", "--time", "10", "--", "python", "train.py")
+    told = login.until(lambda told: told["attempt"] == 0)
+    login.cluster.set_end(told["job"], 1)
+    told = login.until(lambda told: told["state"] in ("done", "failed", "cancelled"), 120)
+    assert told["state"] == "done", told
+    assert [outcome["outcome"] for outcome in login.outcomes()] == ["killed", "done"]
+
+
+def test_a_job_that_nobody_wrote_down(login: Login) -> None:
+    """A submit that is killed right after sbatch leaves a job that is known by its comment: seen, cancelled."""
+    in_training(login)
+    ledger = login.store.file(contract.EVENTS)
+    ledger.write_text("".join(line for line in ledger.read_text().splitlines(True) if '"job"' not in line))
+    assert login.status()["state"] == "running"
+    assert "is alive: job" in login.jobkit("resume", "run", code=2)
+    login.jobkit("cancel", "run")
+    assert login.status()["state"] == "cancelled"
+    login.until_no_job()
+
+
+@pytest.mark.slow
+def test_a_successor_where_requeues_are_held_back(tmp_path: Path, undisturbed: str) -> None:
+    """With SLURM's default of 120 s between a requeue and its start, a successor job goes on within seconds."""
+    with Cluster(nodes=2, cred_expire_s=120) as cluster:
+        login = Login(cluster, tmp_path)
+        job = login.submit("-p", "requeue5", pause_s=0.1)
+        login.until_step(12)
+        begun = time.monotonic()
+        preempt(login, job)
+        login.until(lambda told: told["attempt"] == 1 and told["phase"] == "stepping", 60)
+        assert time.monotonic() - begun < 60
+        login.check_end(undisturbed)
+        assert login.status()["job"] != job
+        login.jobkit("resume", "run")
+        told = [event for event in report.events(login.store) if event["event"] == "requeued"]
+        assert "since a requeue is held back for 2 min 0 s" in told[0]["how"]
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_has_no_successor(tmp_path: Path) -> None:
+    """A scancel in the grace, where jobkit submits a successor: that one ends at once and trains nothing."""
+    with Cluster(nodes=2, cred_expire_s=120) as cluster:
+        login = Login(cluster, tmp_path)
+        in_grace(login)
+        first = login.status()["job"]
+        cluster.run("scancel", first)
+        login.until(lambda told: told["state"] == "cancelled", 60)
+        login.until_no_job()
+        time.sleep(3)
+        assert len(login.store.numbers(contract.ATTEMPTS)) == 1
+        assert login.status()["state"] == "cancelled"

@@ -1,0 +1,99 @@
+"""What SLURM says, read back from its recorded output; the version is in the file's name."""
+
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch import scontrol
+from launch.scontrol import Cause
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def recorded(name: str, version: str = "22.05") -> dict[str, str]:
+    """Return a recorded `scontrol -o show job`."""
+    return scontrol.parse_pairs((RECORDED / f"show_job-{version}-{name}.txt").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "preempt_mode"),
+    [
+        ("running", Cause.OWN, "REQUEUE"),
+        ("preempt-notice", Cause.PREEMPTED, "REQUEUE"),
+        ("preempted-without-grace", Cause.REQUEUED, "REQUEUE"),
+        ("requeued", Cause.REQUEUED, "REQUEUE"),
+        ("scancel", Cause.CANCELLED, "REQUEUE"),
+        ("scancel", Cause.GONE, "CANCEL"),
+        ("scancel-in-grace", Cause.GONE, "REQUEUE"),
+        ("cancelled", Cause.CANCELLED, "CANCEL"),
+        ("preempt-cancel-after-grace", Cause.GONE, "CANCEL"),
+        ("preempted", Cause.GONE, "CANCEL"),
+        ("time-limit", Cause.TIME_LIMIT, "REQUEUE"),
+    ],
+)
+def test_cause(name: str, cause: Cause, preempt_mode: str) -> None:
+    """Each event is told from what SLURM showed when it happened."""
+    job = recorded(name)
+    now = scontrol.parse_time(job["StartTime"]) or 0.0
+    assert scontrol.cause(job, restarts=0, now=now, warned_s=125, preempt_mode=preempt_mode) is cause
+
+
+def test_a_near_end_is_the_time_limit() -> None:
+    """A running job whose end is near is being warned of its time limit."""
+    job = recorded("running")
+    end = scontrol.parse_time(job["EndTime"])
+    assert end is not None
+    assert scontrol.cause(job, restarts=0, now=end - 100, warned_s=125) is Cause.TIME_LIMIT
+    assert scontrol.cause(job, restarts=0, now=end - 130, warned_s=125) is Cause.OWN
+
+
+def test_an_incarnation_knows_its_own_restarts() -> None:
+    """A job that was restarted before is not taken for one that is being restarted now."""
+    job = recorded("running") | {"Restarts": "2"}
+    assert scontrol.cause(job, restarts=2, now=0.0, warned_s=125) is Cause.OWN
+    assert scontrol.cause(job, restarts=1, now=0.0, warned_s=125) is Cause.REQUEUED
+
+
+def test_a_person_s_cancel_is_never_undone() -> None:
+    """A job that SLURM calls cancelled, or is ending for no reason it tells, is not requeued."""
+    for state in ("CANCELLED", "COMPLETING", "FAILED", "NODE_FAIL"):
+        job = recorded("scancel") | {"JobState": state}
+        assert scontrol.cause(job, restarts=0, now=0.0, warned_s=0) is Cause.CANCELLED
+
+
+def test_queue() -> None:
+    """Jobs are listed with their states, none of them active."""
+    jobs = scontrol.parse_queue((RECORDED / "squeue-22.05.txt").read_text())
+    assert sorted(job.state for job in jobs) == sorted(["PREEMPTED", "TIMEOUT", *["COMPLETED"] * 3, *["CANCELLED"] * 3])
+    assert not any(job.active or job.pending for job in jobs)
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"])
+def test_states_that_are_not_over(state: str) -> None:
+    """A job that may still do something is never shown as over."""
+    assert scontrol.parse_queue(f"7|{state}|None|gs://bucket/a|b")[0] == scontrol.Job("7", state, "", "gs://bucket/a|b")
+    assert scontrol.Job("7", state).active
+
+
+@given(st.text(string.printable), st.integers(1, 10**9))
+def test_a_comment_may_hold_anything(comment: str, number: int) -> None:
+    """Whatever a comment holds, the job's number and state are read."""
+    line = f"{number}|RUNNING|None|{comment}".splitlines()[0]
+    (job,) = scontrol.parse_queue(line)
+    assert (job.id, job.state) == (str(number), "RUNNING")
+
+
+def test_hold() -> None:
+    """How long a requeued job is held back, with cred_expire set, by default, and too short to count."""
+    config = (RECORDED / "show_config-22.05.txt").read_text()
+    assert scontrol.hold_s(config) == 5
+    assert scontrol.hold_s(config.replace("cred_expire=5", "ttl=9")) == 120
+    assert scontrol.hold_s(config.replace("cred_expire=5", "cred_expire=4")) == 120
+
+
+def test_partition() -> None:
+    """A partition's line is read into names and values."""
+    assert scontrol.parse_pairs((RECORDED / "show_partition-22.05.txt").read_text())["PreemptMode"] == "CANCEL"
