@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from jobkit.ledger import read_events, read_json
 from jobkit.storage import Store
 from launch import leftovers, report
 from tests import training
+from tests.gcs_server import GcsServer
 from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -452,3 +454,39 @@ def test_a_cancelled_job_has_no_successor(tmp_path: Path) -> None:
         time.sleep(3)
         assert len(login.store.numbers(contract.ATTEMPTS)) == 1
         assert login.status()["state"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes without a shared disk and a login node with neither: preempted, it goes on elsewhere, bit-equal."""
+    (login.home / "train.py").write_text(_SCRIPT)
+    monkeypatch.setenv("HOME", str(login.home))  # the script lies there
+    monkeypatch.setenv(contract.ENV_HOME, str(login.home / "disk-of-login"))
+    with GcsServer() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        url = "gs://bucket/run"
+        elsewhere = f"export=ALL,{contract.ENV_HOME}={login.home / 'disk-of-nodes'}"
+        options = ("--on", "slurm", "-p", "requeue5", "--run", url, "--sbatch", elsewhere)
+        login.jobkit("submit", *options, "--", "python", "train.py", "0.1")
+
+        def status() -> dict[str, Any]:
+            told: dict[str, Any] = json.loads(login.jobkit("status", url, "--json"))
+            return told
+
+        deadline = time.monotonic() + 120
+        while not any("checkpoints/10/commit.json" in name for name in server.names()):
+            assert time.monotonic() < deadline, status()
+            time.sleep(0.3)
+        preempt(login, status()["job"])
+        while not status()["state"] == "requeued":
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        shutil.rmtree(login.home / "disk-of-nodes")  # the next attempt has another node's disk
+        while (told := status())["state"] in ("queued", "running", "requeued"):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.5)
+        assert (told["state"], told["attempts"]) == ("done", 2), told
+        assert [ending["outcome"] for ending in told["endings"]] == ["preempted", "done"]
+        (home,) = (login.home / "disk-of-nodes").iterdir()
+        assert training.digest(home) == undisturbed
