@@ -387,6 +387,44 @@ def _checkpoint_table(rows: "list[Row]") -> str:
 
 
 @cli.command()
+@click.option("--on", default="slurm", help="Backend: slurm. [default: slurm]")
+@click.option("-p", "--partition", help="Where runs are to be submitted. [default: the cluster's default]")
+@click.option("--run", metavar="URL", help="Where runs are to lie; needed by --probe.")
+@click.option("--grace", metavar="DURATION", default="30s", help="How long a save may take. [default: 30s]")
+@click.option("--probe", is_flag=True, help="Submit a one-minute job that writes to the URL and must answer a signal.")
+@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="--probe: an option of sbatch.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def doctor(
+    on: str, partition: str | None, run: str | None, grace: str, probe: bool, sbatch: tuple[str, ...], as_json: bool
+) -> None:
+    """Say what a cluster will do to a run; exit 1 if a promise cannot be kept there.
+
+    \b
+    Examples:
+      jobkit doctor --on slurm -p low
+      jobkit doctor --on slurm -p low --run /shared/runs/probe --probe
+    """
+    from jobkit.units import duration_s
+    from launch import doctor as doctor_
+    from launch import report
+
+    if on != "slurm":
+        raise ConfigError(f"--on {on!r}: doctor examines slurm")
+    if probe and not run:
+        raise ConfigError("--probe writes to the place where runs will lie: give --run URL")
+    found = doctor_.examine(partition, grace_s=duration_s(grace))
+    if probe and run:
+        pairs = (text.lstrip("-").partition("=") for text in sbatch)
+        found += doctor_.probe(run, partition, {name: value for name, _, value in pairs})
+    if as_json:
+        print(report.to_json(found))
+    else:
+        marks = {"ok": "ok", "warning": "warning", "fail": "FAIL"}
+        print(_aligned([(marks[one.verdict], one.topic, one.text) for one in found]))
+    sys.exit(1 if any(one.verdict == "fail" for one in found) else 0)
+
+
+@cli.command()
 @click.option("--run", metavar="URL", help="Where it goes. [default: a new directory below runs/]")
 @click.option("--seed", type=int, help="Of the moments at which it is interrupted; drawn and printed by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -24,7 +24,7 @@ JOBKIT = [
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
     "restart", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner", "submission",
-    "local", "slurm", "slurm_job", "backends", "checkpoints", "watch", "api", "demo", "cli",
+    "local", "slurm", "slurm_job", "doctor", "backends", "checkpoints", "watch", "api", "demo", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {"state", "checkpoint", "plain", "run", "compare", "export"}

@@ -479,7 +479,7 @@ def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.M
             assert time.monotonic() < deadline, status()
             time.sleep(0.3)
         preempt(login, status()["job"])
-        while not status()["state"] == "requeued":
+        while status()["state"] != "requeued":
             assert time.monotonic() < deadline
             time.sleep(0.3)
         shutil.rmtree(login.home / "disk-of-nodes")  # the next attempt has another node's disk

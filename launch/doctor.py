@@ -1,0 +1,266 @@
+"""`jobkit doctor --on slurm`: what will happen there to a run, on each event, read from the cluster's configuration."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.storage import Store
+from jobkit.units import show_duration, show_size
+from launch import scontrol
+from launch.slurm import WARNING_S
+from launch.submission import runner_environment
+
+_PROBE_S = 120.0
+_PROBE_BYTES = 64 << 20
+_SWEEP_S = 30.0
+"""slurmctld ends graces and time limits in sweeps of this length."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that a person should know.
+
+    Args:
+        topic: What it is about: 'preemption', 'time limit', ...
+        text: A sentence.
+        verdict: 'ok', 'warning' (a promise holds, but not as well as it could) or 'fail' (a promise cannot be kept).
+    """
+
+    topic: str
+    text: str
+    verdict: str = "ok"
+
+
+def examine(partition: str | None = None, *, grace_s: float = 30.0) -> list[Finding]:
+    """Read the cluster's configuration and say what it means for a run.
+
+    Args:
+        partition: Where runs are to be submitted; the default partition if not given.
+        grace_s: How long the program may take to save, as `--grace` says.
+
+    Raises:
+        ConfigError: If SLURM is not here, or there is no such partition.
+    """
+    config = parse_config(scontrol.run("scontrol", "show", "config"))
+    lines = scontrol.run("scontrol", "-o", "show", "partition").splitlines()
+    return explain(config, choose(lines, partition), grace_s=grace_s)
+
+
+def parse_config(printed: str) -> dict[str, str]:
+    """Read `scontrol show config`: lines of `Name = value`."""
+    return dict(re.findall(r"^(\w+)\s+= (.*?)\s*$", printed, flags=re.MULTILINE))
+
+
+def choose(lines: list[str], partition: str | None) -> dict[str, str]:
+    """Choose a partition by name, or the default one.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    known = [scontrol.parse_pairs(line) for line in lines if line.strip()]
+    for one in known:
+        if one.get("PartitionName") == partition or (partition is None and one.get("Default") == "YES"):
+            return one
+    names = ", ".join(one.get("PartitionName", "") for one in known)
+    if partition is None:
+        raise ConfigError(f"the cluster has no default partition: give --partition, one of {names}")
+    raise ConfigError(f"there is no partition {partition!r}; the cluster has {names}")
+
+
+def explain(config: Mapping[str, str], partition: Mapping[str, str], *, grace_s: float) -> list[Finding]:
+    """Say in plain words what will happen to a run; a pure function of what scontrol printed."""
+    return [
+        Finding("cluster", f"SLURM {config.get('SLURM_VERSION', 'unknown')}, partition {partition['PartitionName']}"),
+        *_state(partition),
+        _preemption(config, partition, grace_s),
+        _time_limit(config, partition, grace_s),
+        _node_failure(config),
+        _restart(config),
+        Finding("cancel", "'jobkit cancel' gives the job its grace, then insists; a bare scancel is never undone"),
+        _accounting(config),
+    ]
+
+
+def _state(partition: Mapping[str, str]) -> Iterator[Finding]:
+    if partition.get("State", "UP") != "UP":
+        yield Finding("partition", f"it is {partition['State'].lower()}: jobs will not start", "fail")
+
+
+def _seconds(text: str) -> float:
+    found = re.match(r"\d+", text)
+    return float(found[0]) if found else 0.0
+
+
+def _preemption(config: Mapping[str, str], partition: Mapping[str, str], grace_s: float) -> Finding:
+    mode = partition.get("PreemptMode", config.get("PreemptMode", "OFF"))
+    if config.get("PreemptType", "preempt/none") == "preempt/none" or mode == "OFF":
+        return Finding("preemption", "jobs of this partition are not preempted")
+    if "SUSPEND" in mode or "GANG" in mode:
+        return Finding(
+            "preemption", f"PreemptMode={mode}: jobs are stopped and continued where they are; nothing is lost"
+        )
+    grace, kill = _seconds(partition.get("GraceTime", "0")), max(5.0, _seconds(config.get("KillWait", "30")))
+    notice = grace + kill
+    what = f"PreemptMode={mode}, GraceTime={grace:.0f} s, KillWait={kill:.0f} s: a notice comes {show_duration(notice)}"
+    then = (
+        "SLURM requeues the job" if "REQUEUE" in mode and not grace else "the job commits and has itself started again"
+    )
+    if notice < grace_s:
+        short = f"the save has to fit into that, less than --grace {show_duration(grace_s)}: keep 'save_every' short"
+        return Finding("preemption", f"{what} before the kill; {then}; {short}", "warning")
+    return Finding("preemption", f"{what} before the kill; {then}; no step is lost if a save takes less than that")
+
+
+def _time_limit(config: Mapping[str, str], partition: Mapping[str, str], grace_s: float) -> Finding:
+    limit, default = partition.get("MaxTime", "UNLIMITED"), partition.get("DefaultTime", "NONE")
+    warned = show_duration(grace_s + WARNING_S)
+    asked = f"jobkit asks for a warning {warned} before it, commits, and goes on in the next job"
+    if limit == "UNLIMITED" and default in ("NONE", "UNLIMITED"):
+        return Finding("time limit", f"none unless --time gives one; {asked}")
+    return Finding("time limit", f"at most {limit} (default {default if default != 'NONE' else limit}); {asked}")
+
+
+def _node_failure(config: Mapping[str, str]) -> Finding:
+    timeout = _seconds(config.get("SlurmdTimeout", "300"))
+    if timeout == 0:
+        return Finding("lost node", "SlurmdTimeout=0: a dead node is never noticed, and the run waits for it", "fail")
+    last = (
+        f"found out after up to {show_duration(timeout + _SWEEP_S)}, then requeued; at most one save interval is lost"
+    )
+    return Finding("lost node", f"SlurmdTimeout={timeout:.0f} s: {last}")
+
+
+def _restart(config: Mapping[str, str]) -> Finding:
+    hold = scontrol.hold_s("\n".join(f"{name}={value}" for name, value in config.items()))
+    if hold > 15:
+        return Finding(
+            "restart",
+            f"SLURM holds a requeued job back for {show_duration(hold)}: where it has time, a run submits a successor "
+            "instead; an administrator can set AuthInfo=cred_expire=5",
+            "warning",
+        )
+    return Finding("restart", f"a requeued job may start after {show_duration(hold)}")
+
+
+def _accounting(config: Mapping[str, str]) -> Finding:
+    kind = config.get("AccountingStorageType", "(null)")
+    if kind.endswith("none") or kind == "(null)":
+        age = config.get("MinJobAge", "300").removesuffix(" sec")
+        return Finding(
+            "status", f"no accounting here: SLURM forgets a job {age} s after its end; the run's own ledger stays"
+        )
+    return Finding("status", f"accounting by {kind.rpartition('/')[2]}")
+
+
+# A job that tries it.
+
+_PROBE = """\
+import json, os, signal, sys, time
+from jobkit.storage import Store
+told = {}
+signal.signal(signal.SIGTERM, lambda *_: told.setdefault("answered", time.time()))
+store, size = Store(sys.argv[1]), int(sys.argv[2])
+content, begun = os.urandom(size), time.monotonic()
+if store.remote is None:
+    store.write("doctor/probe", content)
+else:
+    store.remote.write("doctor/probe", content)
+told["write_s"] = time.monotonic() - begun
+told["node"] = os.environ.get("SLURMD_NODENAME", "")
+print(json.dumps({"ready": True}), flush=True)
+end = time.monotonic() + 45
+while "answered" not in told and time.monotonic() < end:
+    time.sleep(0.05)
+print(json.dumps(told), flush=True)
+"""
+
+
+def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[Finding]:
+    """Submit a one-minute job that writes to a run's URL from a compute node and must answer a signal.
+
+    Args:
+        url: Where runs are to lie.
+        partition: Where the job is submitted.
+        options: Further options of sbatch.
+
+    Raises:
+        JobkitError: If SLURM refuses the job.
+    """
+    parent = Path.cwd() if "://" in url else Path(Store(url).path).parent
+    with _shared_directory(parent) as folder:
+        (folder / "probe.py").write_text(_PROBE)
+        words = [sys.executable, str(folder / "probe.py"), url, str(_PROBE_BYTES)]
+        path = runner_environment().get("PYTHONPATH")
+        words = ["env", f"PYTHONPATH={path}", *words] if path else words
+        script = folder / "probe.sh"
+        script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
+        given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
+        flags = [f"--{name}={value}" for name, value in (given | dict(options)).items() if value]
+        job = scontrol.run("sbatch", "--parsable", "--requeue", *flags, str(script)).strip().split(";")[0]
+        try:
+            return _watch(job, folder / "out")
+        finally:
+            with contextlib.suppress(JobkitError):
+                scontrol.run("scancel", job)
+            _remove_probe(url)
+
+
+@contextlib.contextmanager
+def _shared_directory(parent: Path) -> Iterator[Path]:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jobkit-doctor-", dir=parent) as made:
+        yield Path(made)
+
+
+def _watch(job: str, output: Path) -> list[Finding]:
+    begun, signalled = time.monotonic(), 0.0
+    while time.monotonic() - begun < _PROBE_S:
+        lines = [line for line in _lines(output) if line.startswith("{")]
+        if lines and not signalled:
+            signalled = time.time()
+            scontrol.run("scancel", "--signal=TERM", job)
+        if len(lines) > 1:
+            return _judge(json.loads(lines[1]), signalled)
+        if signalled == 0.0 and (job not in {one.id for one in scontrol.queue() if one.active}):
+            said = " ".join(_lines(output))[-400:] or "it printed nothing"
+            return [Finding("probe", f"the job could not write to the run's URL: {said}", "fail")]
+        time.sleep(0.3)
+    started = "it never answered a signal" if signalled else "it did not start"
+    return [Finding("probe", f"job {job}: {started} within {show_duration(_PROBE_S)}", "fail")]
+
+
+def _judge(told: Mapping[str, float], signalled: float) -> list[Finding]:
+    if "answered" not in told:
+        return [Finding("probe", "the program in the job did not get SIGTERM: a notice would not reach it", "fail")]
+    rate = _PROBE_BYTES / max(told["write_s"], 1e-9)
+    speed = f"{show_size(_PROBE_BYTES)} reached the run's URL from node {told['node']} at {show_size(rate)}/s"
+    return [
+        Finding("probe", f"a signal reached the program after {show_duration(told['answered'] - signalled)}; {speed}")
+    ]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _remove_probe(url: str) -> None:
+    with contextlib.suppress(JobkitError, OSError):
+        store = Store(url)
+        if store.remote is not None:
+            store.remote.remove(["doctor/probe"])
+            return
+        store.remove("doctor/probe")
+        for directory in (store.file("doctor"), store.path):
+            os.rmdir(directory)
