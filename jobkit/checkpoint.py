@@ -431,8 +431,11 @@ def export_params(
     """
     store = Store(url)
     target = Path(out).expanduser().absolute()
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError(f"{target} exists: export never overwrites; choose another directory")
+    parent = next(path for path in target.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or str(parent).startswith("/proc"):
+        raise ConfigError(f"cannot export to {target}: {parent} is not a directory that can be written; choose another")
     fetch(store, step)
     number = find_step(store, step)
     stored = state.stored_paths(_table(store, number))
@@ -441,9 +444,9 @@ def export_params(
         raise ConfigError(f"step {number} of {store.url} holds no parameters")
     arrays = _read(store, number, wanted)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(target, _nested(arrays))
-            checkpointer.wait_until_finished()
+        # Not the asynchronous one: when that fails, its threads keep the process from ever ending.
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(target, args=ocp.args.StandardSave(_nested(arrays)))
     except Exception as error:
         raise _storage_error(error, f"cannot write {target}") from error
     return ["/".join(path) for path in wanted]

@@ -183,6 +183,17 @@ def _sealed(content: bytes) -> bytes:
     return content.replace(f'"seal": "{_UNSEALED}"'.encode(), f'"seal": "{seal}"'.encode())
 
 
+def check_newest(store: Store, attempt: int, doing: str) -> None:
+    """Refuse to go on once a newer attempt has begun.
+
+    Raises:
+        SupersededError: Naming it.
+    """
+    newest = max(store.numbers(contract.ATTEMPTS), default=attempt)
+    if newest > attempt:
+        raise SupersededError(f"attempt {attempt} may not {doing}: attempt {newest} has taken over")
+
+
 def new_stage(store: Store, step: int, attempt: int) -> Path:
     """Return a path for one save to be written to; its parent exists, it does not.
 
@@ -226,11 +237,7 @@ def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Comm
         (stage / contract.COMMIT).write_bytes(_sealed(_written(whole)))
         sync_tree(stage)
         faults.reach("before_rename")
-        newest = max(store.numbers(contract.ATTEMPTS), default=commit.attempt)
-        if newest > commit.attempt:
-            raise SupersededError(
-                f"attempt {commit.attempt} may not commit step {commit.step}: attempt {newest} has taken over"
-            )
+        check_newest(store, commit.attempt, f"commit step {commit.step}")
         os.rename(stage, final)
         faults.reach("after_rename")
         sync_directory(final.parent)

@@ -53,6 +53,8 @@ class Remote:
                 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
                 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs each retry as an error; we say it once
                 scheme = self.url.partition("://")[0]
+                if scheme in ("http", "https", "data"):
+                    raise ConfigError(f"{self.url} cannot be written to: give a path, or a URL such as gs://bucket/run")
                 try:
                     import fsspec
 
@@ -65,6 +67,8 @@ class Remote:
                     raise ConfigError(f"{self.url} needs a package that is not installed: {remedy}") from None
                 except ValueError as error:
                     raise ConfigError(f"{self.url} is not a URL that fsspec knows: {error}") from None
+                except Exception as error:
+                    raise translate(error, f"cannot open {self.url}") from error
                 _retry_only_here(fs)
                 self._opened = fs, str(root).rstrip("/")
             return self._opened

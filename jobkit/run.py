@@ -4,6 +4,7 @@ The loop stays the user's. `steps()` is where everything happens, between two st
 and on a notice commit and leave.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -18,7 +19,7 @@ import jax
 
 from jobkit import contract, mirror, plain, state
 from jobkit.checkpoint import Checkpoints, find_step, restore
-from jobkit.commits import Keep, sweep
+from jobkit.commits import Keep, check_newest, sweep
 from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.ledger import Ledger
@@ -30,6 +31,8 @@ _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""
 
 
+_LOOK_S = 5.0
+"""How often an attempt looks whether a newer one has taken over."""
 _UPLOAD_S = 600.0
 """How long the last uploads of a run without a supervisor may take."""
 
@@ -154,6 +157,7 @@ class Run:
         self._pending_lock = threading.Lock()
         self._flushed_at = time.monotonic()
         self._asked: dict[str, float] | None = None
+        self._next_look_s = time.monotonic() + _LOOK_S
         self._looping = self._left_early = self._finished = self._stepped = False
         return self
 
@@ -345,11 +349,13 @@ class Run:
             # The work per step when nothing is due: keep it under a microsecond or two.
             self.step = heartbeat.step = self.step + 1
             heartbeat.beat()
+            now = time.monotonic()
             if (
                 listener.noticed
                 or self._asked is not None
                 or self.step >= strategy.next_step
-                or time.monotonic() >= strategy.next_s
+                or now >= strategy.next_s
+                or now >= self._next_look_s
                 or checkpoints.failed
                 or not self._stepped
             ):
@@ -373,6 +379,10 @@ class Run:
         """
         self._resumed()
         values = {name: _number(name, value) for name, value in metrics.items()}
+        best = self._keep.best
+        if self._strategy.only_best and best is not None and best[0] not in values:
+            given = f"it was given {', '.join(values)}" if values else "it was given none"
+            raise ConfigError(f"save() needs the metric {best[0]!r}, by which keep_best chooses; {given}")
         if self._looping:
             if step is not None or wait:
                 raise ConfigError("inside steps() call save() without step and wait: it saves when this step ends")
@@ -414,6 +424,10 @@ class Run:
     def _boundary(self, *, last: bool) -> None:
         if not self._stepped:
             self._first_step()
+        if time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + _LOOK_S
+            with contextlib.suppress(OSError):  # a shared disk that does not answer just now
+                check_newest(self._store, self.attempt, "go on")
         self._hear_failure()
         if self._listener.noticed and not last:
             self._stop()

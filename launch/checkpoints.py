@@ -40,7 +40,14 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 def listed(store: Store) -> list[Row]:
     """List the committed steps of a run, oldest first; on an object store also those that are not in this home."""
-    verified = {event["step"]: event["t"] for event in read_events(store) if event["event"] in _WHOLE}
+    verified: dict[int, float] = {}
+    damaged: dict[int, str] = {}
+    for event in sorted(read_events(store), key=lambda event: float(event["t"])):
+        if event["event"] in _WHOLE:
+            verified[event["step"]] = event["t"]
+            damaged.pop(event["step"], None)
+        elif event["event"] == "damaged":
+            damaged[event["step"]] = str(event.get("reason", ""))
     remote = mirror.remote_steps(store.remote) if store.remote is not None else []
     rows = []
     for step in sorted({*commits.steps(store), *remote}):
@@ -49,6 +56,9 @@ def listed(store: Store) -> list[Row]:
             commit = _commit(store, step)
         except JobkitError as error:
             rows.append(Row(step=step, uploaded=uploaded, problem=str(error)))
+            continue
+        if step in damaged:
+            rows.append(Row(step=step, uploaded=uploaded, problem=damaged[step]))
             continue
         row = Row(
             step=step,
@@ -89,6 +99,8 @@ def verify(store: Store, steps: list[int], tell: Callable[[int, list[str]], None
         found[step] = mirror.problems(store, step) if remote else commits.problems(store, step)
         if not found[step]:
             ledger.append("verified", step=step)
+        else:
+            ledger.append("damaged", step=step, reason=found[step][0])
         tell(step, found[step])
     ledger.close()
     return found

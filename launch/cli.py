@@ -69,6 +69,9 @@ def cli() -> None:
 def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **given: Any) -> None:
     """Start a run of COMMAND, detached, through every interruption.
 
+    COMMAND runs in a copy of the code as it is now, inside the run directory: what it writes to a relative path stays
+    in the copy. Data and run directories below here are linked into it.
+
     \b
     Examples:
       jobkit submit -- python train.py
@@ -335,9 +338,12 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
       jobkit checkpoints runs/mnist export best --params exported
       jobkit checkpoints runs/mnist rm 400
     """
+    from jobkit import contract
     from launch import checkpoints, report, submission
 
     store = submission.open_run(run)
+    if store.remote is None and not store.exists(contract.CHECKPOINTS):
+        raise ConfigError(f"{store.url} holds no checkpoints: it is no run, or it has not started")
     if action == "list":
         rows = checkpoints.listed(store)
         print(report.to_json(rows) if as_json else _checkpoint_table(rows))
@@ -354,7 +360,9 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
     else:
         if step is None:
             raise ConfigError("rm which step? jobkit checkpoints RUN lists them")
-        checkpoints.remove(store, checkpoints.chosen(store, step, every=False)[0])
+        number = checkpoints.chosen(store, step, every=False)[0]
+        checkpoints.remove(store, number)
+        print(f"removed step {number}")
 
 
 def _print_verdict(step: int, wrong: list[str]) -> None:

@@ -158,11 +158,13 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
         return state, reason, "ended"
     if alive:
         stopping = "a cancel was asked for; stopping" if cancelled else ""
-        if job is not None and not running:
+        if job is not None and not running and (job.pending or not attempted):
             waits = f"job {job.id} is {job.state.lower()}" + (f" ({job.reason})" if job.reason else "")
             return State.REQUEUED if attempted else State.QUEUED, stopping or waits, "alive"
         if running:
             return State.RUNNING, stopping, "alive"
+        if attempted and last.get("event") != "decision":
+            return State.RUNNING, stopping or "an attempt has ended; what comes next is being decided", "alive"
         if attempted:
             return State.REQUEUED, stopping or str(last.get("reason", "")), "alive"
         return State.QUEUED, stopping, "alive"

@@ -128,6 +128,11 @@ def _read(store: Store) -> _RunFile:
     try:
         content = store.read(contract.RUN_JSON)
     except (FileNotFoundError, NotADirectoryError):
+        if store.exists(contract.STRATEGY):
+            raise ConfigError(
+                f"{store.url} was not submitted but trained by a program of its own, which is where its output is; "
+                f"'jobkit checkpoints {store.url}' lists what it saved"
+            ) from None
         raise ConfigError(f"{store.url} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; ask its owner for read permission") from None

@@ -126,7 +126,11 @@ def _ending_line(status: Status) -> str:
     after = f" after {status.attempts} attempt{'s' * (status.attempts != 1)}" if status.attempts else ""
     step = f", committed step {status.committed_step}" if status.committed_step is not None else ""
     reason = f": {status.reason}" if status.reason else ""
-    return f"{status.state}{after}{step}{reason}"
+    why = ""
+    if status.state is State.FAILED and status.endings:
+        last = status.endings[-1]
+        why = f"\n  attempt {last.attempt}: {last.reason}\n  its log: jobkit logs --attempt {last.attempt} {status.run}"
+    return f"{status.state}{after}{step}{reason}{why}"
 
 
 def _follow_live(store: Store, out: TextIO) -> Status:

@@ -64,9 +64,13 @@ def test_verify_finds_one_flipped_bit(run: Path) -> None:
     assert code == 1
     assert victim.name in printed
     assert "step 20: whole" in printed
+    told = {row["step"]: row for row in json.loads(jobkit(run, "--json")[1])}
+    assert victim.name in told[40]["problem"], "what was found is remembered"
+    assert told[20]["problem"] == ""
     content[len(content) // 2] ^= 4
     victim.write_bytes(content)
     assert jobkit(run, "verify", "40")[0] == 0
+    assert not any(row["problem"] for row in json.loads(jobkit(run, "--json")[1]))
 
 
 def test_export(run: Path, tmp_path: Path) -> None:
@@ -82,6 +86,10 @@ def test_export(run: Path, tmp_path: Path) -> None:
     code, _, told = jobkit(run, "export", "20", "--params", tmp_path / "out")
     assert code == 2
     assert "never overwrites" in told
+    (tmp_path / "file").write_text("")
+    code, _, told = jobkit(run, "export", "20", "--params", tmp_path / "file" / "out")
+    assert (code, told.count("\n")) == (2, 1), told
+    assert "is not a directory that can be written" in told
 
 
 def test_remove(run: Path) -> None:

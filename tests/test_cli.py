@@ -34,6 +34,8 @@ MISTAKES = [
     (["submit", "--", "python", "-u", "nothing.py"], "the script 'nothing.py' does not exist in"),
     (["submit", "--on", "gcp", "--", "true"], "--on gcp is not available in jobkit"),
     (["submit", "--on", "slurm", "--sbatch", "array=0-9", "--", "true"], "--array cannot be passed on to sbatch"),
+    (["submit", "--run", "https://host/run", "--", "true"], "https://host/run cannot be written to"),
+    (["checkpoints", "nowhere"], "holds no checkpoints"),
     (["submit", "-p", "low", "--", "true"], "--partition is for --on slurm; this is --on local"),
     (["submit", "--on", "moon", "--", "true"], "--on 'moon' is not a backend; available: local"),
     (["submit", "--grace", "soon", "--", "true"], "'soon' is not a duration"),
@@ -94,7 +96,12 @@ def test_wait(project: Project, plan: str, code: int) -> None:
     assert (done.returncode, done.stderr) == (code, "")
     lines = done.stdout.splitlines()
     assert lines[0] == f"submitted {project.runs / 'r'}"
-    assert lines[-1].startswith("done after 1 attempt, committed step 2" if code == 0 else "failed after 1 attempt: ")
+    if code == 0:
+        assert lines[-1].startswith("done after 1 attempt, committed step 2")
+    else:
+        assert lines[-3].startswith("failed after 1 attempt: ")
+        assert lines[-2].startswith("  attempt 0: exit code 1")
+        assert lines[-1] == f"  its log: jobkit logs --attempt 0 {project.runs / 'r'}"
 
 
 def test_wait_for_a_cancelled_run(project: Project) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import jobkit
 from jobkit import commits, contract, faults
+from jobkit.errors import ConfigError
 from jobkit.ledger import read_events, read_metrics
 from jobkit.storage import Store
 from tests import training
@@ -362,3 +364,26 @@ def test_two_runs_in_one_program(tmp_path: Path) -> None:
     )
     assert code == contract.Exit.CONFIG
     assert "submit each run on its own" in printed
+
+
+def test_an_old_attempt_stops_soon_after_a_newer_began(tmp_path: Path) -> None:
+    """Two programs in one directory: the first ends by itself within seconds, long before its next save."""
+    url, log = tmp_path / "run", tmp_path / "old.log"
+    old = training.start(training.train, str(url), log=log, save_every=None, pause_s=0.05, steps=2000)
+    deadline = time.monotonic() + 60
+    while not list(url.glob("checkpoints/0/commit.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    code, printed = training.attempt(url, save_every=None, at={1: "SIGTERM"}, steps=2000)
+    assert code == 75, printed
+    old.join(20)
+    assert old.exitcode == contract.Exit.CONFIG
+    assert "attempt 0 may not go on: attempt 1 has taken over" in log.read_text().splitlines()[-1]
+
+
+def test_best_needs_its_metric(tmp_path: Path) -> None:
+    """A misspelt metric is an error at once, where saving depends on it."""
+    with jobkit.Run(tmp_path / "run", save_every="best", keep_best=("val_loss", "min")) as run:
+        run.resume(n=0, optimizer=None)
+        with pytest.raises(ConfigError, match=r"needs the metric 'val_loss', by which .* it was given vall"):
+            run.save(vall=1.0)
