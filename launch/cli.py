@@ -141,7 +141,7 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     from launch import report, slurm, snapshot
 
     if backend == slurm.BACKEND:
-        slurm.check(plan.spec.sbatch)
+        slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
     code = snapshot.digest(plan.tree) if plan.tree is not None else None
     spec = msgspec.structs.replace(plan.spec, code=code)
     if as_json:

@@ -66,7 +66,7 @@ def submit(spec: JobSpec) -> Store:
     Raises:
         ConfigError: If the specification cannot work, or SLURM refuses it; nothing is left behind then.
     """
-    check(spec.sbatch)
+    check(spec.sbatch, grace_s=spec.grace_s)
     with new_run(prepare(spec), BACKEND) as (store, spec, lock):
         _sbatch(store, spec)
     lock.close()
@@ -90,8 +90,12 @@ _REFUSED = {
 }
 
 
-def check(options: Mapping[str, str]) -> None:
+def check(options: Mapping[str, str], *, grace_s: float) -> None:
     """Refuse sbatch options that would break a run, and a machine without SLURM.
+
+    Args:
+        options: Long options of sbatch and their values.
+        grace_s: How long the program may take to save.
 
     Raises:
         ConfigError: With the remedy.
@@ -104,6 +108,12 @@ def check(options: Mapping[str, str]) -> None:
     tasks = [options.get("nodes", "1"), options.get("ntasks-per-node", "1")]
     if tasks != ["1", "1"]:
         raise ConfigError("this version trains with one process on one node: leave -N and --ntasks-per-node at 1")
+    limit_s = scontrol.parse_limit(options.get("time", ""))
+    if limit_s is not None and limit_s < 2 * (grace_s + WARNING_S):
+        raise ConfigError(
+            f"--time {options['time']} leaves hardly time to train: the warning comes "
+            f"{show_duration(grace_s + WARNING_S)} before the limit; give at least twice that"
+        )
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not on PATH: submit from a login node of the cluster")
 
@@ -122,7 +132,7 @@ def command(store: Store) -> str:
     path = runner_environment().get("PYTHONPATH")
     if path:
         words = ["env", f"PYTHONPATH={path}", *words]
-    again = 'do code=$?; [ "$code" -eq 137 ] || exit "$code"; done'
+    again = 'do code=$?; [ "$code" -eq 137 ] || exit "$code"; sleep 1; done'
     return f"trap : TERM USR1 USR2; until {shlex.join(words)}; {again}"
 
 
@@ -298,7 +308,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
             f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
             f"'jobkit cancel {store.url}'"
         )
-    check(spec.sbatch)
+    check(spec.sbatch, grace_s=spec.grace_s)
     if clear_cancel:
         with cancel_mutex(store):
             store.remove(contract.CANCEL)

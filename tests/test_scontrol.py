@@ -97,3 +97,13 @@ def test_hold() -> None:
 def test_partition() -> None:
     """A partition's line is read into names and values."""
     assert scontrol.parse_pairs((RECORDED / "show_partition-22.05.txt").read_text())["PreemptMode"] == "CANCEL"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:05", 7205), ("1-2", 93600), ("1-2:30", 95400), ("1-00:00:01", 86401),
+     ("", None), ("UNLIMITED", None), ("soon", None)],
+)  # fmt: skip
+def test_time_limits(text: str, seconds: float | None) -> None:
+    """Every form of sbatch(1) is read; what is none is left to sbatch."""
+    assert scontrol.parse_limit(text) == seconds

@@ -344,6 +344,7 @@ def test_dry_run_prints_the_script(login: Login) -> None:
         (["-p", "nope"], "invalid partition specified: nope"),
         (["--sbatch", "array=0-3"], "one run is one job"),
         (["-N", "9999999"], "one process on one node"),
+        (["--time", "2"], "leaves hardly time to train"),
         (["--time", "soon"], "Invalid --time specification"),
     ],
 )
