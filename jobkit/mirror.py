@@ -102,6 +102,8 @@ class Mirror:
                 return
             except JobkitError as error:
                 self._hear(error)
+            except Exception as error:  # whatever it is, saves must go on being carried
+                self._hear(StorageError(f"cannot upload to {self._store.url}: {type(error).__name__}: {error}"))
             else:
                 if self._failing_since is not None:
                     self._ledger.append("upload_back", after_s=round(time.monotonic() - self._failing_since, 3))

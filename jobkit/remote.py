@@ -127,7 +127,9 @@ class Remote:
         except FileNotFoundError:
             return {}
         _, root = self._fs()
-        return {path.removeprefix(root + "/"): int(info["size"] or 0) for path, info in found.items()}
+        # s3fs names the place itself, as a directory, if its first object appears between two of its own requests.
+        files = {path: info for path, info in found.items() if info.get("type") == "file"}
+        return {path.removeprefix(root + "/"): int(info["size"] or 0) for path, info in files.items()}
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects, in parallel; absent ones are no error."""

@@ -163,6 +163,16 @@ def test_uploads_of_dead_attempts_are_ended(moto: dict[str, str], tmp_path: Path
     assert [upload["Key"] for upload in left] == ["runs/other/x"]
 
 
+def test_find_names_no_directories(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place whose first object appears while it is being listed is not taken for an object of its own."""
+    remote = Remote(place.url)
+    remote.write("checkpoints/5/x", b"1")
+    fs, root = remote._fs()
+    directory = {"name": f"{root}/checkpoints", "size": 0, "type": "directory"}
+    monkeypatch.setattr(fs, "find", lambda path, detail, **_: {directory["name"]: directory})
+    assert remote.find("checkpoints") == {}
+
+
 def test_a_bucket_that_does_not_exist_is_said_so(place: Place) -> None:
     """Writing to a bucket that does not exist is one sentence, not a retry for minutes."""
     begun = time.monotonic()
