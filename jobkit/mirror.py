@@ -124,7 +124,8 @@ class Mirror:
                 self._done.add(step)
         if waiting:
             self._retain()
-        if time.monotonic() - self._cancel_at >= _CANCEL_S:
+        # At the end in any case: who decides whether the run goes on looks into the home.
+        if final or time.monotonic() - self._cancel_at >= _CANCEL_S:
             self._cancel_at = time.monotonic()
             self._hear_cancel()
         if final or time.monotonic() - self._files_at >= _FILES_S:

@@ -176,6 +176,8 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
         gone = "the local runner is gone"
     elif job.id:
         gone = f"job {job.id} has ended ({job.state.lower()}) and nothing has started the next"
+        if not attempted and store.exists("slurm"):
+            gone += f" (its output: {store.file('slurm')})"
     else:
         gone = "its job was never submitted"
     return State.FAILED, f"{gone}; continue with: jobkit resume {store.url}", "gone"
