@@ -161,12 +161,15 @@ class Mirror:
         by_step = group(remote.find(contract.CHECKPOINTS))
         committed = {step for step, names in by_step.items() if _commit_name(step) in names}
         known = {step: read_remote(remote, step).metrics for step in committed}
-        for step in strategy.superfluous(known):
+        newest, local = max(committed, default=-1), commits.steps(self._store)
+        unfinished = [step for step in by_step.keys() - committed if step < newest and step not in local]
+        superfluous = strategy.superfluous(known)
+        if superfluous or unfinished:
+            check_newest(remote, self._attempt)  # what looks unfinished may be a newer attempt's upload
+        for step in superfluous:
             remove(remote, step)
-        newest = max(committed, default=-1)
-        for step, names in by_step.items():
-            if step not in committed and step < newest and step not in commits.steps(self._store):
-                remote.remove(names)
+        for step in unfinished:
+            remote.remove(by_step[step])
 
 
 def described(store: Store) -> list[str]:
@@ -275,6 +278,10 @@ def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: b
     remote = store.remote
     assert remote is not None
     begun = time.monotonic()
+    if _commit_name(step) in remote.find(contract.step_dir(step)):
+        # Perhaps with other bytes, of an attempt on another node: what is committed on the URL is never touched.
+        ledger.append("skipped", step=step, reason="committed on the URL before")
+        return True
     with contextlib.ExitStack() as stack:
         try:
             # Opened all at once, so that retention in the program may remove the step while it is being uploaded.
@@ -287,7 +294,7 @@ def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: b
         with transfer(f"uploading step {step}", commit.nbytes, shown=shown) as advance:
 
             def push(name: str) -> None:
-                _push_file(remote, commit, name, files[name])
+                _push_file(remote, commit, name, files[name], attempt)
                 advance(commit.files[name].size)
 
             for _ in each(push, files):
@@ -301,7 +308,7 @@ def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: b
     return True
 
 
-def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes]) -> None:
+def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes], attempt: int) -> None:
     """Create one file; what a dead attempt left under its name gives way, what is the same stays."""
     target = f"{contract.step_dir(commit.step)}/{name}"
     content = file.read()
@@ -311,6 +318,10 @@ def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes]) -> No
     for _ in range(5):
         if remote.create(target, content) or not content:
             return
+        # Only the newest attempt may take a file away, and none of a step that has been committed meanwhile.
+        check_newest(remote, attempt)
+        if _commit_name(commit.step) in remote.find(contract.step_dir(commit.step)):
+            raise StorageError(f"step {commit.step} of {remote.url} was committed by another attempt meanwhile")
         remote.remove([target])
     raise StorageError(f"{remote.url}/{target} is being written by another attempt")
 

@@ -237,6 +237,32 @@ def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> Non
     assert b"uploaded" in remote.read("attempts/0/events-supervisor.jsonl")
 
 
+def test_the_same_step_with_other_bytes_stays_as_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that comes back with its own version of a step, never uploaded, does not touch the one in the bucket."""
+    import numpy as np
+
+    import jobkit
+
+    def attempt_on(node: str, add: float, save: int) -> None:
+        monkeypatch.setenv(contract.ENV_HOME, str(place.homes / node))
+        with jobkit.Run(place.url, save_every=None, keep=9) as run:
+            state = run.resume(w=np.zeros(1000), optimizer=None)
+            for step in run.steps(save):
+                state.w = state.w + add
+                if step + 1 == save:
+                    run.save()
+
+    remote = Remote(place.url)
+    attempt_on("a", 1.0, 3)
+    remote.remove(remote.find(contract.step_dir(3)))  # as if node a had died before the upload
+    attempt_on("b", 2.0, 3)
+    before = {name: remote.read(name) for name in remote.find(contract.step_dir(3))}
+    attempt_on("a", 1.0, 4)
+    assert {name: remote.read(name) for name in remote.find(contract.step_dir(3))} == before
+    assert mirror.problems(_elsewhere(place, 3), 3) == []
+    assert mirror.problems(_elsewhere(place, 4), 4) == []
+
+
 def _damage(place: Place, kind: str, name: str, remote: Remote) -> None:
     content = bytearray(remote.read(name))
     if kind == "flip":
