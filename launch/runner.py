@@ -146,6 +146,7 @@ class Runner:
         if not new:
             self._clear()
             reached = leftovers.committed_step(self._store)
+            code = code or int(contract.Exit.FAILED)  # an attempt that never began is not done, whatever it says
             return restart.Ended(contract.outcome_of(code), code, reached, duration_s=time.monotonic() - started)
         self._clear()
         self._close(attempt, code)

@@ -25,6 +25,7 @@ from launch.submission import OURS, open_run
 
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""
+_KILLED = 128 + signal.SIGKILL
 
 
 class SlurmRunner(Runner):
@@ -54,6 +55,8 @@ class SlurmRunner(Runner):
         self._newest_attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
         if (other := self._superseded()) is not None:
             return self._leave(f"{other} has taken over", Exit.DONE)
+        if report.last_life_event(self._store).get("event") == "ended":
+            return self._leave("the run has ended; this job has nothing to do", Exit.DONE)
         try:
             return self._attempts_in_job()
         except JobkitError as error:
@@ -212,6 +215,16 @@ class SlurmRunner(Runner):
         step = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--nodes=1", "--ntasks=1", "--export=ALL"]
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it from sbatch by itself, since 22.05
         return [*step, f"--cpus-per-task={cpus}"] if cpus else step
+
+    def _follow(self, supervisor: int) -> int:
+        # srun exits 0 when it loses a node: only the supervisor's own word says that a run is done.
+        return super()._follow(supervisor) or _KILLED
+
+    def _close(self, attempt: int, code: int) -> None:
+        deadline = time.monotonic() + _ASK_S  # srun may be gone before the supervisor has written how it ended
+        while leftovers.read_outcome(self._store, attempt) is None and time.monotonic() < deadline:
+            self._nap(0.1)
+        super()._close(attempt, code)
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         return environ  # the step's parent is SLURM, not this process

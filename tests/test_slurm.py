@@ -491,3 +491,22 @@ def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.M
         assert [ending["outcome"] for ending in told["endings"]] == ["preempted", "done"]
         (home,) = (login.home / "disk-of-nodes").iterdir()
         assert training.digest(home) == undisturbed
+
+
+@pytest.mark.slow
+def test_an_srun_that_loses_its_step_is_not_the_end(
+    login: Login, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An srun that exits 0 with nothing done, as on a lost node, is not taken for a finished run."""
+    real = login.cluster.slurm.programs["srun"]
+    (login.home / "bin").mkdir()
+    liar = login.home / "bin" / "srun"
+    liar.write_text(f'#!/bin/sh\n[ -e {login.home}/lied ] && exec {real} "$@"\ntouch {login.home}/lied\nexit 0\n')
+    liar.chmod(0o755)
+    path = f"{liar.parent}:{login.cluster.environment['PATH']}"
+    monkeypatch.setitem(login.cluster.environment, "PATH", path)
+    login.submit(pause_s=0.01)
+    login.check_end(undisturbed)
+    assert (login.home / "lied").exists()
+    decisions = [event for event in report.events(login.store) if event["event"] == "decision"]
+    assert decisions[0]["action"] == "restart"
