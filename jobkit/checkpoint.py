@@ -77,6 +77,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
         self._rehearsed = False
+        self.elsewhere: dict[int, dict[str, float]] = {}
+        """Metrics of steps on the run's URL that are not in this home."""
         self.saving_step: int | None = None
         """Step of the save under way."""
         self.committed_step = -1
@@ -243,11 +245,14 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the best committed step by the metric of `keep_best`, None if there is none yet."""
-        return self._keep.best_of(commits.metrics(self._store))
+        return self._keep.best_of(self._metrics())
+
+    def _metrics(self) -> dict[int, dict[str, float]]:
+        return self.elsewhere | commits.metrics(self._store)
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Tell whether a step with these metrics would be the best."""
-        known = commits.metrics(self._store)
+        known = self._metrics()
         new = max(known, default=0) + 1
         return self._keep.best_of(known | {new: dict(metrics)}) == new
 
@@ -274,7 +279,8 @@ class Checkpoints:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             self._ledger.append("set_aside", step=step, reason=wrong[0] + more, moved_to=str(moved), durable=True)
             _say(f"checkpoint of step {step} is damaged: {wrong[0]}{more}; set aside as {moved}")
-        if damaged or self._store.names(contract.SET_ASIDE):
+        remote = self._store.remote
+        if damaged or self._store.names(contract.SET_ASIDE) or (remote is not None and remote.find(contract.SET_ASIDE)):
             raise ConfigError(
                 f"every checkpoint of {self._store.url} is damaged and lies in {contract.SET_ASIDE}: "
                 "mend the storage, or start again in a new run directory"

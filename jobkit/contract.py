@@ -108,6 +108,8 @@ class State(enum.StrEnum):
 RUN_JSON = "run.json"
 README = "README.md"
 CANCEL = "cancel.json"
+ID = "run.id"
+"""On an object store: tells a run from another one that is at the same URL later."""
 STRATEGY = "strategy.json"
 """What to save and keep, as the program's `Run` was told."""
 EVENTS = "events.jsonl"

@@ -10,6 +10,7 @@ Under a dead bucket the training goes on; saves wait in the home, as many as ret
 
 import contextlib
 import os
+import secrets
 import sys
 import tempfile
 import threading
@@ -49,8 +50,9 @@ class Mirror:
 
     def __init__(self, store: Store, attempt: int, ledger: Ledger) -> None:
         # A dead bucket is told of soon; whoever carries tries again anyway.
-        self._store = Store(store.url, deadline_s=_TELL_S) if store.remote is not None else store
+        self._store = store.with_deadline(_TELL_S)
         self._attempt, self._ledger = attempt, ledger
+        self._since = time.time() - 0.05  # file systems keep coarse times
         self._done: set[int] = set()
         self._sizes: dict[str, tuple[int, int]] = {}
         self._files_at = self._cancel_at = 0.0
@@ -116,21 +118,35 @@ class Mirror:
             print(f"jobkit: {error}; saves wait in {self._store.path} meanwhile", file=sys.stderr, flush=True)
 
     def _carry(self, *, final: bool) -> None:
-        """Carry what is new: steps first, newest before older."""
-        local = commits.steps(self._store)
-        waiting = [step for step in reversed(local) if step not in self._done]
-        for step in waiting:
-            if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=final):
-                self._done.add(step)
-        if waiting:
-            self._retain()
+        """Carry what is new: steps first, newest before older; one that cannot be carried holds up no other."""
         # At the end in any case: who decides whether the run goes on looks into the home.
         if final or time.monotonic() - self._cancel_at >= _CANCEL_S:
             self._cancel_at = time.monotonic()
-            self._hear_cancel()
+            hear_cancel(self._store)
+        failed: JobkitError | None = None
+        waiting = [step for step in reversed(commits.steps(self._store)) if step not in self._done]
+        for step in waiting:
+            try:
+                if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=final):
+                    self._done.add(step)
+            except SupersededError:
+                raise
+            except JobkitError as error:
+                failed = failed or error
+        if waiting and failed is None and self._said_what_to_keep():
+            self._retain()
         if final or time.monotonic() - self._files_at >= _FILES_S:
             self._files_at = time.monotonic()
             self.carry_files()
+        if failed is not None:
+            raise failed
+
+    def _said_what_to_keep(self) -> bool:
+        """Tell whether the program of this attempt has said what to keep; what is in the home may be old."""
+        try:
+            return self._store.file(contract.STRATEGY).stat().st_mtime >= self._since
+        except OSError:
+            return False
 
     def carry_files(self) -> None:
         """Carry logs, ledgers and what describes the run, as far as they have grown.
@@ -143,16 +159,13 @@ class Mirror:
         own = contract.attempt_dir(self._attempt)
         mine = [f"{own}/{name}" for name in self._store.names(own) if not name.startswith(".")]
         for name in [*described(self._store), *mine]:
+            if name == contract.STRATEGY and not self._said_what_to_keep():
+                continue
             info = self._store.file(name).stat()
             stamp = (info.st_size, info.st_mtime_ns)
             if self._sizes.get(name) != stamp:
                 self._store.remote.write(name, self._store.read(name))
                 self._sizes[name] = stamp
-
-    def _hear_cancel(self) -> None:
-        remote = self._store.remote
-        if remote is not None and not self._store.exists(contract.CANCEL) and remote.find(contract.CANCEL):
-            self._store.write(contract.CANCEL, remote.read(contract.CANCEL))
 
     def _retain(self) -> None:
         """Remove remote steps that retention does not keep, and what dead attempts left unfinished."""
@@ -170,6 +183,18 @@ class Mirror:
             remove(remote, step)
         for step in unfinished:
             remote.remove(by_step[step])
+
+
+def hear_cancel(store: Store) -> None:
+    """Bring a cancel that was written on another machine into the home.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    remote = store.remote
+    if remote is not None and not store.exists(contract.CANCEL) and remote.find(contract.CANCEL):
+        with contextlib.suppress(FileNotFoundError):  # taken back this very moment
+            store.write(contract.CANCEL, remote.read(contract.CANCEL))
 
 
 def described(store: Store) -> list[str]:
@@ -256,6 +281,15 @@ def remote_steps(remote: Remote) -> list[int]:
     """List the committed steps on a URL, in rising order, with one request per thousand objects."""
     steps = group(remote.find(contract.CHECKPOINTS))
     return sorted(step for step, names in steps.items() if _commit_name(step) in names)
+
+
+def remote_metrics(remote: Remote) -> dict[int, dict[str, float]]:
+    """Return the metrics of every committed step on a URL."""
+    found = {}
+    for step in remote_steps(remote):
+        with contextlib.suppress(StorageError):
+            found[step] = dict(read_remote(remote, step).metrics)
+    return found
 
 
 def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool = False) -> bool:
@@ -347,6 +381,7 @@ def claim(store: Store) -> int:
     """Claim the next attempt number, on the URL where there is one, and its directory."""
     if store.remote is None:
         return store.claim(contract.ATTEMPTS)
+    _identify(store)
     local = max(store.numbers(contract.ATTEMPTS), default=-1)
     while True:
         number = max([*remote_attempts(store.remote), local]) + 1
@@ -354,6 +389,25 @@ def claim(store: Store) -> int:
         if store.remote.create(f"{contract.attempt_dir(number)}/claim.json", token):
             store.write(f"{contract.attempt_dir(number)}/claim.json", token)
             return number
+
+
+def _identify(store: Store) -> None:
+    """Set aside what a home holds of another run that was once at the same URL."""
+    remote = store.remote
+    assert remote is not None
+    if not remote.find(contract.ID):
+        remote.create(contract.ID, secrets.token_hex(16).encode())
+    identity = remote.read(contract.ID)
+    if store.exists(contract.ID) and store.read(contract.ID) == identity:
+        return
+    if store.exists(contract.ID) or store.names(contract.CHECKPOINTS):
+        aside = store.file(f".old-{time.time_ns()}")
+        aside.mkdir()
+        for name in (contract.CHECKPOINTS, contract.ATTEMPTS, contract.STRATEGY):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(store.file(name), aside / name)
+        print(f"jobkit: {store.path} held another run of the same URL; it lies in {aside} now", file=sys.stderr)
+    store.write(contract.ID, identity)
 
 
 def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
@@ -366,7 +420,12 @@ def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
     for step in reversed(remote_steps(remote)):
         if any(have >= step and not commits.problems(store, have) for have in commits.steps(store)):
             return None
-        wrong = fetch_step(store, step, attempt=attempt)
+        try:
+            wrong = fetch_step(store, step, attempt=attempt)
+            if wrong:  # once more: one bad download is no reason to lose a step
+                wrong = fetch_step(store, step, attempt=attempt)
+        except FileNotFoundError:
+            continue  # removed meanwhile
         if not wrong:
             return step
         set_aside(remote, step, wrong)

@@ -119,7 +119,10 @@ def _difference(record: state.Record, stored: Any) -> str | None:
     if record["is"] == "scalar":
         if shape or record["type"] not in ("bool", "int", "float", "complex"):
             return f"{tuple(shape)} {dtype} there, a Python {record['type']} here"
-        return None
+        kind: Any = {"bool": bool, "int": int, "float": float, "complex": complex}[record["type"]]
+        value = np.asarray(stored)[()]
+        exact = kind is complex or not np.iscomplexobj(value)
+        return None if exact and kind(value) == value else f"{value} there, a Python {record['type']} here"
     if record["is"] == "key":
         return None if shape[: len(record["shape"])] == record["shape"] and dtype == np.uint32 else "no key there"
     if shape != record["shape"] or (dtype.name != record["dtype"] and not isinstance(stored, bool | int | float)):

@@ -17,10 +17,10 @@ from typing import Any, Self
 
 import jax
 
-from jobkit import contract, mirror, plain, state
+from jobkit import commits, contract, mirror, plain, state
 from jobkit.checkpoint import Checkpoints, find_step, restore
 from jobkit.commits import Keep, check_newest, sweep
-from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
+from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.ledger import Ledger
 from jobkit.notice import Listener, Notice
@@ -242,6 +242,7 @@ class Run:
         sweep(self._store, attempt=self.attempt)
         if self._store.remote is not None:
             mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
+            self._checkpoints.elsewhere = mirror.remote_metrics(self._store.remote)
         restored = self._checkpoints.restore_newest(made)
         started = None
         if restored is None and self._start_from is not None:
@@ -289,9 +290,21 @@ class Run:
         if self._looping:
             raise ConfigError("restore() would change the state under the loop: call it after steps() has ended")
         self._checkpoints.wait()
+        self._bring(step)
         number = find_step(self._store, step)
         restore(self._store, number, parts)
         return number
+
+    def _bring(self, step: int | str) -> None:
+        """Bring a step that only the run's URL has into the home."""
+        remote = self._store.remote
+        wanted = self._checkpoints.best_step() if step == "best" else step
+        if remote is None or not isinstance(wanted, int) or wanted in commits.steps(self._store):
+            return
+        if wanted in mirror.remote_steps(remote):
+            wrong = mirror.fetch_step(self._store, wanted, attempt=self.attempt)
+            if wrong:
+                raise StorageError(f"step {wanted} of {self._store.url} is damaged: {wrong[0]}; choose another step")
 
     def _resumed(self) -> dict[str, state.Part]:
         if self._parts is None:

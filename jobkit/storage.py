@@ -6,6 +6,7 @@ looks at.
 """
 
 import contextlib
+import copy
 import errno
 import hashlib
 import os
@@ -127,6 +128,13 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
+
+    def with_deadline(self, deadline_s: float) -> "Store":
+        """Return the same run directory, whose object store is given up on after so many seconds."""
+        other = copy.copy(self)
+        if self.remote is not None:
+            other.remote = Remote(self.url, deadline_s=deadline_s)
+        return other
 
     def file(self, name: str) -> Path:
         """Return the path of a name inside the run directory."""

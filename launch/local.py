@@ -114,9 +114,12 @@ def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_ca
     if clear_cancel:
         with cancel_mutex(store):
             if _cancel_content(store) == cancel_seen:
-                store.remove(contract.CANCEL)
                 if store.remote is not None:
+                    if _remote_cancel(store) not in (None, cancel_seen):
+                        lock.close()
+                        raise ConfigError(f"run {store.url} was cancelled on another machine this very moment")
                     store.remote.remove([contract.CANCEL])
+                store.remove(contract.CANCEL)
     record(store, "resumed", by=who())
     _start(store, lock)
     return State.RUNNING
@@ -130,6 +133,14 @@ def _has_runner(store: Store) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def _remote_cancel(store: Store) -> bytes | None:
+    assert store.remote is not None
+    try:
+        return store.remote.read(contract.CANCEL)
+    except FileNotFoundError:
+        return None
 
 
 def _cancel_content(store: Store) -> bytes | None:

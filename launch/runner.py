@@ -97,7 +97,7 @@ class Runner:
         policy = restart.Policy(
             max_failures=self._spec.max_failures, committed_at_start=leftovers.committed_step(self._store)
         )
-        while (over := self._over()) is None:
+        while (over := self._over_anywhere()) is None:
             ended = self._attempt()
             self._history.append(ended)
             decision = restart.decide(self._history, policy)
@@ -122,6 +122,12 @@ class Runner:
                 f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
             )
         return None
+
+    def _over_anywhere(self) -> tuple[State, str] | None:
+        """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
+        with contextlib.suppress(JobkitError):
+            mirror.hear_cancel(self._store)
+        return self._over()
 
     def _cancelled(self) -> bool:
         try:

@@ -77,7 +77,7 @@ class SlurmRunner(Runner):
         if self._history and (code := self._decide(policy, Cause.OWN, before=True)) is not None:
             return code
         while True:
-            if (over := self._over()) is not None:
+            if (over := self._over_anywhere()) is not None:
                 return self._end(*over)
             self._history.append(self._attempt())
             why = self._ask(self._history[-1].outcome)
@@ -115,7 +115,7 @@ class SlurmRunner(Runner):
             if not before:
                 self._wait(decision.delay_s)
             return None
-        if (over := self._over()) is not None:
+        if (over := self._over_anywhere()) is not None:
             return self._end(*over)
         self._secure(running=why is not Cause.GONE)
         return self._leave(self._secured, Exit.PREEMPTED)

@@ -98,7 +98,7 @@ def _python_path() -> list[str]:
 
 
 _LAYOUT = (
-    contract.RUN_JSON, contract.README, contract.CANCEL, contract.EVENTS, contract.LOCK, contract.CODE,
+    contract.RUN_JSON, contract.ID, contract.README, contract.CANCEL, contract.EVENTS, contract.LOCK, contract.CODE,
     contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log", "tensorboard",
 )  # fmt: skip
 

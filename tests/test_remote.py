@@ -18,7 +18,7 @@ import fsspec
 import pytest
 
 from jobkit import commits, contract, mirror
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import Ledger, read_events, read_metrics
 from jobkit.remote import Remote
 from jobkit.storage import Store
@@ -519,3 +519,163 @@ def test_a_continued_old_attempt_changes_nothing_in_the_bucket(place: Place, und
     kept = {name: content for name, content in after.items() if any(name.startswith(step + "/") for step in committed)}
     assert kept == before
     assert {name for name in after if name.endswith(contract.COMMIT)} == {f"{step}/commit.json" for step in committed}
+
+
+# What an adversary tried, on homes of nodes that know little of each other.
+
+
+def _node(place: Place, name: str) -> Store:
+    """Return the run as a node sees it."""
+    before = os.environ[contract.ENV_HOME]
+    os.environ[contract.ENV_HOME] = str(place.homes / name)
+    try:
+        return Store(place.url)
+    finally:
+        os.environ[contract.ENV_HOME] = before
+
+
+def _commit(store: Store, step: int, attempt: int, text: str) -> None:
+    """Commit a step in a home, of a file that every step has."""
+    stage = commits.new_stage(store, step, attempt)
+    (stage / "default").mkdir(parents=True)
+    (stage / "default" / "manifest.ocdbt").write_text(text)
+    made = commits.Commit(step=step, attempt=attempt, at=time.time(), reason="test", files={}, metrics={})
+    commits.publish(store, stage, state={"by": text}, commit=made)
+
+
+def _keep(store: Store, keep: int) -> None:
+    store.write(contract.STRATEGY, json.dumps({"keep": keep, "keep_best": None}))
+
+
+def _ledger(store: Store) -> Ledger:
+    return Ledger(store.file("test.jsonl"))
+
+
+def test_a_superseded_attempt_leaves_its_successor_s_steps_alone(place: Place) -> None:
+    """An old attempt that uploads and tidies up after a newer one began takes nothing of it away."""
+    a, b = _node(place, "a"), _node(place, "b")
+    old = mirror.claim(a)
+    _keep(a, 9)
+    _commit(a, 20, old, "by a")
+    _commit(a, 30, old, "by a")
+    carrier = mirror.Mirror(a, old, _ledger(a))
+    _keep(a, 9)
+    assert mirror.push_step(a, 30, attempt=old, ledger=_ledger(a))
+    new = mirror.claim(b)
+    _commit(b, 20, new, "by b")
+    assert b.remote is not None
+    b.remote.create(f"{contract.step_dir(10)}/state.json", b"being uploaded by b")
+    assert mirror.push_step(b, 20, attempt=new, ledger=_ledger(b))
+    mirror.push_step(a, 20, attempt=old, ledger=_ledger(a))
+    with pytest.raises(ConfigError, match="has taken over"):
+        carrier._retain()
+    assert mirror.problems(b, 20) == []
+    assert b.remote.find(contract.step_dir(10))
+
+
+def test_an_old_home_s_strategy_removes_nothing(place: Place) -> None:
+    """What a node was told to keep in an attempt of long ago does not rule this one."""
+    a, b = _node(place, "a"), _node(place, "b")
+    _keep(a, 1)
+    os.utime(a.file(contract.STRATEGY), (1, 1))
+    number = mirror.claim(b)
+    _keep(b, 9)
+    for step in (10, 20, 30):
+        _commit(b, step, number, "by b")
+    carrier = mirror.Mirror(b, number, _ledger(b))
+    _keep(b, 9)
+    carrier._carry(final=True)
+    later = mirror.claim(a)
+    mirror.Mirror(a, later, _ledger(a))._carry(final=True)
+    assert b.remote is not None
+    assert mirror.remote_steps(b.remote) == [10, 20, 30]
+    assert json.loads(b.remote.read(contract.STRATEGY))["keep"] == 9
+
+
+def test_a_damaged_local_step_holds_nothing_up(place: Place) -> None:
+    """With an old step damaged on this node, newer ones are carried and a cancel is heard."""
+    a = _node(place, "a")
+    number = mirror.claim(a)
+    for step in (10, 20):
+        _commit(a, step, number, "by a")
+    victim = a.file(f"{contract.step_dir(10)}/{contract.COMMIT}")
+    victim.write_bytes(victim.read_bytes()[:-5])
+    assert a.remote is not None
+    a.remote.write(contract.CANCEL, b"{}")
+    with pytest.raises(JobkitError):
+        mirror.Mirror(a, number, _ledger(a))._carry(final=True)
+    assert mirror.remote_steps(a.remote) == [20]
+    assert a.exists(contract.CANCEL)
+
+
+def test_one_bad_download_costs_no_step(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that comes one byte short once is made again; a step that goes away meanwhile is passed over."""
+    a, b = _node(place, "a"), _node(place, "b")
+    number = mirror.claim(a)
+    for step in (10, 20, 30):
+        _commit(a, step, number, "by a")
+    mirror.Mirror(a, number, _ledger(a))._carry(final=True)
+    assert b.remote is not None
+    read, short = b.remote.read, []
+
+    def reading(name: str) -> bytes:
+        if name.endswith("30/commit.json"):
+            mirror.remove(b.remote, 30)  # type: ignore[arg-type]
+        if name.endswith("20/state.json") and not short:
+            short.append(name)
+            return read(name)[:-1]
+        return read(name)
+
+    monkeypatch.setattr(b.remote, "read", reading)
+    assert mirror.fetch_newest(b, _ledger(b), attempt=mirror.claim(b)) == 20
+    assert short
+    assert mirror.remote_steps(b.remote) == [10, 20]
+
+
+def test_a_url_that_is_used_again_is_another_run(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a node still has of an earlier run at the same URL is set aside, not continued."""
+    a = _node(place, "a")
+    _commit(a, 31, mirror.claim(a), "the old run")
+    remote = Remote(place.url)
+    remote.remove(remote.find())
+    b = _node(place, "b")
+    number = mirror.claim(b)
+    _commit(b, 13, number, "the new run")
+    mirror.Mirror(b, number, _ledger(b))._carry(final=True)
+    mirror.claim(a)
+    assert commits.steps(a) == []
+    assert mirror.fetch_newest(a, _ledger(a), attempt=9) == 13
+    assert "held another run of the same URL" in capfd.readouterr().err
+
+
+def test_every_step_damaged_is_no_new_start(place: Place) -> None:
+    """Where every step of the bucket is damaged a new node says so instead of training from scratch."""
+    code, printed = attempt(place, "a", at={5: "SIGTERM"}, keep=1)
+    assert code == 75, printed
+    remote = Remote(place.url)
+    (step,) = [step for step in mirror.remote_steps(remote) if step > 0] or [0]
+    for name in remote.find(contract.CHECKPOINTS):
+        if name.endswith("state.json"):
+            remote.write(name, b"{}")
+    code, printed = attempt(place, "b")
+    assert code == contract.Exit.CONFIG, printed
+    assert "every checkpoint of" in printed.splitlines()[-1]
+    assert step
+
+
+def test_the_best_step_is_found_from_another_node(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`restore('best')` on a node that has only the newest step brings the best one from the bucket."""
+    import jobkit
+
+    def train(node: str, losses: dict[int, float], total: int) -> int:
+        monkeypatch.setenv(contract.ENV_HOME, str(place.homes / node))
+        with jobkit.Run(place.url, save_every=None, keep=1, keep_best=("loss", "min")) as run:
+            state = run.resume(n=0, optimizer=None)
+            for step in run.steps(total):
+                state.n += 1
+                if step + 1 in losses:
+                    run.save(loss=losses[step + 1])
+            return run.restore("best") and state.n
+
+    assert train("a", {2: 1.0, 4: 6.0}, 4) == 2
+    assert train("b", {5: 7.0}, 6) == 2
