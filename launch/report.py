@@ -52,6 +52,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         notices: Preemption notices: attempt, t, source.
         endings: How the attempts ended, oldest first.
         job: Number of the run's job, for a scheduler.
+        set_aside: Checkpoints that were found damaged: attempt, t, step, reason.
         storage: What is wrong with the run's URL, '' while uploads get there.
         runner: 'alive', 'gone' (killed: nothing will happen until `jobkit resume`) or 'ended'.
     """
@@ -74,6 +75,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     notices: list[dict[str, Any]] = []
     endings: list[Ending] = []
     job: str | None = None
+    set_aside: list[dict[str, Any]] = []
     storage: str = ""
     runner: str = "alive"
 
@@ -139,7 +141,8 @@ def _status(store: Store, alive: bool, job: Job | None = None) -> Status:
         submitted=created,
         started=_first_time(store, newest),
         updated=_updated(store, newest),
-        notices=[notice for attempt in attempts for notice in _notices(store, attempt)],
+        notices=[notice for attempt in attempts for notice in _told(store, attempt, "supervisor", "notice")],
+        set_aside=[event for attempt in attempts for event in _told(store, attempt, 0, "set_aside")],
         endings=endings,
         job=job.id if job is not None else None,
         storage=_outage(store, newest) if newest is not None and store.remote is not None else "",
@@ -284,14 +287,11 @@ def _step(beat: Beat | None, endings: list[Ending], committed: int) -> int | Non
     return known if known is not None else _count(committed)
 
 
-def _notices(store: Store, attempt: int) -> list[dict[str, Any]]:
-    events = _lines(store.file(contract.events_file(attempt, "supervisor")))
-    wanted = ("t", "source", "reason")
-    return [
-        {"attempt": attempt} | {name: event[name] for name in wanted if name in event}
-        for event in events
-        if event["event"] == "notice"
-    ]
+def _told(store: Store, attempt: int, writer: int | str, name: str) -> list[dict[str, Any]]:
+    """Return the events of one kind that one writer of an attempt wrote down."""
+    found = (event for event in _lines(store.file(contract.events_file(attempt, writer))) if event["event"] == name)
+    wanted = ("t", "source", "step", "reason")
+    return [{"attempt": attempt} | {key: event[key] for key in wanted if key in event} for event in found]
 
 
 def _outage(store: Store, attempt: int) -> str:

@@ -179,6 +179,8 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "updated", f"{show_duration(seconds)} ago"
     if status.storage:
         yield "storage", status.storage
+    for event in status.set_aside[-3:]:
+        yield "set aside", f"step {event.get('step')}: {event.get('reason', '')}"
     for notice in status.notices[-3:]:
         yield "notice", f"attempt {notice['attempt']}: {notice.get('source', '')}"
     for ending in status.endings[-5:]:

@@ -253,3 +253,14 @@ def test_help_has_examples(project: Project) -> None:
         assert re.search(rf"^  {command} ", top, re.MULTILINE)
         assert f"jobkit {command}" in project.cli(command, "--help").stdout
     assert jobkit.__version__ in project.cli("--version").stdout
+
+
+def test_status_tells_of_damaged_checkpoints(project: Project) -> None:
+    """A checkpoint that was found damaged and set aside is told by `status`, for a person and as JSON."""
+    project.cli("submit", "--wait", "--run", "../runs/r", "--", "python", "job.py", "commit:2,exit:0")
+    events = project.runs / "r" / "attempts" / "0" / "events-0.jsonl"
+    with events.open("a") as file:
+        file.write('{"t": 2, "event": "set_aside", "step": 1, "reason": "state.json differs from its checksum"}\n')
+    assert "set aside       step 1: state.json differs from its checksum" in project.cli("status", "../runs/r").stdout
+    told = json.loads(project.cli("status", "../runs/r", "--json").stdout)["set_aside"]
+    assert told == [{"attempt": 0, "t": 2, "step": 1, "reason": "state.json differs from its checksum"}]
