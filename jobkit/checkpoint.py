@@ -8,6 +8,7 @@ old steps go. One save is under way at a time.
 import contextlib
 import os
 import platform
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -377,10 +378,19 @@ def fetch(store: Store, step: int | str) -> None:
     known = {number: mirror.read_remote(store.remote, number).metrics for number in mirror.remote_steps(store.remote)}
     wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
     number = step if isinstance(step, int) else wanted
-    if number in known and number not in commits.steps(store):
-        wrong = mirror.fetch_step(store, number, attempt=0)
-        if wrong:
-            raise StorageError(f"step {number} of {store.url} is damaged: {wrong[0]}; choose another step")
+    if number is not None and number in known and number not in commits.steps(store):
+        bring(store, number, attempt=0)
+
+
+def bring(store: Store, step: int, *, attempt: int) -> None:
+    """Bring a step that is committed on the URL, and not in the home, into the home.
+
+    Raises:
+        StorageError: If it is damaged.
+    """
+    wrong = mirror.fetch_step(store, step, attempt=attempt)
+    if wrong:
+        raise StorageError(f"step {step} of {store.url} is damaged: {wrong[0]}; choose another step")
 
 
 def find_step(store: Store, step: int | str) -> int:
@@ -440,8 +450,12 @@ def export_params(
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists: export never overwrites; choose another directory")
     parent = next(path for path in target.parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or str(parent).startswith("/proc"):
-        raise ConfigError(f"cannot export to {target}: {parent} is not a directory that can be written; choose another")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".jobkit-export-", dir=parent):
+            pass
+    except OSError:
+        told = f"cannot export to {target}: {parent} is not a directory that can be written; choose another"
+        raise ConfigError(told) from None
     fetch(store, step)
     number = find_step(store, step)
     stored = state.stored_paths(_table(store, number))

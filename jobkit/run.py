@@ -18,9 +18,9 @@ from typing import Any, Self
 import jax
 
 from jobkit import commits, contract, mirror, plain, state
-from jobkit.checkpoint import Checkpoints, find_step, restore
+from jobkit.checkpoint import Checkpoints, bring, find_step, restore
 from jobkit.commits import Keep, check_newest, sweep
-from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
+from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.ledger import Ledger
 from jobkit.notice import Listener, Notice
@@ -302,9 +302,7 @@ class Run:
         if remote is None or not isinstance(wanted, int) or wanted in commits.steps(self._store):
             return
         if wanted in mirror.remote_steps(remote):
-            wrong = mirror.fetch_step(self._store, wanted, attempt=self.attempt)
-            if wrong:
-                raise StorageError(f"step {wanted} of {self._store.url} is damaged: {wrong[0]}; choose another step")
+            bring(self._store, wanted, attempt=self.attempt)
 
     def _resumed(self) -> dict[str, state.Part]:
         if self._parts is None:

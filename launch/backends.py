@@ -7,7 +7,7 @@ from types import ModuleType
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
-from launch import local, report, slurm, submission
+from launch import local, report, scontrol, slurm, submission
 from launch import spec as specs
 from launch.report import Status
 
@@ -37,13 +37,12 @@ def of(store: Store) -> ModuleType:
 
 def status(store: Store) -> Status:
     """Read what a run is doing."""
-    return statuses([store])[0]
+    return report.status(store, job=_jobs([store]).get(store.url))
 
 
-def statuses(stores: Sequence[Store]) -> list[Status]:
-    """Read what any number of runs are doing, asking each scheduler once."""
-    jobs = slurm.jobs_of([store for store in stores if of(store) is slurm])
-    return [report.status(store, job=jobs.get(store.url)) for store in stores]
+def _jobs(stores: Sequence[Store]) -> dict[str, scontrol.Job]:
+    """Ask each scheduler once."""
+    return slurm.jobs_of([store for store in stores if of(store) is slurm])
 
 
 def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
@@ -61,13 +60,18 @@ def cancel(
 
 
 def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]:
-    """Read the status of runs, leaving out, and telling of, those that cannot be read."""
-    good = []
+    """Read the status of any number of runs, leaving out, and telling of, those that cannot be read."""
+    readable, found = [], []
     for store in stores:
         try:
             of(store)
-            report.status(store)
-            good.append(store)
+            readable.append(store)
         except JobkitError as error:
             tell(str(error))
-    return statuses(good)
+    jobs = _jobs(readable)
+    for store in readable:
+        try:
+            found.append(report.status(store, job=jobs.get(store.url)))
+        except JobkitError as error:
+            tell(str(error))
+    return found

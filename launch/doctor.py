@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import show_duration, show_size
 from launch import scontrol
-from launch.slurm import WARNING_S
-from launch.submission import runner_environment
+from launch.slurm import WARNING_S, python
 
 _PROBE_S = 120.0
 _PROBE_BYTES = 64 << 20
@@ -198,9 +196,7 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
     parent = Path.cwd() if "://" in url else Path(Store(url).path).parent
     with _shared_directory(parent) as folder:
         (folder / "probe.py").write_text(_PROBE)
-        words = [sys.executable, str(folder / "probe.py"), url, str(_PROBE_BYTES)]
-        path = runner_environment().get("PYTHONPATH")
-        words = ["env", f"PYTHONPATH={path}", *words] if path else words
+        words = python(str(folder / "probe.py"), url, str(_PROBE_BYTES))
         script = folder / "probe.sh"
         script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
         given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}

@@ -5,9 +5,7 @@
 
 import contextlib
 import dataclasses
-import json
 import os
-import secrets
 import select
 import subprocess
 import sys
@@ -21,9 +19,20 @@ from jobkit.storage import Store, explain
 from jobkit.units import show_duration
 from launch import leftovers, report
 from launch import spec as specs
-from launch.lock import RunLock, acquire, cancel_mutex, held, runner_alive
+from launch.lock import RunLock, acquire, held, runner_alive
 from launch.spec import JobSpec
-from launch.submission import new_run, open_run, prepare, record, runner_environment, says_alive, who
+from launch.submission import (
+    ask_to_cancel,
+    cancel_content,
+    new_run,
+    open_run,
+    prepare,
+    record,
+    runner_environment,
+    says_alive,
+    take_back_cancel,
+    who,
+)  # fmt: skip
 
 BACKEND = "local"
 _READY_S = 30.0
@@ -99,7 +108,7 @@ def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_ca
     """
     store = open_run(url)
     spec = specs.read(store)
-    cancel_seen = _cancel_content(store)
+    cancel_seen = cancel_content(store)
     if report.status(store).state is State.DONE:
         return State.DONE
     if _has_runner(store):
@@ -112,14 +121,11 @@ def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_ca
         return State.DONE
     lock.sign(os.getpid())
     if clear_cancel:
-        with cancel_mutex(store):
-            if _cancel_content(store) == cancel_seen:
-                if store.remote is not None:
-                    if _remote_cancel(store) not in (None, cancel_seen):
-                        lock.close()
-                        raise ConfigError(f"run {store.url} was cancelled on another machine this very moment")
-                    store.remote.remove([contract.CANCEL])
-                store.remove(contract.CANCEL)
+        try:
+            take_back_cancel(store, cancel_seen)
+        except JobkitError:
+            lock.close()
+            raise
     record(store, "resumed", by=who())
     _start(store, lock)
     return State.RUNNING
@@ -133,21 +139,6 @@ def _has_runner(store: Store) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def _remote_cancel(store: Store) -> bytes | None:
-    assert store.remote is not None
-    try:
-        return store.remote.read(contract.CANCEL)
-    except FileNotFoundError:
-        return None
-
-
-def _cancel_content(store: Store) -> bytes | None:
-    try:
-        return store.read(contract.CANCEL)
-    except FileNotFoundError:
-        return None
 
 
 def cancel(
@@ -169,12 +160,7 @@ def cancel(
     spec = specs.read(store)
     if report.status(store).state is State.DONE:
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
-    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)}).encode() + b"\n"
-    with cancel_mutex(store):
-        if store.remote is not None:
-            store.remote.write(contract.CANCEL, content)
-        store.write(contract.CANCEL, content)
-    record(store, "cancelled", by=who())
+    content = ask_to_cancel(store)
     if wait and held(store):
         progress(f"waiting for {store.url} to save and stop (killed after {show_duration(spec.grace_s)})")
     _finish_cancel(store, spec, content, wait=wait)
@@ -184,7 +170,7 @@ def cancel(
 def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -> None:
     """Wait for the runner, or do its part where it is dead."""
     clearing: leftovers.Clearing | None = None
-    while _cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
+    while cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
         lock = acquire(store, wait_s=0.0 if wait else 0.3)
         if lock is not None:
             with contextlib.closing(lock):

@@ -27,7 +27,7 @@ class SlurmError(JobkitError):
     """SLURM refused a request, or does not answer."""
 
 
-def run(*command: str, stdin: str | None = None) -> str:
+def run(*command: str) -> str:
     """Run one of SLURM's commands and return what it printed.
 
     Raises:
@@ -38,7 +38,7 @@ def run(*command: str, stdin: str | None = None) -> str:
         raise ConfigError(f"{command[0]} is not on PATH: run this on a login node of the cluster")
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, input=stdin, errors="replace"
+            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, errors="replace"
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} has not answered for {_COMMAND_S:.0f} s") from None

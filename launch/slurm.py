@@ -7,9 +7,7 @@ in its ledger; the newest of them is the one that may run attempts.
 import contextlib
 import dataclasses
 import io
-import json
 import os
-import secrets
 import shlex
 import shutil
 import sys
@@ -23,15 +21,24 @@ import msgspec
 from jobkit import contract, mirror
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Ledger
 from jobkit.storage import Store
 from jobkit.units import show_duration
 from launch import leftovers, report, scontrol
 from launch import spec as specs
-from launch.lock import cancel_mutex
 from launch.scontrol import Job, SlurmError
 from launch.spec import JobSpec
-from launch.submission import OURS, Plan, new_run, open_run, prepare, record, runner_environment, who
+from launch.submission import (
+    OURS,
+    ask_to_cancel,
+    cancel_content,
+    new_run,
+    open_run,
+    prepare,
+    record,
+    runner_environment,
+    take_back_cancel,
+    who,
+)  # fmt: skip
 
 BACKEND = "slurm"
 FOLDER = "slurm"
@@ -128,12 +135,15 @@ def command(store: Store) -> str:
 
     A runner that is killed alone (out of memory) is started again; SLURM's signals are the runner's business.
     """
-    words = [sys.executable, "-P", "-m", "launch.slurm_job", store.url]
-    path = runner_environment().get("PYTHONPATH")
-    if path:
-        words = ["env", f"PYTHONPATH={path}", *words]
+    words = python("-P", "-m", "launch.slurm_job", store.url)
     again = 'do code=$?; [ "$code" -eq 137 ] || exit "$code"; sleep 1; done'
     return f"trap : TERM USR1 USR2; until {shlex.join(words)}; {again}"
+
+
+def python(*arguments: str) -> list[str]:
+    """Return the command line of this Python in a job, where it finds the same packages."""
+    path = runner_environment().get("PYTHONPATH")
+    return [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, *arguments]
 
 
 def folder(store: Store) -> Path:
@@ -147,23 +157,18 @@ def _executor(spec: JobSpec, store: Store) -> Any:
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder(store))
-    options = {name: (value if value else True) for name, value in spec.sbatch.items()}
-    time_limit = options.pop("time", None)
-    options["comment"] = store.url
-    extra: dict[str, Any] = ({} if "no-requeue" in options else {"requeue": True}) | options
-    extra["time"] = time_limit
-    extra["wckey"] = None
+    options: dict[str, Any] = {name: value or True for name, value in spec.sbatch.items()} | {"comment": store.url}
+    if "no-requeue" not in options:
+        options["requeue"] = True
     executor.update_parameters(
         job_name=spec.name,
         use_srun=False,  # the runner starts each attempt as a step of its own
         stderr_to_stdout=True,
         signal_delay_s=int(spec.grace_s + WARNING_S),
-        additional_parameters={name: value for name, value in extra.items() if value is not None},
+        additional_parameters=options,
     )
-    executor.parameters.pop("wckey", None)
-    executor.parameters["wckey"] = None
-    if time_limit is None:  # the partition's default, not submitit's five minutes
-        executor.parameters["time"] = None
+    # The cluster's own defaults, not submitit's five minutes and its name.
+    executor.parameters |= {"time": None, "wckey": None}
     return executor
 
 
@@ -296,8 +301,8 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
     """
     store = open_run(url)
     spec = specs.read(store)
-    now = status(store)
-    if now.state is State.DONE:
+    cancel_seen = cancel_content(store)
+    if status(store).state is State.DONE:
         return State.DONE
     try:
         job = (queued([store])[store.url] or [Job("", "GONE")])[-1]
@@ -310,10 +315,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
         )
     check(spec.sbatch, grace_s=spec.grace_s)
     if clear_cancel:
-        with cancel_mutex(store):
-            store.remove(contract.CANCEL)
-            if store.remote is not None:
-                store.remote.remove([contract.CANCEL])
+        take_back_cancel(store, cancel_seen)
     record(
         store,
         "resumed",
@@ -340,12 +342,7 @@ def cancel(
     spec = specs.read(store)
     if status(store).state is State.DONE:
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
-    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)}).encode() + b"\n"
-    with cancel_mutex(store):
-        if store.remote is not None:
-            store.remote.write(contract.CANCEL, content)
-        store.write(contract.CANCEL, content)
-    record(store, "cancelled", by=who())
+    ask_to_cancel(store)
     asked = time.monotonic()
     told: set[str] = set()
     while True:
@@ -378,13 +375,6 @@ def end(store: Store, state: State, reason: str) -> None:
     """Write down the end of a run, unless it is written."""
     if report.last_life_event(store).get("event") == "ended":
         return
-    ledger = Ledger(store.file(contract.EVENTS))
-    ledger.append("ended", durable=True, state=state, reason=reason)
-    ledger.close()
+    record(store, "ended", state=state, reason=reason)
     with contextlib.suppress(JobkitError):
         mirror.carry_described(store)
-
-
-def show_plan(plan: Plan) -> str:
-    """Return what a dry run prints: the exact script."""
-    return script(plan.spec, plan.store)

@@ -14,7 +14,6 @@ import time
 from jobkit import contract, mirror, processes
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Event
 from jobkit.storage import Store
 from launch import leftovers, report, restart, scontrol, slurm
 from launch import spec as specs
@@ -178,19 +177,16 @@ class SlurmRunner(Runner):
         """Tell whether a person cancelled the job that this one is the successor of."""
         if self._cancelled():
             return report.cancel_reason(self._store)
-        before = [job for job in slurm.jobs(self._store) if scontrol.number(job) < scontrol.number(self._job)]
-        resumed = max((i for i, event in enumerate(self._life()) if event["event"] == "resumed"), default=-1)
-        mine = next((i for i, event in enumerate(self._life()) if str(event.get("id")) == self._job), len(self._life()))
-        if not before or resumed == mine - 1:
+        life = [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed", "job")]
+        mine = [str(event.get("id")) for event in life].index(self._job)
+        if mine == 0 or life[mine - 1]["event"] != "job":  # submitted or resumed by a person, not by a job
             return None
+        before = str(life[mine - 1]["id"])
         try:
-            state = scontrol.show_job(before[-1]).get("JobState", "")
+            state = scontrol.show_job(before).get("JobState", "")
         except JobkitError:
             return None
-        return f"job {before[-1]} was cancelled (scancel)" if state == "CANCELLED" else None
-
-    def _life(self) -> list[Event]:
-        return [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed", "job")]
+        return f"job {before} was cancelled (scancel)" if state == "CANCELLED" else None
 
     def _over(self) -> tuple[State, str] | None:
         # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.

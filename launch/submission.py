@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import getpass
+import json
 import os
+import secrets
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,7 +22,7 @@ from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
 from launch import snapshot
 from launch import spec as specs
 from launch.command import check_command
-from launch.lock import RunLock, acquire, held, holder
+from launch.lock import RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import JobSpec
 
 OURS = (contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER)
@@ -211,6 +213,48 @@ def says_alive(store: Store) -> str:
     """Say who holds a run, and what can be done."""
     pid = holder(store).get("pid", "unknown")
     return f"run {store.url} is alive (pid {pid}): 'jobkit logs -f {store.url}' or 'jobkit cancel {store.url}'"
+
+
+def ask_to_cancel(store: Store) -> bytes:
+    """Write a cancel, on the URL first; return what was written, which tells it from any other.
+
+    Durability: on storage on return; nothing overrules it but `take_back_cancel`.
+    """
+    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)}).encode() + b"\n"
+    with cancel_mutex(store):
+        if store.remote is not None:
+            store.remote.write(contract.CANCEL, content)
+        store.write(contract.CANCEL, content)
+    record(store, "cancelled", by=who())
+    return content
+
+
+def cancel_content(store: Store) -> bytes | None:
+    """Return the cancel that this machine knows of, None if there is none."""
+    return _read_if_there(store.read)
+
+
+def take_back_cancel(store: Store, seen: bytes | None) -> None:
+    """Remove the cancel that was there when a resume began; one that has come meanwhile stays.
+
+    Raises:
+        ConfigError: If one has come meanwhile from another machine.
+    """
+    with cancel_mutex(store):
+        if cancel_content(store) != seen:
+            return
+        if store.remote is not None:
+            if _read_if_there(store.remote.read) not in (None, seen):
+                raise ConfigError(f"run {store.url} was cancelled on another machine this very moment")
+            store.remote.remove([contract.CANCEL])
+        store.remove(contract.CANCEL)
+
+
+def _read_if_there(read: Callable[[str], bytes]) -> bytes | None:
+    try:
+        return read(contract.CANCEL)
+    except FileNotFoundError:
+        return None
 
 
 def who() -> str:
