@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Any
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
 
 if TYPE_CHECKING:
-    from jobkit.checkpoint import export_params, load
+    from jobkit.group import initialize
     from jobkit.notice import Notice
+    from jobkit.restore import export_params, load
     from jobkit.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "JobkitError", "Notice", "Preempted", "Run", "StorageError", "export_params", "load"]
+__all__ = [
+    "ConfigError", "JobkitError", "Notice", "Preempted", "Run", "StorageError", "export_params", "initialize", "load",
+]  # fmt: skip
 
 _HOMES = {
     "Run": "jobkit.run",
     "Notice": "jobkit.notice",
-    "load": "jobkit.checkpoint",
-    "export_params": "jobkit.checkpoint",
+    "initialize": "jobkit.group",
+    "load": "jobkit.restore",
+    "export_params": "jobkit.restore",
 }
 
 

@@ -1,37 +1,39 @@
-"""Save, commit, verify, restore, retain: Orbax writes and reads the arrays, commits.py decides what is a checkpoint.
+"""Save, commit, retain: arrays.py writes through Orbax, commits.py decides what is a checkpoint.
 
 A save has two halves. On the training thread: the state is taken apart and Orbax takes its device-to-host copies. On a
 thread of its own: Orbax writes to the stage, the files are made durable, measured and renamed into place, and only then
 old steps go. One save is under way at a time.
+
+In a run of several processes all of them save the same steps in the same order. Each writes and measures its own files;
+process 0 commits when it has heard of all, and the others hear from it whether it did.
 """
 
 import contextlib
+import json
 import os
 import platform
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
+import msgspec
 
-from jobkit import commits, contract, faults, mirror, state
-from jobkit.commits import Commit, Keep
+from jobkit import arrays, commits, contract, faults, state
+from jobkit.commits import Commit, FileRecord, Keep
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.ledger import Ledger, read_json
-from jobkit.storage import Store, explain, free_bytes, remove_tree
+from jobkit.group import Group
+from jobkit.ledger import Ledger
+from jobkit.restore import restore, table_of
+from jobkit.storage import Store, explain, files_below, free_bytes, remove_tree
 from jobkit.units import show_size
 
-# Measured at 1 GB (zstd costs 60 % of the time and a copy of the state in memory, and saves 7 % of weights).
-_HANDLER_OPTIONS: dict[str, Any] = {"use_ocdbt": True, "use_zarr3": True, "use_compression": False}
-_DATA_FILE_BYTES = 64 << 20
-_REHEARSAL_BYTES = 256 << 20
+_SAVE_S = 1800.0
+"""How long one process may take longer than the first to write its part of a save."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Checkpoints:
         busy: Tells whether retention has to wait: a notice is being served.
         before_commit: Called on the saving thread before each commit, so that what was logged up to the step is safe
             when the step is.
+        group: The processes that save together.
     """
 
     def __init__(
@@ -71,10 +74,13 @@ class Checkpoints:
         ledger: Ledger,
         busy: Callable[[], bool] = lambda: False,
         before_commit: Callable[[], None] = lambda: None,
+        group: Group | None = None,
     ) -> None:
         self._store, self._attempt, self._keep, self._ledger = store, attempt, keep, ledger
         self._busy, self._before_commit = busy, before_commit
-        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._group = group or Group("")
+        self._count = 0
+        self._writer = arrays.Writer()
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
         self._rehearsed = False
@@ -98,13 +104,15 @@ class Checkpoints:
         if step == self.committed_step and not metrics:
             return
         begun = time.monotonic()
-        stage = commits.new_stage(self._store, step, self._attempt)
+        self._count += 1
+        stage = Path(self._group.share(f"stage/{self._count}", lambda: str(self._new_stage(step))))
         faults.reach("before_write")
         try:
-            self._start_orbax(stage, snapshot)
+            upload = self._store.remote is not None
+            self._writer.start(stage, snapshot.arrays, snapshot.nbytes, for_upload=upload)
         except Exception as error:
             _discard(stage)
-            raise _storage_error(error, f"cannot save step {step} to {self._store.url}") from error
+            raise arrays.storage_error(error, f"cannot save step {step} to {self._store.url}") from error
         commit = Commit(
             step=step,
             attempt=self._attempt,
@@ -122,36 +130,21 @@ class Checkpoints:
         )
         self._thread.start()
 
-    def _start_orbax(self, stage: Path, snapshot: state.Snapshot) -> None:
-        arrays = snapshot.arrays
-        if not arrays:  # Orbax refuses an empty tree
-            stage.mkdir()
-            return
-        if self._orbax is None:
-            handler = ocp.CompositeCheckpointHandler(
-                **{contract.ORBAX_ITEM: ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS)}
-            )
-            self._orbax = ocp.AsyncCheckpointer(handler)
-        if self._store.remote is None:
-            item = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
-        else:
-            size = _upload_bytes(snapshot.nbytes)
-            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=size), arrays)
-            item = ocp.args.PyTreeSave(arrays, chunked, ocdbt_target_data_file_size=size)
-        self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: item}))
+    def _new_stage(self, step: int) -> Path:
+        stage = commits.new_stage(self._store, step, self._attempt)
+        if self._group.count > 1:
+            _beside(stage).mkdir()
+        return stage
 
     def _finish(self, stage: Path, snapshot: state.Snapshot, commit: Commit, begun: float, blocking_s: float) -> None:
         """Write, commit, retain: the half of a save that training does not wait for."""
         try:
             faults.reach("during_write")
-            if self._orbax is not None and snapshot.arrays:
-                self._orbax.wait_until_finished()
-            faults.reach("after_data")
-            self._before_commit()
-            new = commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit)
+            new = self._commit(stage, snapshot, commit)
         except Exception as error:
-            _discard(stage)
-            self._error = _storage_error(error, f"cannot commit step {commit.step} to {self._store.url}")
+            if self._group.first:
+                _discard(stage)
+            self._error = arrays.storage_error(error, f"cannot commit step {commit.step} to {self._store.url}")
             self._ledger.append("save_failed", step=commit.step, reason=str(self._error))
             return
         finally:
@@ -169,6 +162,8 @@ class Checkpoints:
             bytes=snapshot.nbytes,
             metrics=dict(commit.metrics),
         )
+        if not self._group.first:
+            return
         try:
             self._rehearse(commit.step)
             self._retain()
@@ -176,18 +171,49 @@ class Checkpoints:
             self._ledger.append("save_failed", step=commit.step, reason=str(error))
             self._error = error
 
+    def _commit(self, stage: Path, snapshot: state.Snapshot, commit: Commit) -> bool:
+        """Commit what every process has written; tell whether the step is new."""
+        if self._group.count == 1:
+            self._wait_for_data()
+            return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit)
+        try:
+            self._wait_for_data()
+            own: dict[str, Any] = msgspec.to_builtins(_own_files(stage, snapshot, self._group.index))
+        except Exception as error:
+            own = {"error": str(arrays.storage_error(error, f"process {self._group.index} cannot write its part"))}
+        told = self._group.gather(f"written/{self._count}", own, _SAVE_S)
+
+        def publish() -> bool:
+            for files in told:
+                if "error" in files:
+                    raise StorageError(files["error"])
+            stage.mkdir(exist_ok=True)
+            for path in _beside(stage).iterdir():
+                os.rename(path, stage / path.name)
+            _beside(stage).rmdir()
+            measured = {name: msgspec.convert(record, FileRecord) for files in told for name, record in files.items()}
+            return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit, measured=measured)
+
+        return bool(self._group.share(f"committed/{self._count}", publish))
+
+    def _wait_for_data(self) -> None:
+        self._writer.wait()
+        faults.reach("after_data")
+        self._before_commit()
+
     def _rehearse(self, step: int) -> None:
         """Read the attempt's first commit back the way a restore does: an untested restore is no checkpoint."""
         if self._rehearsed or self._busy():
             return
         begun = time.monotonic()
         wrong = commits.problems(self._store, step)
-        table = _table(self._store, step)
+        table = table_of(self._store, step)
+        item = self._store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
         try:
-            for paths in _batches(state.stored_paths(table)):
+            for paths in arrays.batches(state.stored_paths(table)):
                 if self._busy():
                     return
-                for path, array in _read(self._store, step, dict.fromkeys(paths)).items():
+                for path, array in arrays.read(item, dict.fromkeys(paths), alone=True).items():
                     record = paths[path]
                     if record["is"] != "key" and (list(array.shape), array.dtype.name) != (
                         record["shape"],
@@ -212,11 +238,12 @@ class Checkpoints:
             commits.remove(self._store, step)
             self._ledger.append("removed", step=step)
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the save under way, if any, is committed or has failed."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout_s)
+            if not self._thread.is_alive():
+                self._thread = None
 
     @property
     def failed(self) -> bool:
@@ -239,10 +266,7 @@ class Checkpoints:
         Leaving without this would lose the save: Orbax needs the interpreter alive to finish.
         """
         self.wait()
-        if self._orbax is not None:
-            with contextlib.suppress(Exception):  # it raises a failed save's error again, which `take_error` told
-                self._orbax.close()
-            self._orbax = None
+        self._writer.close()
 
     def best_step(self) -> int | None:
         """Return the best committed step by the metric of `keep_best`, None if there is none yet."""
@@ -257,8 +281,14 @@ class Checkpoints:
         new = max(known, default=0) + 1
         return self._keep.best_of(known | {new: dict(metrics)}) == new
 
-    def restore_newest(self, parts: Mapping[str, state.Part]) -> int | None:
+    def restore_newest(
+        self, parts: Mapping[str, state.Part], *, prepare: Callable[[], None] = lambda: None
+    ) -> int | None:
         """Restore the newest committed step that is whole; damaged ones are set aside on the way.
+
+        Args:
+            parts: The program's parts.
+            prepare: Called first, in process 0 alone.
 
         Returns:
             The restored step, None if the run has no checkpoint yet.
@@ -267,13 +297,23 @@ class Checkpoints:
             ConfigError: If the program's state differs from the checkpoint's, or every checkpoint is damaged.
             StorageError: If reading fails.
         """
+
+        def find() -> int | None:
+            prepare()
+            return self._newest_whole()
+
+        step: int | None = self._group.share("restore", find)
+        if step is not None:
+            restore(self._store, step, parts)
+            self.committed_step = step
+        return step
+
+    def _newest_whole(self) -> int | None:
         damaged = []
         # Every numbered directory: one without commit.json was committed by a rename and has lost it since.
         for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
             wrong = commits.problems(self._store, step)
             if not wrong:
-                restore(self._store, step, parts)
-                self.committed_step = step
                 return step
             moved = commits.set_aside(self._store, step, wrong)
             damaged.append(step)
@@ -306,246 +346,6 @@ class Checkpoints:
             )
 
 
-def restore(store: Store, step: int, parts: Mapping[str, state.Part], *, partial: bool = False) -> None:
-    """Put a committed, verified step into a program's parts.
-
-    Args:
-        store: The run directory.
-        step: A step for which `commits.problems` is empty.
-        parts: The program's parts. None is changed unless every value could be read; an object whose own loading
-            fails leaves those before it changed.
-        partial: Take only those of the checkpoint's parts that are given.
-
-    Raises:
-        ConfigError: If shapes, dtypes or structure differ; names the leaf.
-        StorageError: If Orbax cannot read it although its bytes are as committed.
-    """
-    table = _table(store, step)
-    if partial:
-        absent = sorted(parts.keys() - table.keys())
-        if absent:
-            has = ", ".join(sorted(table))
-            raise ConfigError(f"step {step} of {store.url} has no part {absent[0]!r}; it has {has}")
-        table = {name: table[name] for name in parts}
-    state.check(
-        state.take(parts).table,
-        table,
-        where=f"from the checkpoint of step {step}",
-    )
-    live: dict[tuple[str, ...], Any] = {}
-    for name, part in parts.items():
-        if part.kind != "object":
-            live |= {state.quoted(name, slot.path): slot.value for slot in part.slots()[0]}
-    wanted = {path: live.get(path) for path in state.stored_paths(table)}
-    try:
-        arrays = _read(store, step, wanted, records=state.stored_paths(table))
-    except Exception as error:
-        raise _storage_error(error, f"cannot read step {step} of {store.url}") from error
-    faults.reach("during_restore")
-    state.give_back(parts, table, arrays)
-
-
-def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts: Any) -> Any:
-    """Restore parts of a run without taking part in it: for evaluation, inference, a notebook.
-
-    Args:
-        url: The run directory.
-        step: A committed step, 'latest', or 'best' (by the metric given to the run's `keep_best`).
-        parts: As for `Run.resume`, any subset; NNX objects and iterators are changed in place.
-
-    Returns:
-        A namespace holding the value parts by name.
-
-    Raises:
-        ConfigError: If there is no such step or part, or shapes differ.
-        StorageError: If the step is damaged.
-    """
-    store = Store(url)
-    fetch(store, step)
-    number = find_step(store, step)
-    made = {name: state.part_of(name, value) for name, value in parts.items()}
-    restore(store, number, made, partial=True)
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**{name: part.value for name, part in made.items() if isinstance(part, state.ValuePart)})
-
-
-def fetch(store: Store, step: int | str) -> None:
-    """Bring a step of a run on an object store into its home, unless it is there."""
-    if store.remote is None:
-        return
-    mirror.refresh(store)
-    known = {number: mirror.read_remote(store.remote, number).metrics for number in mirror.remote_steps(store.remote)}
-    wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
-    number = step if isinstance(step, int) else wanted
-    if number is not None and number in known and number not in commits.steps(store):
-        bring(store, number, attempt=0)
-
-
-def bring(store: Store, step: int, *, attempt: int) -> None:
-    """Bring a step that is committed on the URL, and not in the home, into the home.
-
-    Raises:
-        StorageError: If it is damaged.
-    """
-    wrong = mirror.fetch_step(store, step, attempt=attempt)
-    if wrong:
-        raise StorageError(f"step {step} of {store.url} is damaged: {wrong[0]}; choose another step")
-
-
-def find_step(store: Store, step: int | str) -> int:
-    """Return a committed and whole step: a number, 'latest' or 'best'.
-
-    Raises:
-        ConfigError: If there is none.
-        StorageError: If it is damaged.
-    """
-    known = commits.steps(store)
-    if not known:
-        raise ConfigError(f"{store.url} has no committed checkpoint")
-    number: int | None
-    if step == "latest":
-        number = known[-1]
-    elif step == "best":
-        strategy = (read_json(store, contract.STRATEGY) or {}).get("keep_best")
-        if not strategy:
-            raise ConfigError(f"{store.url} has no best step: its Run was given no keep_best=('metric', 'min')")
-        keep = Keep(best=(strategy[0], strategy[1]))
-        number = keep.best_of(commits.metrics(store))
-        if number is None:
-            raise ConfigError(f"no committed step of {store.url} has the metric {strategy[0]!r} yet")
-    elif isinstance(step, int) and not isinstance(step, bool):
-        number = step
-    else:
-        raise ConfigError(f"step {step!r} is neither a number nor 'latest' nor 'best'")
-    if number not in known:
-        raise ConfigError(f"step {number} of {store.url} is not committed; committed are {', '.join(map(str, known))}")
-    wrong = commits.problems(store, number)
-    if wrong:
-        raise StorageError(f"step {number} of {store.url} is damaged: {wrong[0]}; choose another step")
-    return number
-
-
-def export_params(
-    url: str | os.PathLike[str], out: str | os.PathLike[str], /, *, step: int | str = "latest"
-) -> list[str]:
-    """Write the parameters of a run alone, without optimizer, RNG and data position, for deployment.
-
-    Parameters are the NNX variables that are neither optimizer, RNG nor metric state, and in value parts all below a
-    key `params` or `batch_stats` (a Linen TrainState). Works without the training code.
-
-    Args:
-        url: The run directory.
-        out: A directory that must not exist; a plain `ocp.StandardCheckpointer().restore(out)` reads it.
-        step: A committed step, 'latest' or 'best'.
-
-    Returns:
-        The names of the exported leaves.
-
-    Raises:
-        ConfigError: If there is no such step, no parameter in it, or `out` exists.
-    """
-    store = Store(url)
-    target = Path(out).expanduser().absolute()
-    if os.path.lexists(target):
-        raise ConfigError(f"{target} exists: export never overwrites; choose another directory")
-    parent = next(path for path in target.parents if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".jobkit-export-", dir=parent):
-            pass
-    except OSError:
-        told = f"cannot export to {target}: {parent} is not a directory that can be written; choose another"
-        raise ConfigError(told) from None
-    fetch(store, step)
-    number = find_step(store, step)
-    stored = state.stored_paths(_table(store, number))
-    wanted = {path: None for path, record in stored.items() if _is_param(path, record)}
-    if not wanted:
-        raise ConfigError(f"step {number} of {store.url} holds no parameters")
-    arrays = _read(store, number, wanted)
-    try:
-        # Not the asynchronous one: when that fails, its threads keep the process from ever ending.
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(target, args=ocp.args.StandardSave(_nested(arrays)))
-    except Exception as error:
-        raise _storage_error(error, f"cannot write {target}") from error
-    return ["/".join(path) for path in wanted]
-
-
-def _is_param(path: tuple[str, ...], record: state.Record) -> bool:
-    role = record.get("role")
-    if role is None:
-        return record["is"] != "key" and bool({"params", "batch_stats"} & set(path)) and "opt_state" not in path
-    return not role.startswith(("Opt", "Rng", "MetricState"))
-
-
-# Reading through Orbax.
-
-
-def _table(store: Store, step: int) -> dict[str, Any]:
-    """Return the leaf table of a step whose bytes were checked."""
-    content = read_json(store, f"{contract.step_dir(step)}/{contract.STATE}")
-    if content is None:
-        raise StorageError(f"step {step} of {store.url} has no {contract.STATE}")
-    table: dict[str, Any] = content["parts"]
-    return table
-
-
-def _state_json(snapshot: state.Snapshot) -> dict[str, Any]:
-    return {"version": contract.RUN_VERSION, "parts": snapshot.table}
-
-
-def _read(
-    store: Store, step: int, wanted: Mapping[tuple[str, ...], Any], *, records: Mapping[Any, state.Record] | None = None
-) -> dict[tuple[str, ...], Any]:
-    """Read arrays by quoted path; with records they are placed like the live leaves given, else numpy."""
-    if not wanted:
-        return {}
-    args = {
-        path: state.stored_args(records[path], live) if records else ocp.RestoreArgs(restore_type=np.ndarray)
-        for path, live in wanted.items()
-    }
-    item = _nested(dict.fromkeys(wanted, 0))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(
-            store.file(contract.step_dir(step)) / contract.ORBAX_ITEM,
-            args=ocp.args.PyTreeRestore(item=item, restore_args=_nested(args), partial_restore=True),
-        )
-    return {path: _at(tree, path) for path in wanted}
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _batches(paths: Mapping[tuple[str, ...], state.Record]) -> Iterator[dict[tuple[str, ...], state.Record]]:
-    """Group arrays so that one group is a few hundred MB at most."""
-    batch: dict[tuple[str, ...], state.Record] = {}
-    size = 0
-    for path, record in paths.items():
-        width = 16 if record["is"] == "key" else np.dtype(record["dtype"]).itemsize
-        nbytes = width * int(np.prod(record["shape"], dtype=np.int64))
-        if batch and size + nbytes > _REHEARSAL_BYTES:
-            yield batch
-            batch, size = {}, 0
-        batch[path] = record
-        size += nbytes
-    if batch:
-        yield batch
-
-
 def _discard(stage: Path) -> None:
     """Remove a stage that will not be committed, with the temporary directory Orbax keeps beside it."""
     with contextlib.suppress(OSError):
@@ -553,27 +353,32 @@ def _discard(stage: Path) -> None:
             remove_tree(path)
 
 
-_SYSTEM_TEXTS = {"No space left": 28, "Disk quota exceeded": 122, "Read-only file system": 30, "Permission denied": 13}
+def _beside(stage: Path) -> Path:
+    """Return where the processes put files of their own while Orbax, which makes the stage itself, still writes."""
+    return stage.with_name(stage.name + ".own")
 
 
-def _storage_error(error: BaseException, doing: str) -> JobkitError:
-    """Translate what Orbax and tensorstore raise; they wrap the system's error in text of their own."""
-    if isinstance(error, JobkitError):
-        return error
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno:
-            return explain(cause, doing)
-        for text, number in _SYSTEM_TEXTS.items():
-            if text in str(cause):
-                return explain(OSError(number, text), doing)
-        cause = cause.__cause__ or cause.__context__
-    return StorageError(f"{doing}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+def _own_files(stage: Path, snapshot: state.Snapshot, process: int) -> dict[str, FileRecord]:
+    """Write what belongs to this process alone; measure that and its shards. Process 0's table comes at the commit."""
+    directory, shards = _beside(stage), f"{contract.ORBAX_ITEM}/ocdbt.process_{process}"
+    names = [contract.of_process(contract.LOCAL, process)]
+    with (directory / names[0]).open("wb") as file:
+        for array in snapshot.local:
+            file.write(array.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    if process:
+        names.append(contract.of_process(contract.STATE, process))
+        with (directory / names[1]).open("w") as file:
+            json.dump(_state_json(snapshot), file, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+    measured = commits.measure(stage, [f"{shards}/{name}" for name in files_below(stage / shards)])
+    return commits.measure(directory, names) | measured
 
 
-def _upload_bytes(nbytes: int) -> int:
-    """Choose the size of data files for a bucket: small enough that uploads run in parallel, not thousands of them."""
-    return min(max(nbytes // 64, 8 << 20), 256 << 20)
+def _state_json(snapshot: state.Snapshot) -> dict[str, Any]:
+    return {"version": contract.RUN_VERSION, "parts": snapshot.table}
 
 
 def _topology() -> dict[str, int | str]:

@@ -208,7 +208,24 @@ def new_stage(store: Store, step: int, attempt: int) -> Path:
     return stage / f"{attempt}-{step}-{secrets.token_hex(4)}"
 
 
-def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Commit) -> bool:
+def measure(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Read files for their sizes and checksums.
+
+    Args:
+        root: Their directory.
+        names: The files, relative to it.
+    """
+    return {name: FileRecord(*checksum(root / name)) for name in names}
+
+
+def publish(
+    store: Store,
+    stage: Path,
+    *,
+    state: Mapping[str, Any],
+    commit: Commit,
+    measured: Mapping[str, FileRecord] | None = None,
+) -> bool:
     """Turn a finished stage into a committed step.
 
     Args:
@@ -216,6 +233,7 @@ def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Comm
         stage: A directory holding the Orbax item.
         state: The leaf table, written to state.json.
         commit: All but the `files`, which are measured here.
+        measured: Files of the stage that other processes wrote and measured.
 
     Returns:
         False if that step was committed before (a step that an interruption made run twice): the first one stays,
@@ -232,7 +250,8 @@ def publish(store: Store, stage: Path, *, state: Mapping[str, Any], commit: Comm
     try:
         stage.mkdir(exist_ok=True)  # Orbax made it, unless there was no array to write
         (stage / contract.STATE).write_text(json.dumps(state, separators=(",", ":")))
-        files = {name: FileRecord(*checksum(stage / name)) for name in files_below(stage)}
+        known = measured or {}
+        files = dict(known) | measure(stage, (name for name in files_below(stage) if name not in known))
         whole = msgspec.structs.replace(commit, files=files)
         (stage / contract.COMMIT).write_bytes(_sealed(_written(whole)))
         sync_tree(stage)

@@ -69,9 +69,9 @@ def compare(a: str, b: str) -> Comparison:
     stores = Store(a), Store(b)
     for store in stores:
         if store.remote is not None:
-            from jobkit import checkpoint
+            from jobkit import restore
 
-            checkpoint.fetch(store, "latest")
+            restore.fetch(store, "latest")
     steps = [_newest(store) for store in stores]
     logged = [read_metrics(store) for store in stores]
     differences = list(_metric_differences(*logged))
@@ -145,7 +145,7 @@ def _leaves(store: Store, step: int) -> dict[str, tuple[str, Any]]:
     Raises:
         StorageError: If the step is damaged.
     """
-    from jobkit.checkpoint import find_step
+    from jobkit.restore import find_step
     from jobkit.state import stored_paths
 
     find_step(store, step)  # verifies every byte

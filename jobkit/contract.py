@@ -24,6 +24,12 @@ ENV_RUNNER = "JOBKIT_RUNNER_PID"
 """Pid of the local runner, whose death is a notice to its supervisor."""
 ENV_HOME = "JOBKIT_HOME"
 """Where a run on an object store is written on this node before it is uploaded."""
+ENV_PROCESS = "JOBKIT_PROCESS"
+"""Index of this process in its attempt; SLURM_PROCID where it is not given."""
+ENV_PROCESSES = "JOBKIT_PROCESSES"
+"""How many processes the attempt has; 1 where it is not given."""
+ENV_COORDINATOR = "JOBKIT_COORDINATOR"
+"""host:port where process 0 of this attempt serves JAX's coordination service."""
 ENV_FAULT = "JOBKIT_FAULT"
 """Kill this process at a named point, for drills and tests (see faults.py)."""
 
@@ -121,6 +127,8 @@ TRASH = "checkpoints/.trash"
 SET_ASIDE = "checkpoints/.set-aside"
 COMMIT = "commit.json"
 STATE = "state.json"
+LOCAL = "local.bin"
+"""In a run of several processes: the arrays that are each process's own (see `of_process`)."""
 ORBAX_ITEM = "default"
 """Name of the Orbax item inside a step; the one that a plain CheckpointManager reads."""
 ATTEMPTS = "attempts"
@@ -144,6 +152,17 @@ def events_file(attempt: int, writer: int | str) -> str:
     return f"{ATTEMPTS}/{attempt}/events-{writer}.jsonl"
 
 
+def process_outcome(attempt: int, process: int) -> str:
+    """Return where the supervisor of one of several processes says how its process ended."""
+    return f"{ATTEMPTS}/{attempt}/process-{process}.json"
+
+
+def of_process(name: str, process: int) -> str:
+    """Return what a process calls a file of its own: 'outcome.json' for process 0, 'outcome-2.json' for process 2."""
+    stem, dot, ending = name.partition(".")
+    return f"{stem}-{process}{dot}{ending}" if process else name
+
+
 def step_dir(step: int) -> str:
     """Return the directory of one committed step."""
     return f"{CHECKPOINTS}/{step}"
@@ -153,3 +172,10 @@ def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:
     """Read the attempt's number from the launcher's environment, None outside of one."""
     text = environ.get(ENV_ATTEMPT, "")
     return int(text) if text.isdigit() else None
+
+
+def process_from(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Read from the launcher's environment which process of its attempt this is, and how many there are."""
+    count = environ.get(ENV_PROCESSES, "")
+    index = environ.get(ENV_PROCESS) or environ.get("SLURM_PROCID") or ""
+    return (int(index), int(count)) if count.isdigit() and index.isdigit() else (0, 1)

@@ -2,9 +2,9 @@
 
 import sys
 
-from jobkit.checkpoint import export_params
 from jobkit.contract import Exit
 from jobkit.errors import JobkitError
+from jobkit.restore import export_params
 
 
 def main(arguments: list[str]) -> int:

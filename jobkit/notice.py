@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -67,6 +68,8 @@ class Listener:
     """
 
     def __init__(self, supervisor: Path | None = None) -> None:
+        self.on_notice: Callable[[Notice], None] | None = None
+        """Called with the first notice, on a thread of the listener's own."""
         self.noticed = False
         """Whether a notice has come; the one thing a training loop looks at."""
         self._supervisor = supervisor
@@ -124,13 +127,14 @@ class Listener:
         self._earlier.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._note(signal.Signals(number).name, "signal")
+        self.note(signal.Signals(number).name, "signal")
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= 3 and self._insist:
                 raise KeyboardInterrupt
 
-    def _note(self, source: str, reason: str) -> None:
+    def note(self, source: str, reason: str) -> None:
+        """Take a notice, unless there was one before."""
         if self._first is None:
             self._first = (source, reason, time.monotonic())
         self.noticed = True
@@ -146,13 +150,21 @@ class Listener:
             for descriptor, _ in poll.poll():
                 if descriptor == self._alive:
                     poll.unregister(descriptor)
-                    self._note("supervisor", "the supervisor of this attempt is gone")
+                    self.note("supervisor", "the supervisor of this attempt is gone")
+                    self._pass_on()
                     continue
                 numbers = os.read(reader, 512)
                 if 0 in numbers:
                     return
                 for number in numbers:
                     if number in SIGNALS:
-                        self._note(signal.Signals(number).name, "signal")
+                        self.note(signal.Signals(number).name, "signal")
+                        self._pass_on()
                 if self._earlier_wakeup != -1:
                     os.write(self._earlier_wakeup, numbers)
+
+    def _pass_on(self) -> None:
+        """Tell the notice once; here, since a handler may not talk to anybody."""
+        tell, self.on_notice = self.on_notice, None
+        if tell is not None and self.notice is not None:
+            tell(self.notice)

@@ -5,6 +5,7 @@ and on a notice commit and leave.
 """
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -18,12 +19,15 @@ from typing import Any, Self
 import jax
 
 from jobkit import commits, contract, mirror, plain, state
-from jobkit.checkpoint import Checkpoints, bring, find_step, restore
+from jobkit.agreement import SAVE, STOP, Agreement
+from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
-from jobkit.errors import ConfigError, JobkitError, Preempted, SupersededError
+from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
+from jobkit.group import lost_process, open_group
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.ledger import Ledger
 from jobkit.notice import Listener, Notice
+from jobkit.restore import bring, find_step, restore
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
 
@@ -35,6 +39,12 @@ _LOOK_S = 5.0
 """How often an attempt looks whether a newer one has taken over."""
 _UPLOAD_S = 600.0
 """How long the last uploads of a run without a supervisor may take."""
+_SHARED_S = 60.0
+"""How long a shared disk may take to show one node what another one wrote."""
+_ASKED_S = 120.0
+"""How far apart the processes may call `save`."""
+_ALONE_S = 5.0
+"""How long a process that fails waits for a save that the others may be dead to."""
 
 
 class Values:
@@ -80,8 +90,10 @@ class Run:
     Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices; earlier handlers come back.
     """
 
-    _opened_here = False
-    """Whether a Run was opened in this process before."""
+    _opened_here = 0
+    """How many Runs were opened in this process."""
+    _left_alone = False
+    """Whether this one of several processes has failed, and must not wait for others that may be dead."""
 
     def __init__(
         self,
@@ -123,9 +135,11 @@ class Run:
         """Open the run: claim an attempt, listen for notices."""
         if self._opened:
             raise ConfigError("this Run was opened before: make a new one")
-        self._opened = Run._opened_here = True
+        self._opened = True
+        Run._opened_here += 1
         # JAX's own notifier would replace our SIGTERM handler without a word when jax.distributed starts.
         jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+        self._group = open_group(Run._opened_here)
         supervisor = os.environ.get(contract.ENV_SUPERVISOR)
         directory = Path(supervisor) if supervisor else None
         self._listener = Listener(directory)
@@ -134,14 +148,19 @@ class Run:
             self._heartbeat = Heartbeat(directory)
             self._heartbeat.enter(Phase.LISTENING)
             given = contract.attempt_from()
-            self.attempt = given if given is not None else mirror.claim(self._store)
-            self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, 0)))
+            claim = (lambda: mirror.claim(self._store)) if given is None else (lambda: given)
+            self.attempt = self._group.share("attempt", claim)
+            self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, self._group.index)))
             # Under a supervisor the uploads are its own, so that they survive this process.
-            self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if given is None else None
+            alone = given is None and self._group.first
+            self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if alone else None
             if self._carrier is not None:
                 self._carrier.start()
             self._ledger.append("opened", pid=os.getpid(), python=sys.version.split()[0])
-            self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
+            if self._group.first:
+                self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
+            self._agreement = self._agree() if self._group.count > 1 else None
+            self._look = self._agreement.rounds if self._agreement is not None else self._listener
         except BaseException:
             self._listener.close()
             raise
@@ -152,14 +171,44 @@ class Run:
             ledger=self._ledger,
             busy=lambda: self._listener.noticed,
             before_commit=lambda: self._flush(everything=True),
+            group=self._group,
         )
         self._pending: list[tuple[int, float, dict[str, Any]]] = []
         self._pending_lock = threading.Lock()
         self._flushed_at = time.monotonic()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
-        self._looping = self._left_early = self._finished = self._stepped = False
+        self._looping = self._finished = self._stepped = self._stopping = False
+        self._looks = self._asks = 0
         return self
+
+    def _agree(self) -> Agreement:
+        """Begin to agree with the other processes of the attempt."""
+        self._group.share("opened", lambda: True)
+        first = contract.events_file(self.attempt, 0)
+        deadline = time.monotonic() + _SHARED_S
+        while not self._store.exists(first):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"process {self._group.index} does not see what process 0 wrote to {self._store.path}: several "
+                    f"processes need a disk that all of them share, as run directory or as {contract.ENV_HOME}"
+                )
+            time.sleep(0.2)
+        self._looks = 0
+        agreement = Agreement(
+            self._group,
+            lambda: self.step + self._looks,
+            heard=lambda told: self._listener.note(f"process {told['from']}: {told['source']}", told["reason"]),
+            lost=lambda: lost_process(self._store, self.attempt),
+        )
+
+        def pass_on(notice: Notice) -> None:
+            agreement.ask(STOP, source=notice.source, reason=notice.reason)
+
+        self._listener.on_notice = pass_on
+        if self._listener.notice is not None:  # it came before there was anybody to tell
+            pass_on(self._listener.notice)
+        return agreement
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -169,9 +218,16 @@ class Run:
             if error is None:
                 self._end()
         finally:
+            alone = error is not None and not isinstance(error, SystemExit) and self._group.count > 1
             try:
-                self._checkpoints.close()
+                if alone:  # the others may be dead: nothing that needs them can be waited for
+                    Run._left_alone = True
+                    self._checkpoints.wait(_ALONE_S)
+                else:
+                    self._checkpoints.close()
                 self._flush(everything=error is None)
+                if self._agreement is not None:
+                    self._agreement.close()
                 if self._carrier is not None:
                     self._carrier.close(deadline_s=_UPLOAD_S)
                 if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
@@ -191,7 +247,7 @@ class Run:
         if self._looping:  # left with `break`: the step in progress counts as completed
             self.step += 1
             self._finish()
-        elif self._listener.noticed:
+        elif self._stopping or (self._agreement is None and self._listener.noticed):
             self._stop()
         else:
             self._checkpoints.wait()
@@ -221,8 +277,6 @@ class Run:
             raise ConfigError("open the run first: with jobkit.Run(...) as run: run.resume(...)")
         if self._parts is not None:
             raise ConfigError("resume() was called twice: give all parts in one call")
-        if jax.process_count() > 1:
-            raise ConfigError(f"{jax.process_count()} JAX processes: this version trains with one process")
         self._needs_no_training = "optimizer" in parts and parts["optimizer"] is None
         if self._needs_no_training:
             parts = {name: value for name, value in parts.items() if name != "optimizer"}
@@ -237,24 +291,20 @@ class Run:
         values = {name: part for name, part in made.items() if isinstance(part, state.ValuePart)}
         self._heartbeat.enter(Phase.RESTORING)
         begun = time.monotonic()
-        snapshot = state.take(made)
+        snapshot = self._take(made)
         self._checkpoints.check_space(snapshot.nbytes)
-        sweep(self._store, attempt=self.attempt)
-        if self._store.remote is not None:
-            mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
-            self._checkpoints.elsewhere = mirror.remote_metrics(self._store.remote)
-        restored = self._checkpoints.restore_newest(made)
+        restored = self._checkpoints.restore_newest(made, prepare=self._bring_newest)
         started = None
         if restored is None and self._start_from is not None:
             started = plain.start(self._start_from, made)
-            snapshot = state.take(made)
+            snapshot = self._take(made)
         seconds = round(time.monotonic() - begun, 6)
         self._table, self._parts = snapshot.table, made
         self.state = Values(values)
         self.step = restored if restored is not None else started.step if started is not None else 0
         self._heartbeat.step, self._heartbeat.committed_step = self.step, self._checkpoints.committed_step
         self._heartbeat.enter(Phase.FIRST_STEP)
-        self._strategy.begin(self.step, time.monotonic())
+        self._begin_interval()
         if restored is None:
             self._ledger.append("fresh", bytes=snapshot.nbytes, step=self.step)
             if started is not None:
@@ -266,6 +316,16 @@ class Run:
             _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
         self._remember()
         return self.state
+
+    def _bring_newest(self) -> None:
+        """Bring the newest step into the home, after tidying up there."""
+        sweep(self._store, attempt=self.attempt)
+        if self._store.remote is not None:
+            mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
+            self._checkpoints.elsewhere = mirror.remote_metrics(self._store.remote)
+
+    def _take(self, parts: dict[str, state.Part]) -> state.Snapshot:
+        return state.take(parts, shared=self._group.count > 1)
 
     def _tell_start(self, started: plain.Start) -> None:
         url = os.fspath(self._start_from or "")
@@ -290,19 +350,19 @@ class Run:
         if self._looping:
             raise ConfigError("restore() would change the state under the loop: call it after steps() has ended")
         self._checkpoints.wait()
-        self._bring(step)
-        number = find_step(self._store, step)
+        self._asks += 1
+        number: int = self._group.share(f"find/{self._asks}", lambda: self._find(step))
         restore(self._store, number, parts)
         return number
 
-    def _bring(self, step: int | str) -> None:
-        """Bring a step that only the run's URL has into the home."""
+    def _find(self, step: int | str) -> int:
+        """Return the step that is meant, once it is in the home: it may be on the run's URL alone."""
         remote = self._store.remote
         wanted = self._checkpoints.best_step() if step == "best" else step
-        if remote is None or not isinstance(wanted, int) or wanted in commits.steps(self._store):
-            return
-        if wanted in mirror.remote_steps(remote):
-            bring(self._store, wanted, attempt=self.attempt)
+        absent = isinstance(wanted, int) and wanted not in commits.steps(self._store)
+        if remote is not None and absent and wanted in mirror.remote_steps(remote):
+            bring(self._store, int(wanted), attempt=self.attempt)
+        return find_step(self._store, step)
 
     def _resumed(self) -> dict[str, state.Part]:
         if self._parts is None:
@@ -318,8 +378,17 @@ class Run:
 
     @property
     def should_stop(self) -> bool:
-        """Whether a notice has come; `steps()` looks at it by itself."""
-        return self._listener.noticed
+        """Whether the loop is to end because of a notice; for loops of one's own, which look once a step.
+
+        In a run of several processes the answer is the same in all of them at the same look, if all look equally often.
+        """
+        if self._agreement is None:
+            return self._listener.noticed
+        if not self._looping:  # steps() looks by itself
+            self._looks += 1
+            if self._look.noticed:
+                self._stopping |= STOP in self._meet()
+        return self._stopping
 
     @property
     def url(self) -> str:
@@ -351,8 +420,8 @@ class Run:
             raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
         if self._looping:
             raise ConfigError("steps() is already running: one loop at a time")
-        listener, heartbeat, strategy, checkpoints = self._listener, self._heartbeat, self._strategy, self._checkpoints
-        if listener.noticed and self.step < total:
+        look, heartbeat, strategy, checkpoints = self._look, self._heartbeat, self._strategy, self._checkpoints
+        if look.noticed and self.step < total and (self._agreement is None or STOP in self._meet()):
             self._stop()
         self._looping = True
         while self.step < total:
@@ -362,7 +431,7 @@ class Run:
             heartbeat.beat()
             now = time.monotonic()
             if (
-                listener.noticed
+                look.noticed
                 or self._asked is not None
                 or self.step >= strategy.next_step
                 or now >= strategy.next_s
@@ -404,8 +473,8 @@ class Run:
                 raise ConfigError(f"save({step!r}): the run has completed {self.step} steps; give as many or more")
             self.step = self._heartbeat.step = step
             self._heartbeat.enter(Phase.STEPPING)
-        if not self._strategy.only_best or self._checkpoints.improves(values):
-            self._save("asked", values)
+        if (agreed := self._agreed(values)) is not None:
+            self._save("asked", agreed)
         if wait:
             self._checkpoints.wait()
             self._raise_failure()
@@ -425,6 +494,8 @@ class Run:
         for name, value in values.items():
             if getattr(value, "shape", ()) != () or not hasattr(value, "__float__"):
                 raise ConfigError(f"log({name}=...) takes a number or a 0-d array, not {_kind(value)}")
+        if not self._group.first:
+            return
         with self._pending_lock:
             self._pending.append((self.step, time.time(), values))
         if time.monotonic() - self._flushed_at >= _FLUSH_S:
@@ -440,14 +511,68 @@ class Run:
             with contextlib.suppress(OSError):  # a shared disk that does not answer just now
                 check_newest(self._store, self.attempt, "go on")
         self._hear_failure()
-        if self._listener.noticed and not last:
+        stop, save = self._due()
+        if stop and not last:
             self._stop()
         asked, self._asked = self._asked, None
-        if asked is not None and (not self._strategy.only_best or self._checkpoints.improves(asked)):
-            self._save("asked", asked)
-        elif self._strategy.due(self.step, time.monotonic()) and not self._checkpoints.saving and not last:
+        if asked is not None and (agreed := self._agreed(asked)) is not None:
+            self._save("asked", agreed)
+        elif save and not last:
             self._save("interval", {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
+
+    def _due(self) -> tuple[bool, bool]:
+        """Tell whether to stop and whether to save at this boundary; the same in all processes of the attempt."""
+        now = time.monotonic()
+        if self._agreement is None:
+            save = self._strategy.due(self.step, now) and not self._checkpoints.saving
+            return self._listener.noticed, save
+        if now >= self._strategy.next_s:  # by the clock of process 0 alone
+            self._strategy.next_s = math.inf
+            self._agreement.ask(SAVE)
+        due = self._meet()
+        return STOP in due, SAVE in due or self.step >= self._strategy.next_step
+
+    def _meet(self) -> set[str]:
+        """Wait until the processes agree; return what is to be done at this boundary.
+
+        Raises:
+            StorageError: If they cannot: one of them is dead.
+        """
+        assert self._agreement is not None
+        try:
+            return self._agreement.meet(self.step + self._looks)
+        except JobkitError as error:
+            raise StorageError(f"{error}; the newest committed step is {self._checkpoints.committed_step}") from None
+
+    def _agreed(self, metrics: dict[str, float]) -> dict[str, float] | None:
+        """Return the metrics to save with, as process 0 has them; None if only the best step counts and this is not it.
+
+        Raises:
+            ConfigError: If not every process asked to save.
+        """
+
+        def verdict() -> dict[str, float] | None:
+            return metrics if not self._strategy.only_best or self._checkpoints.improves(metrics) else None
+
+        if self._group.count == 1:
+            return verdict()
+        self._asks += 1
+        try:
+            self._group.gather(f"asked/{self._asks}", True, _ASKED_S)
+            told: dict[str, float] | None = self._group.share(f"verdict/{self._asks}", verdict, _ASKED_S)
+        except TimeoutError:
+            raise ConfigError(
+                f"save() was called at step {self.step} by process {self._group.index} and not by every process: call "
+                "it in all of them, process 0's metrics count"
+            ) from None
+        return told
+
+    def _begin_interval(self) -> None:
+        """Count the interval of periodic saves from here."""
+        self._strategy.begin(self.step, time.monotonic())
+        if not self._group.first:
+            self._strategy.next_s = math.inf
 
     def _first_step(self) -> None:
         self._stepped = True
@@ -462,12 +587,14 @@ class Run:
         except SupersededError:
             raise
         except JobkitError as error:
+            if self._group.count > 1:  # the others may have begun it
+                raise
             _say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
             self._ledger.append("save_failed", step=self.step, reason=str(error))
-        self._strategy.begin(self.step, time.monotonic())
+        self._begin_interval()
 
     def _snapshot(self) -> state.Snapshot:
-        snapshot = state.take(self._resumed())
+        snapshot = self._take(self._resumed())
         state.check(snapshot.table, self._table, where=f"at step {self.step} from what resume() was given")
         return snapshot
 
@@ -598,11 +725,18 @@ def _say(message: str) -> None:
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End an uncaught error of ours with one sentence and its exit code; leave all others as they were."""
-    if not isinstance(error, JobkitError):
+    ours = isinstance(error, JobkitError)
+    code = int(error.exit_code) if isinstance(error, JobkitError) else 1
+    if ours:
+        _say(str(error))
+    else:
         _earlier_hook(kind, error, trace)
-        return
-    _say(str(error))
-    raise SystemExit(int(error.exit_code))
+    if Run._left_alone:  # JAX and Orbax would wait for the others for minutes
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if ours:
+        raise SystemExit(code)
 
 
 _earlier_hook = sys.excepthook

@@ -12,7 +12,7 @@ scalars, and lose weak types; what comes back is what was there, to the bit.
 import base64
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -441,22 +441,27 @@ class Snapshot:
         arrays: Nested dicts of arrays, the tree that Orbax stores: part, then path.
         table: What goes to state.json: kind, records and skeleton of each part.
         nbytes: Bytes of all arrays.
-        values: The leaves themselves, to tell whether anything changed.
+        local: In a run of several processes, the arrays that belong to this process alone; `local` in a record tells
+            where in the bytes of all of them its array lies, and how.
     """
 
     arrays: dict[str, Any] = field(default_factory=dict)
     table: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
-    values: list[Any] = field(default_factory=list)
+    local: list[np.ndarray] = field(default_factory=list)
 
 
-def take(parts: Mapping[str, Part]) -> Snapshot:
+def take(parts: Mapping[str, Part], *, shared: bool = False) -> Snapshot:
     """Take a program's state apart, at a step boundary. Holds references; copies only numpy arrays.
+
+    Args:
+        parts: The program's parts.
+        shared: Whether other processes train too: what is not one array across all of them is this process's own.
 
     Raises:
         ConfigError: If two leaves have the same name or an object's state cannot be written down.
     """
-    snapshot = Snapshot()
+    snapshot, local_bytes = Snapshot(), 0
     for name, part in parts.items():
         slots, skeleton = part.slots()
         records = {}
@@ -470,14 +475,39 @@ def take(parts: Mapping[str, Part]) -> Snapshot:
             if key in records:
                 raise ConfigError(f"part {name!r} has two leaves named {key!r}: rename one of the two keys")
             records[key] = record
-            snapshot.values.append(slot.value)
-            if array is not None:
+            if array is None:
+                continue
+            snapshot.nbytes += array.nbytes
+            if shared and not _is_global(array):
+                record["local"] = {"at": local_bytes, "shape": list(array.shape), "dtype": array.dtype.name}
+                snapshot.local.append(np.array(array, array.dtype.newbyteorder("="), order="C"))
+                local_bytes += array.nbytes
+            else:
                 _put(snapshot.arrays, quoted(name, slot.path), array)
-                snapshot.nbytes += array.nbytes
         snapshot.table[name] = {"kind": part.kind, "leaves": records}
         if skeleton is not None or part.kind == "object":
             snapshot.table[name]["skeleton"] = skeleton
     return snapshot
+
+
+def _is_global(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
+def local_arrays(table: Mapping[str, Any], content: bytes) -> dict[tuple[str, ...], np.ndarray]:
+    """Return the arrays that belonged to one process alone, by quoted path.
+
+    Args:
+        table: The process's leaf table.
+        content: The bytes of its arrays.
+    """
+    arrays = {}
+    for path, record in _paths(table):
+        if (place := record.get("local")) is not None:
+            count = int(np.prod(place["shape"], dtype=np.int64))
+            array = np.frombuffer(content, _dtype(place), count, place["at"])
+            arrays[path] = array.reshape(place["shape"]).copy()
+    return arrays
 
 
 def _quote(name: str) -> str:
@@ -503,12 +533,17 @@ def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
 
 def stored_paths(table: Mapping[str, Any]) -> dict[tuple[str, ...], Record]:
     """List the arrays that a table says Orbax holds: quoted path (part first) -> record."""
-    paths = {}
+    return {
+        path: record
+        for path, record in _paths(table)
+        if record["is"] != "scalar" and 0 not in record["shape"] and "local" not in record
+    }
+
+
+def _paths(table: Mapping[str, Any]) -> Iterator[tuple[Path, Record]]:
     for name, entry in table.items():
         for key, record in entry["leaves"].items():
-            if record["is"] != "scalar" and 0 not in record["shape"]:
-                paths[(_quote(name), *(key.split("/") if key else ()))] = record
-    return paths
+            yield (_quote(name), *(key.split("/") if key else ())), record
 
 
 def check(now: Mapping[str, Any], then: Mapping[str, Any], *, where: str) -> None:

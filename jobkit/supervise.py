@@ -46,12 +46,14 @@ class Attempt:
     Args:
         store: The run directory.
         number: Number of the attempt.
+        process: Index of our program in the attempt, and how many there are.
         command: CMD with its arguments.
         cwd: Where it runs; None for here.
     """
 
     store: Store
     number: int
+    process: tuple[int, int]
     command: Sequence[str]
     cwd: Path | None
     started: float = field(default_factory=time.time)
@@ -61,6 +63,16 @@ class Attempt:
     child: int = 0
     codes: dict[int, int] = field(default_factory=dict)
     """Exit codes of everything reaped, by pid; negative for a death by signal."""
+
+    @property
+    def log(self) -> Path:
+        """Where the program's output goes."""
+        return self.store.file(contract.log_file(self.number, self.process[0]))
+
+    @property
+    def alone(self) -> bool:
+        """Whether the attempt has no other processes."""
+        return self.process[1] == 1
 
 
 def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) -> int:
@@ -74,17 +86,22 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     """
     processes.become_subreaper()
     wakeup = _listen()
-    attempt = Attempt(store, mirror.claim(store), command, cwd)
-    ledger = Ledger(store.file(contract.events_file(attempt.number, "supervisor")))
+    given, (index, count) = contract.attempt_from(), contract.process_from()
+    if given is None and count > 1:
+        raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
+    attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
+    name = "supervisor" if index == 0 else f"supervisor-{index}"
+    ledger = Ledger(store.file(contract.events_file(attempt.number, name)))
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
     try:
-        carrier.start()
+        if index == 0:
+            carrier.start()
         store.write(
-            f"{contract.attempt_dir(attempt.number)}/supervisor.json",
+            f"{contract.attempt_dir(attempt.number)}/{contract.of_process('supervisor.json', index)}",
             _json(pid=os.getpid(), started=attempt.started, heartbeat=str(link.directory)),
         )
-        with open(store.file(contract.log_file(attempt.number)), "ab", buffering=0) as log:
+        with open(attempt.log, "ab", buffering=0) as log:
             try:
                 attempt.child = _start(attempt, link, log)
             except ConfigError as error:
@@ -93,14 +110,17 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
             code = _watch(attempt, link, ledger, wakeup, carrier)
-            code = _upload(attempt, carrier, code)
+            if index == 0:
+                code = _upload(attempt, carrier, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
         _end(attempt, ledger, link.read(), code)
-        with contextlib.suppress(JobkitError):
-            carrier.carry_files()  # the outcome itself
-        return code
+        if index == 0:
+            with contextlib.suppress(JobkitError):
+                carrier.carry_files()  # the outcome itself
+        # A launcher of several processes ends all when one ends badly, and these may still be saving.
+        return 0 if code == Exit.PREEMPTED and not attempt.alone else code
     finally:
         link.close()
         ledger.close()
@@ -121,6 +141,8 @@ def _start(attempt: Attempt, link: Link, log: IO[bytes]) -> int:
         contract.ENV_RUN: attempt.store.url,
         contract.ENV_ATTEMPT: str(attempt.number),
         contract.ENV_SUPERVISOR: str(link.directory),
+        contract.ENV_PROCESS: str(attempt.process[0]),
+        contract.ENV_PROCESSES: str(attempt.process[1]),
         "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
     }
     for name in (contract.ENV_LOCK, contract.ENV_RUNNER):
@@ -263,7 +285,7 @@ def _exit_code(attempt: Attempt, beat: Beat) -> int:
 
 def _copy_log(attempt: Attempt, tail: _Tail) -> None:
     """Copy what the log has grown by to our own output."""
-    with contextlib.suppress(OSError), open(attempt.store.file(contract.log_file(attempt.number)), "rb") as log:
+    with contextlib.suppress(OSError), open(attempt.log, "rb") as log:
         log.seek(tail.offset)
         while chunk := log.read(1 << 16):
             tail.offset += len(chunk)
@@ -286,10 +308,17 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
         "started": attempt.started,
         "ended": time.time(),
         "notice": {"source": attempt.notice, "reason": "signal"} if attempt.notice else None,
+        "process": attempt.process[0],
+        "processes": attempt.process[1],
+        "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
     }
     ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason)
+    name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
-        attempt.store.write(f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}", _json(**told))
+        # What became of several processes together is written by who started them.
+        attempt.store.write(
+            name if attempt.alone else contract.process_outcome(attempt.number, attempt.process[0]), _json(**told)
+        )
     except JobkitError as error:  # a full disk: the exit code still tells those who wait for us
         print(f"jobkit: {error}", file=sys.stderr, flush=True)
 
@@ -307,7 +336,7 @@ def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:
 
 def _last_line(attempt: Attempt) -> str:
     try:
-        with open(attempt.store.file(contract.log_file(attempt.number)), "rb") as log:
+        with open(attempt.log, "rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             lines = log.read().decode(errors="replace").split("\n")
     except OSError:

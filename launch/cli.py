@@ -55,7 +55,7 @@ def cli() -> None:
 @click.option("--account", help="SLURM: account.")
 @click.option("--qos", help="SLURM: quality of service.")
 @click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]")
-@click.option("--ntasks-per-node", type=int, help="SLURM: processes per node. [default: 1]")
+@click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]")
 @click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8.")
 @click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process.")
 @click.option("--mem", help="SLURM: memory per node, such as 64G.")
@@ -119,8 +119,9 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     backend = options.get("on", "local")
     if backend in _PLANNED:
         raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local, slurm")
-    if sbatch and backend != "slurm":
-        raise ConfigError(f"--{next(iter(sbatch))} is for --on slurm; this is --on {backend}")
+    foreign = [name for name in sbatch if name != "ntasks-per-node"]
+    if foreign and backend != "slurm":
+        raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
     spec = JobSpec(
         command=tuple(given["command"]),
         run=options.get("run", ""),

@@ -113,6 +113,25 @@ def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:
         return None
 
 
+def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
+    """Put together how each of several processes of an attempt ended; None if not all supervisors wrote it.
+
+    The first that ended badly is what became of the attempt: the others followed.
+    """
+    names = [name for name in store.names(contract.attempt_dir(attempt)) if name.startswith("process-")]
+    told = []
+    for name in names:
+        with contextlib.suppress(JobkitError):
+            told.append(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
+    told.sort(key=lambda outcome: float(outcome.get("ended", 0)))
+    bad = [outcome for outcome in told if outcome.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED)]
+    if bad:
+        return bad[0] | {"reason": f"process {bad[0]['process']} on {bad[0]['node']}: {bad[0]['reason']}"}
+    if not told or len(told) < told[0]["processes"]:
+        return None
+    return next((outcome for outcome in told if outcome["exit_code"] == Exit.PREEMPTED), told[0])
+
+
 def heartbeat_directory(store: Store, attempt: int) -> Path | None:
     """Return the node-local directory that an attempt's supervisor shares with its program, None if there is none."""
     try:
@@ -135,6 +154,10 @@ def write_outcome(
         reason: What happened to the supervisor.
         preempted: Whether a scheduler ended the attempt to start it again: nobody's failure.
     """
+    together = of_all_processes(store, attempt)
+    if together is not None and not (preempted and together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED)):
+        store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(together, indent=2) + "\n")
+        return
     code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
     if program_code is not None:
         reason = f"{reason}; the program ended with {contract.describe_exit(code)}"

@@ -6,8 +6,10 @@ and `jobkit resume` starts another runner. It never starts an attempt while a pr
 
 import contextlib
 import os
+import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +28,10 @@ from launch.spec import JobSpec
 
 POLL_S = 0.1
 """How often cancel.json is looked for."""
+_CLAIM_S = 20.0
+"""How long a bucket may take to give an attempt its number."""
+_FOLLOW_S = 10.0
+"""How long the other processes of an attempt may go on when one of them has ended badly."""
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -40,6 +46,15 @@ def environment(store: Store, environ: dict[str, str], *, path: str) -> dict[str
     ours = {"PATH": search_path(environ), contract.ENV_RUN: store.url}
     # Lines printed before a SIGKILL must be in the log.
     return {"PYTHONUNBUFFERED": "1"} | environ | ours | ({"PYTHONPATH": path} if path else {})
+
+
+def free_port() -> int:
+    """Choose a port that nobody listens on, below those that the kernel hands out by itself."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 class Runner:
@@ -142,23 +157,22 @@ class Runner:
 
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
-        before = max(self._store.numbers(contract.ATTEMPTS), default=-1)
         started = time.monotonic()
-        pid = self._start()
-        code = self._follow(pid)
-        # The first of the new ones: another may have been begun elsewhere since, by a scheduler that lost this node.
-        new = [number for number in self._store.numbers(contract.ATTEMPTS) if number > before]
-        self._newest_attempt = attempt = new[0] if new else before
-        if not new:
-            self._clear()
-            reached = leftovers.committed_step(self._store)
-            code = code or int(contract.Exit.FAILED)  # an attempt that never began is not done, whatever it says
+        command, environ = self._prepare()
+        try:
+            attempt = mirror.claim(self._store.with_deadline(_CLAIM_S))
+        except JobkitError as error:
+            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+            code, reached = int(error.exit_code), leftovers.committed_step(self._store)
             return restart.Ended(contract.outcome_of(code), code, reached, duration_s=time.monotonic() - started)
+        self._newest_attempt = attempt
+        code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
         self._close(attempt, code)
         return self._ended(attempt, time.monotonic() - started)
 
-    def _start(self) -> int:
+    def _prepare(self) -> tuple[list[str], dict[str, str]]:
+        """Make the code ready; return the supervisor's command and environment."""
         spec, old = self._spec, os.environ.get("PYTHONPATH", "")
         if spec.code is None:
             top, path = Path(spec.root), old
@@ -170,20 +184,34 @@ class Runner:
             cwd.mkdir(parents=True, exist_ok=True)
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
-        environ = environment(self._store, dict(os.environ), path=path)
-        try:
-            process = subprocess.Popen(
-                [*self._launcher(), *supervise],
-                cwd=self._store.path,
-                env=self._hand_down(environ),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # the attempt's log has it
-                pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
-            )
-        except OSError as error:
-            raise JobkitError(f"cannot start the supervisor: {error}") from None
-        process.returncode = 0  # reaped by `_reap`, which reaps orphans too
-        return process.pid
+        return supervise, environment(self._store, dict(os.environ), path=path)
+
+    def _start(self, supervise: list[str], environ: dict[str, str]) -> list[int]:
+        """Start the supervisors of an attempt; return the processes to wait for."""
+        started = []
+        for own in self._processes():
+            try:
+                process = subprocess.Popen(
+                    [*self._launcher(), *supervise],
+                    cwd=self._store.path,
+                    env=self._hand_down(environ) | own,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,  # the attempt's log has it
+                    pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
+                )
+            except OSError as error:
+                raise JobkitError(f"cannot start the supervisor: {error}") from None
+            process.returncode = 0  # reaped by `_reap`, which reaps orphans too
+            started.append(process.pid)
+        return started
+
+    def _processes(self) -> list[dict[str, str]]:
+        """Return what to start for one attempt: the environment of each."""
+        count = self._spec.tasks_per_node
+        if count == 1:
+            return [{}]
+        shared = {contract.ENV_PROCESSES: str(count), contract.ENV_COORDINATOR: f"127.0.0.1:{free_port()}"}
+        return [shared | {contract.ENV_PROCESS: str(index)} for index in range(count)]
 
     def _launcher(self) -> list[str]:
         """Return what the supervisor is started with."""
@@ -196,27 +224,35 @@ class Runner:
     def _while_running(self) -> None:
         """Do what is due while an attempt runs."""
 
-    def _ask_to_stop(self, supervisor: int) -> None:
-        leftovers.send(supervisor, signal.SIGTERM)
+    def _ask_to_stop(self, started: list[int]) -> None:
+        for pid in started:
+            if pid not in self._codes:
+                leftovers.send(pid, signal.SIGTERM)
 
-    def _follow(self, supervisor: int) -> int:
-        """Wait for the supervisor, passing on a wish to stop; kill what is left after the grace period."""
+    def _follow(self, started: list[int]) -> int:
+        """Wait for what was started, passing on a wish to stop; kill what is left after the grace period.
+
+        Returns:
+            0, or the code of the first that ended badly; then the others are not left to wait for it.
+        """
         asked: float | None = None
-        while supervisor not in self._codes:
+        bad = 0
+        while any(pid not in self._codes for pid in started):
             self._nap(POLL_S)
             self._while_running()
-            if self._over() is None:
+            bad = bad or next((code for pid in started if (code := self._codes.get(pid, 0)) != 0), 0)
+            if self._over() is None and not bad:
                 continue
             if asked is None:
                 asked = time.monotonic()
-                self._ask_to_stop(supervisor)
-            late = time.monotonic() - asked - self._spec.grace_s
+                self._ask_to_stop(started)
+            late = time.monotonic() - asked - (min(self._spec.grace_s, _FOLLOW_S) if bad else self._spec.grace_s)
             if late >= 0:
                 for pid in processes.descendants():
-                    # The supervisor a little later: it still writes how the program ended.
-                    if pid != supervisor or late > 3:
+                    # A supervisor a little later: it still writes how the program ended.
+                    if pid not in started or late > 3:
                         leftovers.send(pid, signal.SIGKILL)
-        return self._codes[supervisor]
+        return bad or next((code for pid in started if (code := self._codes[pid]) != 0), 0)
 
     def _clear(self) -> None:
         """Wait for processes that lost their supervisor; they save and go by themselves, or are made to."""

@@ -209,6 +209,18 @@ def parse_limit(text: str) -> float | None:
     return first * 60.0 + (second or 0)
 
 
+def address(node: str) -> str:
+    """Return the address by which SLURM reaches a node; its name where scontrol does not tell.
+
+    Args:
+        node: Name of the node.
+    """
+    try:
+        return parse_pairs(run("scontrol", "-o", "show", "node", node)).get("NodeAddr") or node
+    except JobkitError:
+        return node
+
+
 def requeue(job: str) -> None:
     """Have a running job of ours started again.
 

@@ -112,9 +112,6 @@ def check(options: Mapping[str, str], *, grace_s: float) -> None:
             raise ConfigError(f"--{name} cannot be passed on to sbatch: {_REFUSED[name]}")
         if "\n" in value or not name.replace("-", "").isalnum():
             raise ConfigError(f"--{name}={value!r} is no option of sbatch")
-    tasks = [options.get("nodes", "1"), options.get("ntasks-per-node", "1")]
-    if tasks != ["1", "1"]:
-        raise ConfigError("this version trains with one process on one node: leave -N and --ntasks-per-node at 1")
     limit_s = scontrol.parse_limit(options.get("time", ""))
     if limit_s is not None and limit_s < 2 * (grace_s + WARNING_S):
         raise ConfigError(

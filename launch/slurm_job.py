@@ -17,7 +17,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from launch import leftovers, report, restart, scontrol, slurm
 from launch import spec as specs
-from launch.runner import Runner
+from launch.runner import Runner, free_port
 from launch.scontrol import Cause, SlurmError
 from launch.spec import JobSpec
 from launch.submission import OURS, open_run
@@ -207,25 +207,39 @@ class SlurmRunner(Runner):
 
     # One attempt is one step.
 
+    def _processes(self) -> list[dict[str, str]]:
+        tasks = self._tasks()
+        if tasks == 1:
+            return [{}]
+        # Anew for every attempt: the port of the one before may still be taken, and its processes alive.
+        where = f"{scontrol.address(os.environ['SLURMD_NODENAME'])}:{free_port()}"
+        return [{contract.ENV_PROCESSES: str(tasks), contract.ENV_COORDINATOR: where}]
+
+    def _tasks(self) -> int:
+        return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) * self._spec.tasks_per_node
+
     def _launcher(self) -> list[str]:
-        step = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--nodes=1", "--ntasks=1", "--export=ALL"]
+        nodes, per_node = os.environ.get("SLURM_JOB_NUM_NODES") or "1", self._spec.tasks_per_node
+        step = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--export=ALL", f"--nodes={nodes}"]
+        step += [f"--ntasks={self._tasks()}", f"--ntasks-per-node={per_node}", "--distribution=block"]
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it from sbatch by itself, since 22.05
         return [*step, f"--cpus-per-task={cpus}"] if cpus else step
 
-    def _follow(self, supervisor: int) -> int:
-        # srun exits 0 when it loses a node: only the supervisor's own word says that a run is done.
-        return super()._follow(supervisor) or _KILLED
+    def _follow(self, started: list[int]) -> int:
+        # srun exits 0 when it loses a node: only the supervisors' own word says that a run is done.
+        return super()._follow(started) or _KILLED
 
     def _close(self, attempt: int, code: int) -> None:
-        deadline = time.monotonic() + _ASK_S  # srun may be gone before the supervisor has written how it ended
-        while leftovers.read_outcome(self._store, attempt) is None and time.monotonic() < deadline:
+        read = leftovers.read_outcome if self._tasks() == 1 else leftovers.of_all_processes
+        deadline = time.monotonic() + _ASK_S  # srun may be gone before the supervisors have written how it ended
+        while read(self._store, attempt) is None and time.monotonic() < deadline:
             self._nap(0.1)
         super()._close(attempt, code)
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         return environ  # the step's parent is SLURM, not this process
 
-    def _ask_to_stop(self, supervisor: int) -> None:
+    def _ask_to_stop(self, started: list[int]) -> None:
         try:
             scontrol.run("scancel", "--signal=TERM", self._job)
         except JobkitError as error:

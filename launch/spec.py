@@ -29,7 +29,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         snapshot: Run a copy of the code as it is now, whatever happens to the working tree later.
         grace_s: Seconds between asking an attempt to stop and killing it.
         max_failures: Failures of the program after which the run may still be restarted.
-        sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch.
+        sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
+            `ntasks-per-node` alone.
         root: Set by submit: top of the tree that the snapshot was taken of.
         code: Set by submit: digest of the snapshot, None without one.
         links: Set by submit: paths below root that are no part of the snapshot but are linked into it (data).
@@ -48,6 +49,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     code: str | None = None
     links: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Processes of an attempt on each node."""
+        return int(self.sbatch.get("ntasks-per-node") or 1)
 
     def same_job(self, other: "JobSpec") -> bool:
         """Tell whether both run the same command on the same code."""
@@ -83,6 +89,9 @@ def check(spec: JobSpec) -> None:
         raise ConfigError(f"the name {spec.name!r} is not usable; use letters, digits, '.', '_' and '-' (at most 100)")
     if spec.max_failures < 0:
         raise ConfigError(f"max-failures is {spec.max_failures}; give 0 or more")
+    tasks = spec.sbatch.get("ntasks-per-node", "1")
+    if not re.fullmatch("[1-9][0-9]{0,4}", tasks):
+        raise ConfigError(f"ntasks-per-node is {tasks!r}; give a number of processes, 1 or more")
     duration_s(spec.grace_s)
 
 

@@ -25,7 +25,10 @@ from launch.command import check_command
 from launch.lock import RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import JobSpec
 
-OURS = (contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER)
+OURS = (
+    contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER,
+    contract.ENV_PROCESS, contract.ENV_PROCESSES, contract.ENV_COORDINATOR,
+)  # fmt: skip
 """What a submit from inside another run must not hand on."""
 _PATIENCE_S = 20.0
 """How long a person at a prompt waits for a bucket that does not answer."""

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 import jobkit
 from jobkit import commits, contract, state
-from jobkit.checkpoint import Checkpoints, find_step, restore
+from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.ledger import Ledger, attempt_events
+from jobkit.restore import find_step, restore
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
 from tests.test_state import parts_of, same, saved
@@ -527,7 +528,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jobkit.checkpoint import restore
+from jobkit.restore import restore
 from tests.test_state import parts_of, saved
 
 def placed(shape, names, spec, value):

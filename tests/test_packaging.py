@@ -19,7 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "progress", "remote", "storage", "heartbeat", "ledger",
-    "commits", "mirror", "strategy", "notice", "state", "checkpoint", "plain", "run", "supervise", "compare", "export",
+    "commits", "mirror", "strategy", "notice", "state", "group", "agreement", "arrays", "restore", "checkpoint",
+    "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
@@ -27,7 +28,7 @@ LAUNCH = [
     "local", "slurm", "slurm_job", "doctor", "backends", "checkpoints", "watch", "api", "demo", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
-USES_JAX = {"state", "checkpoint", "plain", "run", "compare", "export"}
+USES_JAX = {"state", "group", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}
 """The only modules of jobkit that may name jax and its family."""
 
 

@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 _SCRIPT = """\
 import os, sys
 from tests import training
-training.train(os.environ["JOBKIT_RUN"], pause_s=float(sys.argv[1]))
+train = training.train_many if len(sys.argv) > 2 else training.train
+train(os.environ["JOBKIT_RUN"], pause_s=float(sys.argv[1]))
 """
 
 
@@ -39,6 +40,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = tmp_path_factory.mktemp("undisturbed") / "run"
     code, printed = training.attempt(url)
     assert code == 0, printed
+    return training.digest(url)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Train in two processes without interruption; return the digest of the end."""
+    url = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert training.join_many(training.start_many(url, 2)) == [0, 0]
     return training.digest(url)
 
 
@@ -73,10 +82,12 @@ class Login:
         assert ended.returncode == code, ended.stdout + ended.stderr
         return ended.stderr if code else ended.stdout
 
-    def submit(self, *options: str, pause_s: float = 0.1) -> str:
-        """Submit the training; return the job's number."""
+    def submit(self, *options: str, pause_s: float = 0.1, nodes: int = 1) -> str:
+        """Submit the training, one process on each node; return the job's number."""
         (self.home / "train.py").write_text(_SCRIPT)
         command = ("python", "train.py", str(pause_s))
+        if nodes > 1:
+            options, command = (*options, "-N", str(nodes)), (*command, "many")
         told = json.loads(self.jobkit("submit", "--on", "slurm", "--run", "run", *options, "--json", "--", *command))
         assert told["state"] == "queued" or told["job"]
         return str(told["job"])
@@ -210,14 +221,15 @@ WAYS: dict[str, tuple[Callable[[Login, str], None], list[str], float, bool]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_be_stopped(way: str, login: Login, undisturbed: str) -> None:
+def test_every_way_to_be_stopped(way: str, nodes: int, login: Login, undisturbed: str, undisturbed_many: str) -> None:
     """However SLURM ends the job, the run goes on by itself and ends bit-equal; with a notice no step is lost."""
     deed, options, pause_s, noticed = WAYS[way]
-    job = login.submit(*options, pause_s=pause_s)
+    job = login.submit(*options, pause_s=pause_s, nodes=nodes)
     login.until_step(12)
     deed(login, job)
-    login.check_end(undisturbed)
+    login.check_end(undisturbed if nodes == 1 else undisturbed_many)
     first, *_, last = login.outcomes()
     assert last["outcome"] == "done"
     if noticed:
@@ -343,7 +355,7 @@ def test_dry_run_prints_the_script(login: Login) -> None:
     [
         (["-p", "nope"], "invalid partition specified: nope"),
         (["--sbatch", "array=0-3"], "one run is one job"),
-        (["-N", "9999999"], "one process on one node"),
+        (["--ntasks-per-node", "0"], "give a number of processes"),
         (["--time", "2"], "leaves hardly time to train"),
         (["--time", "soon"], "Invalid --time specification"),
     ],

@@ -96,6 +96,84 @@ def train(
         hook("ended", run)
 
 
+def _leave_in_order() -> None:
+    """Do what JAX does when the interpreter ends: multiprocessing leaves without."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def train_many(
+    url: str,
+    *,
+    steps: int = STEPS,
+    save_every: Any = "10 steps",
+    own_data: bool = True,
+    pause_s: float = 0.0,
+    hook: Any = None,
+) -> None:
+    """Train in several processes: sharded and replicated arrays, and what belongs to each process alone.
+
+    Args:
+        own_data: Whether each process draws its part of a batch itself, from a generator of its own; else all draw the
+            same whole batch and take their part.
+        pause_s: Sleep per step, for tests that shoot from outside.
+        hook: Called as hook(point, run) at 'opened', 'resumed', 'step', 'ended'.
+    """
+    import time
+
+    import jobkit
+
+    jobkit.initialize()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    start = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+
+    def placed(value: Any, sharding: Any) -> Any:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    params = {"w": placed(start, rows), "b": placed(np.zeros(16, np.float32), whole)}
+    tx = optax.adam(1e-2)
+    opt = jax.jit(tx.init)(params)
+
+    @jax.jit
+    def update(params: Any, opt: Any, key: Any, x: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            kept = jax.random.bernoulli(key, 0.8, x.shape)
+            return ((jnp.where(kept, x, 0) @ params["w"] + params["b"] - x.sum(-1, keepdims=True)) ** 2).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(params)
+        updates, opt = tx.update(gradients, opt, params)
+        return optax.apply_updates(params, updates), opt, loss
+
+    count, index = jax.process_count(), jax.process_index()
+    data = np.random.default_rng(100 + index if own_data else 100)
+    hook = hook or (lambda point, run: None)
+    with jobkit.Run(url, save_every=save_every, keep=2) as run:
+        hook("opened", run)
+        run.resume(params=params, opt=opt, data=data, key=jax.random.key(1), seen=0)
+        hook("resumed", run)
+        for _ in run.steps(steps):
+            share = data.normal(size=(8 // count if own_data else 8, 8)).astype(np.float32)
+            own = share if own_data else share[index * (8 // count) : (index + 1) * (8 // count)]
+            x = jax.make_array_from_process_local_data(rows, own)
+            run.state.key, key = jax.random.split(run.state.key)
+            run.state.params, run.state.opt, loss = update(run.state.params, run.state.opt, key, x)
+            run.state.seen += 8
+            run.log(loss=loss)
+            if pause_s:
+                time.sleep(pause_s)
+            hook("step", run)
+        hook("ended", run)
+
+
 def _child(
     function: Any, log: str, cache: str, environment: dict[str, str], arguments: tuple[Any, ...], named: Any
 ) -> None:
@@ -110,7 +188,9 @@ def _child(
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
         function(*arguments, **named)
+        _leave_in_order()
     except SystemExit:
+        _leave_in_order()
         raise
     except BaseException as error:
         # What the interpreter would do at top level: multiprocessing has its own idea of exit codes.
@@ -130,7 +210,8 @@ def start(
     function: Any, *arguments: Any, log: Path, environment: dict[str, str] | None = None, **named: Any
 ) -> multiprocessing.process.BaseProcess:
     """Start `function` in a process of its own; its output goes to `log`."""
-    clean = {contract.ENV_RUN: "", contract.ENV_ATTEMPT: "", contract.ENV_SUPERVISOR: "", contract.ENV_FAULT: ""}
+    ours = ("RUN", "ATTEMPT", "SUPERVISOR", "FAULT", "PROCESS", "PROCESSES", "COORDINATOR")
+    clean = dict.fromkeys([f"JOBKIT_{name}" for name in ours], "")
     process = _SERVER.Process(
         target=_child, args=(function, str(log), _CACHE, clean | (environment or {}), arguments, named), daemon=True
     )
@@ -160,24 +241,82 @@ def attempt(
     return process.exitcode, log.read_text()[before:]
 
 
-def digest(url: Path | str, step: int | None = None) -> str:
-    """Return a digest of everything a committed step holds: leaf names, kinds, bytes and object states."""
-    import numpy as np
-    import orbax.checkpoint as ocp
+def processes(count: int, *, devices: int = 1) -> list[dict[str, str]]:
+    """Return the environment of each of several processes of one attempt, as a launcher would set it."""
+    from launch.runner import free_port
 
-    from jobkit import commits, state
-    from jobkit.ledger import read_json
+    shared = {
+        contract.ENV_PROCESSES: str(count),
+        contract.ENV_COORDINATOR: f"127.0.0.1:{free_port()}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return [shared | {contract.ENV_PROCESS: str(index)} for index in range(count)]
+
+
+def start_many(
+    url: Path | str, count: int, *, devices: int = 1, environment: dict[str, str] | None = None, **named: Any
+) -> list[multiprocessing.process.BaseProcess]:
+    """Start one attempt of `train_many` in so many processes; their logs are beside the run directory."""
+    return [
+        start(
+            named.get("function", train_many),
+            str(url),
+            log=Path(f"{url}-{index}.log"),
+            environment=own | (environment or {}),
+            **{name: value for name, value in named.items() if name != "function"},
+        )
+        for index, own in enumerate(processes(count, devices=devices))
+    ]
+
+
+def join_many(started: list[multiprocessing.process.BaseProcess], timeout_s: float = 90.0) -> list[int | None]:
+    """Wait for several processes; return their exit codes: negative for a signal, None for one that hung."""
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return codes
+
+
+def values(url: Path | str, step: int, part: str = "params") -> dict[str, Any]:
+    """Return the arrays of one part of a committed step, by their names."""
+    from jobkit import arrays, contract, restore, state
+    from jobkit.storage import Store
+
+    store = Store(url)
+    item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
+    wanted = [path for path in state.stored_paths(restore.table_of(store, step)) if path[0] == part]
+    return {path[1]: array.tolist() for path, array in sorted(arrays.read(item, dict.fromkeys(wanted)).items())}
+
+
+def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = False) -> str:
+    """Return a digest of everything a committed step holds: leaf names, kinds, bytes and object states.
+
+    Args:
+        arrays_only: Only the arrays that belong to all processes together.
+    """
+    import numpy as np
+
+    from jobkit import arrays, commits, restore, state
     from jobkit.storage import Store
 
     store = Store(url)
     step = commits.steps(store)[-1] if step is None else step
     assert commits.problems(store, step) == []
-    table = (read_json(store, f"{contract.step_dir(step)}/{contract.STATE}") or {})["parts"]
-    tree = ocp.PyTreeCheckpointer().restore(store.file(contract.step_dir(step)) / contract.ORBAX_ITEM)
-    total = hashlib.sha256(repr((step, table)).encode())
-    for path in sorted(state.stored_paths(table)):
-        node = tree
-        for name in path:
-            node = node[name]
-        total.update(repr(path).encode() + np.asarray(node).tobytes())
+    directory = store.file(contract.step_dir(step))
+    table = restore.table_of(store, step)
+    total = hashlib.sha256(b"" if arrays_only else repr((step, table)).encode())
+    found = arrays.read(directory / contract.ORBAX_ITEM, dict.fromkeys(state.stored_paths(table)))
+    for path in sorted(found):
+        total.update(repr(path).encode() + np.asarray(found[path]).tobytes())
+    if arrays_only:
+        return total.hexdigest()
+    for path in [*sorted(directory.glob("local*.bin")), *sorted(directory.glob("state-*.json"))]:
+        total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()

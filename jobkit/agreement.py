@@ -1,0 +1,171 @@
+"""Many processes, one step: how the processes of an attempt agree where all of them stop, or save.
+
+Any process may get the notice, and their loops are apart by some steps. Who has something to ask opens a *round*. Each
+process answers it from a thread, also while it compiles or computes, with a *bound*: the number of the next boundary
+that it has certainly not passed. From then on it passes no boundary until process 0 has put all bounds together: the
+largest of them is where everybody meets. Between rounds a step costs one look at a flag.
+
+Why no process has passed the meeting point: the thread raises the flag before it reads the count of completed steps,
+and the loop counts before it looks at the flag. So the loop either sees the flag at the boundary it has just counted,
+and waits there, or its count is seen by the thread; in both cases it is below its own bound plus one.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jobkit.errors import JobkitError, StorageError
+from jobkit.group import Group
+
+STOP, SAVE = "stop", "save"
+_SLICE_S = 0.5
+_PATIENCE_S = 20.0
+"""How long a process may take to answer: its threads run while it computes, unless something holds the interpreter."""
+
+
+class Rounds:
+    """What one process knows of the rounds; the thread that answers and the loop share it.
+
+    Args:
+        count: Returns the boundaries that the loop has reached; read after the flag is up.
+    """
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self.noticed = False
+        """Whether the loop has to look here at its next boundary: the one thing it reads at every step."""
+        self._count = count
+        self._open: dict[int, tuple[str, int | None]] = {}
+
+    def begin(self, number: int, kind: str) -> int:
+        """Take part in a round; return this process's bound."""
+        self._open[number] = (kind, None)
+        self.noticed = True
+        return self._count() + 1
+
+    def decide(self, number: int, at: int) -> None:
+        """Learn at which boundary a round's deed is due."""
+        self._open[number] = (self._open[number][0], at)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the loop has to wait at the boundary it is at."""
+        return any(at is None for _, at in self._open.values())
+
+    def due(self, count: int) -> set[str]:
+        """Return what is to be done at this boundary, once."""
+        now = [number for number, (_, at) in self._open.items() if at is not None and at <= count]
+        kinds = {self._open.pop(number)[0] for number in now}
+        self.noticed = bool(self._open)
+        return kinds
+
+
+class Agreement:
+    """One process's part in the rounds of its attempt.
+
+    Args:
+        group: The processes, more than one.
+        count: Returns how many boundaries the loop has reached.
+        heard: Called with what was said, when a round to stop begins.
+        lost: Names a process that has ended badly, '' while all live.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        count: Callable[[], int],
+        *,
+        heard: Callable[[dict[str, Any]], None] = lambda told: None,
+        lost: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.rounds = Rounds(count)
+        self._group, self._heard, self._lost = group, heard, lost
+        self._number = 0
+        self._changed = threading.Condition()
+        self._failure: JobkitError | None = None
+        self._asked_to_stop = self._closing = False
+        self._thread = threading.Thread(target=self._run, name="jobkit-agreement", daemon=True)
+        self._thread.start()
+
+    def ask(self, kind: str, **told: Any) -> None:
+        """Open a round; if another one to stop was opened meanwhile, that serves as well. Any thread may ask."""
+        if kind == STOP and self._asked_to_stop:
+            return
+        self._asked_to_stop |= kind == STOP
+        number = self._number
+        try:
+            while not self._group.tell(f"round/{number}", {"kind": kind, "from": self._group.index} | told):
+                if self._group.hear(f"round/{number}", _PATIENCE_S)["kind"] in (STOP, kind):
+                    return
+                number += 1
+        except (JobkitError, TimeoutError) as error:
+            self._fail(error)
+
+    def meet(self, count: int) -> set[str]:
+        """Wait, at a boundary, until all open rounds are decided; return what is to be done at this one.
+
+        Raises:
+            StorageError: If there can be no agreement: a process is dead or does not answer.
+        """
+        with self._changed:
+            while self.rounds.undecided and self._failure is None:
+                self._changed.wait(_SLICE_S)
+            if self._failure is not None:
+                raise self._failure
+            return self.rounds.due(count)
+
+    def close(self) -> None:
+        """Take part no longer; every process must have reached its last boundary."""
+        self._closing = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                try:
+                    told = self._group.hear(f"round/{self._number}", _SLICE_S)
+                except TimeoutError:
+                    continue
+                self._answer(self._number, told)
+                self._number += 1
+        except JobkitError as error:
+            self._fail(error)
+
+    def _answer(self, number: int, told: dict[str, Any]) -> None:
+        with self._changed:
+            bound = self.rounds.begin(number, told["kind"])
+        if told["kind"] == STOP:
+            self._asked_to_stop = True
+            self._heard(told)
+        if self._group.first:
+            bounds = [bound] + [self._bound(number, other) for other in range(1, self._group.count)]
+            at = -1 if None in bounds else max(found for found in bounds if found is not None)
+            self._group.tell(f"round/{number}/at", at)
+        else:
+            self._group.tell(f"round/{number}/bound/{self._group.index}", bound)
+            try:
+                at = self._group.hear(f"round/{number}/at", 2 * _PATIENCE_S)
+            except TimeoutError:
+                at = -1
+        if at < 0:
+            raise StorageError(self._lost() or "the processes could not agree on a step: one of them does not answer")
+        with self._changed:
+            self.rounds.decide(number, at)
+            self._changed.notify_all()
+
+    def _bound(self, number: int, other: int) -> int | None:
+        """Hear the bound of another process; None if it is dead or does not answer."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline and not self._closing and not self._lost():
+            try:
+                bound: int = self._group.hear(f"round/{number}/bound/{other}", _SLICE_S)
+                return bound
+            except TimeoutError:
+                pass
+        return None
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._failure = error if isinstance(error, JobkitError) else StorageError(str(error))
+            self.rounds.noticed = True
+            self._changed.notify_all()

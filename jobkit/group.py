@@ -1,0 +1,181 @@
+"""The processes of one attempt: which one this is, and how they tell each other a few words.
+
+Words go through the key-value store of JAX's coordination service, which process 0 serves: no device takes part, so
+that a thread may talk while the main thread computes. A run of one process has a group of one, which talks to nobody.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jobkit import contract
+from jobkit.contract import Exit
+from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.ledger import read_json
+from jobkit.storage import Store
+
+_HEARTBEAT_S = 20
+"""A process that the others have not heard of for so long is dead to them (JAX's default is 100 s)."""
+_CONNECT_S = 300
+_EVER_S = 24 * 3600.0
+
+
+def initialize() -> None:
+    """Join the other processes of this attempt; the first thing a program of several processes does.
+
+    Like `jax.distributed.initialize()`, with what the launcher knows: who the processes are and where they meet, anew
+    for every attempt. Without a launcher, or in a run of one process, it does nothing.
+
+    Raises:
+        ConfigError: If JAX has computed something already.
+        JobkitError: If the others cannot be reached.
+    """
+    index, count = contract.process_from()
+    if count == 1 or jax.distributed.is_initialized():
+        return
+    coordinator = os.environ.get(contract.ENV_COORDINATOR)
+    if not coordinator:
+        named = contract.ENV_COORDINATOR
+        raise ConfigError(f"{contract.ENV_PROCESSES}={count} but {named} is not set: start the run with jobkit submit")
+    # JAX's own notifier would take SIGTERM from us.
+    jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index, heartbeat_timeout_seconds=_HEARTBEAT_S, initialization_timeout=_CONNECT_S
+        )
+    except RuntimeError as error:
+        if "before" in str(error):
+            raise ConfigError(
+                "JAX has computed something before its processes met: call jobkit.initialize() first in the program"
+            ) from None
+        raise JobkitError(f"process {index} of {count} cannot join the others at {coordinator}: {error}") from None
+
+
+class Group:
+    """The processes of one Run, as one of them sees them.
+
+    Args:
+        name: Tells the words of one Run from those of another in the same processes; the same in all of them.
+        index: Index of this process.
+        count: Number of processes.
+    """
+
+    def __init__(self, name: str, *, index: int = 0, count: int = 1) -> None:
+        self.index, self.count = index, count
+        self._name = name
+        self._client = _client() if count > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes what is written once."""
+        return self.index == 0
+
+    def tell(self, key: str, value: Any) -> bool:
+        """Say something under a key that nobody has used yet; tell whether it was the first to be said there.
+
+        Raises:
+            StorageError: If the others cannot be reached.
+        """
+        assert self._client is not None
+        try:
+            self._client.key_value_set(f"{self._name}/{key}", json.dumps(value))
+        except Exception as error:
+            if "ALREADY_EXISTS" in str(error):
+                return False
+            raise _lost(error) from None
+        return True
+
+    def hear(self, key: str, timeout_s: float = _EVER_S) -> Any:
+        """Wait for what is said under a key.
+
+        Raises:
+            TimeoutError: If nothing is said within `timeout_s`.
+            StorageError: If the others cannot be reached.
+        """
+        assert self._client is not None
+        try:
+            return json.loads(self._client.blocking_key_value_get(f"{self._name}/{key}", int(timeout_s * 1000)))
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                raise TimeoutError(f"nothing was said of {key} for {timeout_s:g} s") from None
+            raise _lost(error) from None
+
+    def share(self, key: str, make: Callable[[], Any], timeout_s: float = _EVER_S) -> Any:
+        """Have process 0 make a value, and return it in every process; its error of ours is everybody's.
+
+        Raises:
+            JobkitError: What `make` raised in process 0.
+            TimeoutError: If process 0 says nothing within `timeout_s`.
+        """
+        if self.count == 1:
+            return make()
+        if self.first:
+            try:
+                value = make()
+            except JobkitError as error:
+                self.tell(key, {"error": str(error), "kind": type(error).__name__})
+                raise
+            self.tell(key, {"value": value})
+            return value
+        told = self.hear(key, timeout_s)
+        if "error" in told:
+            raise (ConfigError if told["kind"] == "ConfigError" else StorageError)(told["error"])
+        return told["value"]
+
+    def gather(self, key: str, value: Any, timeout_s: float = _EVER_S) -> list[Any]:
+        """Return every process's value, in the order of the processes, in process 0; elsewhere an empty list.
+
+        Raises:
+            TimeoutError: If one of them says nothing within `timeout_s`.
+        """
+        if self.count == 1:
+            return [value]
+        if not self.first:
+            self.tell(f"{key}/{self.index}", value)
+            return []
+        return [value] + [self.hear(f"{key}/{other}", timeout_s) for other in range(1, self.count)]
+
+
+def open_group(number: int) -> Group:
+    """Return the group of the Run that is opened as the `number`-th in this process.
+
+    Raises:
+        ConfigError: If the launcher started several processes and JAX was not told before it computed.
+    """
+    index, count = contract.process_from()
+    if count > 1:
+        initialize()
+    if not jax.distributed.is_initialized():
+        return Group("")
+    group = Group(f"jobkit/{number}", index=jax.process_index(), count=jax.process_count())
+    if count > 1 and (group.index, group.count) != (index, count):
+        raise ConfigError(
+            f"the launcher calls this process {index} of {count} and JAX {group.index} of {group.count}: call "
+            "jobkit.initialize() instead of jax.distributed.initialize()"
+        )
+    return group
+
+
+def lost_process(store: Store, attempt: int) -> str:
+    """Name a process of an attempt that has ended badly, as its supervisor wrote down; '' if none has."""
+    for name in store.names(contract.attempt_dir(attempt)):
+        if name.startswith("process-"):
+            told = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}
+            if told.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED):
+                return f"process {name.removeprefix('process-').removesuffix('.json')} ended: {told.get('reason')}"
+    return ""
+
+
+def _client() -> Any:
+    """Return the client of JAX's coordination service, whose key-value store has no public name (a test holds it)."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _lost(error: Exception) -> StorageError:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return StorageError(f"the processes of this attempt cannot talk to each other any more: {text[:200]}")

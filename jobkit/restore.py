@@ -1,0 +1,248 @@
+"""Read checkpoints back: into the program that goes on, into any other, or the parameters alone for deployment."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jobkit import arrays, commits, contract, faults, mirror, state
+from jobkit.commits import Keep
+from jobkit.errors import ConfigError, StorageError
+from jobkit.ledger import read_json
+from jobkit.storage import Store
+
+
+def restore(store: Store, step: int, parts: Mapping[str, state.Part], *, partial: bool = False) -> None:
+    """Put a committed, verified step into a program's parts.
+
+    Args:
+        store: The run directory.
+        step: A step for which `commits.problems` is empty.
+        parts: The program's parts. None is changed unless every value could be read; an object whose own loading
+            fails leaves those before it changed.
+        partial: Take only those of the checkpoint's parts that are given.
+
+    Raises:
+        ConfigError: If shapes, dtypes or structure differ; names the leaf.
+        StorageError: If Orbax cannot read it although its bytes are as committed.
+    """
+    table, found = _own(store, step, parts if partial else None)
+    state.check(
+        state.take(parts).table,
+        table,
+        where=f"from the checkpoint of step {step}",
+    )
+    live: dict[tuple[str, ...], Any] = {}
+    for name, part in parts.items():
+        if part.kind != "object":
+            live |= {state.quoted(name, slot.path): slot.value for slot in part.slots()[0]}
+    wanted = {path: live.get(path) for path in state.stored_paths(table)}
+    try:
+        found |= arrays.read(_item(store, step), wanted, records=state.stored_paths(table))
+    except Exception as error:
+        raise arrays.storage_error(error, f"cannot read step {step} of {store.url}") from error
+    faults.reach("during_restore")
+    state.give_back(parts, table, found)
+
+
+def _own(store: Store, step: int, parts: Iterable[str] | None) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
+    """Return the leaf table that is this process's, and the arrays in it that were one process's own.
+
+    Args:
+        store: The run directory.
+        step: A committed step.
+        parts: Only these parts; None for all.
+
+    Raises:
+        ConfigError: If a part is not there, or was not the same in each of another number of processes.
+    """
+    saved = int(commits.read(store, step).topology.get("process_count", 1))
+    index, count = jax.process_index(), jax.process_count()
+    table, local = _of_process(store, step, index if saved == count else 0, parts)
+    if saved not in (1, count):
+        for other in range(1, saved):
+            its_table, its_local = _of_process(store, step, other, parts)
+            for name in table:
+                if _plain(table[name]) != _plain(its_table[name]) or not _same(name, local, its_local):
+                    raise ConfigError(
+                        f"part {name!r} of step {step} of {store.url} was another one in each of the {saved} processes "
+                        f"that saved it, and this attempt has {count}: resume with {saved} processes, or give resume() "
+                        "a part whose state does not depend on the process (a data iterator over global batches)"
+                    )
+    return table, local
+
+
+def _of_process(
+    store: Store, step: int, process: int, parts: Iterable[str] | None
+) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
+    table = table_of(store, step, process)
+    absent = sorted(set(parts) - table.keys()) if parts is not None else []
+    if absent:
+        has = ", ".join(sorted(table))
+        raise ConfigError(f"step {step} of {store.url} has no part {absent[0]!r}; it has {has}")
+    table = {name: table[name] for name in (parts if parts is not None else table)}
+    name = f"{contract.step_dir(step)}/{contract.of_process(contract.LOCAL, process)}"
+    return table, state.local_arrays(table, store.read(name) if store.exists(name) else b"")
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a part's table without the places of arrays."""
+    leaves = {key: {k: v for k, v in record.items() if k != "local"} for key, record in entry["leaves"].items()}
+    return entry | {"leaves": leaves}
+
+
+def _same(part: str, one: Mapping[tuple[str, ...], Any], other: Mapping[tuple[str, ...], Any]) -> bool:
+    prefix = state.quoted(part, ())
+    return all(array.tobytes() == other[path].tobytes() for path, array in one.items() if path[:1] == prefix)
+
+
+def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts: Any) -> Any:
+    """Restore parts of a run without taking part in it: for evaluation, inference, a notebook.
+
+    Args:
+        url: The run directory.
+        step: A committed step, 'latest', or 'best' (by the metric given to the run's `keep_best`).
+        parts: As for `Run.resume`, any subset; NNX objects and iterators are changed in place.
+
+    Returns:
+        A namespace holding the value parts by name.
+
+    Raises:
+        ConfigError: If there is no such step or part, or shapes differ.
+        StorageError: If the step is damaged.
+    """
+    store = Store(url)
+    fetch(store, step)
+    number = find_step(store, step)
+    made = {name: state.part_of(name, value) for name, value in parts.items()}
+    restore(store, number, made, partial=True)
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**{name: part.value for name, part in made.items() if isinstance(part, state.ValuePart)})
+
+
+def fetch(store: Store, step: int | str) -> None:
+    """Bring a step of a run on an object store into its home, unless it is there."""
+    if store.remote is None:
+        return
+    mirror.refresh(store)
+    known = {number: mirror.read_remote(store.remote, number).metrics for number in mirror.remote_steps(store.remote)}
+    wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
+    number = step if isinstance(step, int) else wanted
+    if number is not None and number in known and number not in commits.steps(store):
+        bring(store, number, attempt=0)
+
+
+def bring(store: Store, step: int, *, attempt: int) -> None:
+    """Bring a step that is committed on the URL, and not in the home, into the home.
+
+    Raises:
+        StorageError: If it is damaged.
+    """
+    wrong = mirror.fetch_step(store, step, attempt=attempt)
+    if wrong:
+        raise StorageError(f"step {step} of {store.url} is damaged: {wrong[0]}; choose another step")
+
+
+def find_step(store: Store, step: int | str) -> int:
+    """Return a committed and whole step: a number, 'latest' or 'best'.
+
+    Raises:
+        ConfigError: If there is none.
+        StorageError: If it is damaged.
+    """
+    known = commits.steps(store)
+    if not known:
+        raise ConfigError(f"{store.url} has no committed checkpoint")
+    number: int | None
+    if step == "latest":
+        number = known[-1]
+    elif step == "best":
+        strategy = (read_json(store, contract.STRATEGY) or {}).get("keep_best")
+        if not strategy:
+            raise ConfigError(f"{store.url} has no best step: its Run was given no keep_best=('metric', 'min')")
+        keep = Keep(best=(strategy[0], strategy[1]))
+        number = keep.best_of(commits.metrics(store))
+        if number is None:
+            raise ConfigError(f"no committed step of {store.url} has the metric {strategy[0]!r} yet")
+    elif isinstance(step, int) and not isinstance(step, bool):
+        number = step
+    else:
+        raise ConfigError(f"step {step!r} is neither a number nor 'latest' nor 'best'")
+    if number not in known:
+        raise ConfigError(f"step {number} of {store.url} is not committed; committed are {', '.join(map(str, known))}")
+    wrong = commits.problems(store, number)
+    if wrong:
+        raise StorageError(f"step {number} of {store.url} is damaged: {wrong[0]}; choose another step")
+    return number
+
+
+def export_params(
+    url: str | os.PathLike[str], out: str | os.PathLike[str], /, *, step: int | str = "latest"
+) -> list[str]:
+    """Write the parameters of a run alone, without optimizer, RNG and data position, for deployment.
+
+    Parameters are the NNX variables that are neither optimizer, RNG nor metric state, and in value parts all below a
+    key `params` or `batch_stats` (a Linen TrainState). Works without the training code.
+
+    Args:
+        url: The run directory.
+        out: A directory that must not exist; a plain `ocp.StandardCheckpointer().restore(out)` reads it.
+        step: A committed step, 'latest' or 'best'.
+
+    Returns:
+        The names of the exported leaves.
+
+    Raises:
+        ConfigError: If there is no such step, no parameter in it, or `out` exists.
+    """
+    store = Store(url)
+    target = Path(out).expanduser().absolute()
+    if os.path.lexists(target):
+        raise ConfigError(f"{target} exists: export never overwrites; choose another directory")
+    parent = next(path for path in target.parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".jobkit-export-", dir=parent):
+            pass
+    except OSError:
+        told = f"cannot export to {target}: {parent} is not a directory that can be written; choose another"
+        raise ConfigError(told) from None
+    fetch(store, step)
+    number = find_step(store, step)
+    stored = state.stored_paths(table_of(store, number))
+    wanted = {path: None for path, record in stored.items() if _is_param(path, record)}
+    if not wanted:
+        raise ConfigError(f"step {number} of {store.url} holds no parameters")
+    params = arrays.read(_item(store, number), wanted)
+    try:
+        # Not the asynchronous one: when that fails, its threads keep the process from ever ending.
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(target, args=ocp.args.StandardSave(arrays.nested(params)))
+    except Exception as error:
+        raise arrays.storage_error(error, f"cannot write {target}") from error
+    return ["/".join(path) for path in wanted]
+
+
+def _is_param(path: tuple[str, ...], record: state.Record) -> bool:
+    role = record.get("role")
+    if role is None:
+        return record["is"] != "key" and bool({"params", "batch_stats"} & set(path)) and "opt_state" not in path
+    return not role.startswith(("Opt", "Rng", "MetricState"))
+
+
+def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
+    """Return the leaf table that one process wrote, of a step whose bytes were checked."""
+    name = contract.of_process(contract.STATE, process)
+    content = read_json(store, f"{contract.step_dir(step)}/{name}")
+    if content is None:
+        raise StorageError(f"step {step} of {store.url} has no {name}")
+    table: dict[str, Any] = content["parts"]
+    return table
+
+
+def _item(store: Store, step: int) -> Path:
+    return store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
