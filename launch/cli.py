@@ -3,21 +3,20 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
+from launch import cli_submit
+from launch.printed import aligned, follow, print_status
 
 if TYPE_CHECKING:
     from launch.checkpoints import Row
     from launch.report import Status
-    from launch.spec import JobSpec
-    from launch.submission import Plan
 
-_PLANNED = ("gcp", "aws")
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
 
 
@@ -43,138 +42,7 @@ def cli() -> None:
     """
 
 
-@cli.command(context_settings={"allow_interspersed_args": False})
-@click.option("--on", help="Backend: local, slurm. [default: local]")
-@click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
-@click.option("--name", help="Name of the run. [default: that of the run directory]")
-@click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
-@click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
-@click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
-@click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
-@click.option("-p", "--partition", help="SLURM: partition.")
-@click.option("--account", help="SLURM: account.")
-@click.option("--qos", help="SLURM: quality of service.")
-@click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]")
-@click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]")
-@click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8.")
-@click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process.")
-@click.option("--mem", help="SLURM: memory per node, such as 64G.")
-@click.option("--time", help="SLURM: time limit of one job; a run goes on in the next. [default: the partition's]")
-@click.option("--constraint", help="SLURM: features that nodes must have.")
-@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
-@click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **given: Any) -> None:
-    """Start a run of COMMAND, detached, through every interruption.
-
-    COMMAND runs in a copy of the code as it is now, inside the run directory: what it writes to a relative path stays
-    in the copy. Data and run directories below here are linked into it.
-
-    \b
-    Examples:
-      jobkit submit -- python train.py
-      jobkit submit --run runs/mnist --wait -- python train.py --lr 1e-3
-      jobkit submit --profile long --dry-run -- python -m mypackage.train
-      jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
-    """
-    from launch import backends, submission
-
-    spec, name = _spec(profile, given)
-    backend = backends.named(name)
-    if dry_run:
-        _show_plan(submission.prepare(spec), name, as_json)
-        return
-    store = backend.submit(spec)
-    if not as_json:
-        print(f"submitted {store.url}", flush=True)
-    if wait:
-        sys.exit(_follow(store.url, as_json))
-    if as_json:
-        _print_status(store.url)
-    else:
-        print(f"  follow:  jobkit logs -f {store.url}\n  cancel:  jobkit cancel {store.url}")
-
-
-def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
-    """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
-    from jobkit.units import duration_s
-    from launch.spec import SBATCH, JobSpec, read_profile
-
-    options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
-    flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
-    flags["max-failures"] = given["max_failures"]
-    flags["snapshot"] = False if given["no_snapshot"] else None
-    options |= {name: value for name, value in flags.items() if value is not None}
-    sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
-    for text in given["sbatch"]:
-        key, _, value = text.lstrip("-").partition("=")
-        sbatch[key] = value
-    for key in SBATCH:
-        value = given[key.replace("-", "_")]
-        value = options.get(key) if value is None else value
-        if value is not None:
-            sbatch[key] = str(value)
-    backend = options.get("on", "local")
-    if backend in _PLANNED:
-        raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local, slurm")
-    foreign = [name for name in sbatch if name != "ntasks-per-node"]
-    if foreign and backend != "slurm":
-        raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
-    spec = JobSpec(
-        command=tuple(given["command"]),
-        run=options.get("run", ""),
-        name=options.get("name", ""),
-        snapshot=options.get("snapshot", True),
-        grace_s=duration_s(options.get("grace", 30.0)),
-        max_failures=options.get("max-failures", 10),
-        sbatch=sbatch,
-    )
-    return spec, backend
-
-
-def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
-    import shlex
-
-    import msgspec
-
-    from launch import report, slurm, snapshot
-
-    if backend == slurm.BACKEND:
-        slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
-    code = snapshot.digest(plan.tree) if plan.tree is not None else None
-    spec = msgspec.structs.replace(plan.spec, code=code)
-    if as_json:
-        print(report.to_json(spec))
-        return
-    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
-    print(f"would run    {shlex.join(spec.command)}\nin           {spec.cwd}")
-    print(f"run          {spec.run}\nsnapshot     {files}")
-    if plan.tree and plan.tree.links:
-        print(f"linked       {', '.join(plan.tree.links)}")
-    if backend == slurm.BACKEND:
-        print(f"\n{slurm.script(plan.spec, plan.store)}", end="")
-
-
-def _follow(url: str, as_json: bool) -> int:
-    from launch import submission, watch
-
-    try:
-        code = watch.follow(submission.open_run(url), quiet=as_json)
-    except KeyboardInterrupt:
-        print(f"\ndetached; the run goes on. To stop it: jobkit cancel {url}", file=sys.stderr)
-        return 130
-    if as_json:
-        _print_status(url)
-    return code
-
-
-def _print_status(url: str) -> None:
-    import launch
-    from launch import report
-
-    print(report.to_json(launch.status(url)))
+cli.add_command(cli_submit.submit)
 
 
 @cli.command()
@@ -189,7 +57,7 @@ def status(run: str, as_json: bool) -> None:
       jobkit status runs/mnist --json | python -m json.tool
     """
     if as_json:
-        _print_status(run)
+        print_status(run)
         return
     import launch
     from launch.watch import rows
@@ -243,7 +111,7 @@ def cancel(run: str, no_wait: bool, as_json: bool) -> None:
 
     state = backends.cancel(run, wait=not no_wait, progress=progress)
     if as_json:
-        _print_status(run)
+        print_status(run)
     elif state is State.DONE:
         print(f"{run} was done before the cancel reached it")
     else:
@@ -270,9 +138,9 @@ def resume(run: str, wait: bool, as_json: bool) -> None:
     elif not as_json:
         print(f"resumed {run}", flush=True)
     if wait and state is not State.DONE:
-        sys.exit(_follow(run, as_json))
+        sys.exit(follow(run, as_json))
     if as_json:
-        _print_status(run)
+        print_status(run)
 
 
 @cli.command()
@@ -310,16 +178,7 @@ def _table(path: Path, listed: "list[Status]") -> str:
         shown = str(run.relative_to(path)) if run != path else run.name
         counts = (str(status.attempts), number(status.step), number(status.committed_step))
         lines.append((shown, str(status.state), *counts, status.reason))
-    return _aligned(lines)
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> str:
-    """Lay rows of words out in columns; the last one runs free."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-        for line in lines
-    )
+    return aligned(lines)
 
 
 @cli.command()
@@ -392,7 +251,7 @@ def _checkpoint_table(rows: "list[Row]") -> str:
                 "  ".join(f"{name} {value:.6g}" for name, value in row.metrics.items()),
             )
         )
-    return _aligned(lines)
+    return aligned(lines)
 
 
 @cli.command()
@@ -429,7 +288,7 @@ def doctor(
         print(report.to_json(found))
     else:
         marks = {"ok": "ok", "warning": "warning", "fail": "FAIL"}
-        print(_aligned([(marks[one.verdict], one.topic, one.text) for one in found]))
+        print(aligned([(marks[one.verdict], one.topic, one.text) for one in found]))
     sys.exit(1 if any(one.verdict == "fail" for one in found) else 0)
 
 

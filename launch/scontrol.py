@@ -209,6 +209,28 @@ def parse_limit(text: str) -> float | None:
     return first * 60.0 + (second or 0)
 
 
+def hostnames(nodes: str) -> list[str]:
+    """Write a list of nodes out, 'n[1-2]' as n1 and n2; empty where scontrol does not tell."""
+    try:
+        return run("scontrol", "show", "hostnames", nodes).split() if nodes else []
+    except JobkitError:
+        return []
+
+
+def lost_nodes(nodes: str) -> list[str]:
+    """Name those of some nodes that SLURM has given up on.
+
+    Args:
+        nodes: As SLURM writes them: 'n[1-2]'.
+    """
+    try:
+        lines = run("scontrol", "-o", "show", "node", nodes).splitlines() if nodes else []
+    except JobkitError:
+        return []
+    known = [parse_pairs(line) for line in lines if line.strip()]
+    return [node["NodeName"] for node in known if re.match("DOWN|FAIL|.*NOT_RESPONDING|.*[*]", node.get("State", ""))]
+
+
 def address(node: str) -> str:
     """Return the address by which SLURM reaches a node; its name where scontrol does not tell.
 

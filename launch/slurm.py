@@ -213,7 +213,23 @@ _SLURM_OURS = ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLU
 """Of the job that a successor is submitted from: srun would take them for orders."""
 
 
-def again(store: Store, spec: JobSpec, job: str, *, running: bool) -> str:
+def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> str:
+    """Have a run go on after its job without some nodes; return what was done, for the ledger.
+
+    Raises:
+        ConfigError: If SLURM has no others.
+    """
+    successor = _sbatch(store, _without(spec, avoid), dependency=f"afterany:{job}")
+    return f"submitted job {successor} after job {job}, without {', '.join(avoid)}"
+
+
+def _without(spec: JobSpec, avoid: Sequence[str]) -> JobSpec:
+    given = spec.sbatch.get("exclude")
+    names = ",".join([*([given] if given else []), *avoid])
+    return msgspec.structs.replace(spec, sbatch=spec.sbatch | ({"exclude": names} if names else {}))
+
+
+def again(store: Store, spec: JobSpec, job: str, *, running: bool, avoid: Sequence[str] = ()) -> str:
     """Have a run go on after its job: a requeue, or a successor where that starts sooner; called inside the job.
 
     A successor looks, when it starts, whether a person cancelled the job before it.
@@ -224,6 +240,7 @@ def again(store: Store, spec: JobSpec, job: str, *, running: bool) -> str:
         job: The job that has to end.
         running: Whether SLURM lets it run yet; a job that is being ended is never requeued, since that would undo a
             person's cancel.
+        avoid: Nodes that a successor leaves out, if SLURM has others.
 
     Returns:
         What was done, for the ledger.
@@ -241,6 +258,9 @@ def again(store: Store, spec: JobSpec, job: str, *, running: bool) -> str:
             why = f"since a requeue is held back for {show_duration(hold_s)}"
         except SlurmError as error:
             why = f"since it cannot be requeued ({error})"
+    if avoid:
+        with contextlib.suppress(ConfigError):
+            return f"{elsewhere(store, spec, job, avoid)}, {why}"
     successor = _sbatch(store, spec, dependency=f"afterany:{job}")
     return f"submitted job {successor} after job {job}, {why}"
 

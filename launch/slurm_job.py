@@ -15,7 +15,7 @@ from jobkit import contract, mirror, processes
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
-from launch import leftovers, report, restart, scontrol, slurm
+from launch import leftovers, nodes, report, restart, scontrol, slurm
 from launch import spec as specs
 from launch.runner import Runner, free_port
 from launch.scontrol import Cause, SlurmError
@@ -65,6 +65,8 @@ class SlurmRunner(Runner):
         here = {"job": self._job, "restarts": self._restarts}
         again = any(here.items() <= event.items() for event in report.events(self._store))
         self._ledger.append("job_started", **here, nodes=_nodes(), durable=True)
+        if self._restarts and not again:
+            self._strike_lost()
         self._clear()
         if again:
             leftovers.close_attempts(self._store, "the runner was killed")
@@ -111,18 +113,49 @@ class SlurmRunner(Runner):
         if not decision.restart:
             return self._end(decision.state, decision.reason)
         if why is Cause.OWN:
-            if not before:
-                self._wait(decision.delay_s)
+            if before:
+                return None
+            self._strike()
+            if self._move_away():
+                return self._leave(self._secured, Exit.PREEMPTED)
+            self._wait(decision.delay_s)
             return None
         if (over := self._over_anywhere()) is not None:
             return self._end(*over)
         self._secure(running=why is not Cause.GONE)
         return self._leave(self._secured, Exit.PREEMPTED)
 
+    def _strike(self) -> None:
+        """Hold the death of a process against its node, where SLURM had nothing to do with it."""
+        outcome = leftovers.read_outcome(self._store, self._newest_attempt) or {}
+        if self._history[-1].outcome in (Outcome.KILLED, Outcome.STALLED) and "node" in outcome:
+            self._ledger.append("strike", node=outcome["node"], why=outcome.get("reason"), durable=True)
+
+    def _strike_lost(self) -> None:
+        """Hold it against a node of the job's life before this one that SLURM has given up on."""
+        before = [event for event in report.events(self._store) if event["event"] == "job_started"][:-1]
+        if before:
+            for node in scontrol.lost_nodes(str(before[-1].get("nodes", ""))):
+                self._ledger.append("strike", node=node, why="SLURM lost it", weight=2.0, durable=True)
+
+    def _move_away(self) -> bool:
+        """Leave this allocation for one without the nodes that failed us, if it has any and SLURM has others."""
+        bad = nodes.avoid(report.events(self._store), time.time())
+        if not set(bad) & set(scontrol.hostnames(_nodes())):
+            return False
+        try:
+            self._secured = slurm.elsewhere(self._store, self._spec, self._job, bad)
+        except JobkitError as error:
+            print(f"jobkit: stays on {', '.join(bad)}, which failed it: {error}", file=sys.stderr, flush=True)
+            return False
+        self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
+        return True
+
     def _secure(self, *, running: bool) -> None:
         """Arrange, once, that the run goes on after this job."""
         if not self._secured:
-            self._secured = slurm.again(self._store, self._spec, self._job, running=running)
+            bad = nodes.avoid(report.events(self._store), time.time())
+            self._secured = slurm.again(self._store, self._spec, self._job, running=running, avoid=bad)
             self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
 
     def _superseded(self) -> str | None:

@@ -24,8 +24,9 @@ JOBKIT = [
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
-    "restart", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner", "submission",
-    "local", "slurm", "slurm_job", "doctor", "backends", "checkpoints", "watch", "api", "demo", "cli",
+    "restart", "nodes", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner",
+    "submission", "local", "slurm", "slurm_job", "doctor", "backends", "checkpoints", "watch", "api", "demo",
+    "printed", "cli_submit", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {"state", "group", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}

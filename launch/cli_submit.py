@@ -1,0 +1,132 @@
+# ruff: noqa: D301  (click wants the character \\b itself)
+"""`jobkit submit`: from options and a profile to a run."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import jobkit
+from jobkit.errors import ConfigError
+from launch.printed import follow, print_status
+
+if TYPE_CHECKING:
+    from launch.spec import JobSpec
+    from launch.submission import Plan
+
+_PLANNED = ("gcp", "aws")
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--on", help="Backend: local, slurm. [default: local]")
+@click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
+@click.option("--name", help="Name of the run. [default: that of the run directory]")
+@click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
+@click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
+@click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
+@click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
+@click.option("-p", "--partition", help="SLURM: partition.")
+@click.option("--account", help="SLURM: account.")
+@click.option("--qos", help="SLURM: quality of service.")
+@click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]")
+@click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]")
+@click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8.")
+@click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process.")
+@click.option("--mem", help="SLURM: memory per node, such as 64G.")
+@click.option("--time", help="SLURM: time limit of one job; a run goes on in the next. [default: the partition's]")
+@click.option("--constraint", help="SLURM: features that nodes must have.")
+@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
+@click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **given: Any) -> None:
+    """Start a run of COMMAND, detached, through every interruption.
+
+    COMMAND runs in a copy of the code as it is now, inside the run directory: what it writes to a relative path stays
+    in the copy. Data and run directories below here are linked into it.
+
+    \b
+    Examples:
+      jobkit submit -- python train.py
+      jobkit submit --run runs/mnist --wait -- python train.py --lr 1e-3
+      jobkit submit --profile long --dry-run -- python -m mypackage.train
+      jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
+    """
+    from launch import backends, submission
+
+    spec, name = _spec(profile, given)
+    backend = backends.named(name)
+    if dry_run:
+        _show_plan(submission.prepare(spec), name, as_json)
+        return
+    store = backend.submit(spec)
+    if not as_json:
+        print(f"submitted {store.url}", flush=True)
+    if wait:
+        sys.exit(follow(store.url, as_json))
+    if as_json:
+        print_status(store.url)
+    else:
+        print(f"  follow:  jobkit logs -f {store.url}\n  cancel:  jobkit cancel {store.url}")
+
+
+def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
+    """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
+    from jobkit.units import duration_s
+    from launch.spec import SBATCH, JobSpec, read_profile
+
+    options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
+    flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
+    flags["max-failures"] = given["max_failures"]
+    flags["snapshot"] = False if given["no_snapshot"] else None
+    options |= {name: value for name, value in flags.items() if value is not None}
+    sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
+    for text in given["sbatch"]:
+        key, _, value = text.lstrip("-").partition("=")
+        sbatch[key] = value
+    for key in SBATCH:
+        value = given[key.replace("-", "_")]
+        value = options.get(key) if value is None else value
+        if value is not None:
+            sbatch[key] = str(value)
+    backend = options.get("on", "local")
+    if backend in _PLANNED:
+        raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local, slurm")
+    foreign = [name for name in sbatch if name != "ntasks-per-node"]
+    if foreign and backend != "slurm":
+        raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
+    spec = JobSpec(
+        command=tuple(given["command"]),
+        run=options.get("run", ""),
+        name=options.get("name", ""),
+        snapshot=options.get("snapshot", True),
+        grace_s=duration_s(options.get("grace", 30.0)),
+        max_failures=options.get("max-failures", 10),
+        sbatch=sbatch,
+    )
+    return spec, backend
+
+
+def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
+    import shlex
+
+    import msgspec
+
+    from launch import report, slurm, snapshot
+
+    if backend == slurm.BACKEND:
+        slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
+    code = snapshot.digest(plan.tree) if plan.tree is not None else None
+    spec = msgspec.structs.replace(plan.spec, code=code)
+    if as_json:
+        print(report.to_json(spec))
+        return
+    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
+    print(f"would run    {shlex.join(spec.command)}\nin           {spec.cwd}")
+    print(f"run          {spec.run}\nsnapshot     {files}")
+    if plan.tree and plan.tree.links:
+        print(f"linked       {', '.join(plan.tree.links)}")
+    if backend == slurm.BACKEND:
+        print(f"\n{slurm.script(plan.spec, plan.store)}", end="")
