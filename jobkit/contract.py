@@ -5,6 +5,7 @@ read it at no cost.
 """
 
 import enum
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -30,6 +31,10 @@ ENV_PROCESSES = "JOBKIT_PROCESSES"
 """How many processes the attempt has; 1 where it is not given."""
 ENV_COORDINATOR = "JOBKIT_COORDINATOR"
 """host:port where process 0 of this attempt serves JAX's coordination service."""
+ENV_GRACE = "JOBKIT_GRACE_S"
+"""Seconds from a SIGTERM, with which nobody tells more, until SIGKILL, as far as the launcher knows."""
+ENV_WARNED = "JOBKIT_WARNED_S"
+"""The same from a SIGUSR1 or SIGUSR2, with which a scheduler warns before a time limit."""
 ENV_FAULT = "JOBKIT_FAULT"
 """Kill this process at a named point, for drills and tests (see faults.py)."""
 
@@ -166,6 +171,16 @@ def of_process(name: str, process: int) -> str:
 def step_dir(step: int) -> str:
     """Return the directory of one committed step."""
     return f"{CHECKPOINTS}/{step}"
+
+
+def grace_s_from(number: int, environ: Mapping[str, str] = os.environ) -> float | None:
+    """Read from the launcher's environment how long after a signal SIGKILL comes; None where nobody knows."""
+    warned = number in (signal.SIGUSR1, signal.SIGUSR2) and ENV_WARNED in environ
+    try:
+        grace_s = float(environ.get(ENV_WARNED if warned else ENV_GRACE, ""))
+    except ValueError:
+        return None
+    return grace_s if math.isfinite(grace_s) and grace_s >= 0 else None
 
 
 def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:

@@ -4,10 +4,13 @@ The supervisor makes a small node-local directory and names it in `JOBKIT_SUPERV
 descriptor, since launchers in between (`subprocess.run`, a shell, srun) close descriptors but pass the environment on.
 It holds
     heartbeat   one record, rewritten in place by the program: pid, phase, step, committed step, time
+    notice.json what is known of a notice, before the program is signalled: source, reason, deadline
     alive       a named pipe whose write end the supervisor keeps open: it hangs up when the supervisor is gone
 """
 
+import contextlib
 import enum
+import json
 import mmap
 import os
 import shutil
@@ -55,6 +58,19 @@ class Beat:
     step: int = -1
     committed_step: int = -1
     at_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a supervisor said of a notice.
+
+    Args:
+        deadline_at: When the program is killed, on the clock of `time.monotonic` of this machine; None: unknown.
+    """
+
+    source: str
+    reason: str
+    deadline_at: float | None
 
 
 class Heartbeat:
@@ -112,6 +128,20 @@ class Link:
         """Return the newest heartbeat; an empty one before the program's first."""
         return read_beat(self.directory)
 
+    def tell(self, source: str, reason: str, deadline_at: float | None) -> None:
+        """Say what is known of a notice; the program reads it when a signal comes, or a little later.
+
+        Args:
+            source: Where it came from.
+            reason: What is known of the cause, for a person.
+            deadline_at: When the program is killed, on the clock of `time.monotonic`; None where nobody said.
+        """
+        told = {"source": source, "reason": reason, "deadline_at": deadline_at}
+        new = self.directory / "notice.new"
+        with contextlib.suppress(OSError):  # a full /dev/shm: the signal alone is a notice too
+            new.write_text(json.dumps(told))
+            os.rename(new, self.directory / "notice.json")
+
     def close(self) -> None:
         """Remove the directory."""
         os.close(self._alive)
@@ -127,6 +157,16 @@ def read_beat(directory: Path) -> Beat:
     except (OSError, ValueError, struct.error):
         pass
     return Beat()
+
+
+def read_told(directory: Path) -> Told | None:
+    """Return what the supervisor said of a notice, None if it said nothing."""
+    try:
+        told = json.loads((directory / "notice.json").read_bytes())
+        deadline_at = told["deadline_at"]
+        return Told(str(told["source"]), str(told["reason"]), None if deadline_at is None else float(deadline_at))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def open_alive(directory: Path) -> int | None:

@@ -4,7 +4,7 @@ A line is one `write` to a file opened with O_APPEND, so that a SIGKILL tears at
 the reader drops a torn line. The events, by who writes them:
 
     submitted, resumed, cancelled, decision, ended          by the launching side, in events.jsonl
-    started, notice, exited                                 by the supervisor of an attempt
+    started, notice (source, reason, deadline_s), exited    by the supervisor of an attempt
     opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
     notice, stopped, finished, metrics                      by the program
 """

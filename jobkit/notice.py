@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobkit.heartbeat import open_alive
+from jobkit import contract
+from jobkit.heartbeat import open_alive, read_told
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""
@@ -28,7 +29,7 @@ class Notice:
     """A word that this attempt has to end soon.
 
     Args:
-        source: 'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGINT' or 'supervisor'.
+        source: 'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGINT', 'supervisor', or what the supervisor heard of.
         reason: What is known of the cause, for a person.
         at_s: When it came, on the clock of `time.monotonic`.
         deadline_s: Seconds from `at_s` until the process is killed, None where nobody said.
@@ -38,6 +39,11 @@ class Notice:
     reason: str
     at_s: float
     deadline_s: float | None = None
+
+    @property
+    def deadline_at(self) -> float | None:
+        """When the process is killed, on the clock of `time.monotonic`; None where nobody said."""
+        return None if self.deadline_s is None else self.at_s + self.deadline_s
 
 
 _listening: "set[Listener]" = set()
@@ -73,7 +79,7 @@ class Listener:
         self.noticed = False
         """Whether a notice has come; the one thing a training loop looks at."""
         self._supervisor = supervisor
-        self._first: tuple[str, str, float] | None = None
+        self._first: tuple[str, str, float, float | None] | None = None
         self._interrupts = 0
         self._insist = False
         self._earlier: dict[signal.Signals, Any] = {}
@@ -84,8 +90,17 @@ class Listener:
 
     @property
     def notice(self) -> Notice | None:
-        """The first notice that came, None while there is none."""
-        return Notice(*self._first) if self._first is not None else None
+        """The first notice that came, None while there is none.
+
+        What the supervisor knows of it comes in a file beside the signal, and may be told more nearly later.
+        """
+        if self._first is None:
+            return None
+        source, reason, at_s, grace_s = self._first
+        told = read_told(self._supervisor) if self._supervisor is not None else None
+        if told is None:
+            return Notice(source, reason, at_s, grace_s)
+        return Notice(told.source, told.reason, at_s, None if told.deadline_at is None else told.deadline_at - at_s)
 
     def open(self) -> None:
         """Start listening."""
@@ -127,16 +142,25 @@ class Listener:
         self._earlier.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.note(signal.Signals(number).name, "signal")
+        self._note_signal(number)
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= 3 and self._insist:
                 raise KeyboardInterrupt
 
-    def note(self, source: str, reason: str) -> None:
-        """Take a notice, unless there was one before."""
+    def _note_signal(self, number: int) -> None:
+        self.note(signal.Signals(number).name, "signal", contract.grace_s_from(number))
+
+    def note(self, source: str, reason: str, grace_s: float | None = None) -> None:
+        """Take a notice, unless there was one before.
+
+        Args:
+            source: Where it came from.
+            reason: What is known of the cause.
+            grace_s: Seconds from now until the process is killed, None where nobody said.
+        """
         if self._first is None:
-            self._first = (source, reason, time.monotonic())
+            self._first = (source, reason, time.monotonic(), grace_s)
         self.noticed = True
 
     def _watch(self) -> None:
@@ -150,7 +174,8 @@ class Listener:
             for descriptor, _ in poll.poll():
                 if descriptor == self._alive:
                     poll.unregister(descriptor)
-                    self.note("supervisor", "the supervisor of this attempt is gone")
+                    gone = "the supervisor of this attempt is gone"
+                    self.note("supervisor", gone, contract.grace_s_from(signal.SIGTERM))
                     self._pass_on()
                     continue
                 numbers = os.read(reader, 512)
@@ -158,7 +183,7 @@ class Listener:
                     return
                 for number in numbers:
                     if number in SIGNALS:
-                        self.note(signal.Signals(number).name, "signal")
+                        self._note_signal(number)
                         self._pass_on()
                 if self._earlier_wakeup != -1:
                     os.write(self._earlier_wakeup, numbers)

@@ -58,6 +58,10 @@ class Attempt:
     cwd: Path | None
     started: float = field(default_factory=time.time)
     notice: str | None = None
+    """Source of the first notice."""
+    notice_reason: str = "signal"
+    deadline_at: float | None = None
+    """When the program is killed, as far as anybody said; on the clock of `time.monotonic`."""
     hint: str = ""
     """Why, where the exit code alone would mislead."""
     child: int = 0
@@ -199,10 +203,13 @@ def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: m
         for number in numbers:
             if number in _FORWARDED:
                 interrupts += number == signal.SIGINT
-                insist = interrupts >= 3 and os.isatty(0)
-                _forward(attempt, link, ledger, signal.SIGKILL if insist else signal.Signals(number))
+                if interrupts >= 3 and os.isatty(0):
+                    _send(attempt, link, signal.SIGKILL)
+                else:
+                    name, grace_s = signal.Signals(number).name, contract.grace_s_from(number)
+                    give_notice(attempt, link, ledger, source=name, reason="signal", deadline_s=grace_s, number=number)
         if carrier.superseded is not None and attempt.notice is None:
-            _forward(attempt, link, ledger, signal.SIGTERM)
+            give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
@@ -214,15 +221,48 @@ def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: m
     return _exit_code(attempt, link.read())
 
 
-def _forward(attempt: Attempt, link: Link, ledger: Ledger, number: signal.Signals) -> None:
-    """Pass a notice to the process that listens for one, else to CMD itself.
+def give_notice(
+    attempt: Attempt,
+    link: Link,
+    ledger: Ledger,
+    *,
+    source: str,
+    reason: str,
+    deadline_s: float | None = None,
+    number: int = signal.SIGTERM,
+) -> None:
+    """Take a notice, wherever it comes from: write it down, tell the program what is known of it, and signal it.
+
+    The first one wins; a later one with a nearer deadline tightens it.
+
+    Args:
+        attempt: The attempt.
+        link: Where the program reads what is known.
+        ledger: The supervisor's.
+        source: 'SIGTERM', 'gce', 'stop', ...
+        reason: What is known of the cause, for a person.
+        deadline_s: Seconds from now until the program is killed; None where nobody said.
+        number: The signal that the program gets.
+    """
+    deadline_at = None if deadline_s is None else time.monotonic() + deadline_s
+    first = attempt.notice is None
+    # Half a second: a burst of the same signal has deadlines that differ by nothing.
+    tightens = deadline_at is not None and deadline_at < (attempt.deadline_at or float("inf")) - 0.5
+    if first:
+        attempt.notice, attempt.notice_reason = source, reason
+    if first or tightens:
+        attempt.deadline_at = deadline_at
+        link.tell(attempt.notice or source, attempt.notice_reason, deadline_at)
+        ledger.append("notice", source=source, reason=reason, deadline_s=deadline_s)
+    _send(attempt, link, number)
+
+
+def _send(attempt: Attempt, link: Link, number: int) -> None:
+    """Signal the process that listens for a notice, else CMD itself.
 
     A SIGTERM that comes during imports ends the program at once: no step was done, so nothing is lost, and its node is
     free sooner than if it were held back.
     """
-    if attempt.notice is None:
-        attempt.notice = number.name
-        ledger.append("notice", source=number.name)
     beat = link.read()
     listens = beat.phase >= Phase.LISTENING and beat.pid in processes.descendants()
     target = beat.pid if listens else attempt.child
@@ -307,7 +347,7 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
         "committed_step": committed,
         "started": attempt.started,
         "ended": time.time(),
-        "notice": {"source": attempt.notice, "reason": "signal"} if attempt.notice else None,
+        "notice": {"source": attempt.notice, "reason": attempt.notice_reason} if attempt.notice else None,
         "process": attempt.process[0],
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
@@ -328,7 +368,8 @@ def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:
     if outcome is Outcome.DONE:
         return "finished"
     if outcome is Outcome.PREEMPTED:
-        return f"stopped on {attempt.notice}" if attempt.notice else "stopped on notice"
+        told = attempt.notice if attempt.notice_reason == "signal" else f"notice: {attempt.notice_reason}"
+        return f"stopped on {told or 'notice'}"
     if outcome is Outcome.KILLED:
         return f"killed by {contract.describe_exit(code)}"
     return f"{contract.describe_exit(code)}: {_last_line(attempt)}".rstrip(": ")

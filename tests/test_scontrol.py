@@ -107,3 +107,10 @@ def test_partition() -> None:
 def test_time_limits(text: str, seconds: float | None) -> None:
     """Every form of sbatch(1) is read; what is none is left to sbatch."""
     assert scontrol.parse_limit(text) == seconds
+
+
+def test_kill_wait() -> None:
+    """SLURM's seconds between SIGTERM and SIGKILL, never told longer than they are."""
+    assert scontrol.kill_wait_s((RECORDED / "show_config-22.05.txt").read_text()) == 4.5
+    assert scontrol.kill_wait_s("KillWait                = 60 sec") == 59.5
+    assert scontrol.kill_wait_s("") == 29.5

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from jobkit import contract, processes
-from jobkit.heartbeat import Phase, read_beat
-from jobkit.ledger import attempt_events
+from jobkit import contract, processes, supervise
+from jobkit.heartbeat import Link, Phase, read_beat
+from jobkit.ledger import Ledger, attempt_events
+from jobkit.notice import Listener
 from jobkit.storage import Store
 
 # A stand-in for a training that needs no jax: it speaks the heartbeat and serves SIGTERM like a Run does.
@@ -126,6 +127,52 @@ def test_a_notice_reaches_the_program_as_it_came(number: signal.Signals, program
     assert told["outcome"] == "preempted"
     assert told["notice"]["source"] == number.name
     assert told["step"] > 0
+
+
+def test_the_program_learns_what_is_known_of_a_notice(tmp_path: Path) -> None:
+    """A signal's notice has the launcher's grace as deadline; where it comes from and why is the supervisor's word."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time, jobkit\n"
+        "with jobkit.Run(save_every=None) as run:\n"
+        "    state = run.resume(total=0, optimizer=None)\n"
+        "    print('listening', flush=True)\n"
+        "    for step in run.steps(100_000):\n"
+        "        time.sleep(0.01)\n"
+        "        state.total += 1\n"
+        "        if run.notice is not None:\n"
+        "            print(run.notice.source, run.notice.reason, round(run.notice.deadline_s), flush=True)\n"
+    )
+    grace = {contract.ENV_GRACE: "25", contract.ENV_WARNED: "70"}
+    for number, expected in (signal.SIGTERM, "SIGTERM signal 25"), (signal.SIGUSR2, "SIGUSR2 signal 70"):
+        under_test = Supervised(tmp_path / number.name, sys.executable, str(script), environment=grace)
+        under_test.wait_for(lambda under_test=under_test: "listening" in under_test.log())  # type: ignore[misc]
+        under_test.process.send_signal(number)
+        code, printed, _ = under_test.end()
+        assert code == 75, printed
+        assert expected in printed
+
+
+def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
+    """The first notice wins, and counts from when it came; a later one may only bring its deadline nearer."""
+    link = Link()
+    listener = Listener(link.directory)
+    listener.open()
+    try:
+        attempt = supervise.Attempt(Store(tmp_path / "run"), 0, (0, 1), ["true"], None, child=os.getpid())
+        ledger = Ledger(tmp_path / "ledger")
+        told = []
+        for source, deadline_s in ("gce", 30.0), ("SIGTERM", 40.0), ("SIGTERM", 10.0), ("stop", None):
+            supervise.give_notice(attempt, link, ledger, source=source, reason=f"by {source}", deadline_s=deadline_s)
+            time.sleep(0.05)
+            assert listener.notice is not None
+            assert listener.notice.deadline_s is not None
+            told.append((listener.notice.source, listener.notice.reason, round(listener.notice.deadline_s)))
+        assert told == [("gce", "by gce", 30)] * 2 + [("gce", "by gce", 10)] * 2
+        assert attempt.notice == "gce"
+    finally:
+        listener.close()
+        link.close()
 
 
 def test_a_burst_of_notices_changes_nothing(program: list[str], tmp_path: Path) -> None:
