@@ -195,6 +195,12 @@ def events(store: Store) -> list[Event]:
     return list(_lines(store.file(contract.EVENTS)))
 
 
+def jobs(store: Store, backend: str) -> list[str]:
+    """List a run's jobs of one scheduler that are in its ledger, oldest first."""
+    told = (event for event in events(store) if event["event"] == "job" and "id" in event)
+    return [str(event["id"]) for event in told if event.get("backend", "slurm") == backend]
+
+
 def last_life_event(store: Store) -> Event:
     """Return the newest of submitted, resumed, decision, ended; empty if there is none."""
     for event in reversed(list(_lines(store.file(contract.EVENTS)))):

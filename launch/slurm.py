@@ -31,6 +31,7 @@ from launch.submission import (
     OURS,
     ask_to_cancel,
     cancel_content,
+    end,
     new_run,
     open_run,
     prepare,
@@ -187,7 +188,7 @@ def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None) -> st
             job = executor._submit_command(command(store)).job_id
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}") from None
-    record(store, "job", id=str(job), by=who())
+    record(store, "job", id=str(job), backend=BACKEND, by=who())
     with contextlib.suppress(JobkitError):
         mirror.carry_described(store)
     return str(job)
@@ -270,7 +271,7 @@ _SHORT_HOLD_S = 15.0
 
 def jobs(store: Store) -> list[str]:
     """List the numbers of a run's jobs that are in its ledger, oldest first."""
-    return [str(event["id"]) for event in report.events(store) if event["event"] == "job" and "id" in event]
+    return report.jobs(store, BACKEND)
 
 
 def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
@@ -386,12 +387,3 @@ def cancel(
 def _tell(job: str, *options: str) -> None:
     with contextlib.suppress(SlurmError):  # it has ended this very moment
         scontrol.run("scancel", *options, job)
-
-
-def end(store: Store, state: State, reason: str) -> None:
-    """Write down the end of a run, unless it is written."""
-    if report.last_life_event(store).get("event") == "ended":
-        return
-    record(store, "ended", state=state, reason=reason)
-    with contextlib.suppress(JobkitError):
-        mirror.carry_described(store)

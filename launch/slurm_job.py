@@ -11,13 +11,14 @@ import signal
 import sys
 import time
 
-from jobkit import contract, mirror, processes
+from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from launch import leftovers, nodes, report, restart, scontrol, slurm
 from launch import spec as specs
-from launch.runner import Runner, free_port
+from launch.job_runner import JobRunner
+from launch.runner import free_port
 from launch.scontrol import Cause, SlurmError
 from launch.spec import JobSpec
 from launch.submission import OURS, open_run
@@ -27,7 +28,7 @@ _ASK_S = 2.0
 _KILLED = 128 + signal.SIGKILL
 
 
-class SlurmRunner(Runner):
+class SlurmRunner(JobRunner):
     """Run attempts inside one job.
 
     Args:
@@ -38,28 +39,15 @@ class SlurmRunner(Runner):
     """
 
     def __init__(self, store: Store, spec: JobSpec, job: str, restarts: int) -> None:
-        super().__init__(store, spec, None)
-        self._job, self._restarts = job, restarts
+        super().__init__(store, spec, job, slurm.BACKEND)
+        self._restarts = restarts
         self._secured = ""
         """What makes the run go on after this job, once that is arranged."""
 
-    def run_job(self) -> int:
-        """Run until the job has to end; return its exit code."""
-        self._listen()
+    def _listen(self) -> None:
+        super()._listen()
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
-        processes.become_subreaper()
-        if self._job not in slurm.jobs(self._store):  # its submit was killed before it could write that down
-            self._ledger.append("job", id=self._job, durable=True)
-        self._newest_attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
-        if (other := self._superseded()) is not None:
-            return self._leave(f"{other} has taken over", Exit.DONE)
-        if report.last_life_event(self._store).get("event") == "ended":
-            return self._leave("the run has ended; this job has nothing to do", Exit.DONE)
-        try:
-            return self._attempts_in_job()
-        except JobkitError as error:
-            return self._end(State.FAILED, str(error))
 
     def _attempts_in_job(self) -> int:
         here = {"job": self._job, "restarts": self._restarts}
@@ -84,14 +72,6 @@ class SlurmRunner(Runner):
             why = self._ask(self._history[-1].outcome)
             if (code := self._decide(policy, why)) is not None:
                 return code
-
-    def _remember(self) -> restart.Policy:
-        """Take up the history of the run since it was submitted or resumed: earlier incarnations and jobs."""
-        begun = [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed")]
-        skip, committed = (begun[-1].get("attempts", 0), begun[-1].get("committed", -1)) if begun else (0, -1)
-        attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
-        self._history = [self._ended(attempt, 0.0) for attempt in attempts]
-        return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
 
     def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
         """Act on how the last attempt ended; return the job's exit code, or None to go on in this allocation."""
@@ -163,8 +143,7 @@ class SlurmRunner(Runner):
         newest = max(slurm.jobs(self._store), key=scontrol.number, default=self._job)
         if scontrol.number(newest) > scontrol.number(self._job) and newest not in self._secured.split():
             return f"job {newest}"
-        attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
-        return f"attempt {attempt}" if attempt > self._newest_attempt else None
+        return super()._superseded()
 
     def _while_running(self) -> None:
         """Look after the run's future when SLURM ends the job under a program that may not be through in time."""
@@ -225,19 +204,6 @@ class SlurmRunner(Runner):
         # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.
         return (State.CANCELLED, report.cancel_reason(self._store)) if self._cancelled() else None
 
-    def _end(self, state: State, reason: str) -> int:
-        """Write down the end of the run."""
-        slurm.end(self._store, state, reason)
-        return self._leave(reason, {State.DONE: Exit.DONE, State.CANCELLED: Exit.DONE}.get(state, Exit.FAILED))
-
-    def _leave(self, reason: str, code: Exit) -> int:
-        print(f"jobkit: {reason}", file=sys.stderr, flush=True)
-        try:
-            mirror.carry_described(self._store)
-        except JobkitError as error:
-            print(f"jobkit: {error}", file=sys.stderr, flush=True)
-        return int(code)
-
     # One attempt is one step.
 
     def _processes(self) -> list[dict[str, str]]:
@@ -273,9 +239,6 @@ class SlurmRunner(Runner):
         # SIGTERM comes KillWait before SIGKILL, of a preemption GraceTime earlier still; which one it was is not known.
         grace_s = min(self._spec.grace_s, scontrol.kill_wait_s())
         return {contract.ENV_GRACE: f"{grace_s:g}", contract.ENV_WARNED: f"{self._spec.grace_s:g}"}
-
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ  # the step's parent is SLURM, not this process
 
     def _ask_to_stop(self, started: list[int]) -> None:
         try:

@@ -16,10 +16,11 @@ from pathlib import Path
 import msgspec
 
 from jobkit import contract, mirror
+from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import Ledger
 from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
-from launch import snapshot
+from launch import report, snapshot
 from launch import spec as specs
 from launch.command import check_command
 from launch.lock import RunLock, acquire, cancel_mutex, held, holder
@@ -273,6 +274,15 @@ def record(store: Store, event: str, **fields: object) -> None:
     ledger = Ledger(store.file(contract.EVENTS))
     ledger.append(event, durable=True, **fields)
     ledger.close()
+
+
+def end(store: Store, state: State, reason: str) -> None:
+    """Write down the end of a run, unless it is written."""
+    if report.last_life_event(store).get("event") == "ended":
+        return
+    record(store, "ended", state=state, reason=reason)
+    with contextlib.suppress(JobkitError):
+        mirror.carry_described(store)
 
 
 def runner_environment() -> dict[str, str]:

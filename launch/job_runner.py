@@ -1,0 +1,89 @@
+"""The runner inside a job of a scheduler: what SLURM's jobs and those of managed batch services have in common.
+
+A scheduler starts it, ends it and starts it again, on other machines; what it knows is in the run directory. It runs
+attempts until the job has to end, and its exit code tells the scheduler what to do next.
+"""
+
+import sys
+from collections.abc import Mapping
+
+from jobkit import contract, mirror, processes
+from jobkit.contract import Exit, State
+from jobkit.errors import JobkitError
+from jobkit.storage import Store
+from launch import report, restart, submission
+from launch.runner import Runner
+from launch.spec import JobSpec
+
+
+class JobRunner(Runner):
+    """Run attempts inside one job.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        job: The scheduler's name of this job.
+        backend: The scheduler.
+    """
+
+    codes: Mapping[State, int] = {State.DONE: Exit.DONE, State.CANCELLED: Exit.DONE}
+    """Exit code of the job by how the run ended; any other end is a failure."""
+
+    def __init__(self, store: Store, spec: JobSpec, job: str, backend: str) -> None:
+        super().__init__(store, spec, None)
+        self._job, self._backend = job, backend
+
+    def run_job(self) -> int:
+        """Run until the job has to end; return its exit code.
+
+        Signals: main thread only.
+        """
+        self._listen()
+        processes.become_subreaper()
+        if self._job not in report.jobs(self._store, self._backend):  # its submit was killed before it wrote that down
+            self._ledger.append("job", id=self._job, backend=self._backend, durable=True)
+        self._newest_attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
+        if (other := self._superseded()) is not None:
+            return self._leave(f"{other} has taken over", Exit.DONE)
+        last = report.last_life_event(self._store)
+        if last.get("event") == "ended":
+            return self._leave("the run has ended; this job has nothing to do", self._code(last.get("state")))
+        try:
+            return self._attempts_in_job()
+        except JobkitError as error:
+            return self._end(State.FAILED, str(error))
+
+    def _attempts_in_job(self) -> int:
+        raise NotImplementedError
+
+    def _superseded(self) -> str | None:
+        """Name what has taken over from this job: an attempt that it did not start."""
+        attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
+        return f"attempt {attempt}" if attempt > self._newest_attempt else None
+
+    def _remember(self) -> restart.Policy:
+        """Take up the history of the run since it was submitted or resumed: earlier incarnations and jobs."""
+        begun = [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed")]
+        skip, committed = (begun[-1].get("attempts", 0), begun[-1].get("committed", -1)) if begun else (0, -1)
+        attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
+        self._history = [self._ended(attempt, 0.0) for attempt in attempts]
+        return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
+
+    def _end(self, state: State, reason: str) -> int:
+        """Write down the end of the run."""
+        submission.end(self._store, state, reason)
+        return self._leave(reason, self._code(state))
+
+    def _code(self, state: object) -> int:
+        return int(next((code for ended, code in self.codes.items() if ended == state), Exit.FAILED))
+
+    def _leave(self, reason: str, code: int) -> int:
+        print(f"jobkit: {reason}", file=sys.stderr, flush=True)
+        try:
+            mirror.carry_described(self._store)
+        except JobkitError as error:
+            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+        return int(code)
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ
