@@ -217,11 +217,28 @@ _SLURM_OURS = ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLU
 def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> str:
     """Have a run go on after its job without some nodes; return what was done, for the ledger.
 
+    As many of the nodes are left out, the worst first, as leave enough that are up: a job that waits for a node to come
+    back might wait for ever.
+
     Raises:
-        ConfigError: If SLURM has no others.
+        ConfigError: If not even the worst can be spared.
     """
-    successor = _sbatch(store, _without(spec, avoid), dependency=f"afterany:{job}")
-    return f"submitted job {successor} after job {job}, without {', '.join(avoid)}"
+    for count in range(len(avoid), 0, -1):
+        if _could_start(_without(spec, avoid[:count])):
+            successor = _sbatch(store, _without(spec, avoid[:count]), dependency=f"afterany:{job}")
+            return f"submitted job {successor} after job {job}, without {', '.join(avoid[:count])}"
+    raise ConfigError(f"SLURM has not enough nodes that are up, without {avoid[0]}")
+
+
+def _could_start(spec: JobSpec) -> bool:
+    """Ask SLURM whether a job could ever start on the nodes that are up now; submits nothing."""
+    flags = [f"--{name}={value}" if value else f"--{name}" for name, value in spec.sbatch.items()]
+    with _clean_environment():
+        try:
+            scontrol.run("sbatch", "--test-only", "--output=/dev/null", *flags, "--wrap=true")
+        except JobkitError:
+            return False
+    return True
 
 
 def _without(spec: JobSpec, avoid: Sequence[str]) -> JobSpec:
@@ -250,6 +267,9 @@ def again(store: Store, spec: JobSpec, job: str, *, running: bool, avoid: Sequen
         JobkitError: If SLURM refuses both.
     """
     why = "since this one is being ended"
+    if avoid:
+        with contextlib.suppress(ConfigError):
+            return elsewhere(store, spec, job, avoid)
     if running:
         try:
             hold_s = scontrol.hold_s()
@@ -259,9 +279,6 @@ def again(store: Store, spec: JobSpec, job: str, *, running: bool, avoid: Sequen
             why = f"since a requeue is held back for {show_duration(hold_s)}"
         except SlurmError as error:
             why = f"since it cannot be requeued ({error})"
-    if avoid:
-        with contextlib.suppress(ConfigError):
-            return f"{elsewhere(store, spec, job, avoid)}, {why}"
     successor = _sbatch(store, spec, dependency=f"afterany:{job}")
     return f"submitted job {successor} after job {job}, {why}"
 

@@ -116,12 +116,14 @@ class SlurmRunner(JobRunner):
         before = [event for event in report.events(self._store) if event["event"] == "job_started"][:-1]
         if before:
             for node in scontrol.lost_nodes(str(before[-1].get("nodes", ""))):
-                self._ledger.append("strike", node=node, why="SLURM lost it", weight=2.0, durable=True)
+                self._ledger.append("strike", node=node, why="SLURM lost it", lost=True, durable=True)
 
     def _move_away(self) -> bool:
         """Leave this allocation for one without the nodes that failed us, if it has any and SLURM has others."""
-        bad = nodes.avoid(report.events(self._store), time.time())
-        if not set(bad) & set(scontrol.hostnames(_nodes())):
+        here = set(scontrol.hostnames(_nodes()))
+        # Ours first: others are spared before them, if all cannot be.
+        bad = sorted(nodes.avoid(report.events(self._store), time.time()), key=lambda node: node not in here)
+        if not bad or bad[0] not in here:
             return False
         try:
             self._secured = slurm.elsewhere(self._store, self._spec, self._job, bad)

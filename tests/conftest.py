@@ -3,11 +3,13 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from tests.login import Login
     from tests.slurm import Cluster
 
 for name in [name for name in os.environ if name.startswith(("JOBKIT_", "SLURM_", "SBATCH_", "SRUN_"))]:
@@ -29,3 +31,13 @@ def cluster() -> "Iterator[Cluster]":
         pytest.skip(f"SLURM is missing: {slurm_packages.HOW}")
     with slurm.Cluster() as running:
         yield running
+
+
+@pytest.fixture
+def login(cluster: "Cluster", tmp_path: Path) -> "Iterator[Login]":
+    """Yield a user on a cluster whose nodes are all idle."""
+    from tests.login import Login
+
+    cluster.tidy()
+    yield Login(cluster, tmp_path)
+    cluster.tidy()

@@ -5,11 +5,8 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +15,13 @@ import pytest
 from jobkit import commits, contract, processes
 from jobkit.heartbeat import read_beat
 from jobkit.ledger import read_events, read_json
-from jobkit.storage import Store
 from launch import leftovers, report
 from tests import training
 from tests.gcs_server import GcsServer
+from tests.login import SCRIPT, Login
 from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
-
-_SCRIPT = """\
-import os, sys
-from tests import training
-train = training.train_many if len(sys.argv) > 2 else training.train
-train(os.environ["JOBKIT_RUN"], pause_s=float(sys.argv[1]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,92 +39,6 @@ def undisturbed_many(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = tmp_path_factory.mktemp("undisturbed") / "run"
     assert training.join_many(training.start_many(url, 2)) == [0, 0]
     return training.digest(url)
-
-
-@dataclass
-class Login:
-    """A user on the cluster's login node.
-
-    Args:
-        cluster: The cluster.
-        home: The user's directory.
-    """
-
-    cluster: Cluster
-    home: Path
-
-    @property
-    def store(self) -> Store:
-        """The run that the tests submit."""
-        return Store(self.home / "run")
-
-    def jobkit(self, *arguments: str, code: int = 0) -> str:
-        """Run the command line; return what it printed on standard output, or its errors where it is to fail."""
-        environ = os.environ | self.cluster.environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        ended = subprocess.run(
-            [sys.executable, "-m", "launch", *arguments],
-            cwd=self.home,
-            env=environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode == code, ended.stdout + ended.stderr
-        return ended.stderr if code else ended.stdout
-
-    def submit(self, *options: str, pause_s: float = 0.1, nodes: int = 1) -> str:
-        """Submit the training, one process on each node; return the job's number."""
-        (self.home / "train.py").write_text(_SCRIPT)
-        command = ("python", "train.py", str(pause_s))
-        if nodes > 1:
-            options, command = (*options, "-N", str(nodes)), (*command, "many")
-        told = json.loads(self.jobkit("submit", "--on", "slurm", "--run", "run", *options, "--json", "--", *command))
-        assert told["state"] == "queued" or told["job"]
-        return str(told["job"])
-
-    def status(self) -> dict[str, Any]:
-        """Return the run's status."""
-        told: dict[str, Any] = json.loads(self.jobkit("status", "run", "--json"))
-        return told
-
-    def until(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 90.0) -> dict[str, Any]:
-        """Wait for a status."""
-        deadline = time.monotonic() + timeout_s
-        while not condition(told := self.status()):
-            log = "\n".join(path.read_text() for path in self.store.file("slurm").glob("*.out"))
-            assert time.monotonic() < deadline, f"{told}\n{log}\n{self.cluster.logs()}"
-            time.sleep(0.2)
-        return told
-
-    def until_step(self, step: int) -> dict[str, Any]:
-        """Wait until the newest attempt trains and has completed so many steps."""
-        return self.until(lambda told: told["phase"] == "stepping" and (told["step"] or 0) >= step)
-
-    def outcomes(self) -> list[dict[str, Any]]:
-        """Return how each attempt ended."""
-        numbers = self.store.numbers(contract.ATTEMPTS)
-        return [leftovers.read_outcome(self.store, number) or {} for number in numbers]
-
-    def check_end(self, digest: str) -> None:
-        """Wait for the end, which must be the undisturbed run's to the last bit; no job is left."""
-        told = self.until(lambda told: told["state"] in ("done", "failed", "cancelled"), 150)
-        assert told["state"] == "done", told
-        assert training.digest(self.store.path) == digest
-        self.until_no_job()
-
-    def until_no_job(self) -> None:
-        """Wait until SLURM has none of our jobs any more."""
-        self.cluster.wait(
-            lambda: not self.cluster.run("squeue", "--noheader", "--me").strip(), "the queue is empty", 60
-        )
-
-
-@pytest.fixture
-def login(cluster: Cluster, tmp_path: Path) -> Iterator[Login]:
-    """Yield a user on a cluster whose nodes are all idle."""
-    cluster.tidy()
-    yield Login(cluster, tmp_path)
-    cluster.tidy()
 
 
 def node_of(login: Login, job: str) -> str:
@@ -337,7 +241,7 @@ def test_resume_after_a_cancel(login: Login, undisturbed: str) -> None:
 def test_dry_run_prints_the_script(login: Login) -> None:
     """A dry run prints the batch script and writes nothing; no input of the user's reaches a shell unquoted."""
     evil = "a; touch pwned $(touch pwned)"
-    (login.home / "train.py").write_text(_SCRIPT)
+    (login.home / "train.py").write_text(SCRIPT)
     printed = login.jobkit(
         "submit", "--on", "slurm", "--run", evil, "-p", "low", "--time", "1:00:00", "--sbatch", "exclude=n[1-3]",
         "--dry-run", "--", "python", "train.py", "'; touch pwned",
@@ -362,7 +266,7 @@ def test_dry_run_prints_the_script(login: Login) -> None:
 )
 def test_refused_submissions_leave_nothing(options: list[str], message: str, login: Login) -> None:
     """What SLURM or jobkit refuses is one sentence, exit code 2, and no run directory."""
-    (login.home / "train.py").write_text(_SCRIPT)
+    (login.home / "train.py").write_text(SCRIPT)
     said = login.jobkit("submit", "--on", "slurm", "--run", "run", *options, "--", "python", "train.py", code=2)
     assert message in said
     assert len(said.strip().splitlines()) == 1, said
@@ -472,7 +376,7 @@ def test_a_cancelled_job_has_no_successor(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes without a shared disk and a login node with neither: preempted, it goes on elsewhere, bit-equal."""
-    (login.home / "train.py").write_text(_SCRIPT)
+    (login.home / "train.py").write_text(SCRIPT)
     monkeypatch.setenv("HOME", str(login.home))  # the script lies there
     monkeypatch.setenv(contract.ENV_HOME, str(login.home / "disk-of-login"))
     with GcsServer() as server:
