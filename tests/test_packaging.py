@@ -19,8 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "progress", "remote", "storage", "heartbeat", "ledger",
-    "commits", "mirror", "strategy", "notice", "state", "group", "agreement", "arrays", "restore", "checkpoint",
-    "plain", "run", "supervise", "compare", "export",
+    "commits", "mirror", "strategy", "notice", "metadata", "state", "group", "agreement", "arrays", "restore",
+    "checkpoint", "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
