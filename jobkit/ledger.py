@@ -5,6 +5,7 @@ the reader drops a torn line. The events, by who writes them:
 
     submitted, resumed, cancelled, decision, ended          by the launching side, in events.jsonl
     started, notice (source, reason, deadline_s), exited    by the supervisor of an attempt
+    metadata (source, kind, reason)                         by it: what a cloud says beside notices
     opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
     notice, stopped, finished, metrics                      by the program
 """
