@@ -35,10 +35,8 @@ ENV_GRACE = "JOBKIT_GRACE_S"
 """Seconds from a SIGTERM, with which nobody tells more, until SIGKILL, as far as the launcher knows."""
 ENV_WARNED = "JOBKIT_WARNED_S"
 """The same from a SIGUSR1 or SIGUSR2, with which a scheduler warns before a time limit."""
-ENV_METADATA = "JOBKIT_METADATA"
-"""Whose metadata server is watched for a preemption: gce, aws, azure, off, or auto for the cloud that this is."""
-ENV_AZURE_METADATA = "JOBKIT_AZURE_METADATA"
-"""URL of another server than Azure's own; the other clouds have variables for that themselves."""
+ENV_STALL = "JOBKIT_STALL_S"
+"""Seconds that a step may take before the program counts as stalled; 0: it never does; absent: learned."""
 ENV_FAULT = "JOBKIT_FAULT"
 """Kill this process at a named point, for drills and tests (see faults.py)."""
 
@@ -185,6 +183,15 @@ def grace_s_from(number: int, environ: Mapping[str, str] = os.environ) -> float 
     except ValueError:
         return None
     return grace_s if math.isfinite(grace_s) and grace_s >= 0 else None
+
+
+def stall_s_from(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Read from the launcher's environment how long a step may take, 0 for ever; None where nobody said."""
+    try:
+        stall_s = float(environ.get(ENV_STALL, ""))
+    except ValueError:
+        return None
+    return stall_s if math.isfinite(stall_s) and stall_s >= 0 else None
 
 
 def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:

@@ -5,6 +5,7 @@ descriptor, since launchers in between (`subprocess.run`, a shell, srun) close d
 It holds
     heartbeat   one record, rewritten in place by the program: pid, phase, step, committed step, time
     notice.json what is known of a notice, before the program is signalled: source, reason, deadline
+    stacks      the program's Python stacks, written on SIGQUIT (see stacks.py)
     alive       a named pipe whose write end the supervisor keeps open: it hangs up when the supervisor is gone
 """
 
@@ -17,11 +18,12 @@ import shutil
 import struct
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _RECORD = struct.Struct("<IIqqqq")  # version, pid, phase, step, committed step, time (CLOCK_MONOTONIC, ns)
-_VERSION = 1
+_VERSION = 2
 
 
 class Phase(enum.IntEnum):
@@ -35,12 +37,19 @@ class Phase(enum.IntEnum):
     FIRST_STEP = 3
     """Compiling, mostly."""
     STEPPING = 4
-    STOPPING = 5
+    SAVING = 5
+    """The loop waits for a save."""
+    STOPPING = 6
     """Saving on notice."""
-    FINISHED = 6
+    FINISHED = 7
     """The last step is done; what follows is the program's own."""
-    STOPPED = 7
+    STOPPED = 8
     """Committed on notice and leaving, whatever a shell around the program makes of its exit code."""
+
+    @property
+    def words(self) -> str:
+        """The phase as a person reads it: 'first step'."""
+        return self.name.lower().replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Heartbeat:
         self.committed_step = -1
 
     def beat(self) -> None:
-        """Publish phase, step and committed step as they stand now."""
+        """Publish phase, step and committed step as they stand now; only the loop does, for this is its progress."""
         _RECORD.pack_into(
             self._page, 0, _VERSION, self._pid, self.phase, self.step, self.committed_step, time.monotonic_ns()
         )
@@ -104,6 +113,16 @@ class Heartbeat:
         """Change phase and publish."""
         self.phase = phase
         self.beat()
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Be in a phase for a while, and then in the one before it again."""
+        before = self.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def bury(self) -> None:
         """Remove the directory of a supervisor that is gone."""

@@ -4,8 +4,8 @@ A line is one `write` to a file opened with O_APPEND, so that a SIGKILL tears at
 the reader drops a torn line. The events, by who writes them:
 
     submitted, resumed, cancelled, decision, ended          by the launching side, in events.jsonl
-    started, notice (source, reason, deadline_s), exited    by the supervisor of an attempt
-    metadata (source, kind, reason)                         by it: what a cloud says beside notices
+    started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
+    exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
     opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
     notice, stopped, finished, metrics                      by the program
 """
@@ -97,10 +97,14 @@ def attempt_events(store: Store, attempt: int) -> list[Event]:
     events = []
     for name in store.names(contract.attempt_dir(attempt)):
         if name.startswith("events-") and name.endswith(".jsonl"):
-            writer = name.removeprefix("events-").removesuffix(".jsonl")
-            extra = {"attempt": attempt, "writer": writer}
-            events += [event | extra for event in _lines(store, f"{contract.attempt_dir(attempt)}/{name}")]
+            events += writer_events(store, attempt, name.removeprefix("events-").removesuffix(".jsonl"))
     return sorted(events, key=lambda event: event["t"])
+
+
+def writer_events(store: Store, attempt: int, writer: str) -> list[Event]:
+    """Read the events of one writer of one attempt, in the order written."""
+    extra = {"attempt": attempt, "writer": writer}
+    return [event | extra for event in _lines(store, contract.events_file(attempt, writer))]
 
 
 def _lines(store: Store, name: str) -> list[Event]:

@@ -70,6 +70,12 @@ def alive(pid: int) -> bool:
     return entry is None or entry[0] not in "ZX"
 
 
+def state(pid: int) -> str:
+    """Return a process's state as proc(5) has it: R, S, D (in the kernel), T (stopped), t (traced), Z; '' if gone."""
+    entry = _stat(pid) if pid > 0 else None
+    return entry[0] if entry is not None else ""
+
+
 def with_environment(name: str, value: str) -> list[int]:
     """Return the live processes of this user that were started with `name=value` in their environment.
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import jax
 
-from jobkit import commits, contract, mirror, plain, state
+from jobkit import commits, contract, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
@@ -146,6 +146,7 @@ class Run:
         self._listener.open()
         try:
             self._heartbeat = Heartbeat(directory)
+            self._end_stacks = stacks.answer(directory)
             self._heartbeat.enter(Phase.LISTENING)
             given = contract.attempt_from()
             claim = (lambda: mirror.claim(self._store)) if given is None else (lambda: given)
@@ -237,6 +238,8 @@ class Run:
             finally:
                 self._ledger.close()
                 self._listener.close()
+                if error is None:  # what cannot leave may hang in its last breath
+                    self._end_stacks()
                 if self._listener.notice is not None and self._listener.notice.source == "supervisor":
                     self._heartbeat.bury()
 
@@ -399,6 +402,16 @@ class Run:
     def committed_step(self) -> int:
         """Newest committed step, -1 if there is none."""
         return self._checkpoints.committed_step
+
+    def beat(self) -> None:
+        """Say that the loop is alive, inside what takes long between two steps: an evaluation, a download.
+
+        Whoever watches for a program that hangs counts the time from here again. Needed only with a short `--stall`, or
+        for what takes an hour and more.
+        """
+        if not self._opened:
+            raise ConfigError("open the run first: with jobkit.Run(...) as run: ... run.beat()")
+        self._heartbeat.beat()
 
     def steps(self, total: int) -> Iterator[int]:
         """Count the run's steps: `for step in run.steps(10_000)` yields what is left of 0..9999.
@@ -583,7 +596,8 @@ class Run:
     def _save(self, reason: str, metrics: dict[str, float]) -> None:
         """Start a save; training goes on if it fails, loudly."""
         try:
-            self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=metrics)
+            with self._heartbeat.during(Phase.SAVING):
+                self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=metrics)
         except SupersededError:
             raise
         except JobkitError as error:
@@ -635,7 +649,8 @@ class Run:
     def _finish(self) -> None:
         """Commit the last step."""
         self._looping = False
-        self._commit("end")
+        with self._heartbeat.during(Phase.SAVING):
+            self._commit("end")
         self._finished = True
         self._heartbeat.enter(Phase.FINISHED)
         self._flush(everything=True)

@@ -22,24 +22,24 @@ from typing import IO
 
 import click
 
-from jobkit import commits, contract, metadata, mirror, processes
+from jobkit import commits, contract, mirror, processes, stacks
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
-from jobkit.memory import Memory
 from jobkit.storage import Store, explain
+from jobkit.watchdog import Stall, Watchdog, learn
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _LEFTOVER_S = 5.0
 """What CMD leaves running when it ends gets this long between SIGTERM and SIGKILL."""
 _SAVING_S = 60.0
 """A program that outlives the shell around it gets this long to end by itself, since it may be saving."""
+_ASKED_S = 30.0
+"""A stalled program gets this long to commit what it can, which its threads may still be able to, before SIGKILL."""
 _TICK_S = 0.25
 _UPLOAD_S, _UPLOAD_NOTICED_S = 600.0, 120.0
 """How long the last uploads may take; what is not up by then waits on this node for the next attempt."""
-_STAY_S = 15.0
-"""A machine that is still there so long after its cloud was to take it away stays."""
 
 
 @dataclass
@@ -65,11 +65,11 @@ class Attempt:
     notice_reason: str = "signal"
     deadline_at: float | None = None
     """When the program is killed, as far as anybody said; on the clock of `time.monotonic`."""
-    going: bool = False
-    """Whether a cloud is taking this machine away, and has not come to its shutdown yet."""
     hint: str = ""
     """Why, where the exit code alone would mislead."""
-    memory: Memory = field(default_factory=Memory)
+    stall: Stall | None = None
+    kill_at: float | None = None
+    """When a stalled program is killed with all it started, on the clock of `time.monotonic`."""
     child: int = 0
     codes: dict[int, int] = field(default_factory=dict)
     """Exit codes of everything reaped, by pid; negative for a death by signal."""
@@ -84,6 +84,11 @@ class Attempt:
         """Whether the attempt has no other processes."""
         return self.process[1] == 1
 
+    @property
+    def writer(self) -> str:
+        """Name of this supervisor's ledger."""
+        return "supervisor" if self.process[0] == 0 else f"supervisor-{self.process[0]}"
+
 
 def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) -> int:
     """Run one attempt to its end.
@@ -96,17 +101,15 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     """
     processes.become_subreaper()
     wakeup = _listen()
-    watch = metadata.Watch(metadata.cloud_of())
     given, (index, count) = contract.attempt_from(), contract.process_from()
     if given is None and count > 1:
         raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
     attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
-    name = "supervisor" if index == 0 else f"supervisor-{index}"
-    ledger = Ledger(store.file(contract.events_file(attempt.number, name)))
+    ledger = Ledger(store.file(contract.events_file(attempt.number, attempt.writer)))
+    dog = Watchdog(learn(store, attempt.number, attempt.writer), stall_s=contract.stall_s_from())
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
     try:
-        watch.start()
         if index == 0:
             carrier.start()
         store.write(
@@ -121,21 +124,19 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
                 log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
-            code = _watch(attempt, link, ledger, wakeup, carrier, watch)
+            code = _watch(attempt, link, ledger, wakeup, carrier, dog)
             if index == 0:
                 code = _upload(attempt, carrier, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
-        _end(attempt, ledger, link.read(), code)
+        _end(attempt, ledger, link.read(), code, dog)
         if index == 0:
             with contextlib.suppress(JobkitError):
                 carrier.carry_files()  # the outcome itself
-        _stay(attempt, code, wakeup, watch)
         # A launcher of several processes ends all when one ends badly, and these may still be saving.
         return 0 if code == Exit.PREEMPTED and not attempt.alone else code
     finally:
-        watch.close()
         link.close()
         ledger.close()
 
@@ -146,8 +147,6 @@ def _listen() -> int:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in (*_FORWARDED, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
-    # Who starts us may have held signals back until we can listen: for a PID 1 they would be lost (docker/Dockerfile).
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     return reader
 
 
@@ -203,9 +202,7 @@ def _upload(attempt: Attempt, carrier: mirror.Mirror, code: int) -> int:
     return code
 
 
-def _watch(
-    attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: mirror.Mirror, watch: metadata.Watch
-) -> int:
+def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: mirror.Mirror, dog: Watchdog) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
     tail = _Tail()
     poll = select.poll()
@@ -216,17 +213,15 @@ def _watch(
         numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
         for number in numbers:
             if number in _FORWARDED:
-                attempt.going = False
                 interrupts += number == signal.SIGINT
                 if interrupts >= 3 and os.isatty(0):
                     _send(attempt, link, signal.SIGKILL)
                 else:
                     name, grace_s = signal.Signals(number).name, contract.grace_s_from(number)
                     give_notice(attempt, link, ledger, source=name, reason="signal", deadline_s=grace_s, number=number)
-        for said in watch.said():
-            _hear(attempt, link, ledger, said)
         if carrier.superseded is not None and attempt.notice is None:
             give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
+        _look_for_stall(attempt, link, ledger, dog)
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
@@ -236,35 +231,6 @@ def _watch(
     _reap(attempt)
     _copy_log(attempt, tail)
     return _exit_code(attempt, link.read())
-
-
-def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> None:
-    """Act on what a cloud says of this machine."""
-    if said.kind is metadata.Kind.NOTICE:
-        left_s = None if said.deadline_at is None else max(0.0, said.deadline_at - time.monotonic())
-        give_notice(attempt, link, ledger, source=said.source, reason=said.reason, deadline_s=left_s)
-    else:
-        ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
-    if said.kind is not metadata.Kind.INFORMATION:
-        attempt.going = said.kind is metadata.Kind.NOTICE
-
-
-def _stay(attempt: Attempt, code: int, wakeup: int, watch: metadata.Watch) -> None:
-    """Stay until a machine that its cloud takes away is gone, or is not going any more.
-
-    Everything is on storage. Who starts the run again would do it on this machine, and lose one of its tries; SLURM
-    knows better which nodes it has.
-    """
-    until = (attempt.deadline_at or time.monotonic()) + _STAY_S
-    staying = code == Exit.PREEMPTED and attempt.alone and "SLURM_JOB_ID" not in os.environ
-    poll = select.poll()
-    poll.register(wakeup, select.POLLIN)
-    while staying and attempt.going and time.monotonic() < until:
-        numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
-        if any(number in _FORWARDED for number in numbers):
-            attempt.going = False
-        if any(said.kind is metadata.Kind.WITHDRAWN for said in watch.said()):
-            attempt.going = False
 
 
 def give_notice(
@@ -320,6 +286,42 @@ def _send(attempt: Attempt, link: Link, number: int) -> None:
         os.kill(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
 
 
+def _look_for_stall(attempt: Attempt, link: Link, ledger: Ledger, dog: Watchdog) -> None:
+    """Notice a program that makes no progress, ask it to end, and then end it with all it started."""
+    if attempt.stall is None:
+        beat = link.read()
+        # In "t" a debugger holds it: somebody is looking already.
+        attempt.stall = dog.look(beat, time.monotonic(), counts=processes.state(beat.pid) not in ("", "Z", "X", "t"))
+        if attempt.stall is not None:
+            _accuse(attempt, link, ledger, beat.pid)
+    elif attempt.kill_at is not None and time.monotonic() >= attempt.kill_at:
+        for pid in processes.descendants():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _accuse(attempt: Attempt, link: Link, ledger: Ledger, pid: int) -> None:
+    """Write down where a stalled program hangs, and ask it to commit and leave while there is hope that it can."""
+    stall = attempt.stall
+    assert stall is not None
+    state = processes.state(pid)
+    text = stacks.take(link.directory, pid)
+    frame = stacks.innermost(text)
+    how = {"T": "stopped by a signal", "D": "hanging in the kernel, on a disk or device"}.get(state, "")
+    attempt.hint = ", ".join(word for word in (str(stall), frame and f"in {frame}", how) if word)
+    with contextlib.suppress(OSError), open(attempt.log, "ab", buffering=0) as log:
+        log.write(f"jobkit: {attempt.hint}; its Python stacks:\n{text or 'it does not answer'}\n".encode())
+    told = {"step": stall.step, "waited_s": round(stall.waited_s, 3), "budget_s": round(stall.budget_s, 3)}
+    ledger.append(
+        "stalled", durable=True, phase=stall.phase.name.lower(), **told, frame=frame, state=state, stacks=text[:30_000]
+    )
+    patience_s = 0.0 if stall.phase in (Phase.STOPPING, Phase.STOPPED) else _ASKED_S
+    patience_s = min(patience_s, contract.grace_s_from(signal.SIGTERM) or _ASKED_S)
+    attempt.kill_at = time.monotonic() + patience_s
+    if patience_s:
+        give_notice(attempt, link, ledger, source="watchdog", reason=attempt.hint, deadline_s=patience_s)
+
+
 def _reap(attempt: Attempt) -> None:
     while True:
         try:
@@ -354,6 +356,11 @@ def _exit_code(attempt: Attempt, beat: Beat) -> int:
     would be lost.
     """
     code = attempt.codes[attempt.child]
+    if attempt.stall is not None and attempt.stall.phase is not Phase.STOPPED:
+        if code == Exit.DONE and beat.phase == Phase.FINISHED:  # it came back, and that was its last step
+            attempt.hint = ""
+            return int(Exit.DONE)
+        return int(Exit.STALLED)
     if beat.phase == Phase.STOPPED:
         return int(Exit.PREEMPTED)
     if beat.phase >= Phase.LISTENING and beat.pid in attempt.codes and code != 0:
@@ -379,11 +386,11 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
         sys.stdout.buffer.flush()
 
 
-def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
+def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, dog: Watchdog) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
     committed = max(commits.steps(attempt.store), default=-1)
-    reason = (attempt.hint or _reason(attempt, outcome, code)) + _memory(attempt, outcome)
+    reason = attempt.hint or _reason(attempt, outcome, code)
     told = {
         "attempt": attempt.number,
         "exit_code": code,
@@ -398,7 +405,8 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
     }
-    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason)
+    longest = {phase.name.lower(): round(seconds, 3) for phase, seconds in dog.longest_s.items() if seconds >= 1}
+    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=longest)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
         # What became of several processes together is written by who started them.
@@ -419,14 +427,6 @@ def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:
     if outcome is Outcome.KILLED:
         return f"killed by {contract.describe_exit(code)}"
     return f"{contract.describe_exit(code)}: {_last_line(attempt)}".rstrip(": ")
-
-
-def _memory(attempt: Attempt, outcome: Outcome) -> str:
-    """Say that the kernel killed for want of memory, if it did and the attempt did not end well."""
-    if outcome in (Outcome.DONE, Outcome.PREEMPTED) or not attempt.memory.killed():
-        return ""
-    killed = outcome is Outcome.KILLED
-    return f"{': out of memory' if killed else '; the kernel killed a process: out of memory'}{attempt.memory.limit()}"
 
 
 def _last_line(attempt: Attempt) -> str:

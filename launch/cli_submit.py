@@ -26,6 +26,7 @@ _PLANNED = ("gcp", "aws")
 @click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
 @click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
 @click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
+@click.option("--stall", metavar="DURATION|off", help="Restart it when a step takes longer. [default: learned, 1h+]")
 @click.option("-p", "--partition", help="SLURM: partition.")
 @click.option("--account", help="SLURM: account.")
 @click.option("--qos", help="SLURM: quality of service.")
@@ -79,7 +80,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
-    flags["max-failures"] = given["max_failures"]
+    flags |= {"max-failures": given["max_failures"], "stall": given["stall"]}
     flags["snapshot"] = False if given["no_snapshot"] else None
     options |= {name: value for name, value in flags.items() if value is not None}
     sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
@@ -104,9 +105,22 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         snapshot=options.get("snapshot", True),
         grace_s=duration_s(options.get("grace", 30.0)),
         max_failures=options.get("max-failures", 10),
+        stall_s=_stall_s(options.get("stall")),
         sbatch=sbatch,
     )
     return spec, backend
+
+
+def _stall_s(given: str | float | None) -> float | None:
+    """Read `--stall`: None by default, 0 for off."""
+    from jobkit.units import duration_s
+
+    if given is None or given == "off":
+        return None if given is None else 0.0
+    stall_s = duration_s(given)
+    if stall_s < 1:
+        raise ConfigError(f"--stall {given}: give at least 1s, or off")
+    return stall_s
 
 
 def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:

@@ -184,7 +184,8 @@ class Runner:
             cwd.mkdir(parents=True, exist_ok=True)
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
-        return supervise, environment(self._store, dict(os.environ), path=path) | self._grace()
+        told = self._grace() if spec.stall_s is None else self._grace() | {contract.ENV_STALL: f"{spec.stall_s:g}"}
+        return supervise, environment(self._store, dict(os.environ), path=path) | told
 
     def _grace(self) -> dict[str, str]:
         """Return how long an attempt has between being asked to stop and being killed."""

@@ -29,6 +29,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         snapshot: Run a copy of the code as it is now, whatever happens to the working tree later.
         grace_s: Seconds between asking an attempt to stop and killing it.
         max_failures: Failures of the program after which the run may still be restarted.
+        stall_s: Seconds that a step may take before the program counts as stalled and is started again; 0: it never
+            does; None: what this run was seen to do, generously.
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
             `ntasks-per-node` alone.
         root: Set by submit: top of the tree that the snapshot was taken of.
@@ -44,6 +46,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: bool = True
     grace_s: float = 30.0
     max_failures: int = 10
+    stall_s: float | None = None
     sbatch: dict[str, str] = {}
     root: str = ""
     code: str | None = None
@@ -93,6 +96,8 @@ def check(spec: JobSpec) -> None:
     if not re.fullmatch("[1-9][0-9]{0,4}", tasks):
         raise ConfigError(f"ntasks-per-node is {tasks!r}; give a number of processes, 1 or more")
     duration_s(spec.grace_s)
+    if spec.stall_s is not None:
+        duration_s(spec.stall_s)
 
 
 def encode(spec: JobSpec, backend: str) -> bytes:
@@ -207,6 +212,7 @@ _OPTIONS: dict[str, Any] = {
     "on": str,
     "grace": (str, int, float),
     "max-failures": int,
+    "stall": (str, int, float),
     "snapshot": bool,
     "sbatch": dict,
 } | dict.fromkeys(SBATCH, (str, int))

@@ -28,7 +28,7 @@ from launch.spec import JobSpec
 
 OURS = (
     contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER,
-    contract.ENV_PROCESS, contract.ENV_PROCESSES, contract.ENV_COORDINATOR,
+    contract.ENV_PROCESS, contract.ENV_PROCESSES, contract.ENV_COORDINATOR, contract.ENV_STALL,
 )  # fmt: skip
 """What a submit from inside another run must not hand on."""
 _PATIENCE_S = 20.0
