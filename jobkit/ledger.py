@@ -6,6 +6,7 @@ the reader drops a torn line. The events, by who writes them:
     submitted, resumed, cancelled, decision, ended          by the launching side, in events.jsonl
     started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
     exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
+    metadata (source, kind, reason)                         by it: what a cloud says beside notices
     opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
     notice, stopped, finished, metrics                      by the program
 """

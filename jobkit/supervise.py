@@ -22,11 +22,12 @@ from typing import IO
 
 import click
 
-from jobkit import commits, contract, mirror, processes, stacks
+from jobkit import commits, contract, metadata, mirror, processes, stacks
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
+from jobkit.memory import Memory
 from jobkit.storage import Store, explain
 from jobkit.watchdog import Stall, Watchdog, learn
 
@@ -40,6 +41,8 @@ _ASKED_S = 30.0
 _TICK_S = 0.25
 _UPLOAD_S, _UPLOAD_NOTICED_S = 600.0, 120.0
 """How long the last uploads may take; what is not up by then waits on this node for the next attempt."""
+_STAY_S = 15.0
+"""A machine that is still there so long after its cloud was to take it away stays."""
 
 
 @dataclass
@@ -65,11 +68,15 @@ class Attempt:
     notice_reason: str = "signal"
     deadline_at: float | None = None
     """When the program is killed, as far as anybody said; on the clock of `time.monotonic`."""
+    going: bool = False
+    """Whether a cloud is taking this machine away, and has not come to its shutdown yet."""
     hint: str = ""
     """Why, where the exit code alone would mislead."""
+    dog: Watchdog = field(default_factory=Watchdog)
     stall: Stall | None = None
     kill_at: float | None = None
     """When a stalled program is killed with all it started, on the clock of `time.monotonic`."""
+    memory: Memory = field(default_factory=Memory)
     child: int = 0
     codes: dict[int, int] = field(default_factory=dict)
     """Exit codes of everything reaped, by pid; negative for a death by signal."""
@@ -101,15 +108,17 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     """
     processes.become_subreaper()
     wakeup = _listen()
+    watch = metadata.Watch(metadata.cloud_of())
     given, (index, count) = contract.attempt_from(), contract.process_from()
     if given is None and count > 1:
         raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
     attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
     ledger = Ledger(store.file(contract.events_file(attempt.number, attempt.writer)))
-    dog = Watchdog(learn(store, attempt.number, attempt.writer), stall_s=contract.stall_s_from())
+    attempt.dog = Watchdog(learn(store, attempt.number, attempt.writer), stall_s=contract.stall_s_from())
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
     try:
+        watch.start()
         if index == 0:
             carrier.start()
         store.write(
@@ -124,19 +133,21 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
                 log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
-            code = _watch(attempt, link, ledger, wakeup, carrier, dog)
+            code = _watch(attempt, link, ledger, wakeup, carrier, watch)
             if index == 0:
                 code = _upload(attempt, carrier, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
-        _end(attempt, ledger, link.read(), code, dog)
+        _end(attempt, ledger, link.read(), code)
         if index == 0:
             with contextlib.suppress(JobkitError):
                 carrier.carry_files()  # the outcome itself
+        _stay(attempt, code, wakeup, watch)
         # A launcher of several processes ends all when one ends badly, and these may still be saving.
         return 0 if code == Exit.PREEMPTED and not attempt.alone else code
     finally:
+        watch.close()
         link.close()
         ledger.close()
 
@@ -147,6 +158,8 @@ def _listen() -> int:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in (*_FORWARDED, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
+    # Who starts us may have held signals back until we can listen: for a PID 1 they would be lost (docker/Dockerfile).
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     return reader
 
 
@@ -202,7 +215,9 @@ def _upload(attempt: Attempt, carrier: mirror.Mirror, code: int) -> int:
     return code
 
 
-def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: mirror.Mirror, dog: Watchdog) -> int:
+def _watch(
+    attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: mirror.Mirror, watch: metadata.Watch
+) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
     tail = _Tail()
     poll = select.poll()
@@ -213,15 +228,18 @@ def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: m
         numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
         for number in numbers:
             if number in _FORWARDED:
+                attempt.going = False
                 interrupts += number == signal.SIGINT
                 if interrupts >= 3 and os.isatty(0):
                     _send(attempt, link, signal.SIGKILL)
                 else:
                     name, grace_s = signal.Signals(number).name, contract.grace_s_from(number)
                     give_notice(attempt, link, ledger, source=name, reason="signal", deadline_s=grace_s, number=number)
+        for said in watch.said():
+            _hear(attempt, link, ledger, said)
         if carrier.superseded is not None and attempt.notice is None:
             give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
-        _look_for_stall(attempt, link, ledger, dog)
+        _look_for_stall(attempt, link, ledger)
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
@@ -231,6 +249,35 @@ def _watch(attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: m
     _reap(attempt)
     _copy_log(attempt, tail)
     return _exit_code(attempt, link.read())
+
+
+def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> None:
+    """Act on what a cloud says of this machine."""
+    if said.kind is metadata.Kind.NOTICE:
+        left_s = None if said.deadline_at is None else max(0.0, said.deadline_at - time.monotonic())
+        give_notice(attempt, link, ledger, source=said.source, reason=said.reason, deadline_s=left_s)
+    else:
+        ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
+    if said.kind is not metadata.Kind.INFORMATION:
+        attempt.going = said.kind is metadata.Kind.NOTICE
+
+
+def _stay(attempt: Attempt, code: int, wakeup: int, watch: metadata.Watch) -> None:
+    """Stay until a machine that its cloud takes away is gone, or is not going any more.
+
+    Everything is on storage. Who starts the run again would do it on this machine, and lose one of its tries; SLURM
+    knows better which nodes it has.
+    """
+    until = (attempt.deadline_at or time.monotonic()) + _STAY_S
+    staying = code == Exit.PREEMPTED and attempt.alone and "SLURM_JOB_ID" not in os.environ
+    poll = select.poll()
+    poll.register(wakeup, select.POLLIN)
+    while staying and attempt.going and time.monotonic() < until:
+        numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
+        if any(number in _FORWARDED for number in numbers):
+            attempt.going = False
+        if any(said.kind is metadata.Kind.WITHDRAWN for said in watch.said()):
+            attempt.going = False
 
 
 def give_notice(
@@ -286,12 +333,14 @@ def _send(attempt: Attempt, link: Link, number: int) -> None:
         os.kill(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
 
 
-def _look_for_stall(attempt: Attempt, link: Link, ledger: Ledger, dog: Watchdog) -> None:
+def _look_for_stall(attempt: Attempt, link: Link, ledger: Ledger) -> None:
     """Notice a program that makes no progress, ask it to end, and then end it with all it started."""
     if attempt.stall is None:
         beat = link.read()
         # In "t" a debugger holds it: somebody is looking already.
-        attempt.stall = dog.look(beat, time.monotonic(), counts=processes.state(beat.pid) not in ("", "Z", "X", "t"))
+        attempt.stall = attempt.dog.look(
+            beat, time.monotonic(), counts=processes.state(beat.pid) not in ("", "Z", "X", "t")
+        )
         if attempt.stall is not None:
             _accuse(attempt, link, ledger, beat.pid)
     elif attempt.kill_at is not None and time.monotonic() >= attempt.kill_at:
@@ -386,11 +435,11 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
         sys.stdout.buffer.flush()
 
 
-def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, dog: Watchdog) -> None:
+def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
     committed = max(commits.steps(attempt.store), default=-1)
-    reason = attempt.hint or _reason(attempt, outcome, code)
+    reason = (attempt.hint or _reason(attempt, outcome, code)) + _memory(attempt, outcome)
     told = {
         "attempt": attempt.number,
         "exit_code": code,
@@ -405,7 +454,9 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, dog: Watchdog)
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
     }
-    longest = {phase.name.lower(): round(seconds, 3) for phase, seconds in dog.longest_s.items() if seconds >= 1}
+    longest = {
+        phase.name.lower(): round(seconds, 3) for phase, seconds in attempt.dog.longest_s.items() if seconds >= 1
+    }
     ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=longest)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
@@ -427,6 +478,14 @@ def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:
     if outcome is Outcome.KILLED:
         return f"killed by {contract.describe_exit(code)}"
     return f"{contract.describe_exit(code)}: {_last_line(attempt)}".rstrip(": ")
+
+
+def _memory(attempt: Attempt, outcome: Outcome) -> str:
+    """Say that the kernel killed for want of memory, if it did and the attempt did not end well."""
+    if outcome in (Outcome.DONE, Outcome.PREEMPTED) or not attempt.memory.killed():
+        return ""
+    killed = outcome is Outcome.KILLED
+    return f"{': out of memory' if killed else '; the kernel killed a process: out of memory'}{attempt.memory.limit()}"
 
 
 def _last_line(attempt: Attempt) -> str:

@@ -16,6 +16,7 @@ for name in [name for name in os.environ if name.startswith(("JOBKIT_", "SLURM_"
     if name != "JOBKIT_SLURM":  # where SLURM lies unpacked (tests/slurm_packages.py)
         del os.environ[name]
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JOBKIT_METADATA"] = "off"  # the tests may run on a spot VM themselves
 # A shell's background job has SIGINT ignored, and what it starts inherits that; the tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

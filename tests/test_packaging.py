@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
-    "contract", "errors", "units", "faults", "processes", "progress", "remote", "storage", "heartbeat", "stacks",
-    "ledger", "watchdog", "commits", "mirror", "strategy", "notice", "state", "group", "agreement", "arrays", "restore",
-    "checkpoint", "plain", "run", "supervise", "compare", "export",
+    "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
+    "stacks", "ledger", "watchdog", "commits", "mirror", "strategy", "notice", "metadata", "state", "group",
+    "agreement", "arrays", "restore", "checkpoint", "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
@@ -172,7 +172,7 @@ def tracked() -> list[Path]:
 def test_no_addresses() -> None:
     """No index, registry or machine's own path is written into the project."""
     address = re.compile(
-        r"https?://(?!www\.apache\.org/licenses|www\.googleapis\.com/auth/)[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.|0\.0\.0\.0)\d{1,3}(?:\.\d{1,3}){3}\b"
+        r"https?://(?!169\.254\.169\.254|www\.(?:apache\.org/licenses|googleapis\.com/auth))[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.|0\.0\.0\.0|169\.254\.169\.254)\d{1,3}(?:\.\d{1,3}){3}\b"
     )
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"

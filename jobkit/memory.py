@@ -1,0 +1,68 @@
+"""Whether the kernel has killed for want of memory: what tells an OOM kill from any other SIGKILL.
+
+The kernel counts its kills in each control group (docs.kernel.org: cgroup-v2, memory.events; cgroup-v1, oom_control)
+and for the whole machine (/proc/vmstat).
+"""
+
+from pathlib import Path
+
+from jobkit.units import show_size
+
+
+class Memory:
+    """Counts kills from now on, in the control group that this process and its children are in.
+
+    Args:
+        proc: /proc.
+        cgroups: Where control groups are mounted.
+    """
+
+    def __init__(self, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> None:
+        self._counter = next((path for path in _counters(proc, cgroups) if _count(path) is not None), None)
+        self._before = _count(self._counter) or 0
+
+    def killed(self) -> bool:
+        """Tell whether the kernel has killed since; False where it does not say."""
+        return (_count(self._counter) or 0) > self._before
+
+    def limit(self) -> str:
+        """Say the limit of the control group, ' (limit 536.9 MB)'; empty where there is none that can be read."""
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                limit = int((self._counter.parent / name).read_text()) if self._counter else 0
+            except (OSError, ValueError):  # no such file, or 'max'
+                continue
+            if 0 < limit < 1 << 60:  # version 1 says "none" with a number near 2^63
+                return f" (limit {show_size(limit)})"
+        return ""
+
+
+def _counters(proc: Path, cgroups: Path) -> list[Path]:
+    """Return where the kills may be counted, the most exact first.
+
+    In a container the path that /proc tells may be the host's, while its own group is what is mounted.
+    """
+    found = []
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = cgroups, "memory.events"
+        elif "memory" in controllers.split(","):
+            root, name = cgroups / "memory", "memory.oom_control"
+        else:
+            continue
+        found += [root / path.lstrip("/") / name, root / name]
+    return [*found, proc / "vmstat"]
+
+
+def _count(counter: Path | None) -> int | None:
+    """Read the number of kills, None where it is not told."""
+    try:
+        lines = counter.read_text().splitlines() if counter else []
+        return next((int(line.split()[1]) for line in lines if line.split()[0] == "oom_kill"), None)
+    except (OSError, ValueError, IndexError):
+        return None
