@@ -49,6 +49,8 @@ class Comparison:
         values: Logged values compared.
         repeated: Steps that ran more than once, in either run, summed over metrics.
         difference: The first one by step, None if equal.
+        leaf: The first leaf of the newest committed step that differs, None if all are the same.
+        metric: The first logged value that differs, None if all are the same.
     """
 
     equal: bool
@@ -57,6 +59,8 @@ class Comparison:
     values: int
     repeated: int
     difference: Difference | None = None
+    leaf: Difference | None = None
+    metric: Difference | None = None
 
 
 def compare(a: str, b: str) -> Comparison:
@@ -74,22 +78,29 @@ def compare(a: str, b: str) -> Comparison:
             restore.fetch(store, "latest")
     steps = [_newest(store) for store in stores]
     logged = [read_metrics(store) for store in stores]
-    differences = list(_metric_differences(*logged))
+    metrics = list(_metric_differences(*logged))
     leaves = 0
     if steps[0] != steps[1]:
-        differences.append(Difference("the newest committed step", min(steps), str(steps[0]), str(steps[1])))
+        state = [Difference("the newest committed step", min(steps), str(steps[0]), str(steps[1]))]
     else:
         left, right = (_leaves(store, step) for store, step in zip(stores, steps, strict=True))
         leaves = len(left.keys() | right.keys())
-        differences += _leaf_differences(left, right, steps[0])
+        state = list(_leaf_differences(left, right, steps[0]))
+    differences = metrics + state
     return Comparison(
         equal=not differences,
         step=steps[0],
         leaves=leaves,
         values=sum(len(line) for line in logged[0].values.values()),
         repeated=sum(len(line) for series in logged for line in series.repeated.values()),
-        difference=min(differences, key=lambda difference: difference.step, default=None),
+        difference=_first(differences),
+        leaf=_first(state),
+        metric=_first(metrics),
     )
+
+
+def _first(differences: list[Difference]) -> Difference | None:
+    return min(differences, key=lambda difference: difference.step, default=None)
 
 
 def _newest(store: Store) -> int:
@@ -196,7 +207,14 @@ def _kind(record: Mapping[str, Any]) -> str:
 @click.argument("run_b")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(run_a: str, run_b: str, as_json: bool) -> None:
-    """Compare two runs bit for bit; exit 0 if equal, 1 if not, 2 if there is nothing to compare."""
+    """Compare two runs bit for bit; exit 0 if equal, 1 if not, 2 if there is nothing to compare.
+
+    With '-' as RUN_B it reads the names of two runs a line from standard input, separated by a tab, and answers each
+    with a line of JSON.
+    """
+    if run_b == "-":
+        _answer()
+        return
     try:
         result = compare(run_a, run_b)
     except JobkitError as error:
@@ -213,6 +231,17 @@ def main(run_a: str, run_b: str, as_json: bool) -> None:
         first = result.difference
         print(f"different: first at step {first.step}, {first.name}\n  {run_a}: {first.a}\n  {run_b}: {first.b}")
     sys.exit(0 if result.equal else 1)
+
+
+def _answer() -> None:
+    """Compare pair after pair, so that what takes long, loading jax, is done once."""
+    for line in sys.stdin:
+        a, _, b = line.rstrip("\n").partition("\t")
+        try:
+            told: dict[str, Any] = asdict(compare(a, b))
+        except JobkitError as error:
+            told = {"error": str(error)}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ ENV_METADATA = "JOBKIT_METADATA"
 ENV_AZURE_METADATA = "JOBKIT_AZURE_METADATA"
 """URL of another server than Azure's own; the other clouds have variables for that themselves."""
 ENV_FAULT = "JOBKIT_FAULT"
-"""Kill this process at a named point, for drills and tests (see faults.py)."""
+"""Signal this process at a named point, for drills and tests (see faults.py)."""
+ENV_DRILL = "JOBKIT_DRILL"
+"""What `jobkit drill` asks of the program, as JSON (see drilled.py)."""
 
 
 class Exit(enum.IntEnum):

@@ -1,15 +1,17 @@
-"""Named points at which a drill or a test makes this process die.
+"""Named points at which a drill or a test sends this process a signal.
 
-`JOBKIT_FAULT=before_rename:2` sends SIGKILL to the process the second time it passes `before_rename`. Without
-the variable a point costs one dictionary look-up. The points lie where a real SIGKILL hurts most; keeping them
-in the product lets `jobkit drill` certify a user's own script with the same means as our tests.
+`JOBKIT_FAULT=before_rename:2` sends SIGKILL to the process the second time it passes `before_rename`;
+`during_write:3@0=TERM` sends SIGTERM the third time, in attempt 0 alone. Without the variable a point costs one
+dictionary look-up. The points lie where a real signal hurts most; keeping them in the product lets `jobkit drill`
+certify a user's own script with the same means as our tests.
 """
 
 import os
+import re
 import signal
 from collections import Counter
 
-from jobkit.contract import ENV_FAULT
+from jobkit.contract import ENV_ATTEMPT, ENV_FAULT
 
 POINTS = (
     "before_write",
@@ -20,18 +22,23 @@ POINTS = (
     "before_retention",
     "during_retention",
     "during_restore",
+    "step",
 )
+"""`step` is passed at the beginning of each step, in a drill only."""
 
+_FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?")
 _passes: Counter[str] = Counter()
 
 
 def reach(point: str) -> None:
-    """Pass a named point; die there by SIGKILL if the environment asks for it."""
+    """Pass a named point; take a signal there if the environment asks for it."""
     wanted = os.environ.get(ENV_FAULT)
     if not wanted:
         return
-    name, _, count = wanted.partition(":")
-    if name == point:
-        _passes[point] += 1
-        if _passes[point] == int(count or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+    fault = _FAULT.fullmatch(wanted)
+    if fault is None or fault[1] != point:
+        return
+    _passes[point] += 1
+    if _passes[point] != int(fault[2] or 1) or fault[3] not in (None, os.environ.get(ENV_ATTEMPT)):
+        return
+    os.kill(os.getpid(), signal.Signals[f"SIG{fault[4] or 'KILL'}"])

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 
@@ -22,6 +22,7 @@ from jobkit import commits, contract, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
+from jobkit.drilled import drill_from
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
 from jobkit.group import lost_process, open_group
 from jobkit.heartbeat import Heartbeat, Phase
@@ -30,6 +31,9 @@ from jobkit.notice import Listener, Notice
 from jobkit.restore import bring, find_step, restore
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
+
+if TYPE_CHECKING:
+    from jobkit.probe import Probe
 
 _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""
@@ -118,6 +122,9 @@ class Run:
                 )
             _say(f"the launcher's run directory {self._store.url} is used instead of {os.fspath(url)}")
         self._strategy = SaveEvery.parse(save_every, keep_best=keep_best)
+        self._drill = drill_from()
+        if self._drill is not None:
+            self._drill.adapt(self._strategy)
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ConfigError(f"keep={keep!r} is not a number of checkpoints; at least 1 always stays")
         self._keep = Keep(keep, keep_best)
@@ -160,6 +167,7 @@ class Run:
             self._ledger.append("opened", pid=os.getpid(), python=sys.version.split()[0])
             if self._group.first:
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
+            self._probe = self._new_probe()
             self._agreement = self._agree() if self._group.count > 1 else None
             self._look = self._agreement.rounds if self._agreement is not None else self._listener
         except BaseException:
@@ -182,6 +190,13 @@ class Run:
         self._looping = self._finished = self._stepped = self._stopping = False
         self._looks = self._asks = 0
         return self
+
+    def _new_probe(self) -> "Probe | None":
+        if self._drill is None:
+            return None
+        from jobkit.probe import Probe
+
+        return Probe(self._drill, self._ledger)
 
     def _agree(self) -> Agreement:
         """Begin to agree with the other processes of the attempt."""
@@ -291,6 +306,7 @@ class Run:
         if "step" in parts:
             raise ConfigError("no part can be named 'step': that is load()'s own word; choose another name")
         made = {name: state.part_of(name, value) for name, value in parts.items()}
+        self._given = parts if self._drill is not None else {}
         values = {name: part for name, part in made.items() if isinstance(part, state.ValuePart)}
         self._heartbeat.enter(Phase.RESTORING)
         begun = time.monotonic()
@@ -433,11 +449,16 @@ class Run:
             raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
         if self._looping:
             raise ConfigError("steps() is already running: one loop at a time")
+        if self._drill is not None:
+            total = self._drill.ends(total)
+        probe, given = self._probe, self._given
         look, heartbeat, strategy, checkpoints = self._look, self._heartbeat, self._strategy, self._checkpoints
         if look.noticed and self.step < total and (self._agreement is None or STOP in self._meet()):
             self._stop()
         self._looping = True
         while self.step < total:
+            if probe is not None:
+                probe.begin_step(self.step, self._resumed(), given)
             yield self.step
             # The work per step when nothing is due: keep it under a microsecond or two.
             self.step = heartbeat.step = self.step + 1

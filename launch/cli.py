@@ -10,7 +10,7 @@ import click
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
-from launch import cli_submit
+from launch import cli_drill, cli_submit
 from launch.printed import aligned, follow, print_status
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def cli() -> None:
 
 
 cli.add_command(cli_submit.submit)
+cli.add_command(cli_drill.drill)
 
 
 @cli.command()

@@ -10,7 +10,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jobkit import contract
 from jobkit.contract import State
@@ -50,8 +50,12 @@ class Local:
         return submit(spec)
 
 
-def submit(spec: JobSpec) -> Store:
+def submit(spec: JobSpec, *, environ: Mapping[str, str] | None = None) -> Store:
     """Start a run: snapshot, run.json, a detached runner.
+
+    Args:
+        spec: What to run.
+        environ: Variables that the runner and all it starts have on top of this process's own.
 
     Durability: on return run.json is on storage and a runner holds the run's lock.
 
@@ -60,11 +64,11 @@ def submit(spec: JobSpec) -> Store:
     """
     with new_run(prepare(spec), BACKEND) as (store, _, lock):
         pass
-    _start(store, lock)
+    _start(store, lock, environ)
     return store
 
 
-def _start(store: Store, lock: RunLock) -> None:
+def _start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None) -> None:
     """Start a detached runner that inherits the lock, and wait until it is up."""
     ready, write = os.pipe()
     fds = [lock.descriptor, write]
@@ -72,8 +76,8 @@ def _start(store: Store, lock: RunLock) -> None:
     try:
         with store.file("runner.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=store.path, env=runner_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=fds, start_new_session=True,
+                command, cwd=store.path, env=runner_environment() | dict(environ or {}), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
             )  # fmt: skip
         os.close(write)
         write = -1
@@ -91,7 +95,13 @@ def _start(store: Store, lock: RunLock) -> None:
         raise JobkitError(f"the local runner of {store.url} did not come up; see {log_path}, then 'jobkit resume'")
 
 
-def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_cancel: bool = True) -> State:
+def resume(
+    url: str | os.PathLike[str],
+    *,
+    wait_s: float | None = None,
+    clear_cancel: bool = True,
+    environ: Mapping[str, str] | None = None,
+) -> State:
     """Start a runner for a run that has none; what it committed is where it goes on.
 
     Args:
@@ -99,6 +109,7 @@ def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_ca
         wait_s: How long to wait for an attempt that is still stopping after its runner was killed; by default as
             long as it may take.
         clear_cancel: Whether an earlier cancel is taken back; a cancel that comes meanwhile never is.
+        environ: As for `submit`.
 
     Returns:
         RUNNING once a runner is up; DONE, and nothing started, if the run is done.
@@ -127,7 +138,7 @@ def resume(url: str | os.PathLike[str], *, wait_s: float | None = None, clear_ca
             lock.close()
             raise
     record(store, "resumed", by=who())
-    _start(store, lock)
+    _start(store, lock, environ)
     return State.RUNNING
 
 

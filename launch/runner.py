@@ -158,7 +158,7 @@ class Runner:
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
         started = time.monotonic()
-        command, environ = self._prepare()
+        command, environ = self.prepare(dict(os.environ))
         try:
             attempt = mirror.claim(self._store.with_deadline(_CLAIM_S))
         except JobkitError as error:
@@ -171,9 +171,13 @@ class Runner:
         self._close(attempt, code)
         return self._ended(attempt, time.monotonic() - started)
 
-    def _prepare(self) -> tuple[list[str], dict[str, str]]:
-        """Make the code ready; return the supervisor's command and environment."""
-        spec, old = self._spec, os.environ.get("PYTHONPATH", "")
+    def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+        """Make the code ready; return the supervisor's command and environment.
+
+        Args:
+            environ: The environment of a runner.
+        """
+        spec, old = self._spec, environ.get("PYTHONPATH", "")
         if spec.code is None:
             top, path = Path(spec.root), old
         else:
@@ -185,7 +189,7 @@ class Runner:
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
         told = self._grace() if spec.stall_s is None else self._grace() | {contract.ENV_STALL: f"{spec.stall_s:g}"}
-        return supervise, environment(self._store, dict(os.environ), path=path) | told
+        return supervise, environment(self._store, environ, path=path) | told
 
     def _grace(self) -> dict[str, str]:
         """Return how long an attempt has between being asked to stop and being killed."""

@@ -19,17 +19,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "watchdog", "commits", "mirror", "strategy", "notice", "metadata", "state", "group",
-    "agreement", "arrays", "restore", "checkpoint", "plain", "run", "supervise", "compare", "export",
+    "stacks", "ledger", "watchdog", "commits", "mirror", "strategy", "drilled", "frozen", "notice", "metadata", "state",
+    "group", "agreement", "arrays", "restore", "checkpoint", "probe", "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
     "restart", "nodes", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner",
-    "submission", "job_runner", "local", "slurm", "slurm_job", "doctor", "backends", "checkpoints", "watch", "api",
-    "demo", "printed", "cli_submit", "cli",
+    "submission", "job_runner", "local", "drive", "scenarios", "diagnosis", "drill", "slurm", "slurm_job", "doctor",
+    "backends", "checkpoints", "watch", "api", "demo", "printed", "drill_card", "cli_submit", "cli_drill", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
-USES_JAX = {"state", "group", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}
+USES_JAX = {"state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}
 """The only modules of jobkit that may name jax and its family."""
 
 

@@ -1,0 +1,49 @@
+"""What `jobkit drill` asks of a program, through one environment variable. Knows neither jax nor numpy."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from jobkit.contract import ENV_DRILL
+from jobkit.strategy import SaveEvery
+
+
+@dataclass(frozen=True)
+class Drill:
+    """How a run goes while it is drilled.
+
+    Args:
+        until: `steps()` ends here, as if that were the program's own number of steps; None for the program's own.
+        save_every: Save at least this often, in steps, and not by the clock: a drill has no ten minutes.
+        pace_s: Added to each step, so that a tiny program can be hit from outside.
+        probe: Completed steps at which fingerprints of all state go to the ledger (see probe.py).
+    """
+
+    until: int | None = None
+    save_every: int | None = None
+    pace_s: float = 0.0
+    probe: tuple[int, ...] = ()
+
+    def to_json(self) -> str:
+        """Write it down for the environment."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    def ends(self, total: int) -> int:
+        """Return at which step a run of `total` steps ends."""
+        return total if self.until is None else min(total, self.until)
+
+    def adapt(self, strategy: SaveEvery) -> None:
+        """Have a strategy save as often as the drill needs."""
+        if self.save_every is not None:
+            strategy.every_s = float("inf")
+            strategy.every_steps = min(strategy.every_steps or self.save_every, self.save_every)
+
+
+def drill_from(environ: Mapping[str, str] = os.environ) -> Drill | None:
+    """Read from the environment what a drill asks; None outside of one."""
+    text = environ.get(ENV_DRILL)
+    if not text:
+        return None
+    told = json.loads(text)
+    return Drill(told.get("until"), told.get("save_every"), told.get("pace_s", 0.0), tuple(told.get("probe", ())))

@@ -1,0 +1,441 @@
+"""`jobkit drill`: certify that a user's own program survives what will happen to it.
+
+An uninterrupted reference run first; then the scenarios, each a fresh run that is interrupted at a moment chosen from
+what the reference showed, and compared with it bit for bit. A run that differs is diagnosed.
+"""
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jobkit import commits, contract, ledger
+from jobkit.contract import Outcome, State
+from jobkit.drilled import Drill
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.storage import Store
+from jobkit.units import show_duration
+from launch import diagnosis, drive, leftovers, local, report, scenarios
+from launch import spec as specs
+from launch.diagnosis import Diagnosis
+from launch.drive import Comparer, Ending, MissedError
+from launch.scenarios import Scenario, Shown, Stage
+from launch.spec import JobSpec
+
+ENOUGH_S, ENOUGH_STEPS = 3.0, 24
+"""The reference is cut after so much training: a drill repeats it a dozen times."""
+_LEAST_STEPS = 6
+_SHORTEST_S = 2.0
+"""A run that trains for less is slowed down: it could not be hit from outside."""
+_ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+
+
+@dataclass
+class Options:
+    """What was asked for.
+
+    Args:
+        command: The user's program.
+        place: Where the runs lie.
+        steps: How many steps to drill; None for as many as a few seconds hold, 0 for all of the program's.
+        jobs: Scenarios at the same time.
+        timeout_s: How long the reference may take.
+        snapshot: Whether runs use a copy of the code.
+        keep: Keep the runs even if all went well.
+    """
+
+    command: tuple[str, ...]
+    place: Path
+    steps: int | None = None
+    jobs: int = 1
+    timeout_s: float = 1800.0
+    snapshot: bool = True
+    keep: bool = False
+
+
+@dataclass
+class Found:
+    """How one scenario went.
+
+    Args:
+        broken: The promises that did not hold, a sentence each; empty if it went well.
+        identical: Whether it ended with the reference's bits; None if it could not be compared.
+        difference: The first difference, as `jobkit.compare` says it.
+    """
+
+    name: str
+    text: str
+    done: list[str] = field(default_factory=list)
+    endings: list[Ending] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    identical: bool | None = None
+    comparison: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    run: str = ""
+
+    @property
+    def survived(self) -> bool:
+        """Whether every promise held."""
+        return not self.broken
+
+    @property
+    def lost_steps(self) -> int | None:
+        """Steps done again, over all interruptions."""
+        lost = [ending.lost_steps for ending in self.endings if ending.lost_steps is not None]
+        return sum(lost) if lost else None
+
+    @property
+    def commit_s(self) -> float | None:
+        """The longest time from a notice to its commit."""
+        return max((ending.commit_s for ending in self.endings if ending.commit_s is not None), default=None)
+
+    @property
+    def restart_s(self) -> float | None:
+        """The longest time from an end to the next completed step."""
+        return max((ending.restart_s for ending in self.endings if ending.restart_s is not None), default=None)
+
+
+@dataclass
+class Result:
+    """What a drill found; card, page and --json show it."""
+
+    command: tuple[str, ...]
+    place: str
+    shown: Shown
+    found: list[Found]
+    diagnosis: Diagnosis | None
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every promise held in every scenario."""
+        return bool(self.found) and all(each.survived for each in self.found)
+
+
+class Telling:
+    """Where a drill tells how it goes; the command line gives one that draws."""
+
+    def say(self, text: str) -> None:
+        """Tell a line."""
+
+    def moved(self, name: str, detail: str) -> None:
+        """Tell what a run is doing."""
+
+    def ended(self, found: Found) -> None:
+        """Tell how a scenario went."""
+
+
+def chosen(only: Sequence[str], quick: bool) -> list[Scenario]:
+    """Return the scenarios that are asked for.
+
+    Raises:
+        ConfigError: If there is none of a name.
+    """
+    known = {scenario.name: scenario for scenario in scenarios.ALL}
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"there is no scenario {name!r}; known are {', '.join(known)}")
+    return [one for one in scenarios.ALL if (one.name in only if only else one.quick or not quick)]
+
+
+def default_jobs() -> int:
+    """Say how many scenarios to run at once: an accelerator serves one program at a time."""
+    if any(os.path.exists(path) for path in _ACCELERATORS):
+        return 1
+    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+
+
+def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Result:
+    """Run the reference and the scenarios.
+
+    Raises:
+        ConfigError: If the program cannot be drilled: it does not run, does not end, or has no steps.
+    """
+    begun = time.monotonic()
+    if find_spec("jax") is None:
+        raise ConfigError("a drill runs and compares trainings here: pip install 'jobkit[train]'")
+    _check_place(options.place)
+    one = _Drill(options, telling)
+    try:
+        with drive.comparer() as comparer:
+            shown = one.reference()
+            estimate = shown.scenario_s * sum(1 + 0.3 * len(each.ends) for each in wanted) / options.jobs
+            telling.say(
+                f"reference: {shown.steps} steps, {show_duration(shown.step_s)} each, first step after "
+                f"{show_duration(shown.start_s)}; {len(wanted)} scenarios, about {show_duration(estimate)}"
+            )
+            found = one.scenarios(wanted, shown, comparer)
+            differs = next((each for each in found if each.identical is False or _deleted(each)), None)
+            told = one.diagnose(differs, shown, comparer) if differs is not None else None
+    finally:
+        one.end_all()
+    result = Result(options.command, str(options.place), shown, found, told, time.monotonic() - begun)
+    if result.passed and not options.keep:
+        shutil.rmtree(options.place, ignore_errors=True)
+    return result
+
+
+def _deleted(found: Found) -> bool:
+    return any(diagnosis.DELETED in reason for reason in found.broken)
+
+
+def _check_place(place: Path) -> None:
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place} is not an empty directory; give the drill a new --run")
+
+
+class _Drill:
+    """The runs of one drill."""
+
+    def __init__(self, options: Options, telling: Telling) -> None:
+        self._options, self._telling = options, telling
+        self._stores: list[Store] = []
+        self._mutex = threading.Lock()
+        self._aborted = False
+
+    def _environ(self, **more: str) -> dict[str, str]:
+        """Return what every program of the drill has in its environment."""
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(self._options.place / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        return {name: value for name, value in cache.items() if name not in os.environ} | more
+
+    def submit(self, name: str, environ: dict[str, str], *, max_failures: int = 10) -> tuple[Store, JobSpec]:
+        """Start a run of the user's program."""
+        spec = JobSpec(
+            command=self._options.command,
+            run=str(self._options.place / name),
+            snapshot=self._options.snapshot,
+            max_failures=max_failures,
+        )
+        store = local.submit(spec, environ=self._environ(**environ))
+        with self._mutex:
+            self._stores.append(store)
+        return store, specs.read(store)
+
+    def end_all(self) -> None:
+        """Leave nothing running."""
+        self._aborted = True
+        for store in self._stores:
+            with contextlib.suppress(JobkitError, OSError):
+                drive.end_now(store)
+
+    # The reference.
+
+    def reference(self) -> Shown:
+        """Run the program undisturbed and say what it showed.
+
+        Raises:
+            ConfigError: If it cannot be drilled.
+        """
+        wish = self._options.steps
+        drill = Drill(until=wish or None)
+        begun = time.time()
+        self._telling.say(f"reference: {' '.join(self._options.command)}")
+        store, _ = self.submit("reference", {contract.ENV_DRILL: drill.to_json()}, max_failures=0)
+        cut = self._until_enough(store, may_cut=wish is None)
+        status = report.status(store)
+        if status.state is not State.DONE and not (cut and status.state is State.CANCELLED):
+            raise ConfigError(self._why_not(store, status))
+        return _shown(store, begun)
+
+    def _until_enough(self, store: Store, *, may_cut: bool) -> bool:
+        """Wait until the reference is over, or has trained enough to be cut; tell whether it was cut."""
+        deadline = time.monotonic() + self._options.timeout_s
+        seen: float | None = None
+        while not report.status(store).state.over:
+            if time.monotonic() > deadline:
+                drive.end_now(store)
+                raise ConfigError(
+                    f"the program did not end within {show_duration(self._options.timeout_s)}: give it fewer steps, "
+                    f"or the drill more time (--timeout); its log: {store.file(contract.log_file(0))}"
+                )
+            link = drive.living(store, 0)
+            beat = drive.beat_of(link) if link is not None else None
+            # A loop of one's own has no end of ours: it is drilled to its own. Only steps() writes `first_step`.
+            if beat is not None and beat.step > 0:
+                self._telling.moved("reference", f"step {beat.step}")
+                seen = seen or (time.monotonic() if drive.first(store, 0, "first_step") else None)
+            enough = seen is not None and time.monotonic() - seen >= ENOUGH_S
+            if may_cut and enough and beat is not None and beat.step >= ENOUGH_STEPS:
+                local.cancel(store.url)
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _why_not(self, store: Store, status: report.Status) -> str:
+        log = store.file(contract.log_file(0))
+        last = status.endings[-1].reason if status.endings else status.reason
+        return f"the program cannot be drilled: without any interruption it ended with {last}; its log: {log}"
+
+    # The scenarios.
+
+    def scenarios(self, wanted: Sequence[Scenario], shown: Shown, comparer: Comparer) -> list[Found]:
+        """Run scenarios, several at a time; in the order in which they are given."""
+        found: dict[str, Found] = {}
+        with ThreadPoolExecutor(self._options.jobs) as pool:
+            waiting = {pool.submit(self._scenario, one, shown, comparer) for one in wanted}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        result = future.result()
+                        found[result.name] = result
+                        self._telling.ended(result)
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                self.end_all()
+                raise
+        return [found[one.name] for one in wanted]
+
+    def _scenario(self, scenario: Scenario, shown: Shown, comparer: Comparer) -> Found:
+        begun = time.monotonic()
+        found = Found(scenario.name, scenario.text)
+        environ = self._environ(**scenario.environment(shown))
+        store, spec = self.submit(scenario.name, scenario.environment(shown))
+        limit_s = 60 + 4 * self._options.jobs * shown.scenario_s * (1 + len(scenario.ends))
+        stage = Stage(store, spec, shown, environ, begun + limit_s, lambda: self._aborted)
+        try:
+            scenario.act(stage)
+        except MissedError as missed:
+            found.broken.append(str(missed))
+        except JobkitError as error:
+            found.broken.append(str(error))
+        self._until_over(stage, scenario.name)
+        found.done, found.run = stage.done, store.url
+        found.broken += stage.wrong
+        judge(found, scenario, store, shown)
+        if leftovers.processes_of(store):
+            found.broken.append("a process of the run is still alive")
+        drive.end_now(store)
+        self._compare(found, shown, comparer)
+        found.seconds = time.monotonic() - begun
+        return found
+
+    def _until_over(self, stage: Stage, name: str) -> None:
+        store = stage.store
+
+        def over() -> bool:
+            status = report.status(store)
+            step = f"step {status.step}" if status.step is not None else status.phase or "starting"
+            self._telling.moved(name, f"attempt {status.attempt or 0}, {step}")
+            return status.state.over and not leftovers.processes_of(store)
+
+        while not over():
+            if self._aborted:
+                return
+            if time.monotonic() > stage.deadline_s:
+                stage.wrong.append("the run did not end in time")
+                drive.end_now(store)
+                return
+            time.sleep(0.1)
+
+    def _compare(self, found: Found, shown: Shown, comparer: Comparer) -> None:
+        try:
+            found.comparison = comparer.compare(shown.run, found.run)
+        except JobkitError as error:
+            found.broken.append(str(error))
+            return
+        found.identical = bool(found.comparison["equal"])
+        if not found.identical and max(commits.steps(Store(found.run)), default=-1) == shown.steps:
+            found.broken.append(f"it ended with other bits: {diagnosis.tell(found.comparison)}")
+
+    # Why.
+
+    def diagnose(self, found: Found, shown: Shown, comparer: Comparer) -> Diagnosis:
+        """Find out why a run differs."""
+        self._telling.say(f"{found.name} went another way than the reference; looking for the reason")
+
+        def start(name: str, environ: dict[str, str]) -> Callable[[], Store]:
+            store, _ = self.submit(name, environ)
+            deadline = time.monotonic() + 120 + 12 * shown.scenario_s
+
+            def finished() -> Store:
+                while not report.status(store).state.over and time.monotonic() < deadline and not self._aborted:
+                    self._telling.moved(name, "running")
+                    time.sleep(0.1)
+                drive.end_now(store)
+                return store
+
+            return finished
+
+        return diagnosis.diagnose(found.run, shown, comparer.compare, start)
+
+
+def _shown(store: Store, begun: float) -> Shown:
+    """Read from the reference's ledger what a scenario needs to know.
+
+    Raises:
+        ConfigError: If it made no step of ours.
+    """
+    events = ledger.attempt_events(store, 0)
+    named = {event["event"]: event for event in events}
+    if "opened" not in named:
+        raise ConfigError(
+            "the program never opened a jobkit.Run, so there is nothing to drill: with jobkit.Run() as run: ..."
+        )
+    steps = max(commits.steps(store), default=0)
+    if steps < _LEAST_STEPS:
+        raise ConfigError(f"the program made {steps} steps, too few to interrupt: let it make {_LEAST_STEPS} or more")
+    start = float(next((event["t"] for event in events if event["event"] == "first_step"), named["opened"]["t"]))
+    end = float(next((event["t"] for event in events if event["event"] in ("stopped", "finished")), events[-1]["t"]))
+    save_s = max((event["durable_s"] for event in events if event["event"] == "saved"), default=0.0)
+    step_s = max(0.0, end - start - save_s) / max(1, steps - 1)
+    return Shown(
+        run=store.url,
+        steps=steps,
+        step_s=step_s,
+        start_s=start - begun,
+        save_s=save_s,
+        save_every=max(1, steps // 4),
+        pace_s=max(0.0, _SHORTEST_S / steps - step_s),
+    )
+
+
+def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
+    """Hold against a run what was promised."""
+    attempts = store.numbers(contract.ATTEMPTS)
+    endings = [drive.ending_of(store, attempt) for attempt in attempts]
+    found.endings = endings
+    last = endings[-1] if endings else None
+    if last is None or last.outcome != Outcome.DONE:
+        found.broken.append(f"it did not get to its end: {last.reason if last else 'it never started'}")
+    elif (newest := max(commits.steps(store), default=-1)) != shown.steps:
+        found.broken.append(f"it ended with step {newest} committed, and the reference with {shown.steps}")
+    for ending, wanted in zip(endings[:-1], scenario.ends, strict=False):
+        if wanted and ending.outcome != wanted:
+            found.broken.append(f"attempt {ending.attempt} ended {ending.outcome} ({ending.reason}), not {wanted}")
+    if len(endings) - 1 != len(scenario.ends):
+        found.broken.append(f"it took {len(endings)} attempts and should have taken {len(scenario.ends) + 1}")
+    found.broken += list(_losses(found, scenario, shown))
+    if scenario.name != "storage":
+        found.broken += list(_failed_saves(store))
+
+
+def _losses(found: Found, scenario: Scenario, shown: Shown) -> Iterator[str]:
+    for ending in found.endings[:-1]:
+        lost = ending.lost_steps or 0
+        if ending.outcome == Outcome.PREEMPTED and lost:
+            yield f"{lost} steps were lost on a notice, and none may be"
+        # A damaged checkpoint costs its own interval besides.
+        allowed = shown.allowed_loss + (shown.save_every if scenario.name == "damage" else 0)
+        if ending.outcome == Outcome.KILLED and lost > allowed:
+            yield f"{lost} steps were lost on a kill, and a save interval is {shown.save_every}"
+
+
+def _failed_saves(store: Store) -> Iterator[str]:
+    for attempt in store.numbers(contract.ATTEMPTS):
+        event = drive.first(store, attempt, "save_failed")
+        if event and "may not commit" not in str(event.get("reason")):
+            yield f"a save failed at step {event.get('step')}: {event.get('reason')}"
+            return

@@ -1,0 +1,363 @@
+"""The scenarios of `jobkit drill`: what is done to a run, and how its attempts must end.
+
+Each is a function that interrupts one run of the user's own program; what it needs to know, the reference showed.
+"""
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobkit import commits, contract, ledger, processes
+from jobkit.contract import Outcome
+from jobkit.drilled import Drill
+from jobkit.heartbeat import Beat, Phase
+from jobkit.storage import Store
+from launch import leftovers, local, lock
+from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
+from launch.runner import Runner
+from launch.spec import JobSpec
+from launch.submission import runner_environment
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an uninterrupted run of the program showed.
+
+    Args:
+        run: Its URL.
+        steps: Completed steps at its end.
+        step_s: Seconds per step.
+        start_s: Seconds from its start to the end of its first step.
+        save_s: Seconds from the start of a save to its commit, the longest.
+        save_every: Every how many steps the scenarios save.
+        pace_s: What a drill adds to each step.
+    """
+
+    run: str
+    steps: int
+    step_s: float
+    start_s: float
+    save_s: float
+    save_every: int
+    pace_s: float
+
+    @property
+    def scenario_s(self) -> float:
+        """About how long a scenario with one restart takes."""
+        return 2 * self.start_s + self.steps * (self.step_s + self.pace_s) + 3 * self.save_s + 1
+
+    @property
+    def middle(self) -> int:
+        """A step in the middle, a little after a save was due."""
+        return max(1, (self.steps // 2) // self.save_every * self.save_every + max(1, self.save_every // 3))
+
+    @property
+    def hit_save(self) -> int:
+        """Which save to hit, counted from 1, the one at the start included: not the first, where there is time."""
+        return 3 if self.save_s < self.save_every * (self.step_s + self.pace_s) else 2
+
+    @property
+    def allowed_loss(self) -> int:
+        """Steps that a kill may cost: a save interval, and what was done while the next save was under way."""
+        per_step = self.step_s + self.pace_s
+        return self.save_every + max(1, round(3 * self.save_s / per_step) if per_step > 0 else 1)
+
+
+@dataclass
+class Stage:
+    """One run of a scenario, and hands on it.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        shown: The reference.
+        environ: What the program has in its environment for the drill.
+        deadline_s: When to give up, on the clock of `time.monotonic`.
+        aborted: Whether everything is to end now.
+    """
+
+    store: Store
+    spec: JobSpec
+    shown: Shown
+    environ: Mapping[str, str]
+    deadline_s: float
+    aborted: Callable[[], bool]
+    done: list[str] = field(default_factory=list)
+    """What was done, for a person."""
+    wrong: list[str] = field(default_factory=list)
+    """Promises of this scenario alone that did not hold."""
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        """Wait for something; MissedError if it cannot come any more."""
+        return wait_until(condition, what, deadline_s=self.deadline_s, over=self._over)
+
+    def _over(self) -> bool:
+        return self.aborted() or not lock.held(self.store)
+
+    def living(self, attempt: int | None = None) -> dict[str, Any] | None:
+        """Return the living supervisor's note of an attempt; of the newest by default."""
+        number = newest_attempt(self.store) if attempt is None else attempt
+        return living(self.store, number) if number is not None else None
+
+    def beat(self, attempt: int | None = None) -> Beat:
+        """Return an attempt's heartbeat; an empty one if it does not live."""
+        link = self.living(attempt)
+        return beat_of(link) if link is not None else Beat()
+
+    def until_step(self, step: int, attempt: int = 0) -> Beat:
+        """Wait until an attempt has completed so many steps."""
+
+        def reached() -> Beat | None:
+            beat = self.beat(attempt)
+            return beat if beat.phase == Phase.STEPPING and beat.step >= step else None
+
+        found: Beat = self.until(reached, f"attempt {attempt} was at step {step}")
+        return found
+
+    def notice(self, attempt: int = 0) -> None:
+        """Send the supervisor a SIGTERM, as a scheduler does."""
+        link, beat = self.living(attempt), self.beat(attempt)
+        if link is None or not send(link["pid"], signal.SIGTERM):
+            raise MissedError("the attempt was over before the notice could be sent")
+        self.say(f"SIGTERM to attempt {attempt} ({_where(beat)})")
+
+    def kill(self, attempt: int = 0) -> None:
+        """Send the program a SIGKILL."""
+        beat = self.beat(attempt)
+        pid = beat.pid or leftovers.program_pid(self.store, attempt) or 0
+        if not pid or not send(pid, signal.SIGKILL):
+            raise MissedError("the attempt was over before it could be killed")
+        self.say(f"SIGKILL to attempt {attempt} ({_where(beat)})")
+
+    def say(self, text: str) -> None:
+        """Write down what was done."""
+        self.done.append(text)
+
+    def events(self, name: str, attempt: int = 0) -> list[dict[str, Any]]:
+        """Return an attempt's events of one kind."""
+        return [event for event in ledger.attempt_events(self.store, attempt) if event["event"] == name]
+
+
+def _where(beat: Beat) -> str:
+    phase = beat.phase.name.lower().replace("_", " ")
+    return f"step {beat.step}" if beat.phase == Phase.STEPPING else phase
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to interrupt a run.
+
+    Args:
+        name: For --only.
+        text: What happens, in a few words.
+        ends: How the attempts before the last must end.
+        act: What is done from outside, once the run is submitted.
+        fault: What the program does to itself (see jobkit/faults.py).
+        quick: Whether --quick has it.
+    """
+
+    name: str
+    text: str
+    ends: tuple[str, ...]
+    act: Callable[[Stage], None] = lambda stage: None
+    fault: Callable[[Shown], str] = lambda shown: ""
+    quick: bool = False
+
+    def environment(self, shown: Shown) -> dict[str, str]:
+        """Return what the program is told."""
+        drill = Drill(until=shown.steps, save_every=shown.save_every, pace_s=shown.pace_s)
+        return {contract.ENV_DRILL: drill.to_json(), contract.ENV_FAULT: self.fault(shown)}
+
+
+def _while_starting(stage: Stage) -> None:
+    stage.until(lambda: leftovers.program_pid(stage.store, 0), "the program was started")
+    time.sleep(min(0.3, stage.shown.start_s / 10))
+    stage.notice()
+
+
+def _while_compiling(stage: Stage) -> None:
+    stage.until(lambda: stage.beat().phase >= Phase.FIRST_STEP, "the first step began")
+    stage.notice()
+
+
+def _while_training(stage: Stage) -> None:
+    stage.until_step(stage.shown.middle)
+    stage.notice()
+
+
+def _kill(stage: Stage) -> None:
+    stage.until_step(stage.shown.middle)
+    stage.kill()
+
+
+def _damage(stage: Stage) -> None:
+    """Flip a bit of the newest checkpoint, and kill the program before it can write a newer one."""
+    stage.until_step(stage.shown.middle)
+    stage.until(lambda: len(commits.steps(stage.store)) > 1, "two checkpoints were there")
+    pid = stage.beat().pid
+    # Stopped, so that "newest" stays true while the bit is flipped.
+    if not pid or not send(pid, signal.SIGSTOP):
+        raise MissedError("the attempt was over before it could be killed")
+    newest = commits.steps(stage.store)[-1]
+    directory = stage.store.file(contract.step_dir(newest))
+    path = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    flip_bit(path)
+    stage.say(f"a bit of {path.relative_to(stage.store.path)} flipped")
+    stage.kill()
+    send(pid, signal.SIGCONT)
+    stage.until(lambda: stage.events("restored", 1) or stage.events("fresh", 1), "the next attempt had restored")
+    aside = [event["step"] for event in stage.events("set_aside", 1)]
+    if newest not in aside:
+        stage.wrong.append(f"the damaged checkpoint of step {newest} was not set aside")
+
+
+def flip_bit(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    with path.open("r+b") as file:
+        middle = file.seek(0, 2) // 2
+        file.seek(middle)
+        byte = file.read(1)
+        file.seek(middle)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def _fail_storage(stage: Stage) -> None:
+    """Make every save fail for a while: a file stands where saves are written."""
+    blocked = stage.store.file(contract.STAGE)
+    stage.until_step(max(1, stage.shown.steps // 4))
+    stage.until(lambda: commits.steps(stage.store), "a checkpoint was there")
+    _block(blocked, stage)
+    stage.say(f"{contract.STAGE} made unusable at step {stage.beat().step}")
+    try:
+        stage.until(lambda: stage.events("save_failed"), "a save had failed")
+    finally:
+        blocked.unlink()
+        blocked.with_name(".stage-before").rename(blocked)
+    back = stage.beat().step
+    stage.say(f"usable again at step {back}")
+    stage.until(lambda: commits.steps(stage.store)[-1] >= back, "a save succeeded again")
+
+
+def _block(blocked: Path, stage: Stage) -> None:
+    """Put a file in place of the directory of saves, between two saves, whose files are in it."""
+
+    def swapped() -> bool:
+        if blocked.is_dir() and any(blocked.iterdir()):
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            blocked.rename(blocked.with_name(".stage-before"))
+        try:
+            blocked.touch(exist_ok=False)
+        except FileExistsError:  # a save was quicker
+            blocked.with_name(".stage-before").rmdir()
+            return False
+        return True
+
+    stage.until(swapped, "no save was under way")
+
+
+def _kill_again(stage: Stage) -> None:
+    _kill(stage)  # and the next attempt dies while it restores: see `fault`
+
+
+def _lose_node(stage: Stage) -> None:
+    """Kill everything at once, as a power cut does, and start the run again."""
+    stage.until_step(stage.shown.middle)
+    link = stage.living()
+    pids = [lock.holder(stage.store).get("pid", 0), link["pid"] if link else 0, stage.beat().pid]
+    if not all(pids):
+        raise MissedError("the attempt was over before its node could be lost")
+    stage.say(f"SIGKILL to runner, supervisor and program ({_where(stage.beat())})")
+    for pid in pids:
+        send(pid, signal.SIGKILL)
+    local.resume(stage.store.url, environ=stage.environ)
+    stage.say("jobkit resume")
+
+
+def _outlive(stage: Stage) -> None:
+    """Freeze a whole attempt, start another as another node would, and let the old one go on."""
+    stage.until_step(stage.shown.middle)
+    link, program = stage.living(0), stage.beat(0).pid
+    runner = lock.holder(stage.store).get("pid", 0)
+    if link is None or not program or not runner:
+        raise MissedError("the attempt was over before it could be frozen")
+    old = [link["pid"], program]
+    for pid in (runner, *old):
+        send(pid, signal.SIGSTOP)
+    stage.say(f"SIGSTOP to attempt 0 ({_where(stage.beat(0))})")
+    send(runner, signal.SIGKILL)  # a frozen node schedules nothing
+    new = _start_elsewhere(stage)
+    try:
+        wait_until(
+            lambda: stage.events("first_step", 1), "attempt 1 stepped", deadline_s=stage.deadline_s, over=stage.aborted
+        )
+        before, at = set(commits.steps(stage.store)), time.time()
+        for pid in old:
+            send(pid, signal.SIGCONT)
+        stage.say("attempt 1 steps; SIGCONT to attempt 0")
+
+        def both_over() -> bool:
+            return new.poll() is not None and not any(processes.alive(pid) for pid in old)
+
+        wait_until(both_over, "both attempts had ended", deadline_s=stage.deadline_s, over=stage.aborted)
+        _judge_old(stage, before, at)
+    finally:
+        if new.poll() is None:
+            new.kill()
+            new.wait()
+
+
+def _start_elsewhere(stage: Stage) -> "subprocess.Popen[bytes]":
+    """Start an attempt the way another machine does, which does not see this one's lock."""
+    command, environ = Runner(stage.store, stage.spec, None).prepare(runner_environment() | dict(stage.environ))
+    return subprocess.Popen(
+        command, cwd=stage.store.path, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def _judge_old(stage: Stage, before: set[int], at: float) -> None:
+    """Hold against the old attempt what it did after it woke up."""
+    for step in commits.steps(stage.store):
+        commit = commits.read(stage.store, step)
+        if commit.attempt == 0 and step not in before:
+            stage.wrong.append(f"the old attempt published step {step} after attempt 1 had begun")
+    removed = [event["step"] for event in stage.events("removed", 0) if event["t"] > at]
+    if removed:
+        stage.wrong.append(f"the old attempt removed step {removed[0]} after attempt 1 had begun")
+
+
+PREEMPTED, KILLED = Outcome.PREEMPTED, Outcome.KILLED
+
+ALL = (
+    Scenario("start", "notice while the program starts", (PREEMPTED,), _while_starting),
+    Scenario("compile", "notice in the first step", (PREEMPTED,), _while_compiling, quick=True),
+    Scenario("notice", "notice in mid-run", (PREEMPTED,), _while_training, quick=True),
+    Scenario(
+        "notice-save", "notice while a save is written", (PREEMPTED,),
+        fault=lambda shown: f"during_write:{shown.hit_save}@0=TERM",
+    ),
+    Scenario("notice-end", "notice in the last step", (), fault=lambda shown: f"step:{shown.steps}@0=TERM"),
+    Scenario("kill", "SIGKILL in mid-run", (KILLED,), _kill),
+    Scenario(
+        "kill-save", "SIGKILL while a save is written", (KILLED,),
+        fault=lambda shown: f"during_write:{shown.hit_save}@0",
+    ),
+    Scenario(
+        "kill-commit", "SIGKILL between data and commit", (KILLED,),
+        fault=lambda shown: f"before_rename:{shown.hit_save}@0", quick=True,
+    ),
+    Scenario(
+        "twice", "SIGKILL, and again while restoring", (KILLED, KILLED), _kill_again,
+        fault=lambda shown: "during_restore:1@1",
+    ),
+    Scenario("damage", "newest checkpoint damaged, SIGKILL", (KILLED,), _damage, quick=True),
+    Scenario("storage", "storage fails for a while", (), _fail_storage),
+    Scenario("node", "the whole node lost, then resumed", (KILLED,), _lose_node),
+    Scenario("zombie", "an old attempt wakes up beside a new one", ("",), _outlive),
+)  # fmt: skip
