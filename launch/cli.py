@@ -43,7 +43,6 @@ def cli() -> None:
 
 
 cli.add_command(cli_submit.submit)
-cli.add_command(cli_drill.drill)
 
 
 @cli.command()
@@ -308,6 +307,9 @@ def demo(run: str | None, seed: int | None, as_json: bool) -> None:
     from launch.demo import main as run_demo
 
     sys.exit(run_demo(run=run, seed=seed, json=as_json))
+
+
+cli.add_command(cli_drill.drill)
 
 
 def main() -> None:
