@@ -5,12 +5,9 @@ processes, at steps drawn from a seed. jax is only in the trainings' own process
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,17 +23,15 @@ from rich.table import Table
 from jobkit import contract, ledger
 from jobkit.contract import Outcome, State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.heartbeat import Phase, read_beat
-from jobkit.ledger import Event, read_json
+from jobkit.heartbeat import Phase
+from jobkit.ledger import Event
 from jobkit.remote import Remote
 from jobkit.storage import Store, is_remote, local_path
 from jobkit.units import show_duration
-from launch import local, report
+from launch import drive, local, report
 from launch.spec import JobSpec
 
 STEPS = 500
-_AIM_S = 0.004
-"""How often the heartbeat is looked at: a small part of a step."""
 _LOOK_S = 0.25
 """How often the picture is drawn anew."""
 
@@ -171,7 +166,8 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
         undisturbed = _train("undisturbed", urls["undisturbed"], place, [], screen)
         disturbed = _train("disturbed", urls["disturbed"], place, plan, screen)
         screen.say("comparing the two runs bit for bit")
-        comparison = _compare(urls)
+        with drive.comparer() as comparer:
+            comparison = comparer.compare(*urls.values())
     stores = {name: Store(url) for name, url in urls.items()}
     _settle(stores["disturbed"], plan)
     result = Result(
@@ -255,7 +251,7 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_S
                 over = watched.look()
-            time.sleep(_AIM_S if waiting else _LOOK_S / 2)
+            time.sleep(drive.AIM_S if waiting else _LOOK_S / 2)
     finally:
         if not over:  # Ctrl-C, or an error of ours: leave nothing running
             local.cancel(store.url)
@@ -267,33 +263,19 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
 
 def _fire(store: Store, interruption: Interruption, say: Callable[[str], None]) -> bool:
     """Send the signal if its step is reached; tell whether it was sent."""
-    attempt = max(store.numbers(contract.ATTEMPTS), default=None)
-    link = _link(store, attempt) if attempt is not None else None
+    attempt = drive.newest_attempt(store)
+    link = drive.living(store, attempt) if attempt is not None else None
     if attempt is None or link is None:
         return False
-    beat = read_beat(Path(str(link["heartbeat"])))
+    beat = drive.beat_of(link)
     if beat.phase != Phase.STEPPING or beat.step < interruption.planned_step:
         return False
     pid = beat.pid if interruption.target == "trainer" else link["pid"]
-    try:
-        os.kill(pid, interruption.signum)
-    except ProcessLookupError:
+    if not drive.send(pid, interruption.signum):
         return False
     interruption.fired_step, interruption.attempt = beat.step, attempt
     say(f"step {beat.step}: {interruption.name} of attempt {attempt}")
     return True
-
-
-def _link(store: Store, attempt: int) -> dict[str, Any] | None:
-    """Return what the supervisor of a living attempt wrote down, None if there is none."""
-    directory = contract.attempt_dir(attempt)
-    if store.exists(f"{directory}/{contract.OUTCOME}"):
-        return None
-    try:
-        link = read_json(store, f"{directory}/supervisor.json")
-    except JobkitError:
-        return None
-    return link if link and isinstance(link.get("pid"), int) and link.get("heartbeat") else None
 
 
 class _Screen:
@@ -384,44 +366,12 @@ def _told(event: Event) -> str:
 def _settle(store: Store, plan: Sequence[Interruption]) -> None:
     """Fill in, from the ledger, how each interruption went."""
     for interruption in plan:
-        attempt = interruption.attempt
-        if attempt is None:
+        if interruption.attempt is None:
             continue
-        outcome = read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}") or {}
-        stopped = _first(store, attempt, "stopped")
-        restored = _first(store, attempt + 1, "restored")
-        first_step = _first(store, attempt + 1, "first_step")
-        interruption.outcome = outcome.get("outcome")
-        interruption.reached_step = outcome.get("step")
-        interruption.commit_s = stopped.get("notice_to_commit_s")
-        interruption.resumed_step = restored.get("step")
-        if first_step and isinstance(outcome.get("ended"), float):
-            interruption.restart_s = round(first_step["t"] - outcome["ended"], 3)
-
-
-def _first(store: Store, attempt: int, name: str) -> Event:
-    return next((event for event in ledger.attempt_events(store, attempt) if event["event"] == name), {})
-
-
-def _compare(urls: Mapping[str, str]) -> dict[str, Any]:
-    """Compare the two runs in a process of its own, since reading checkpoints needs jax.
-
-    With an empty home, as on another machine: from a bucket it reads what has got there.
-    """
-    with tempfile.TemporaryDirectory(prefix="jobkit-demo-") as home:
-        told = subprocess.run(
-            [sys.executable, "-m", "jobkit.compare", *urls.values(), "--json"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", contract.ENV_HOME: home},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if told.returncode not in (0, 1) or not told.stdout.strip():
-        last = (told.stderr.strip().splitlines() or ["no output"])[-1]
-        raise JobkitError(f"the two runs could not be compared: {last.removeprefix('jobkit: ')}")
-    result: dict[str, Any] = json.loads(told.stdout)
-    return result
+        ending = drive.ending_of(store, interruption.attempt)
+        interruption.outcome, interruption.reached_step = ending.outcome, ending.reached_step
+        interruption.commit_s, interruption.restart_s = ending.commit_s, ending.restart_s
+        interruption.resumed_step = ending.resumed_step
 
 
 def _card(result: Result) -> Panel:

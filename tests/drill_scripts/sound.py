@@ -28,7 +28,7 @@ class Batches:
 
 
 def new_params() -> dict[str, jax.Array]:
-    return {"w": jnp.ones((4, 1)), "b": jnp.zeros(1)}
+    return {"w": jnp.full((4, 1), 0.1), "b": jnp.zeros(1)}
 
 
 tx = optax.adam(1e-2)
