@@ -74,6 +74,8 @@ class Attempt:
     """Why, where the exit code alone would mislead."""
     dog: Watchdog = field(default_factory=Watchdog)
     stall: Stall | None = None
+    silent_since: float = 0.0
+    """When a stalled program last showed progress, in seconds since the epoch."""
     kill_at: float | None = None
     """When a stalled program is killed with all it started, on the clock of `time.monotonic`."""
     memory: Memory = field(default_factory=Memory)
@@ -353,6 +355,7 @@ def _accuse(attempt: Attempt, link: Link, ledger: Ledger, pid: int) -> None:
     """Write down where a stalled program hangs, and ask it to commit and leave while there is hope that it can."""
     stall = attempt.stall
     assert stall is not None
+    attempt.silent_since = time.time() - stall.waited_s
     state = processes.state(pid)
     text = stacks.take(link.directory, pid)
     frame = stacks.innermost(text)
@@ -457,6 +460,8 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
     longest = {
         phase.name.lower(): round(seconds, 3) for phase, seconds in attempt.dog.longest_s.items() if seconds >= 1
     }
+    if attempt.stall is not None:
+        told["silent_since"] = attempt.silent_since
     ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=longest)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:

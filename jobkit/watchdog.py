@@ -8,7 +8,8 @@ The budgets are generous, since the two mistakes differ in price: a stall notice
 an evaluation of forty minutes that is taken for a stall costs the run, as it comes again in every attempt. They grow
 with what this run was seen to do and never shrink below a floor. Who knows better says so: `--stall 5m`, and
 `run.beat()` inside what takes long. An operation that was taken for a stall gets twice the time when the run comes to
-the same step again.
+the same step again, and the second and third step of an attempt get the first one's time: JAX compiles a step again
+when its inputs come from itself rather than from a checkpoint.
 """
 
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ UNSEEN_S = {
 """Budget of each phase while this run was never seen in it; the rest is the program's own and not watched."""
 FLOOR_S = UNSEEN_S | {Phase.LISTENING: _HOUR_S, Phase.RESTORING: 30 * _MINUTE_S, Phase.FIRST_STEP: _HOUR_S}
 """What a budget never falls below: a warm compile cache or a near checkpoint may be gone next time."""
+WARM_STEPS = 3
+"""After so many steps an attempt has compiled what it needs for one."""
 FACTOR = 3.0
 """A budget is so many times the longest that was seen."""
 _TICK_S = 1.0
@@ -89,6 +92,7 @@ class Watchdog:
         self._beat = Beat()
         self._looked_s: float | None = None
         self._waited_s = 0.0
+        self._warm_at: int | None = None
         self.longest_s: dict[Phase, float] = {}
         """Phase -> longest time without a sign of progress in this attempt, of those that ended well."""
 
@@ -96,11 +100,14 @@ class Watchdog:
         """Return how long a phase may show no progress; None where it is not watched."""
         if self._stall_s == 0 or phase not in UNSEEN_S:
             return None
+        again_s = 2 * self._known.stalled_s.get((phase, step), 0.0)
+        if phase is Phase.STEPPING and (self._warm_at is None or step < self._warm_at):
+            phase = Phase.FIRST_STEP
         if self._stall_s is not None and phase is Phase.STEPPING:
-            return self._stall_s
+            return max(self._stall_s, again_s)
         longest_s = max(self.longest_s.get(phase, 0.0), self._known.longest_s.get(phase, 0.0))
         learned_s = max(FLOOR_S[phase], FACTOR * longest_s) if longest_s else UNSEEN_S[phase]
-        return max(learned_s, self._stall_s or 0.0, 2 * self._known.stalled_s.get((phase, step), 0.0))
+        return max(learned_s, self._stall_s or 0.0, again_s)
 
     def look(self, beat: Beat, now_s: float, *, counts: bool = True) -> Stall | None:
         """Look at the newest heartbeat.
@@ -116,9 +123,7 @@ class Watchdog:
         passed_s = 0.0 if self._looked_s is None else min(max(now_s - self._looked_s, 0.0), _TICK_S)
         self._looked_s = now_s
         if beat != self._beat:
-            before, self._beat = self._beat.phase, beat
-            self.longest_s[before] = max(self.longest_s.get(before, 0.0), self._waited_s)
-            self._waited_s = 0.0
+            self._progress(beat)
             return None
         if counts:
             self._waited_s += passed_s
@@ -126,6 +131,15 @@ class Watchdog:
         if budget_s is None or self._waited_s <= budget_s:
             return None
         return Stall(beat.phase, beat.step, self._waited_s, budget_s)
+
+    def _progress(self, beat: Beat) -> None:
+        before, self._beat = self._beat, beat
+        self.longest_s[before.phase] = max(self.longest_s.get(before.phase, 0.0), self._waited_s)
+        self._waited_s = 0.0
+        if beat.pid != before.pid:
+            self._warm_at = None
+        if self._warm_at is None and beat.phase is Phase.STEPPING:
+            self._warm_at = beat.step + WARM_STEPS - 1
 
 
 def learn(store: Store, before: int, writer: str) -> Known:

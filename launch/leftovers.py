@@ -116,7 +116,8 @@ def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:
 def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
     """Put together how each of several processes of an attempt ended; None if not all supervisors wrote it.
 
-    The first that ended badly is what became of the attempt: the others followed.
+    The first that ended badly is what became of the attempt: the others followed. Of those that made no progress it is
+    the one that is behind: the others waited for it.
     """
     names = [name for name in store.names(contract.attempt_dir(attempt)) if name.startswith("process-")]
     told = []
@@ -125,8 +126,10 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
             told.append(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
     told.sort(key=lambda outcome: float(outcome.get("ended", 0)))
     bad = [outcome for outcome in told if outcome.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED)]
+    stalled = [outcome for outcome in bad if outcome.get("exit_code") == Exit.STALLED]
     if bad:
-        return bad[0] | {"reason": f"process {bad[0]['process']} on {bad[0]['node']}: {bad[0]['reason']}"}
+        first = min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0))) if stalled else bad[0]
+        return first | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
     if not told or len(told) < told[0]["processes"]:
         return None
     return next((outcome for outcome in told if outcome["exit_code"] == Exit.PREEMPTED), told[0])
@@ -156,7 +159,8 @@ def write_outcome(
     """
     together = of_all_processes(store, attempt)
     if together is not None and not (preempted and together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED)):
-        store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(together, indent=2) + "\n")
+        if store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(together, indent=2) + "\n"):
+            _say_in_log(store, attempt, together)
         return
     code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
     if program_code is not None:
@@ -177,6 +181,13 @@ def write_outcome(
     store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(value, indent=2) + "\n")
     if link is not None:
         remove_tree(link)  # the supervisor had no time to
+
+
+def _say_in_log(store: Store, attempt: int, together: dict[str, Any]) -> None:
+    """Say as the last line of process 0's log which process ended the attempt: what it printed itself tells little."""
+    if together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED):
+        with contextlib.suppress(OSError), store.file(contract.log_file(attempt)).open("ab", buffering=0) as log:
+            log.write(f"jobkit: {together['reason']}\n".encode())
 
 
 def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> None:

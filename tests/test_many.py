@@ -1,0 +1,109 @@
+"""Several processes of one attempt under the local runner: one hangs, one is killed, a supervisor is killed."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobkit import commits, processes
+from jobkit.ledger import attempt_events, read_json
+from jobkit.storage import Store
+from launch import leftovers, local
+from tests import jobs
+from tests.jobs import Project, until, until_over
+
+TRAIN = '''\
+"""train.py HOW: trains in several processes; in attempt 0 process 1 hangs after step 12, if HOW says so."""
+import os, sys, time
+from tests import training
+
+def hook(point, run):
+    here = (sys.argv[1], os.environ["JOBKIT_PROCESS"], run.attempt, point, run.step)
+    if here == ("hang", "1", 0, "step", 12):
+        never_joins()
+
+def never_joins():
+    while True:
+        time.sleep(0.1)
+
+training.train_many(os.environ["JOBKIT_RUN"], steps=int(sys.argv[2]), pause_s=0.05, hook=hook)
+'''
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    for made in jobs.project(tmp_path):
+        (made.path / "train.py").write_text(TRAIN)
+        yield made
+
+
+def submit(project: Project, count: int, how: str, steps: int, **options: Any) -> Store:
+    """Submit train.py in so many processes."""
+    spec = project.spec(sbatch={"ntasks-per-node": str(count)}, **options)
+    return local.submit(msgspec.structs.replace(spec, command=("python", "train.py", how, str(steps))))
+
+
+def until_committed(store: Store, step: int) -> None:
+    """Wait until a step is committed."""
+    until(lambda: max(commits.steps(store), default=-1) >= step, f"step {step} is committed", seconds=120)
+
+
+def program_of(store: Store, process: int) -> tuple[int, int]:
+    """Return the pids of a process of attempt 0: its supervisor's and its program's."""
+    name = "supervisor.json" if process == 0 else f"supervisor-{process}.json"
+    supervisor = int((read_json(store, f"attempts/0/{name}") or {})["pid"])
+    (program,) = processes.children(supervisor)
+    return supervisor, program
+
+
+@pytest.mark.slow
+def test_one_never_joins_a_collective(project: Project) -> None:
+    """One of two hangs before a collective, the other in it: the attempt ends as stalled, the culprit is named."""
+    store = submit(project, 2, "hang", 30, stall_s=8.0, grace_s=3.0)
+    status = until_over(store, seconds=180)
+    log = store.read("attempts/0/log-1.txt").decode()
+    assert (status.state, jobs.outcomes(store)) == ("done", ["stalled", "done"]), log
+    reason = status.endings[0].reason
+    assert reason.startswith(f"process 1 on {os.uname().nodename}: no progress for "), reason
+    assert re.search(r"in train\.py:\d+ in never_joins$", reason), reason
+    assert "most recent call first" in log
+    stalls = [event for event in attempt_events(store, 0) if event["event"] == "stalled"]
+    assert {event["writer"] for event in stalls} >= {"supervisor-1"}
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed(project: Project) -> None:
+    """SIGKILL of one of four processes: within 15 s the next attempt runs, and the log's last line says who died."""
+    store = submit(project, 4, "none", 60)
+    until_committed(store, 10)
+    _, program = program_of(store, 2)
+    killed_at = time.time()
+    os.kill(program, signal.SIGKILL)
+    until(lambda: len(jobs.events(store, "started")) > 4, "the next attempt starts", seconds=60)
+    started = [event for event in attempt_events(store, 1) if event["event"] == "started"]
+    assert started[0]["t"] - killed_at < 15
+    last = store.read("attempts/0/log-0.txt").decode().splitlines()[-1]
+    assert last.startswith(f"jobkit: process 2 on {os.uname().nodename}: killed by SIGKILL"), last
+    status = until_over(store, seconds=180)
+    assert (status.state, jobs.outcomes(store)) == ("done", ["killed", "done"])
+    assert leftovers.processes_of(store) == []
+
+
+@pytest.mark.slow
+def test_one_supervisor_of_two_is_killed(project: Project) -> None:
+    """SIGKILL of one process's supervisor is a notice to all: they commit one step and the run goes on."""
+    store = submit(project, 2, "none", 60)
+    until_committed(store, 10)
+    supervisor, _ = program_of(store, 1)
+    os.kill(supervisor, signal.SIGKILL)
+    status = until_over(store, seconds=180)
+    stopped = {event["step"] for event in attempt_events(store, 0) if event["event"] == "stopped"}
+    assert (status.state, jobs.outcomes(store)) == ("done", ["preempted", "done"])
+    assert stopped == {status.endings[0].committed_step}
+    assert status.endings[0].reason.startswith("the supervisor was killed (SIGKILL)")
