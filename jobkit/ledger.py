@@ -87,7 +87,7 @@ def read_events(store: Store) -> list[Event]:
     Each event gains `attempt` (absent for the launching side's) and `writer` ('launcher', 'supervisor' or a process
     index as text).
     """
-    events = [event | {"writer": "launcher"} for event in _lines(store, contract.EVENTS)]
+    events = [event | {"writer": "launcher"} for event in read_lines(store, contract.EVENTS)]
     for attempt in store.numbers(contract.ATTEMPTS):
         events += attempt_events(store, attempt)
     return sorted(events, key=lambda event: event["t"])
@@ -105,10 +105,11 @@ def attempt_events(store: Store, attempt: int) -> list[Event]:
 def writer_events(store: Store, attempt: int, writer: str) -> list[Event]:
     """Read the events of one writer of one attempt, in the order written."""
     extra = {"attempt": attempt, "writer": writer}
-    return [event | extra for event in _lines(store, contract.events_file(attempt, writer))]
+    return [event | extra for event in read_lines(store, contract.events_file(attempt, writer))]
 
 
-def _lines(store: Store, name: str) -> list[Event]:
+def read_lines(store: Store, name: str) -> list[Event]:
+    """Read one ledger file in the order written; torn lines are left out, and an absent file has none."""
     try:
         content = store.read(name)
     except FileNotFoundError:
@@ -143,7 +144,7 @@ def read_metrics(store: Store) -> Series:
     earlier: dict[str, dict[int, list[float]]] = {}  # what was logged for steps that a resume took back
     for attempt in store.numbers(contract.ATTEMPTS):
         logged: dict[str, dict[int, float]] = {}
-        for event in _lines(store, contract.events_file(attempt, 0)):
+        for event in read_lines(store, contract.events_file(attempt, 0)):
             step, values = event.get("step", 0), event.get("values")
             if not isinstance(step, int):
                 continue

@@ -10,7 +10,7 @@ import click
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
-from launch import cli_drill, cli_submit
+from launch import cli_drill, cli_report, cli_submit
 from launch.printed import aligned, follow, print_status
 
 if TYPE_CHECKING:
@@ -290,6 +290,10 @@ def doctor(
         marks = {"ok": "ok", "warning": "warning", "fail": "FAIL"}
         print(aligned([(marks[one.verdict], one.topic, one.text) for one in found]))
     sys.exit(1 if any(one.verdict == "fail" for one in found) else 0)
+
+
+cli.add_command(cli_report.report)
+cli.add_command(cli_report.explain)
 
 
 @cli.command()

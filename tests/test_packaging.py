@@ -26,7 +26,8 @@ JOBKIT = [
 LAUNCH = [
     "restart", "nodes", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner",
     "submission", "job_runner", "local", "drive", "scenarios", "diagnosis", "drill", "slurm", "slurm_job", "doctor",
-    "backends", "checkpoints", "watch", "api", "demo", "printed", "drill_card", "cli_submit", "cli_drill", "cli",
+    "backends", "checkpoints", "watch", "api", "history", "goodput", "phases", "shown", "story", "curve", "page",
+    "picture", "demo", "printed", "drill_card", "cli_submit", "cli_drill", "cli_report", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {"state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}

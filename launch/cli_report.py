@@ -1,0 +1,168 @@
+# ruff: noqa: D301  (click wants the character \\b itself)
+"""`jobkit report` and `jobkit explain`: what a run's time was spent on, and why."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from jobkit import contract
+from jobkit.errors import ConfigError, JobkitError
+
+if TYPE_CHECKING:
+    from jobkit.storage import Store
+    from launch.history import History
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--html", metavar="PATH", type=click.Path(path_type=Path), help="Write one self-contained page.")
+@click.option("--png", metavar="PATH", type=click.Path(path_type=Path), help="Write a picture (extra: report).")
+@click.option("--live", is_flag=True, help="Refresh while the run is alive; Ctrl-C ends the view alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document: an object for one run, else a list.")
+def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: bool, as_json: bool) -> None:
+    """Say what the time of RUNS was spent on: goodput, badput by cause, interruptions and their cost.
+
+    RUNS are runs, or directories that hold runs (a sweep).
+
+    \b
+    Examples:
+      jobkit report runs/mnist
+      jobkit report runs/mnist --html report.html --png report.png
+      jobkit report --live runs/mnist
+      jobkit report runs/sweep --json
+    """
+    from launch.goodput import measure
+    from launch.report import to_json
+
+    if live and (as_json or html or png):
+        raise ConfigError("--live is a view in the terminal: leave out --json, --html and --png")
+    stores = _stores(runs)
+    if live:
+        _watch(stores)
+        return
+    histories = [read(store) for store in stores]
+    if html is not None:
+        from launch.page import write_page
+
+        print(f"report: {write_page(html, histories)}", file=sys.stderr if as_json else sys.stdout)
+    if png is not None:
+        from launch.picture import write_picture
+
+        print(f"picture: {write_picture(png, histories)}", file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        found = [measure(history) for history in histories]
+        print(to_json(found[0] if len(runs) == 1 and stores[0].url == _open(runs[0]).url else found))
+    elif html is None and png is None:
+        _print(histories)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def explain(run: str, as_json: bool) -> None:
+    """Tell what happened to RUN: when, why, what it cost, and what would avoid it the next time.
+
+    \b
+    Examples:
+      jobkit explain runs/mnist
+      jobkit explain runs/mnist --json
+    """
+    from launch import story
+    from launch.goodput import measure
+    from launch.report import to_json
+    from launch.shown import clock
+
+    stores = _stores([run])
+    if len(stores) > 1:
+        raise ConfigError(f"{run} holds {len(stores)} runs; explain one of them, such as {stores[0].url}")
+    history = read(stores[0], curves=False)
+    told = story.explain(measure(history), history)
+    if as_json:
+        print(to_json(told))
+        return
+    for one in told.story:
+        print(f"{clock(one.t)}  {one.text}")
+    for number, advice in enumerate(told.advice):
+        print(("" if number else "\nNext time:\n") + f"- {advice.text}")
+
+
+def _print(histories: "Sequence[History]") -> None:
+    from rich.console import Console
+
+    from launch.goodput import measure
+    from launch.shown import overview, shown
+
+    console = Console(highlight=False)
+    found = [measure(history) for history in histories]
+    console.print(shown(found[0]) if len(found) == 1 else overview(found))
+
+
+def _watch(stores: "Sequence[Store]") -> None:
+    """Show the report anew every two seconds until every run is over."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from launch import submission
+    from launch.goodput import measure
+    from launch.shown import overview, shown
+
+    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as view:
+        while True:
+            histories = [read(store, curves=False) for store in stores]
+            found = [measure(history) for history in histories]
+            view.update(shown(found[0]) if len(found) == 1 else overview(found), refresh=True)
+            if all(history.now is None for history in histories):
+                return
+            try:
+                time.sleep(2)
+                for store in stores:
+                    submission.refresh(store)
+            except JobkitError:
+                pass  # a bucket that does not answer just now
+            except KeyboardInterrupt:
+                return
+
+
+def _open(run: str) -> "Store":
+    from launch import submission
+
+    return submission.open_run(run)
+
+
+def _stores(runs: Sequence[str]) -> "list[Store]":
+    """Return the runs that are meant, each once."""
+    return list({store.url: store for run in runs for store in _below(run)}.values())
+
+
+def _below(run: str) -> "Iterator[Store]":
+    from launch import report
+
+    store = _open(run)
+    if store.exists(contract.RUN_JSON) or store.exists(contract.ATTEMPTS):
+        yield store
+        return
+    found = [] if store.remote is not None else report.find_runs(store.path)
+    if not found:
+        raise ConfigError(f"{store.url} is not a run and holds none; jobkit ls DIRECTORY lists runs")
+    yield from (_open(str(path)) for path in found)
+
+
+def read(store: "Store", *, curves: bool = True) -> "History":
+    """Read a run's history; whether it is alive its backend says, or the ledger where that cannot be asked."""
+    from launch import backends
+    from launch import report as status_
+    from launch.history import read_history
+
+    try:
+        status = backends.status(store)
+    except JobkitError:
+        last = status_.last_life_event(store)
+        state = str(last.get("state", "")) if last.get("event") == "ended" else ""
+        return read_history(store, state=state, reason=str(last.get("reason", "")), curves=curves)
+    over = status.state.over
+    return read_history(store, state=str(status.state), reason=status.reason, over=over, curves=curves)

@@ -1,0 +1,409 @@
+"""What happened to a run, in sentences: when, what, why, what it cost, and what would avoid it the next time.
+
+All of it comes from the ledgers. An advice is given only where the figures of this very run call for it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import msgspec
+
+from jobkit.contract import Outcome
+from jobkit.ledger import Event
+from jobkit.units import show_duration, show_size
+from launch.goodput import Attempt, Goodput, Phase
+from launch.history import History, count_of, number_of
+from launch.phases import percent
+
+_MOST = 25
+"""How many interruptions are told one by one; of more the costliest."""
+
+
+class Sentence(msgspec.Struct, frozen=True):
+    """One thing that happened.
+
+    Args:
+        t: When, epoch seconds.
+        cause: One word: 'submitted', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'resumed', 'more', 'end'.
+        attempt: Whose; None for the run's own.
+        cost_s: Seconds that the run would not have spent without it.
+    """
+
+    t: float
+    cause: str
+    attempt: int | None
+    text: str
+    cost_s: float = 0.0
+
+
+class Advice(msgspec.Struct, frozen=True):
+    """What would avoid it the next time.
+
+    Args:
+        cause: One word: 'grace', 'interval', 'node', 'compile', 'bucket', 'memory', 'stalled', 'queue', 'program',
+            'disk'.
+        cost_s: Seconds that it is about.
+    """
+
+    cause: str
+    text: str
+    cost_s: float = 0.0
+
+
+class Story(msgspec.Struct, frozen=True):
+    """A run's story."""
+
+    run: str
+    name: str
+    state: str
+    story: list[Sentence]
+    advice: list[Advice]
+
+
+def explain(found: Goodput, history: History) -> Story:
+    """Tell a run's story.
+
+    Args:
+        found: Its figures.
+        history: Where they come from.
+    """
+    told = [*_beginning(found), *_endings(found, history), *_troubles(history), *_resumes(history)]
+    told = [*sorted(told, key=lambda one: one.t), *_end(found)]
+    return Story(found.run, found.name, found.state, told, list(_advice(found, history)))
+
+
+# What happened.
+
+
+def _beginning(found: Goodput) -> Iterator[Sentence]:
+    if found.submitted is None:
+        return
+    waited = found.intervals[0] if found.intervals[0].phase is Phase.QUEUE else None
+    after = f" and started {show_duration(waited.seconds)} later" if waited is not None and found.attempts else ""
+    yield Sentence(
+        found.submitted, "submitted", None, f"The run was submitted{after}.", waited.seconds if waited else 0.0
+    )
+
+
+def _endings(found: Goodput, history: History) -> Iterator[Sentence]:
+    """Tell of every attempt that ended before the run was done."""
+    ended = [one for one in found.attempts if one.ended is not None and one.outcome != Outcome.DONE]
+    told = sorted(sorted(ended, key=lambda one: -one.ending_s)[:_MOST], key=lambda one: one.attempt)
+    waited = {life.number: life.supervisor for life in history.lives}
+    for one in told:
+        after = [later for later in found.attempts if later.attempt > one.attempt]
+        stalls = [event for event in waited.get(one.attempt, []) if event["event"] == "stalled"]
+        text = f"{_what(one, stalls)} {_cost(one, after[0] if after else None)}"
+        yield Sentence(one.ended or one.started, one.outcome or "unknown", one.attempt, text, one.ending_s)
+    left = [one for one in ended if one not in told]
+    if left:
+        cost_s = math.fsum(one.ending_s for one in left)
+        lost = sum(one.lost_steps for one in left)
+        text = f"{len(left)} more interruptions cost {show_duration(cost_s)} and {_steps(lost)}."
+        yield Sentence(max(one.ended or 0.0 for one in left), "more", None, text, cost_s)
+
+
+def _what(one: Attempt, stalls: Sequence[Event]) -> str:
+    """Say how an attempt ended, and why."""
+    at = f" at step {one.to_step:,}" if one.to_step is not None else " before it had a step"
+    who = f"Attempt {one.attempt}"
+    if one.outcome == Outcome.PREEMPTED:
+        told = f"{who} was told to stop ({one.notice or 'notice'}){at}"
+        if one.saved_on_notice and one.notice_to_commit_s is not None:
+            return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
+        if one.saved_on_notice is None:
+            return f"{told}; there was nothing to save yet."
+        return f"{told}{'.' if one.saved_on_notice else '; the save was not committed in time.'}"
+    if one.outcome == Outcome.STALLED:
+        event = stalls[-1] if stalls else {}
+        where = f" in phase {event['phase']}" if event.get("phase") else ""
+        for_s = number_of(event.get("waited_s"))
+        return f"{who} hung{where}{at}; after {show_duration(for_s or one.seconds[Phase.STALLED])} it was ended."
+    late = f" after a notice ({one.notice}) that it could not serve in time" if one.saved_on_notice is False else ""
+    node = f" on {one.node}" if one.node else ""
+    reason = _clause(one.reason)
+    if one.outcome == Outcome.KILLED:
+        how = one.reason if one.reason.startswith("killed by ") else "killed"
+        return f"{who} was {how}{at}{node}{late}{'' if how == one.reason else reason}."
+    words = {
+        Outcome.FAILED: "failed",
+        Outcome.STORAGE: "could not commit or restore",
+        Outcome.CONFIG: "cannot work as it is",
+    }
+    return f"{who} {words.get(one.outcome, 'ended')}{at}{late}{reason}."  # type: ignore[call-overload]
+
+
+def _clause(reason: str) -> str:
+    reason = reason.strip().rstrip(".")
+    return f": {reason}" if reason else ""
+
+
+def _cost(one: Attempt, after: Attempt | None) -> str:
+    """Say what the end of an attempt cost."""
+    parts = [
+        (one.seconds[Phase.STALLED], "of silence"),
+        (one.seconds[Phase.LOST], "of training"),
+        (one.seconds[Phase.EMERGENCY], "saving"),
+        (one.seconds[Phase.STOP], "stopping"),
+        (one.wait_s, "waiting"),
+    ]
+    if after is not None:
+        parts += [
+            (after.seconds[Phase.START], "starting"),
+            (after.seconds[Phase.RESTORE], "restoring"),
+            (after.seconds[Phase.COMPILE], "compiling"),
+        ]
+    known = [f"{show_duration(seconds)} {what}" for seconds, what in parts if seconds >= 0.05]
+    total = f"{_steps(one.lost_steps)} lost; it cost {show_duration(one.ending_s)}"
+    text = f"{total} ({', '.join(known)})." if known else f"{total}."
+    return text[0].upper() + text[1:]
+
+
+def _steps(count: int) -> str:
+    return "no step" if count == 0 else _count(count, "step")
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _troubles(history: History) -> Iterator[Sentence]:
+    """Tell of damaged checkpoints, saves that failed and buckets that did not answer."""
+    for life in history.lives:
+        for event in life.program:
+            if event["event"] == "set_aside":
+                text = (
+                    f"The checkpoint of step {event.get('step')} was damaged{_clause(str(event.get('reason', '')))}. "
+                )
+                yield Sentence(event["t"], "damaged", life.number, text + "It was set aside and an older one used.")
+        failed = [event for event in life.program if event["event"] == "save_failed"]
+        if failed:
+            count = "A save" if len(failed) == 1 else f"{len(failed)} saves"
+            text = f"{count} of attempt {life.number} failed{_clause(str(failed[0].get('reason', '')))}."
+            yield Sentence(failed[0]["t"], "saves", life.number, text)
+        outages = [event for event in [*life.supervisor, *life.program] if event["event"] == "upload_failed"]
+        if outages:
+            back = [
+                number_of(event.get("after_s")) or 0.0 for event in life.supervisor if event["event"] == "upload_back"
+            ]
+            long = f" for {show_duration(math.fsum(back))}" if back else ""
+            text = f"Uploads of attempt {life.number} failed{long}{_clause(str(outages[0].get('reason', '')))}."
+            yield Sentence(outages[0]["t"], "uploads", life.number, text)
+
+
+def _resumes(history: History) -> Iterator[Sentence]:
+    ended: Event | None = None
+    for event in history.launcher:
+        if event["event"] == "ended":
+            ended = event
+        elif event["event"] == "resumed" and ended is not None:
+            away = show_duration(max(0.0, event["t"] - ended["t"]))
+            why = _clause(str(ended.get("reason", "")))
+            text = f"It had ended ({ended.get('state', 'ended')}{why}) and was resumed by hand {away} later."
+            yield Sentence(event["t"], "resumed", None, text)
+            ended = None
+
+
+def _end(found: Goodput) -> Iterator[Sentence]:
+    if not found.intervals:
+        return
+    state = found.state or ("over" if found.ended is not None else "alive")
+    at = f" at step {found.steps:,}" if found.steps is not None else ""
+    count = f"{len(found.attempts)} attempt{'s' * (len(found.attempts) != 1)}"
+    money = f", {found.cost_lost:,.2f} of {found.cost:,.2f} not for training" if found.cost else ""
+    verb = "is" if found.ended is None else "ended as"
+    so_far = f"after {count} and {show_duration(found.total_s)}: goodput {percent(found.goodput)}{money}"
+    yield Sentence(found.intervals[-1].end, "end", None, f"The run {verb} {state}{at} {so_far}.")
+
+
+# What would avoid it.
+
+
+def _advice(found: Goodput, history: History) -> Iterator[Advice]:
+    for one in (_grace, _interval, _node, _memory, _stalled, _program, _compile, _bucket, _queue, _disk):
+        yield from one(found, history)
+
+
+def _grace(found: Goodput, history: History) -> Iterator[Advice]:
+    """A notice came and the save did not land."""
+    late = [one for one in found.attempts if one.saved_on_notice is False]
+    if not late:
+        return
+    needs = found.durable_s.max if found.durable_s is not None else 0.0
+    given = f" (now {show_duration(history.grace_s)})" if history.grace_s is not None else ""
+    grace = f"ask for a grace period of {show_duration(max(30.0, 2 * needs))}{given}"
+    took = f" A save took up to {show_duration(needs)}:" if needs else " So"
+    text = f"{len(late)} of {found.to_save} notices ended before the save was committed.{took} {grace}."
+    yield Advice("grace", text, math.fsum(one.ending_s for one in late))
+
+
+def _interval(found: Goodput, history: History) -> Iterator[Advice]:
+    """Saves are far from the interval that this run's own losses and costs call for."""
+    saves = [event for life in history.lives for event in life.program if event["event"] == "saved"]
+    blocking = [
+        number_of(event.get("blocking_s")) or 0.0 for event in saves if event.get("reason") not in ("end", "notice")
+    ]
+    losses = [one for one in found.attempts if one.ended is not None and one.lost_steps]
+    if not blocking or found.durable_s is None:
+        return
+    now_s = _saved_every(history)
+    lost_s = math.fsum(one.seconds[Phase.LOST] for one in losses)
+    if losses:
+        best_s = max(math.sqrt(2 * median(blocking) * found.held_s / len(losses)), found.durable_s.median, 1.0)
+        if now_s is None or best_s < now_s / 2:
+            every = f"every {show_duration(now_s)}" if now_s is not None else "not at intervals"
+            text = (
+                f"{_count(len(losses), 'interruption')} took back {show_duration(lost_s)} of training; the run saved "
+                f"{every}. For a save that blocks {median(blocking):.2f} s and this many losses, "
+                f"save_every='{_as_option(best_s)}' costs least."
+            )
+            yield Advice("interval", text, lost_s)
+            return
+    share, spent = found.shares[Phase.SAVE], found.seconds[Phase.SAVE]
+    if now_s is not None and share > 0.02 and lost_s < spent / 2:
+        text = (
+            f"Saving every {show_duration(now_s)} took {percent(share)} of the time, more than the losses it "
+            f"avoided: a longer save_every, such as '{_as_option(now_s * share / 0.01)}', costs about 1 %."
+        )
+        yield Advice("interval", text, spent)
+
+
+def _saved_every(history: History) -> float | None:
+    """Return the usual time between two periodic saves of one attempt, None without any."""
+    gaps = []
+    for life in history.lives:
+        times = [
+            event["t"] for event in life.program if event["event"] == "saved" and event.get("reason") == "interval"
+        ]
+        begun = [event["t"] for event in life.program if event["event"] == "first_step"][:1]
+        gaps += [b - a for a, b in zip([*begun, *times], times, strict=False) if b > a]
+    return median(gaps) if gaps else None
+
+
+def _as_option(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))}s"
+    return f"{round(seconds / 60)}m" if seconds < 5400 else f"{seconds / 3600:.1f}h".replace(".0h", "h")
+
+
+_BAD = (Outcome.KILLED, Outcome.STALLED, Outcome.FAILED, Outcome.STORAGE)
+
+
+def _node(found: Goodput, history: History) -> Iterator[Advice]:
+    """One node stands out among the bad endings, while others did well."""
+    bad = Counter(one.node for one in found.attempts if one.node and one.outcome in _BAD)
+    good = {one.node for one in found.attempts if one.node and one.outcome not in _BAD}
+    for node, count in bad.most_common(1):
+        if count >= 2 and count > sum(bad.values()) / 2 and node not in good and (good or len(bad) > 1):
+            cost_s = math.fsum(one.ending_s for one in found.attempts if one.node == node and one.outcome in _BAD)
+            text = f"{count} of {sum(bad.values())} bad endings were on {node}: leave it out (--sbatch exclude={node})."
+            yield Advice("node", text, cost_s)
+
+
+def _memory(found: Goodput, history: History) -> Iterator[Advice]:
+    """Killed without a notice: mostly memory, and said so where the reason does."""
+    killed = [
+        one for one in found.attempts if one.outcome == Outcome.KILLED and not one.notice and "SIGKILL" in one.reason
+    ]
+    said = [one for one in found.attempts if "memory" in one.reason.lower() or "oom" in one.reason.lower()]
+    cost_s = math.fsum(one.ending_s for one in {one.attempt: one for one in [*killed, *said]}.values())
+    if said:
+        text = f"Attempt {said[0].attempt} ran out of memory ({said[0].reason}): ask for more, or use less."
+        yield Advice("memory", text, cost_s)
+    elif len(killed) >= 2:
+        text = (
+            f"{len(killed)} attempts got a SIGKILL without a notice, as the kernel does when memory is out: look for "
+            "'oom' in the node's log, and ask for more memory if it is there."
+        )
+        yield Advice("memory", text, cost_s)
+
+
+def _stalled(found: Goodput, history: History) -> Iterator[Advice]:
+    hung = [one for one in found.attempts if one.outcome == Outcome.STALLED]
+    if hung:
+        which = ", ".join(str(one.attempt) for one in hung[:5])
+        log = f"jobkit logs --attempt {hung[-1].attempt}"
+        text = f"{_count(len(hung), 'attempt')} hung ({which}): what each thread did is in the log, {log}."
+        yield Advice("stalled", text, math.fsum(one.ending_s for one in hung))
+
+
+def _program(found: Goodput, history: History) -> Iterator[Advice]:
+    """The program failed, at the same step again and again or not."""
+    failed = [one for one in found.attempts if one.outcome == Outcome.FAILED]
+    if not failed:
+        return
+    steps = Counter(one.to_step for one in failed)
+    step, count = steps.most_common(1)[0]
+    cost_s = math.fsum(one.ending_s for one in failed)
+    log = f"jobkit logs --attempt {failed[-1].attempt}"
+    if count >= 2 and step is not None:
+        yield Advice(
+            "program", f"The program failed {count} times at step {step:,}, which no restart mends: {log}.", cost_s
+        )
+    else:
+        times = "once" if len(failed) == 1 else f"{len(failed)} times"
+        yield Advice("program", f"The program itself failed {times}: {log}.", cost_s)
+
+
+def _compile(found: Goodput, history: History) -> Iterator[Advice]:
+    """Restarts compile what was compiled before."""
+    again = [life for life in history.lives[1:] if any(_missed(event) for event in life.program)]
+    misses = sum(_missed(event) for life in again for event in life.program)
+    if misses:
+        text = (
+            f"After a restart {_count(misses, 'program')} had to be compiled again: a compile cache on a disk that all "
+            "nodes share would have held them."
+        )
+        yield Advice("compile", text, _compiled_again(found))
+    elif found.compile_hits is None and len(found.attempts) > 1 and found.shares[Phase.COMPILE] > 0.05:
+        text = (
+            f"{percent(found.shares[Phase.COMPILE])} of the time went into {len(found.attempts)} first steps, mostly "
+            "compiling; JAX's compilation cache (JAX_COMPILATION_CACHE_DIR) keeps that from one attempt to the next."
+        )
+        yield Advice("compile", text, _compiled_again(found))
+
+
+def _missed(event: Event) -> int:
+    return (count_of(event.get("misses")) or 0) if event["event"] == "compiled" else 0
+
+
+def _compiled_again(found: Goodput) -> float:
+    return math.fsum(one.seconds[Phase.COMPILE] for one in found.attempts[1:])
+
+
+_SLOW = 20e6
+"""Bytes per second below which an upload is slow: a bucket in the same region takes several times that."""
+
+
+def _bucket(found: Goodput, history: History) -> Iterator[Advice]:
+    uploads = [
+        (size, seconds)
+        for life in history.lives
+        for event in [*life.supervisor, *life.program]
+        if event["event"] == "uploaded"
+        and (size := number_of(event.get("bytes")))
+        and (seconds := number_of(event.get("seconds")))
+    ]
+    size, seconds = sum(size for size, _ in uploads), math.fsum(seconds for _, seconds in uploads)
+    if uploads and seconds / len(uploads) > 10 and size / seconds < _SLOW:
+        text = (
+            f"{_count(len(uploads), 'upload')} ran at {show_size(size / seconds)}/s: a bucket in the region of the "
+            "machines is several times faster."
+        )
+        yield Advice("bucket", text, seconds)
+
+
+def _queue(found: Goodput, history: History) -> Iterator[Advice]:
+    share = found.shares[Phase.QUEUE]
+    if share > 0.25 and found.seconds[Phase.QUEUE] > 600:
+        text = f"{percent(share)} of the time the job was queued: a shorter --time or another partition starts sooner."
+        yield Advice("queue", text, found.seconds[Phase.QUEUE])
+
+
+def _disk(found: Goodput, history: History) -> Iterator[Advice]:
+    damaged = [event for life in history.lives for event in life.program if event["event"] == "set_aside"]
+    if damaged:
+        text = f"{_count(len(damaged), 'checkpoint')} changed on storage after the commit: have the disk looked at."
+        yield Advice("disk", text)
