@@ -41,6 +41,8 @@ ENV_METADATA = "JOBKIT_METADATA"
 """Whose metadata server is watched for a preemption: gce, aws, azure, off, or auto for the cloud that this is."""
 ENV_AZURE_METADATA = "JOBKIT_AZURE_METADATA"
 """URL of another server than Azure's own; the other clouds have variables for that themselves."""
+ENV_ENDS_AT = "JOBKIT_ENDS_AT"
+"""When this attempt is killed at the latest, in seconds since the epoch; SLURM_JOB_END_TIME where it is not given."""
 ENV_FAULT = "JOBKIT_FAULT"
 """Signal this process at a named point, for drills and tests (see faults.py)."""
 ENV_DRILL = "JOBKIT_DRILL"
@@ -198,6 +200,21 @@ def stall_s_from(environ: Mapping[str, str] = os.environ) -> float | None:
     except ValueError:
         return None
     return stall_s if math.isfinite(stall_s) and stall_s >= 0 else None
+
+
+def longest_grace_s(environ: Mapping[str, str] = os.environ) -> float:
+    """Return how long before its end an attempt may be warned; 0 where nobody knows."""
+    return max(grace_s_from(number, environ) or 0.0 for number in (signal.SIGTERM, signal.SIGUSR1))
+
+
+def ends_at_from(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Read from the launcher's or SLURM's environment when this attempt is killed at the latest; None if it is not."""
+    text = environ.get(ENV_ENDS_AT) or environ.get("SLURM_JOB_END_TIME") or ""  # SLURM's from 23.02 on
+    try:
+        ends_at = float(text)
+    except ValueError:
+        return None
+    return ends_at if math.isfinite(ends_at) and ends_at > 0 else None
 
 
 def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:

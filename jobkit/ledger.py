@@ -8,7 +8,7 @@ the reader drops a torn line. The events, by who writes them:
     exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
     opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
-    notice, stopped, finished, metrics                      by the program
+    interval, notice, stopped, finished, metrics            by the program
 """
 
 import json
@@ -108,14 +108,30 @@ def writer_events(store: Store, attempt: int, writer: str) -> list[Event]:
     return [event | extra for event in read_lines(store, contract.events_file(attempt, writer))]
 
 
-def read_lines(store: Store, name: str) -> list[Event]:
-    """Read one ledger file in the order written; torn lines are left out, and an absent file has none."""
+_METRICS = b'"event":"metrics"'
+
+
+def life_events(store: Store, attempt: int, writers: tuple[int | str, ...] = (0, "supervisor")) -> list[Event]:
+    """Read what happened to one attempt, oldest first, without its metrics, which may be millions of lines."""
+    events = [
+        event for writer in writers for event in read_lines(store, contract.events_file(attempt, writer), but=_METRICS)
+    ]
+    return sorted(events, key=lambda event: event["t"])
+
+
+def read_lines(store: Store, name: str, *, but: bytes | None = None) -> list[Event]:
+    """Read one ledger file in the order written, without lines that contain `but`.
+
+    Torn lines are left out, and an absent file has none.
+    """
     try:
         content = store.read(name)
     except FileNotFoundError:
         return []
     events = []
     for line in content.splitlines():
+        if but is not None and but in line:
+            continue
         try:
             event = json.loads(line)
         except ValueError:

@@ -244,6 +244,22 @@ def refresh(store: Store) -> None:
         store.remove(contract.CANCEL)
 
 
+def fetch_ledgers(store: Store, attempt: int) -> None:
+    """Bring what the processes and supervisors of earlier attempts wrote down into the home, where another node did.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    if store.remote is None:
+        return
+    for name, size in store.remote.find(contract.ATTEMPTS).items():
+        earlier, _, file = name.removeprefix(contract.ATTEMPTS + "/").partition("/")
+        if earlier.isdecimal() and int(earlier) < attempt and file.startswith("events-"):
+            path = store.file(name)
+            if not path.exists() or path.stat().st_size < size:
+                store.write(name, store.remote.read(name))
+
+
 def keep_of(store: Store) -> commits.Keep:
     """Return what the program's `Run` keeps; everything while it has not said."""
     from jobkit.ledger import read_json

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 
-from jobkit import commits, contract, mirror, plain, stacks, state
+from jobkit import commits, contract, interval, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
@@ -82,8 +82,10 @@ class Run:
 
     Args:
         url: The run directory: a path or a file:// URL. Under a launcher its `JOBKIT_RUN` is used instead.
-        save_every: '500 steps' or 500, '10m', several of these in a tuple, 'best' (only when `save(metric=...)`
-            improves on the metric of `keep_best`), or None (only when asked, on notice, and at the end).
+        save_every: '500 steps' or 500, '10m', 'auto' (as often as costs least, from what saves cost and how often this
+            run loses work without notice, and once before the time limit), several of these in a tuple, 'best' (only
+            when `save(metric=...)` improves on the metric of `keep_best`), or None (only when asked, on notice, and at
+            the end).
         keep: How many of the newest checkpoints stay; at least 1.
         keep_best: A metric and 'min' or 'max': the best checkpoint by it stays too.
         start_from: URL of a checkpoint that plain Orbax wrote, to begin with where the run has none of its own yet.
@@ -323,6 +325,8 @@ class Run:
         self.step = restored if restored is not None else started.step if started is not None else 0
         self._heartbeat.step, self._heartbeat.committed_step = self.step, self._checkpoints.committed_step
         self._heartbeat.enter(Phase.FIRST_STEP)
+        if self._strategy.auto and self._group.first:
+            self._open_interval()
         self._begin_interval()
         if restored is None:
             self._ledger.append("fresh", bytes=snapshot.nbytes, step=self.step)
@@ -544,6 +548,7 @@ class Run:
             self._next_look_s = time.monotonic() + _LOOK_S
             with contextlib.suppress(OSError):  # a shared disk that does not answer just now
                 check_newest(self._store, self.attempt, "go on")
+            self._adapt_interval()
         self._hear_failure()
         stop, save = self._due()
         if stop and not last:
@@ -607,6 +612,30 @@ class Run:
         self._strategy.begin(self.step, time.monotonic())
         if not self._group.first:
             self._strategy.next_s = math.inf
+
+    def _open_interval(self) -> None:
+        """Begin to follow what saves cost; what earlier attempts tell of it is read meanwhile."""
+        opened = self._strategy.interval = interval.open_interval()
+
+        def read() -> None:
+            with contextlib.suppress(JobkitError, OSError):
+                mirror.fetch_ledgers(self._store, self.attempt)
+            with contextlib.suppress(JobkitError, OSError):
+                opened.past = interval.read_past(self._store, self.attempt)
+
+        threading.Thread(target=read, name="jobkit-past", daemon=True).start()
+
+    def _adapt_interval(self) -> None:
+        """Let the interval follow what the newest save cost."""
+        opened, last = self._strategy.interval, self._checkpoints.last
+        if opened is None or last is None:
+            return
+        if self._store.remote is not None:
+            with contextlib.suppress(JobkitError, OSError):
+                opened.upload_s = interval.read_upload_s(self._store, self.attempt)
+        news = self._strategy.adapt(last.step, interval.Cost(last.blocking_s, last.durable_s), time.monotonic())
+        if news is not None:
+            self._ledger.append("interval", **news)
 
     def _first_step(self) -> None:
         self._stepped = True

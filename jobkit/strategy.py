@@ -4,10 +4,11 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError
+from jobkit.interval import UNKNOWN_S, Cost, Interval
 from jobkit.units import duration_s
 
 
@@ -20,11 +21,18 @@ class SaveEvery:
             for never.
         every_s: Save this many seconds after the last save began; infinity for never.
         only_best: `save(metric=...)` saves only an improvement.
+        auto: Whether `every_s` follows what saves cost and what is lost (see interval.py).
     """
 
     every_steps: int = 0
     every_s: float = math.inf
     only_best: bool = False
+    auto: bool = False
+    interval: Interval | None = None
+    """What `every_s` follows, from when training begins."""
+    begun_s: float = 0.0
+    """When the save before the next one began."""
+    _said_s: str | int | None = None
     next_step: float = math.inf
     """Completed steps at which the next save is due."""
     next_s: float = math.inf
@@ -32,7 +40,7 @@ class SaveEvery:
 
     @classmethod
     def parse(cls, text: str | int | tuple[str | int, ...] | None, *, keep_best: tuple[str, str] | None = None) -> Self:
-        """Parse '500 steps', 500, '10m', 'best', a tuple of these, or None.
+        """Parse '500 steps', 500, '10m', 'auto', 'best', a tuple of these, or None.
 
         Raises:
             ConfigError: If the text or `keep_best` makes no sense.
@@ -52,6 +60,10 @@ class SaveEvery:
         if item == "best":
             self.only_best = True
             return
+        if item == "auto":
+            self.auto = True
+            self._add_seconds(UNKNOWN_S, "auto")
+            return
         steps = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:steps?)?\s*", str(item)) if not isinstance(item, bool) else None
         if steps and int(steps[1]) > 0:
             if self.every_steps:
@@ -65,15 +77,38 @@ class SaveEvery:
         except ConfigError:
             seconds = 0.0
         if seconds <= 0:
-            raise ConfigError(f"save_every={item!r}: give '500 steps', a duration like '10m', 'best', or None")
-        if self.every_s < math.inf:
-            raise ConfigError(f"save_every gives two durations, {self.every_s:g} s and {seconds:g} s: choose one")
-        self.every_s = seconds
+            raise ConfigError(f"save_every={item!r}: give '500 steps', a duration like '10m', 'auto', 'best', or None")
+        self._add_seconds(seconds, item)
+
+    def _add_seconds(self, seconds: float, item: str | int) -> None:
+        if self._said_s is not None:
+            raise ConfigError(f"save_every gives two durations, {self._said_s!r} and {item!r}: choose one")
+        self.every_s, self._said_s = seconds, item
 
     def begin(self, step: int, now_s: float) -> None:
         """Count from here: the run opened, or a save of this step began."""
         self.next_step = (step // self.every_steps + 1) * self.every_steps if self.every_steps else math.inf
-        self.next_s = now_s + self.every_s
+        self.begun_s = now_s
+        self._set_next(now_s)
+
+    def _set_next(self, now_s: float) -> None:
+        last_call_s = math.inf
+        if self.interval is not None:
+            self.every_s, last_call_s = self.interval.seconds(now_s), self.interval.last_call_s()
+        self.next_s = self.begun_s + self.every_s
+        if self.begun_s < last_call_s:
+            self.next_s = min(self.next_s, last_call_s)
+
+    def adapt(self, step: int, cost: Cost, now_s: float) -> dict[str, Any] | None:
+        """Follow what the newest save cost.
+
+        Returns:
+            What is to be told of the interval, None if it is much the same as before.
+        """
+        assert self.interval is not None
+        self.interval.saved(step, cost)
+        self._set_next(now_s)
+        return self.interval.news(now_s)
 
     def due(self, step: int, now_s: float) -> bool:
         """Tell whether a save is due."""
@@ -84,7 +119,8 @@ class SaveEvery:
         return json.dumps(
             {
                 "every_steps": self.every_steps,
-                "every_s": None if math.isinf(self.every_s) else self.every_s,
+                "every_s": None if math.isinf(self.every_s) or self.auto else self.every_s,
+                "auto": self.auto,
                 "only_best": self.only_best,
                 "keep": keep.newest,
                 "keep_best": keep.best,

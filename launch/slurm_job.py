@@ -240,7 +240,15 @@ class SlurmRunner(JobRunner):
     def _grace(self) -> dict[str, str]:
         # SIGTERM comes KillWait before SIGKILL, of a preemption GraceTime earlier still; which one it was is not known.
         grace_s = min(self._spec.grace_s, scontrol.kill_wait_s())
-        return {contract.ENV_GRACE: f"{grace_s:g}", contract.ENV_WARNED: f"{self._spec.grace_s:g}"}
+        return {contract.ENV_GRACE: f"{grace_s:g}", contract.ENV_WARNED: f"{self._spec.grace_s:g}"} | self._ends_at()
+
+    def _ends_at(self) -> dict[str, str]:
+        """Return when the job's time limit is up, which SLURM itself tells a job only from 23.02 on."""
+        try:
+            ends_at = scontrol.parse_time(scontrol.show_job(self._job).get("EndTime", ""))
+        except JobkitError:
+            return {}
+        return {} if ends_at is None else {contract.ENV_ENDS_AT: f"{ends_at:.0f}"}
 
     def _ask_to_stop(self, started: list[int]) -> None:
         try:

@@ -19,8 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "watchdog", "commits", "mirror", "strategy", "drilled", "frozen", "notice", "metadata", "state",
-    "group", "agreement", "arrays", "restore", "checkpoint", "probe", "plain", "run", "supervise", "compare", "export",
+    "stacks", "ledger", "watchdog", "commits", "mirror", "interval", "strategy", "drilled", "frozen", "notice",
+    "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint", "probe", "plain", "run", "supervise",
+    "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [

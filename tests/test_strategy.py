@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError
+from jobkit.interval import UNKNOWN_S
 from jobkit.strategy import SaveEvery
 
 BEST = ("val_loss", "min")
@@ -31,6 +32,8 @@ BEST = ("val_loss", "min")
         ("5 s", 0, 5.0, False),
         ("best", 0, math.inf, True),
         (("500 steps", "10m"), 500, 600.0, False),
+        ("auto", 0, UNKNOWN_S, False),
+        (("auto", "500 steps", "best"), 500, UNKNOWN_S, True),
         (["10m", 500, "best"], 500, 600.0, True),
     ],
 )
@@ -41,7 +44,8 @@ def test_every_form(text: Any, every_steps: int, every_s: float, only_best: bool
     told = json.loads(made.to_json(Keep(3, BEST)))
     assert told == {
         "every_steps": every_steps,
-        "every_s": None if every_s == math.inf else every_s,
+        "every_s": None if every_s == math.inf or made.auto else every_s,
+        "auto": "auto" in (text if isinstance(text, tuple) else (text,)),
         "only_best": only_best,
         "keep": 3,
         "keep_best": ["val_loss", "min"],
@@ -58,11 +62,13 @@ def test_every_form(text: Any, every_steps: int, every_s: float, only_best: bool
 )
 def test_what_makes_no_sense_is_refused(text: Any) -> None:
     """Zero, negative, boolean, fractional and unknown intervals are refused with the right forms."""
-    with pytest.raises(ConfigError, match=r"save_every=.*: give '500 steps', a duration like '10m', 'best', or None"):
+    with pytest.raises(
+        ConfigError, match=r"save_every=.*: give '500 steps', a duration like '10m', 'auto', 'best', or None"
+    ):
         SaveEvery.parse(text)
 
 
-@pytest.mark.parametrize("text", [("10 steps", 20), ("10m", "1h"), ("10 steps", "5m", "10 steps")])
+@pytest.mark.parametrize("text", [("10 steps", 20), ("10m", "1h"), ("10 steps", "5m", "10 steps"), ("auto", "5m")])
 def test_two_intervals_of_one_kind_are_refused(text: Any) -> None:
     """Two intervals in steps or two durations: neither is dropped without a word."""
     with pytest.raises(ConfigError, match=r"save_every gives two .*: choose one"):
