@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -169,12 +170,16 @@ def test_simulated_it_comes_close_to_who_knows_the_rate() -> None:
     assert found["auto"] < 1.1 * found["Young/Daly, true M"] < 0.5 * found["fixed 10 min"] * 1.1
 
 
+def _ends_soon(point: str, run: Any) -> None:
+    if point == "opened":  # so that the last call comes in two seconds
+        os.environ |= {contract.ENV_ENDS_AT: str(time.time() + 32), "SLURM_JOB_END_TIME": "1"}
+
+
 def test_a_run_on_auto_measures_and_tells(tmp_path: Path) -> None:
     """A real training: killed once, it tells the interval and why, and the next attempt knows of the loss."""
     url = tmp_path / "run"
-    soon = {contract.ENV_ENDS_AT: str(time.time() + 33), "SLURM_JOB_END_TIME": "1"}  # the last call 3 s from here
     log = tmp_path / "log"
-    process = training.start(training.train, str(url), log=log, environment=soon, save_every="auto", pause_s=0.2)
+    process = training.start(training.train, str(url), log=log, hook=_ends_soon, save_every="auto", pause_s=0.2)
     deadline = time.monotonic() + 50
     while not (_told(url, "saved", reason="interval") and _told(url, "interval")) and time.monotonic() < deadline:
         time.sleep(0.1)
