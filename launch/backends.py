@@ -1,13 +1,13 @@
 """Which backend a run was submitted to, and its verbs: the one place that knows them all."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
-from launch import local, report, scontrol, slurm, submission
+from launch import local, local_sweep, report, scontrol, slurm, submission
 from launch import spec as specs
 from launch.report import Status
 
@@ -35,19 +35,32 @@ def of(store: Store) -> ModuleType:
     return named(specs.read_backend(store)[0])
 
 
+def _verbs(store: Store) -> ModuleType:
+    """Return the module that resumes and cancels a run or a sweep."""
+    backend = of(store)
+    return local_sweep if backend is local and specs.read(store).sweep else backend
+
+
 def status(store: Store) -> Status:
     """Read what a run is doing."""
-    return report.status(store, job=_jobs([store]).get(store.url))
+    return _told(store, _jobs([store]))
+
+
+def _told(store: Store, jobs: Mapping[str, scontrol.Job]) -> Status:
+    spec = specs.read(store)
+    told = [report.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
+    return report.of_sweep(store, told) if spec.sweep else told[0]
 
 
 def _jobs(stores: Sequence[Store]) -> dict[str, scontrol.Job]:
     """Ask each scheduler once."""
-    return slurm.jobs_of([store for store in stores if of(store) is slurm])
+    mine = [store for store in stores if of(store) is slurm]
+    return slurm.jobs_of([one for store in mine for one in specs.points(store, specs.read(store))])
 
 
 def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
     """Continue a run; see the backend's own `resume`."""
-    state: State = of(submission.open_run(run)).resume(run, clear_cancel=clear_cancel)
+    state: State = _verbs(submission.open_run(run)).resume(run, clear_cancel=clear_cancel)
     return state
 
 
@@ -55,7 +68,7 @@ def cancel(
     run: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
 ) -> State:
     """End a run for good; see the backend's own `cancel`."""
-    state: State = of(submission.open_run(run)).cancel(run, wait=wait, progress=progress)
+    state: State = _verbs(submission.open_run(run)).cancel(run, wait=wait, progress=progress)
     return state
 
 
@@ -71,7 +84,7 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
     jobs = _jobs(readable)
     for store in readable:
         try:
-            found.append(report.status(store, job=jobs.get(store.url)))
+            found.append(_told(store, jobs))
         except JobkitError as error:
             tell(str(error))
     return found

@@ -55,15 +55,19 @@ def status(run: str, as_json: bool) -> None:
     Examples:
       jobkit status runs/mnist
       jobkit status runs/mnist --json | python -m json.tool
+      jobkit status runs/sweep/points/3
     """
     if as_json:
         print_status(run)
         return
     import launch
-    from launch.watch import rows
+    from launch.watch import point_table, rows
 
-    for name, value in rows(launch.status(run)):
+    told = launch.status(run)
+    for name, value in rows(told):
         print(f"{name:<15} {value}")
+    if told.points:
+        print(f"\n{aligned(point_table(told))}")
 
 
 @cli.command()
@@ -84,7 +88,7 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
     store = submission.open_run(run)
     spec.read(store)
     numbers = store.numbers(contract.ATTEMPTS)
-    if attempt is not None and attempt not in numbers and not following:
+    if attempt is not None and attempt not in numbers and not following and not spec.read(store).sweep:
         have = f"it has {', '.join(map(str, numbers))}" if numbers else "it has none yet"
         raise ConfigError(f"run {store.url} has no attempt {attempt}; {have}")
     try:

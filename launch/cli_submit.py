@@ -27,6 +27,10 @@ _PLANNED = ("gcp", "aws")
 @click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
 @click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
 @click.option("--stall", metavar="DURATION|off", help="Restart it when a step takes longer. [default: learned, 1h+]")
+@click.option("--sweep", multiple=True, metavar="NAME=VALUES", help="One run for each value; {NAME} in COMMAND has it.")
+@click.option(
+    "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
+)
 @click.option("-p", "--partition", help="SLURM: partition.")
 @click.option("--account", help="SLURM: account.")
 @click.option("--qos", help="SLURM: quality of service.")
@@ -54,6 +58,7 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --run runs/mnist --wait -- python train.py --lr 1e-3
       jobkit submit --profile long --dry-run -- python -m mypackage.train
       jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
+      jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
     """
     from launch import backends, submission
 
@@ -76,11 +81,13 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
 def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
     from jobkit.units import duration_s
+    from launch import sweep
     from launch.spec import SBATCH, JobSpec, read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
     flags |= {"max-failures": given["max_failures"], "stall": given["stall"]}
+    flags["array-parallelism"] = given["array_parallelism"]
     flags["snapshot"] = False if given["no_snapshot"] else None
     options |= {name: value for name, value in flags.items() if value is not None}
     sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
@@ -98,7 +105,10 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     foreign = [name for name in sbatch if name != "ntasks-per-node"]
     if foreign and backend != "slurm":
         raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
+    axes = sweep.parse(given["sweep"])
     spec = JobSpec(
+        sweep=axes,
+        parallel=options.get("array-parallelism") if axes else given["array_parallelism"],
         command=tuple(given["command"]),
         run=options.get("run", ""),
         name=options.get("name", ""),
@@ -128,7 +138,7 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import report, slurm, snapshot
+    from launch import report, slurm, snapshot, sweep
 
     if backend == slurm.BACKEND:
         slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
@@ -138,6 +148,9 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
         print(report.to_json(spec))
         return
     files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
+    if spec.sweep:
+        shown = "  ".join(f"{name}={','.join(values)}" for name, values in spec.sweep.items())
+        print(f"sweep        {sweep.count(spec.sweep)} points: {shown[:200]}")
     print(f"would run    {shlex.join(spec.command)}\nin           {spec.cwd}")
     print(f"run          {spec.run}\nsnapshot     {files}")
     if plan.tree and plan.tree.links:

@@ -10,7 +10,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jobkit import contract
 from jobkit.contract import State
@@ -24,6 +24,7 @@ from launch.spec import JobSpec
 from launch.submission import (
     ask_to_cancel,
     cancel_content,
+    make_point,
     new_run,
     open_run,
     prepare,
@@ -64,15 +65,16 @@ def submit(spec: JobSpec, *, environ: Mapping[str, str] | None = None) -> Store:
     """
     with new_run(prepare(spec), BACKEND) as (store, _, lock):
         pass
-    _start(store, lock, environ)
+    start(store, lock, environ)
     return store
 
 
-def _start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None) -> None:
-    """Start a detached runner that inherits the lock, and wait until it is up."""
+def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None) -> None:
+    """Start a detached runner, of a run or a sweep, that inherits the lock; wait until it is up."""
+    module = "launch.local_sweep" if specs.read(store).sweep else "launch.local"
     ready, write = os.pipe()
     fds = [lock.descriptor, write]
-    command = [sys.executable, "-P", "-m", "launch.local", store.url, *map(str, fds)]
+    command = [sys.executable, "-P", "-m", module, store.url, *map(str, fds)]
     try:
         with store.file("runner.log").open("ab") as log:
             process = subprocess.Popen(
@@ -119,6 +121,7 @@ def resume(
     """
     store = open_run(url)
     spec = specs.read(store)
+    make_point(store)
     cancel_seen = cancel_content(store)
     if report.status(store).state is State.DONE:
         return State.DONE
@@ -138,7 +141,7 @@ def resume(
             lock.close()
             raise
     record(store, "resumed", by=who())
-    _start(store, lock, environ)
+    start(store, lock, environ)
     return State.RUNNING
 
 
@@ -171,6 +174,7 @@ def cancel(
     spec = specs.read(store)
     if report.status(store).state is State.DONE:
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
+    make_point(store)
     content = ask_to_cancel(store)
     if wait and held(store):
         progress(f"waiting for {store.url} to save and stop (killed after {show_duration(spec.grace_s)})")
@@ -215,18 +219,32 @@ def main(arguments: list[str]) -> int:
     from launch.runner import Runner
 
     store = open_run(arguments[0])
-    spec = specs.read(store)
-    if len(arguments) == 3:
-        lock = RunLock(store, int(arguments[1]))
+    with detached(store, arguments[1:]) as (lock, ready):
+        Runner(store, specs.read(store), lock.descriptor).run(ready)
+    return 0
+
+
+@contextlib.contextmanager
+def detached(store: Store, descriptors: list[str]) -> Iterator[tuple[RunLock, Callable[[], None]]]:
+    """Let the process that started this one go on; yield the run's lock and what tells that process that we are up.
+
+    Args:
+        store: The run.
+        descriptors: Of the lock and of the pipe to answer on; without them the lock is taken here, in the foreground.
+    """
+    answer: int | None = None
+    if descriptors:
+        lock = RunLock(store, int(descriptors[0]))
         os.set_inheritable(lock.descriptor, False)
         if os.fork():
             os._exit(0)
-        answer = int(arguments[2])
+        answer = int(descriptors[1])
+        os.set_inheritable(answer, False)
     else:
         taken = acquire(store)
         if taken is None:
             raise ConfigError(says_alive(store))
-        lock, answer = taken, None
+        lock = taken
         record(store, "resumed", by=who())
     lock.sign(os.getpid())
 
@@ -236,8 +254,7 @@ def main(arguments: list[str]) -> int:
                 os.write(answer, b"up")
             os.close(answer)
 
-    Runner(store, spec, lock.descriptor).run(ready)
-    return 0
+    yield lock, ready
 
 
 if __name__ == "__main__":

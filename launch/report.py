@@ -55,6 +55,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         set_aside: Checkpoints that were found damaged: attempt, t, step, reason.
         storage: What is wrong with the run's URL, '' while uploads get there.
         runner: 'alive', 'gone' (killed: nothing will happen until `jobkit resume`) or 'ended'.
+        values: Of a point of a sweep: what each name is there.
+        points: Of a sweep: the status of each point; its own state is running while a point runs, and over when all
+            are: failed or cancelled if one is, else done.
     """
 
     run: str
@@ -78,6 +81,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     set_aside: list[dict[str, Any]] = []
     storage: str = ""
     runner: str = "alive"
+    values: dict[str, str] = {}
+    points: list["Status"] = []
 
     @property
     def ended(self) -> bool:
@@ -104,11 +109,52 @@ def status(store: Store, *, assume_held: bool | None = None, job: Job | None = N
     if job is not None:
         return _status(store, job.active or job.state == "UNKNOWN", job)
     # The lock first: a runner writes its end before it lets go.
-    alive = held(store) if assume_held is None else assume_held
+    alive = (held(store) or _waits(store)) if assume_held is None else assume_held
     result = _status(store, alive)
     if result.runner == "gone" and assume_held is None and held(store):
         result = _status(store, True)  # resumed between the two looks
     return result
+
+
+def _waits(store: Store) -> bool:
+    """Tell whether a run is a point of a local sweep that will still start it."""
+    place = None if specs.exists(store) else specs.sweep_of(store)
+    return place is not None and held(place[0]) and not place[0].exists(contract.CANCEL)
+
+
+def of_sweep(store: Store, points: list[Status]) -> Status:
+    """Put the status of a sweep together from those of its points.
+
+    Args:
+        store: The sweep.
+        points: All of them, in order.
+    """
+    spec, (backend, created) = specs.read(store), specs.read_backend(store)
+    counts = {state: sum(point.state is state for point in points) for state in State}
+    if counts[State.RUNNING]:
+        state = State.RUNNING
+    elif counts[State.QUEUED] or counts[State.REQUEUED]:
+        begun = counts[State.QUEUED] < len(points)
+        state = State.REQUEUED if begun else State.QUEUED
+    else:
+        state = next((bad for bad in (State.FAILED, State.CANCELLED) if counts[bad]), State.DONE)
+    reason = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    alive = any(point.runner == "alive" for point in points)
+    gone = any(point.runner == "gone" for point in points)
+    return Status(
+        run=store.url,
+        name=spec.name,
+        backend=backend,
+        state=state,
+        attempts=sum(point.attempts for point in points),
+        reason=f"{reason}; continue with: jobkit resume {store.url}" if gone and state.over else reason,
+        command=spec.command,
+        submitted=created,
+        updated=max((point.updated for point in points if point.updated is not None), default=None),
+        job=next((jobs_[-1] for jobs_ in [jobs(store, backend)] if jobs_), None),
+        runner="alive" if alive else "gone" if gone else "ended",
+        points=points,
+    )
 
 
 def _status(store: Store, alive: bool, job: Job | None = None) -> Status:
@@ -147,13 +193,14 @@ def _status(store: Store, alive: bool, job: Job | None = None) -> Status:
         job=job.id if job is not None else None,
         storage=_outage(store, newest) if newest is not None and store.remote is not None else "",
         runner=runner,
+        values=spec.values,
     )
 
 
 def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Job | None) -> tuple[State, str, str]:
     """Return (state, reason, runner)."""
     last = last_life_event(store)
-    cancelled = store.exists(contract.CANCEL)
+    cancelled = _cancelled(store) is not None
     if last.get("event") == "ended":
         state, reason = _known_state(last.get("state")), str(last.get("reason", ""))
         if cancelled and state is State.FAILED:
@@ -209,10 +256,16 @@ def last_life_event(store: Store) -> Event:
     return {}
 
 
+def _cancelled(store: Store) -> Store | None:
+    """Return where a run's cancel is: with its sweep, for a point that has not started; None if there is none."""
+    place = None if specs.exists(store) else specs.sweep_of(store)
+    return next((one for one in (store, *(place[:1] if place else ())) if one.exists(contract.CANCEL)), None)
+
+
 def cancel_reason(store: Store) -> str:
     """Say who cancelled a run."""
     try:
-        by = (read_json(store, contract.CANCEL) or {}).get("by")
+        by = (read_json(_cancelled(store) or store, contract.CANCEL) or {}).get("by")
     except JobkitError:
         by = None
     return f"cancelled by {by}" if by else "cancelled"

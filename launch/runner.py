@@ -181,7 +181,8 @@ class Runner:
         if spec.code is None:
             top, path = Path(spec.root), old
         else:
-            top = snapshot.unpack(self._store, spec.code, root=Path(spec.root), links=spec.links)
+            at = Store(spec.sweep_url) if spec.sweep_url else self._store
+            top = snapshot.unpack(at, spec.code, root=Path(spec.root), links=spec.links)
             path = snapshot.python_path(top, Path(spec.root), spec.imports, old)
         cwd = top / os.path.relpath(spec.cwd, spec.root)
         if spec.code is not None:

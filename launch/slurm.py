@@ -12,7 +12,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import show_duration
-from launch import leftovers, report, scontrol
+from launch import leftovers, report, scontrol, sweep
 from launch import spec as specs
 from launch.scontrol import Job, SlurmError
 from launch.spec import JobSpec
@@ -32,6 +33,7 @@ from launch.submission import (
     ask_to_cancel,
     cancel_content,
     end,
+    make_point,
     new_run,
     open_run,
     prepare,
@@ -67,7 +69,7 @@ class Slurm:
 
 
 def submit(spec: JobSpec) -> Store:
-    """Start a run as a job.
+    """Start a run as a job, or a sweep as one array of jobs.
 
     Durability: on return run.json is on storage and SLURM has the job.
 
@@ -76,13 +78,13 @@ def submit(spec: JobSpec) -> Store:
     """
     check(spec.sbatch, grace_s=spec.grace_s)
     with new_run(prepare(spec), BACKEND) as (store, spec, lock):
-        _sbatch(store, spec)
+        _sbatch(store, spec, points=range(sweep.count(spec.sweep)))
     lock.close()
     return store
 
 
 _REFUSED = {
-    "array": "one run is one job",
+    "array": "one run is one job, and --sweep makes an array of them",
     "signal": "jobkit asks for its own warning before the time limit (--grace)",
     "output": "the run directory has the logs: jobkit logs",
     "error": "the run directory has the logs: jobkit logs",
@@ -125,7 +127,9 @@ def check(options: Mapping[str, str], *, grace_s: float) -> None:
 
 def script(spec: JobSpec, store: Store) -> str:
     """Return the batch script, exactly as it is submitted."""
-    return str(_executor(spec, store)._make_submission_file_text(command(store), "jobkit"))
+    return str(
+        _executor(spec, store, range(sweep.count(spec.sweep)))._make_submission_file_text(command(store), "jobkit")
+    )
 
 
 def command(store: Store) -> str:
@@ -151,13 +155,15 @@ def folder(store: Store) -> Path:
     return Path.home() / ".jobkit" / "slurm" / store.path.name
 
 
-def _executor(spec: JobSpec, store: Store) -> Any:
+def _executor(spec: JobSpec, store: Store, points: Iterable[int]) -> Any:
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder(store))
     options: dict[str, Any] = {name: value or True for name, value in spec.sbatch.items()} | {"comment": store.url}
     if "no-requeue" not in options:
         options["requeue"] = True
+    if spec.sweep:
+        options["array"] = sweep.compact(points) + (f"%{spec.parallel}" if spec.parallel else "")
     executor.update_parameters(
         job_name=spec.name,
         use_srun=False,  # the runner starts each attempt as a step of its own
@@ -170,8 +176,8 @@ def _executor(spec: JobSpec, store: Store) -> Any:
     return executor
 
 
-def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None) -> str:
-    """Submit a job for a run and write it down; return its number.
+def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points: Iterable[int] = ()) -> str:
+    """Submit a job for a run, or an array for points of a sweep, and write it down; return its number.
 
     Raises:
         ConfigError: If SLURM refuses it.
@@ -179,7 +185,7 @@ def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None) -> st
     import submitit
 
     folder(store).mkdir(parents=True, exist_ok=True)
-    executor = _executor(spec, store)
+    executor = _executor(spec, store, points)
     if dependency:
         executor.parameters["dependency"] = dependency
     said = io.StringIO()
@@ -187,8 +193,14 @@ def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None) -> st
         try:
             job = executor._submit_command(command(store)).job_id
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-            raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}") from None
-    record(store, "job", id=str(job), backend=BACKEND, by=who())
+            hint = "; scontrol show config | grep MaxArraySize tells how large an array may be" if spec.sweep else ""
+            raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}{hint}") from None
+    record(
+        store, "job", id=str(job), backend=BACKEND, by=who(), **({"array": sweep.compact(points)} if spec.sweep else {})
+    )
+    # SLURM has its own copy; a sweep of any size is five files. submitit leaves a link under its temporary name.
+    for path in folder(store).glob("*.sh" if spec.sweep else ".*.sh"):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(JobkitError):
         mirror.carry_described(store)
     return str(job)
@@ -203,7 +215,8 @@ def _said(text: str) -> str:
 @contextlib.contextmanager
 def _clean_environment() -> Any:
     """Hide what belongs to a run that this process is part of: sbatch hands the environment on."""
-    hidden = {name: os.environ.pop(name) for name in (*OURS, *_SLURM_OURS) if name in os.environ}
+    ours = [name for name in os.environ if name in (*OURS, *_SLURM_OURS) or name.startswith("SLURM_ARRAY_")]
+    hidden = {name: os.environ.pop(name) for name in ours}
     try:
         yield
     finally:
@@ -287,8 +300,13 @@ _SHORT_HOLD_S = 15.0
 
 
 def jobs(store: Store) -> list[str]:
-    """List the numbers of a run's jobs that are in its ledger, oldest first."""
-    return report.jobs(store, BACKEND)
+    """List the numbers of a run's jobs that are in its ledger, oldest first; of a point also its tasks of arrays."""
+    own = report.jobs(store, BACKEND)
+    place = specs.sweep_of(store)
+    if place is not None:
+        told = [event for event in report.events(place[0]) if event["event"] == "job" and "array" in event]
+        own += [f"{event['id']}_{place[1]}" for event in told if place[1] in sweep.expand(str(event["array"]))]
+    return sorted(set(own), key=scontrol.number)
 
 
 def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
@@ -299,9 +317,16 @@ def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
     Raises:
         JobkitError: If SLURM does not answer.
     """
-    table = scontrol.queue() if stores else []
-    mine = {store.url: set(jobs(store)) for store in stores}
-    return {url: [job for job in table if job.comment == url or job.id in ids] for url, ids in mine.items()}
+    found: dict[str, list[Job]] = defaultdict(list)
+    for job in scontrol.queue() if stores else []:
+        task = f"/{sweep.POINTS}/{job.id.partition('_')[2]}" if "_" in job.id else ""
+        for key in {job.id, job.comment + task} - {""}:
+            found[key].append(job)
+    mine = {}
+    for store in stores:
+        known = {job.id: job for key in (store.url, *jobs(store)) for job in found.get(key, ())}
+        mine[store.url] = sorted(known.values(), key=lambda job: scontrol.number(job.id))
+    return mine
 
 
 def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
@@ -323,49 +348,54 @@ def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
     return found
 
 
-def status(store: Store) -> report.Status:
-    """Read what a run is doing."""
-    return report.status(store, job=jobs_of([store])[store.url])
+def _status(stores: Sequence[Store]) -> dict[str, State]:
+    jobs = jobs_of(stores)
+    return {store.url: report.status(store, job=jobs[store.url]).state for store in stores}
 
 
 def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
-    """Submit a job for a run that has none; what it committed is where it goes on.
+    """Submit a job for a run that has none, an array for a sweep; what is committed is where it goes on.
 
     Raises:
-        ConfigError: If the run is alive, or SLURM refuses.
+        ConfigError: If the run, or a point of the sweep, is alive, or SLURM refuses.
     """
     store = open_run(url)
     spec = specs.read(store)
-    cancel_seen = cancel_content(store)
-    if status(store).state is State.DONE:
+    members = specs.points(store, spec)
+    cancels = {one: cancel_content(one) for one in {store, *members}}
+    states = _status(members)
+    left = [one for one in members if states[one.url] is not State.DONE]
+    if not left:
         return State.DONE
     try:
-        job = (queued([store])[store.url] or [Job("", "GONE")])[-1]
+        known = queued(left)
     except JobkitError as error:
         raise ConfigError(f"cannot tell whether run {store.url} is alive: {error}; try again") from None
-    if job.active:
-        raise ConfigError(
-            f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
-            f"'jobkit cancel {store.url}'"
-        )
+    for one in left:
+        for job in known[one.url][-1:]:
+            if job.active:
+                raise ConfigError(
+                    f"run {one.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {one.url}' or "
+                    f"'jobkit cancel {one.url}'"
+                )
     check(spec.sbatch, grace_s=spec.grace_s)
-    if clear_cancel:
-        take_back_cancel(store, cancel_seen)
-    record(
-        store,
-        "resumed",
-        by=who(),
-        attempts=len(store.numbers(contract.ATTEMPTS)),
-        committed=leftovers.committed_step(store),
-    )
-    _sbatch(store, spec)
+    if not spec.sweep:
+        make_point(store)
+    for one in {store, *left}:
+        if clear_cancel and specs.exists(one):
+            take_back_cancel(one, cancels[one])
+    for one in left:
+        if specs.exists(one):
+            attempts, committed = len(one.numbers(contract.ATTEMPTS)), leftovers.committed_step(one)
+            record(one, "resumed", by=who(), attempts=attempts, committed=committed)
+    _sbatch(store, spec, points=[members.index(one) for one in left])
     return State.QUEUED
 
 
 def cancel(
     url: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
 ) -> State:
-    """End a run for good: it gets its grace, then SLURM is told to insist.
+    """End a run, or all points of a sweep, for good: they get their grace, then SLURM is told to insist.
 
     Durability: on return cancel.json is on storage; nothing overrules it but `resume`.
 
@@ -375,32 +405,49 @@ def cancel(
     """
     store = open_run(url)
     spec = specs.read(store)
-    if status(store).state is State.DONE:
+    members = specs.points(store, spec)
+    states = _status(members)
+    if set(states.values()) == {State.DONE}:
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
+    if not spec.sweep:
+        make_point(store)
     ask_to_cancel(store)
+    # After the sweep's own: a point that is made later looks for that one.
+    if spec.sweep:
+        members = [one for one in members if not states[one.url].over]
+        for one in filter(specs.exists, members):
+            ask_to_cancel(one)
+    _stop(members, grace_s=spec.grace_s, wait=wait, progress=progress)
+    if wait:
+        for one in filter(specs.exists, members):
+            end(one, State.CANCELLED, report.cancel_reason(one))
+    after = set(_status(members).values())
+    return next((state for state in after if not state.over), State.DONE if after == {State.DONE} else State.CANCELLED)
+
+
+def _stop(members: Sequence[Store], *, grace_s: float, wait: bool, progress: Callable[[str], None]) -> None:
+    """End the jobs of runs; return when none is left, or at once."""
     asked = time.monotonic()
     told: set[str] = set()
     while True:
-        active = [job for job in queued([store])[store.url] if job.active]
+        active = {job.id: job for table in queued(members).values() for job in table if job.active}
         if not active:
-            break
-        insist = time.monotonic() - asked > spec.grace_s
-        for job in active:
-            if job.pending or (insist and f"{job.id}!" not in told):
-                told.add(f"{job.id}!")
-                _tell(job.id)
-            elif job.id not in told and job.state == "RUNNING":
-                told.add(job.id)
-                if wait:
-                    progress(f"waiting for job {job.id} to save and stop (killed after {show_duration(spec.grace_s)})")
-                _tell(job.id, "--signal=TERM")
+            return
+        insist = time.monotonic() - asked > grace_s
+        ended = [job.id for job in active.values() if job.pending or (insist and f"{job.id}!" not in told)]
+        asked_now = [job.id for job in active.values() if job.state == "RUNNING" and job.id not in {*told, *ended}]
+        if asked_now and wait and not told:
+            shown = f"job{'s' * (len(asked_now) > 1)} {', '.join(asked_now[:5])}"
+            progress(f"waiting for {shown} to save and stop (killed after {show_duration(grace_s)})")
+        told |= {f"{job}!" for job in ended} | set(asked_now)
+        _tell(ended)
+        _tell(asked_now, "--signal=TERM")
         if not wait:
-            return status(store).state
+            return
         time.sleep(_POLL_S)
-    end(store, State.CANCELLED, report.cancel_reason(store))
-    return status(store).state
 
 
-def _tell(job: str, *options: str) -> None:
-    with contextlib.suppress(SlurmError):  # it has ended this very moment
-        scontrol.run("scancel", *options, job)
+def _tell(jobs: Sequence[str], *options: str) -> None:
+    if jobs:
+        with contextlib.suppress(SlurmError):  # one has ended this very moment
+            scontrol.run("scancel", *options, *jobs)

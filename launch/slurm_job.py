@@ -15,13 +15,13 @@ from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
-from launch import leftovers, nodes, report, restart, scontrol, slurm
+from launch import leftovers, nodes, report, restart, scontrol, slurm, sweep
 from launch import spec as specs
 from launch.job_runner import JobRunner
 from launch.runner import free_port
 from launch.scontrol import Cause, SlurmError
 from launch.spec import JobSpec
-from launch.submission import OURS, open_run
+from launch.submission import OURS, begin_point, open_run
 
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""
@@ -284,6 +284,14 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("this runs inside a SLURM job: use jobkit submit --on slurm")
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     store = open_run(arguments[0])
+    if specs.read(store).sweep:
+        task = os.environ["SLURM_ARRAY_TASK_ID"]
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
+        point = Store(f"{store.url}/{sweep.POINTS}/{task}")
+        if not begin_point(store, point):
+            print("jobkit: the sweep was cancelled", file=sys.stderr)
+            return int(Exit.DONE)
+        store = point
     return SlurmRunner(store, specs.read(store), job, int(restarts) if restarts.isdecimal() else 0).run_job()
 
 

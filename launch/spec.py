@@ -14,6 +14,7 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import duration_s
+from launch import sweep
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -33,6 +34,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             does; None: what this run was seen to do, generously.
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
             `ntasks-per-node` alone.
+        sweep: Names in the command, written {name}, and their values: one run per combination; empty for a single run.
+        parallel: At most so many points of a sweep at once; None for what the backend has room for, locally 1.
+        values: Set for a point of a sweep: what each name is there.
+        sweep_url: Set for a point of a sweep: URL of the sweep, where the snapshot is.
         root: Set by submit: top of the tree that the snapshot was taken of.
         code: Set by submit: digest of the snapshot, None without one.
         links: Set by submit: paths below root that are no part of the snapshot but are linked into it (data).
@@ -48,6 +53,10 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_failures: int = 10
     stall_s: float | None = None
     sbatch: dict[str, str] = {}
+    sweep: dict[str, tuple[str, ...]] = {}
+    parallel: int | None = None
+    values: dict[str, str] = {}
+    sweep_url: str = ""
     root: str = ""
     code: str | None = None
     links: tuple[str, ...] = ()
@@ -58,9 +67,23 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Processes of an attempt on each node."""
         return int(self.sbatch.get("ntasks-per-node") or 1)
 
+    def point(self, number: int) -> "JobSpec":
+        """Return the specification of one point of a sweep."""
+        values = sweep.values(self.sweep, number)
+        return msgspec.structs.replace(
+            self,
+            command=sweep.fill(self.command, values),
+            run=f"{self.run}/{sweep.POINTS}/{number}",
+            name=f"{self.name}-{number}"[-100:].lstrip("._-"),
+            sweep={},
+            parallel=None,
+            values=values,
+            sweep_url=self.run,
+        )
+
     def same_job(self, other: "JobSpec") -> bool:
         """Tell whether both run the same command on the same code."""
-        return (self.command, self.code) == (other.command, other.code)
+        return (self.command, self.sweep, self.code) == (other.command, other.sweep, other.code)
 
 
 class _RunFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +121,10 @@ def check(spec: JobSpec) -> None:
     duration_s(spec.grace_s)
     if spec.stall_s is not None:
         duration_s(spec.stall_s)
+    if spec.parallel is not None and (spec.parallel < 1 or not spec.sweep):
+        raise ConfigError(f"array-parallelism is {spec.parallel}; give a number of points, 1 or more, of a --sweep")
+    if spec.sweep:
+        sweep.check(spec.command, spec.sweep)
 
 
 def encode(spec: JobSpec, backend: str) -> bytes:
@@ -137,7 +164,35 @@ def read_backend(store: Store) -> tuple[str, float]:
     return file.backend, file.created
 
 
+def sweep_of(store: Store) -> tuple[Store, int] | None:
+    """Return the sweep that a run is a point of, and which one, by the run's place alone; None if it is of none."""
+    above, _, number = store.url.rpartition(f"/{sweep.POINTS}/")
+    return (Store(above), int(number)) if above and number.isdecimal() and store.remote is None else None
+
+
+def points(store: Store, spec: JobSpec) -> list[Store]:
+    """Return the runs that a sweep consists of, in order; of a single run that run."""
+    if not spec.sweep:
+        return [store]
+    return [Store(f"{store.url}/{sweep.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
+
+
 def _read(store: Store) -> _RunFile:
+    """Read run.json; of a point that has not started yet, what its sweep says."""
+    try:
+        return _read_own(store)
+    except ConfigError:
+        place = sweep_of(store)
+        if place is None or exists(store) or not exists(place[0]):
+            raise
+        whole = _read_own(place[0])
+        size = sweep.count(whole.spec.sweep) if whole.spec.sweep else 0
+        if place[1] >= size or str(place[1]) != store.url.rpartition("/")[2]:
+            raise ConfigError(f"{place[0].url} has no point {place[1]}; it has {size}, counted from 0") from None
+        return msgspec.structs.replace(whole, spec=whole.spec.point(place[1]))
+
+
+def _read_own(store: Store) -> _RunFile:
     path = store.file(contract.RUN_JSON)
     try:
         content = store.read(contract.RUN_JSON)
@@ -191,12 +246,32 @@ Look at it, follow it, stop it, continue it:
 """
 
 
+_SWEEP_README = """\
+# {name}: a sweep of jobkit {version}
+
+This directory is one sweep of {count} points; points/<n>/ is the run of one of them, made when it starts.
+
+    command   {command}
+    sweep     {sweep}
+
+    jobkit status {url}
+    jobkit logs -f {url}/points/0
+    jobkit cancel {url}
+    jobkit resume {url}
+"""
+
+
 def write_readme(store: Store, spec: JobSpec) -> None:
     """Write the run directory's README.md."""
     import shlex
 
     command = shlex.join(spec.command)
     url = shlex.quote(store.url)
+    if spec.sweep:
+        axes = "  ".join(f"{name}={','.join(values)}" for name, values in spec.sweep.items())
+        told = {"count": sweep.count(spec.sweep), "sweep": axes[:1000], "command": command, "url": url}
+        store.write(contract.README, _SWEEP_README.format(name=spec.name, version=jobkit.__version__, **told))
+        return
     text = _README.format(name=spec.name, version=jobkit.__version__, command=command, url=url)
     store.write(contract.README, text)
 
@@ -215,6 +290,7 @@ _OPTIONS: dict[str, Any] = {
     "stall": (str, int, float),
     "snapshot": bool,
     "sbatch": dict,
+    "array-parallelism": int,
 } | dict.fromkeys(SBATCH, (str, int))
 """Options that a profile may set, and their types in TOML."""
 

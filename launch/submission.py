@@ -20,7 +20,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import Ledger
 from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
-from launch import report, snapshot
+from launch import report, snapshot, sweep
 from launch import spec as specs
 from launch.command import check_command
 from launch.lock import RunLock, acquire, cancel_mutex, held, holder
@@ -73,9 +73,12 @@ def prepare(spec: JobSpec) -> Plan:
     cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")
-    check_command(spec.command, cwd, os.environ)
+    first = spec.point(0).command if spec.sweep else spec.command
+    check_command(first, cwd, os.environ)
     store = open_run(spec.run or _fresh_place(spec.name or _script_name(spec)))
     _check_place(store)
+    if spec.sweep and store.remote is not None:
+        raise ConfigError(f"a sweep has to lie on a file system that all its nodes share, not on {store.url}")
     spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.path.name)
     if not spec.snapshot:
         return Plan(store, msgspec.structs.replace(spec, root=str(cwd)), None)
@@ -105,7 +108,7 @@ def _python_path() -> list[str]:
 
 _LAYOUT = (
     contract.RUN_JSON, contract.ID, contract.README, contract.CANCEL, contract.EVENTS, contract.LOCK, contract.CODE,
-    contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log", "tensorboard",
+    contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log", "tensorboard", sweep.POINTS,
 )  # fmt: skip
 
 
@@ -158,6 +161,35 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
             if published:
                 _withdraw(store)
             raise
+
+
+def make_point(store: Store) -> None:
+    """Make the run of one point of a sweep, unless it is there.
+
+    Raises:
+        ConfigError: If its sweep has no such point.
+    """
+    if specs.exists(store):
+        return
+    spec, (backend, _) = specs.read(store), specs.read_backend(store)
+    store.path.mkdir(parents=True, exist_ok=True)
+    specs.write_readme(store, spec)
+    if specs.create(store, spec, backend):
+        record(store, "submitted", command=list(spec.command), code=spec.code, by=who())
+
+
+def begin_point(store: Store, point: Store) -> bool:
+    """Make the run of a point that is about to start; tell whether it may.
+
+    Who cancels a sweep writes that down and then looks which points there are; so this looks once more after it has
+    made one.
+    """
+    if cancel_content(store) is None:
+        make_point(point)
+    content = cancel_content(store)
+    if content is not None and specs.exists(point) and cancel_content(point) is None:
+        point.write(contract.CANCEL, content)
+    return specs.exists(point)
 
 
 def _withdraw(store: Store) -> None:

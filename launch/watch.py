@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from jobkit import contract
@@ -12,6 +13,7 @@ from jobkit.errors import JobkitError
 from jobkit.storage import Store
 from jobkit.units import show_duration
 from launch import backends, report, submission
+from launch import spec as specs
 from launch.report import Status
 
 if TYPE_CHECKING:
@@ -171,7 +173,8 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "attempt", f"{status.attempt}{phase}"
     if status.step is not None:
         yield "step", str(status.step)
-    yield "committed step", "none" if status.committed_step is None else str(status.committed_step)
+    if not status.points:
+        yield "committed step", "none" if status.committed_step is None else str(status.committed_step)
     if status.metrics:
         shown = sorted(status.metrics.items(), key=lambda item: (item[0] != "loss", item[0]))
         yield "metrics", "  ".join(f"{name} {'nan' if value is None else f'{value:.6g}'}" for name, value in shown)
@@ -197,31 +200,56 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
         attempt: Only this one.
         following: Go on until the run is over.
     """
-    offsets: dict[int, int] = {}
+    members = specs.points(store, specs.read(store))
+    offsets: dict[tuple[str, int], int] = {}
     look = _looker(store)
     while True:
         look()
         # Before the copying: what is written until the run is over must still be copied.
         over = not following or backends.status(store).state.over
-        for number in store.numbers(contract.ATTEMPTS):
-            if attempt is None or number == attempt:
-                _copy_log(store, number, offsets, out, named=attempt is None)
+        for point, one in enumerate(members):
+            for number in one.numbers(contract.ATTEMPTS):
+                if attempt is None or number == attempt:
+                    name = f"attempt {number}" if attempt is None or len(members) > 1 else ""
+                    _copy_log(one, number, offsets, out, f"point {point}, {name}" if len(members) > 1 else name)
         out.flush()
         if over:
             return
         time.sleep(_POLL_S)
 
 
-def _copy_log(store: Store, attempt: int, offsets: dict[int, int], out: TextIO, *, named: bool) -> None:
-    if attempt not in offsets and named:
-        print(f"==> attempt {attempt} <==", file=out)
-    offset = offsets.setdefault(attempt, 0)
+def _copy_log(store: Store, attempt: int, offsets: dict[tuple[str, int], int], out: TextIO, name: str) -> None:
+    key = (store.url, attempt)
+    newest = next(reversed(offsets), None)
+    offset = offsets.get(key, 0)
+    content = _rest(store.file(contract.log_file(attempt)), offset)
+    if not content and key in offsets:
+        return
+    if name and key != newest:
+        print(f"==> {name} <==", file=out)
+    offsets.pop(key, None)  # the newest is the last one written
+    offsets[key] = offset + len(content)
+    out.write(content.decode(errors="replace"))
+
+
+def _rest(path: Path, offset: int) -> bytes:
     try:
-        with store.file(contract.log_file(attempt)).open("rb") as log:
+        with path.open("rb") as log:
             log.seek(offset)
-            while chunk := log.read(1 << 16):
-                offset += len(chunk)
-                out.write(chunk.decode(errors="replace"))
+            return log.read()
     except FileNotFoundError:
-        pass
-    offsets[attempt] = offset
+        return b""
+
+
+def point_table(status: Status) -> list[tuple[str, ...]]:
+    """Lay the points of a sweep out in rows, under a head."""
+    names = list(status.points[0].values)
+    lines: list[tuple[str, ...]] = [("POINT", *names, "STATE", "ATTEMPT", "STEP", "COMMITTED", "METRICS", "REASON")]
+    for number, point in enumerate(status.points):
+        counts = ["-" if value is None else str(value) for value in (point.attempt, point.step, point.committed_step)]
+        metrics = " ".join(
+            f"{name}={'nan' if value is None else f'{value:.6g}'}" for name, value in point.metrics.items()
+        )
+        values = [point.values[name] for name in names]
+        lines.append((str(number), *values, str(point.state), *counts, metrics or "-", point.reason))
+    return lines

@@ -25,10 +25,11 @@ JOBKIT = [
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
-    "restart", "nodes", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner",
-    "submission", "job_runner", "local", "drive", "scenarios", "diagnosis", "drill", "slurm", "slurm_job", "doctor",
-    "backends", "checkpoints", "watch", "api", "history", "goodput", "phases", "shown", "story", "curve", "page",
-    "picture", "demo", "printed", "drill_card", "cli_submit", "cli_drill", "cli_report", "cli",
+    "restart", "nodes", "sweep", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner",
+    "submission", "job_runner", "local", "local_sweep", "drive", "scenarios", "diagnosis", "drill", "slurm",
+    "slurm_job", "doctor", "backends", "checkpoints", "watch", "api", "history", "goodput", "phases", "shown",
+    "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_submit", "cli_drill", "cli_report",
+    "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {"state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}

@@ -1,0 +1,172 @@
+"""The points of a sweep on this machine, one after another or several at once; one detached process looks after them.
+
+Each point is a run with a runner of its own. When this process is killed, the points that run go on, and `jobkit
+resume` starts another that takes up the rest. `python -m launch.local_sweep` is what `submit` starts.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from jobkit import contract
+from jobkit.contract import State
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.storage import Store
+from launch import leftovers, local, report
+from launch import spec as specs
+from launch.lock import acquire, held, holder
+from launch.spec import JobSpec
+from launch.submission import (
+    ask_to_cancel,
+    begin_point,
+    cancel_content,
+    open_run,
+    record,
+    says_alive,
+    take_back_cancel,
+    who,
+)  # fmt: skip
+
+_POLL_S = 0.2
+_MAX_RESUMES = 3
+"""How often a point whose runner was killed is taken up again."""
+
+
+class _StopError(Exception):
+    """A signal told this process to stop."""
+
+
+def run(store: Store, spec: JobSpec) -> None:
+    """Run the points of a sweep that are not done, until all are over or the sweep is cancelled.
+
+    Signals: main thread only; SIGTERM, SIGINT, SIGHUP are passed on to the points that run.
+    """
+    left = [point for point in specs.points(store, spec) if report.status(point).state is not State.DONE]
+    running: list[Store] = []
+    resumes: dict[str, int] = {}
+    try:
+        while left or running:
+            while left and len(running) < (spec.parallel or 1):
+                point = left.pop(0)
+                if _start(store, point):
+                    running.append(point)
+            time.sleep(_POLL_S)
+            for point in list(running):
+                status = report.status(point)
+                if (
+                    status.runner == "gone"
+                    and status.state is State.FAILED
+                    and resumes.get(point.url, 0) < _MAX_RESUMES
+                ):
+                    resumes[point.url] = resumes.get(point.url, 0) + 1
+                    _start(store, point)
+                elif status.state.over:
+                    running.remove(point)
+    except _StopError:
+        for point in running:
+            if pid := holder(point).get("pid") if held(point) else None:
+                leftovers.send(int(pid), signal.SIGTERM)
+
+
+def _start(store: Store, point: Store) -> bool:
+    """Start a point's runner, unless it has one; tell whether there is something to wait for."""
+    try:
+        if not begin_point(store, point) or cancel_content(point) is not None:
+            return False
+        if report.events(point)[-1:] and report.events(point)[-1]["event"] != "submitted":
+            local.resume(point.url, clear_cancel=False)
+        elif (lock := acquire(point)) is not None:
+            local.start(point, lock)
+    except JobkitError as error:
+        print(f"jobkit: point {point.url}: {error}", file=sys.stderr, flush=True)
+        return held(point)
+    return True
+
+
+def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
+    """Start a sweep's runner; it takes up every point that is not done.
+
+    Raises:
+        ConfigError: If the sweep has a runner.
+    """
+    store = open_run(url)
+    spec = specs.read(store)
+    points = specs.points(store, spec)
+    cancels = {one: cancel_content(one) for one in (store, *points)}
+    if all(report.status(point).state is State.DONE for point in points):
+        return State.DONE
+    lock = acquire(store)
+    if lock is None:
+        raise ConfigError(says_alive(store))
+    lock.sign(os.getpid())
+    for one in (store, *filter(specs.exists, points)):
+        if clear_cancel:
+            take_back_cancel(one, cancels[one])
+    record(store, "resumed", by=who())
+    local.start(store, lock)
+    return State.RUNNING
+
+
+def cancel(
+    url: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+) -> State:
+    """End a sweep for good: no point is started any more, and those that run save and stop.
+
+    Raises:
+        ConfigError: If all points are done.
+    """
+    store = open_run(url)
+    spec = specs.read(store)
+    points = specs.points(store, spec)
+    if all(report.status(point).state is State.DONE for point in points):
+        raise ConfigError(f"sweep {store.url} is already done; there is nothing to cancel")
+    ask_to_cancel(store)
+    for patience in (False, wait):  # told all of them before the first is waited for
+        for point in _alive(points):
+            with contextlib.suppress(ConfigError):  # done this very moment
+                local.cancel(point.url, wait=patience, progress=progress)
+    deadline = time.monotonic() + spec.grace_s
+    while wait and held(store) and time.monotonic() < deadline:  # it may be about to start one, which it cancels
+        time.sleep(_POLL_S)
+    return _state(points)
+
+
+def _alive(points: list[Store]) -> list[Store]:
+    return [point for point in points if specs.exists(point) and not report.status(point).state.over]
+
+
+def _state(points: list[Store]) -> State:
+    states = {report.status(point).state for point in points}
+    return next(
+        (state for state in states if not state.over), State.DONE if states == {State.DONE} else State.CANCELLED
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run a sweep in a detached process.
+
+    Args:
+        arguments: The sweep, the descriptor of its lock, the descriptor to answer on.
+    """
+
+    def stop(*_: object) -> None:
+        raise _StopError
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    store = open_run(arguments[0])
+    with local.detached(store, arguments[1:]) as (_, ready):
+        ready()
+        run(store, specs.read(store))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except JobkitError as problem:
+        print(f"jobkit: {problem}", file=sys.stderr)
+        sys.exit(contract.Exit.USAGE)

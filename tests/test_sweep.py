@@ -1,0 +1,159 @@
+"""Sweeps: how they are written down, and how they run on this machine."""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobkit.contract import State
+from jobkit.errors import ConfigError
+from jobkit.storage import Store
+from launch import backends, lock, report, submission, sweep
+from tests import jobs
+from tests.jobs import until
+
+NAMES = st.text("abcdefghxyz_", min_size=1, max_size=5)
+
+
+@given(
+    st.dictionaries(
+        NAMES,
+        st.lists(st.text("0123456789abc.-e", min_size=1, max_size=4), min_size=1, max_size=4, unique=True),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_points_are_the_product(axes: dict[str, list[str]]) -> None:
+    """Every combination of values is exactly one point, in the order of itertools.product, and fills the command."""
+    points = [sweep.values(axes, number) for number in range(sweep.count(axes))]
+    assert [tuple(point.values()) for point in points] == list(itertools.product(*axes.values()))
+    command = [f"--{name}={{{name}}}" for name in axes]
+    sweep.check(command, axes)
+    assert sweep.fill(command, points[-1]) == tuple(f"--{name}={values[-1]}" for name, values in axes.items())
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_array_indices(numbers: set[int]) -> None:
+    """What is written for sbatch's --array names exactly the numbers, in few words."""
+    text = sweep.compact(numbers)
+    assert sweep.expand(text) == numbers
+    assert text.count(",") <= max(0, len(numbers) - 1)
+
+
+def test_ranges_and_lists() -> None:
+    """Ranges have both ends, may be mixed with values, and values are kept as they were typed."""
+    assert sweep.parse(["lr=1e-3,3e-4", "seed=-1..2,7"]) == {"lr": ("1e-3", "3e-4"), "seed": ("-1", "0", "1", "2", "7")}
+    assert sweep.fill(["{{{a}}}", "x{a}{a}"], {"a": "1"}) == ("{1}", "x11")
+
+
+@pytest.mark.parametrize(
+    ("texts", "command", "message"),
+    [
+        (["lr"], "{lr}", "is not NAME=VALUES"),
+        (["1r=3"], "{1r}", "is not NAME=VALUES"),
+        (["lr=1,,2"], "{lr}", "has an empty value"),
+        (["lr="], "{lr}", "has an empty value"),
+        (["seed=9..0"], "{seed}", "is empty; write the smaller number first: 0..9"),
+        (["seed=0..999999999999"], "{seed}", "alone has 1000000000000 points; at most 10000"),
+        (["a=0..999", "b=0..10"], "{a}{b}", "the sweep has 11000 points (1000 x 11); at most 10000"),
+        (["lr=1,2", "lr=3"], "{lr}", "is given twice"),
+        (["lr=1,2,1"], "{lr}", "--sweep lr has 1 twice"),
+        (["lr=1,2"], "{lr} {rate}", "the command has {rate}, but the sweep names lr; add --sweep rate=..."),
+        (["lr=1,2", "seed=1"], "{lr}", "--sweep seed is not used: write {seed} into the command"),
+        (["lr=1,2"], "{lr} {", "'{' in the command is no name of the sweep; write a brace itself twice: {{"),
+        (["lr=1,2"], '{lr} {"a":1}', "in the command is no name of the sweep"),
+    ],
+)  # fmt: skip
+def test_bad_sweeps(texts: list[str], command: str, message: str, project: jobs.Project) -> None:
+    """What cannot be meant is refused in one sentence, and nothing is left behind."""
+    options = [word for text in texts for word in ("--sweep", text)]
+    done = project.cli("submit", "--run", "new", *options, "--", "python", "job.py", *command.split())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (project.path / "new").exists()
+
+
+def test_parallelism_of_no_sweep(project: jobs.Project) -> None:
+    """--array-parallelism needs a sweep, and a number of points."""
+    for options in (["--array-parallelism", "2"], ["--array-parallelism", "0", "--sweep", "a=1"]):
+        done = project.cli("submit", "--run", "new", *options, "--", "python", "job.py", "{a}")
+        assert done.returncode == 2
+        assert "give a number of points, 1 or more, of a --sweep" in done.stderr
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[jobs.Project]:
+    """Make a project whose sweeps are ended with it."""
+    made = jobs.Project(tmp_path)
+    try:
+        yield made
+    finally:
+        for path in report.find_runs(made.runs):
+            if pid := jobs.runner_pid(Store(path)):
+                os.kill(pid, signal.SIGKILL)
+            for point in (path / "points").glob("*"):
+                if pid := jobs.runner_pid(Store(point)):
+                    os.kill(pid, signal.SIGKILL)
+        made.close()
+
+
+def start(project: jobs.Project, *plan: str, parallel: int | None = None, **axes: tuple[str, ...]) -> Store:
+    """Submit a sweep."""
+    return project.submit(*plan, sweep=axes, parallel=parallel)
+
+
+def states(store: Store) -> list[str]:
+    """Return the states of the points."""
+    return [str(point.state) for point in backends.status(store).points]
+
+
+@pytest.mark.slow
+def test_points_run_one_after_another(project: jobs.Project) -> None:
+    """A local sweep runs its points in order, one at a time; one that fails stops no other."""
+    store = start(project, "commit:{a},exit:{b}", a=("1", "2"), b=("0", "4"))
+    until(lambda: backends.status(store).state.over, "all points are over", seconds=40)
+    told = backends.status(store)
+    assert told.state is State.FAILED
+    assert told.reason == "2 done, 2 failed"
+    assert [point.committed_step for point in told.points] == [1, 1, 2, 2]
+    began = [report.status(Store(point.run)).started or 0.0 for point in told.points]
+    assert began == sorted(began)
+    ended = [
+        next(event["t"] for event in report.events(Store(point.run)) if event["event"] == "ended")
+        for point in told.points
+    ]
+    assert all(end <= begin for end, begin in zip(ended, began[1:], strict=False)), "two points ran at once"
+    until(lambda: not lock.held(store), "the sweep's runner ends")
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_runner_is_killed(project: jobs.Project) -> None:
+    """SIGKILL of the sweep's runner: points that run go on, the rest is told to be resumed, and resume takes it up."""
+    store = start(project, "sleep:1.5,commit:{a}", parallel=2, a=("1", "2", "3"))
+    until(lambda: states(store)[:2] == ["running", "running"], "two points run")
+    os.kill(jobs.runner_pid(store), signal.SIGKILL)
+    until(lambda: states(store) == ["done", "done", "failed"], "the points that ran are done")
+    assert backends.status(store).reason.endswith(f"continue with: jobkit resume {store.url}")
+    assert project.cli("resume", store.url, "--wait").returncode == 0
+    assert states(store) == ["done"] * 3
+    assert [point.attempts for point in backends.status(store).points] == [1, 1, 1]
+
+
+def test_cancel_of_a_sweep_and_of_a_point(project: jobs.Project) -> None:
+    """A point that waits can be cancelled alone; the cancel of the sweep ends the rest, and nothing starts any more."""
+    store = start(project, "hold,commit:{a}", a=("1", "2", "3"))
+    until(lambda: states(store) == ["running", "queued", "queued"], "the first point runs")
+    assert backends.cancel(f"{store.url}/points/2") is State.CANCELLED
+    assert states(store) == ["running", "queued", "cancelled"]
+    assert backends.cancel(store.url) is State.CANCELLED
+    assert states(store) == ["cancelled"] * 3
+    until(lambda: not lock.held(store), "the sweep's runner ends")
+    assert not (store.path / "points" / "1" / "attempts").exists()
+    with pytest.raises(ConfigError, match="has no point 7"):
+        backends.status(submission.open_run(f"{store.url}/points/7"))
