@@ -129,6 +129,8 @@ class State(enum.StrEnum):
 RUN_JSON = "run.json"
 README = "README.md"
 CANCEL = "cancel.json"
+SAVE = "save.json"
+"""Asks for a commit now; like cancel.json it comes from outside (see control.py)."""
 ID = "run.id"
 """On an object store: tells a run from another one that is at the same URL later."""
 STRATEGY = "strategy.json"

@@ -122,7 +122,8 @@ class Mirror:
         # At the end in any case: who decides whether the run goes on looks into the home.
         if final or time.monotonic() - self._cancel_at >= _CANCEL_S:
             self._cancel_at = time.monotonic()
-            hear_cancel(self._store)
+            hear(self._store, contract.CANCEL)
+            hear(self._store, contract.SAVE)
         failed: JobkitError | None = None
         waiting = [step for step in reversed(commits.steps(self._store)) if step not in self._done]
         for step in waiting:
@@ -185,16 +186,22 @@ class Mirror:
             remote.remove(by_step[step])
 
 
-def hear_cancel(store: Store) -> None:
-    """Bring a cancel that was written on another machine into the home.
+def hear(store: Store, name: str) -> None:
+    """Bring what was asked of the run on another machine into the home.
+
+    Args:
+        store: The run.
+        name: `contract.CANCEL` or `contract.SAVE`.
 
     Raises:
         JobkitError: If the URL cannot be read.
     """
-    remote = store.remote
-    if remote is not None and not store.exists(contract.CANCEL) and remote.find(contract.CANCEL):
-        with contextlib.suppress(FileNotFoundError):  # taken back this very moment
-            store.write(contract.CANCEL, remote.read(contract.CANCEL))
+    if store.remote is None:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        content = store.remote.read(name)
+        if not store.exists(name) or store.read(name) != content:
+            store.write(name, content)
 
 
 def described(store: Store) -> list[str]:

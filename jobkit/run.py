@@ -22,6 +22,7 @@ from jobkit import commits, contract, interval, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
+from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
 from jobkit.group import lost_process, open_group
@@ -39,8 +40,8 @@ _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""
 
 
-_LOOK_S = 5.0
-"""How often an attempt looks whether a newer one has taken over."""
+_LOOK_S = 2.0
+"""How often an attempt looks whether a newer one has taken over, and whether somebody asks something of it."""
 _UPLOAD_S = 600.0
 """How long the last uploads of a run without a supervisor may take."""
 _SHARED_S = 60.0
@@ -151,6 +152,7 @@ class Run:
         self._group = open_group(Run._opened_here)
         supervisor = os.environ.get(contract.ENV_SUPERVISOR)
         directory = Path(supervisor) if supervisor else None
+        self._supervised = directory is not None
         self._listener = Listener(directory)
         self._listener.open()
         try:
@@ -166,7 +168,8 @@ class Run:
             self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if alone else None
             if self._carrier is not None:
                 self._carrier.start()
-            self._ledger.append("opened", pid=os.getpid(), python=sys.version.split()[0])
+            self._control = Control(self._store) if self._group.first else None
+            self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, python=sys.version.split()[0])
             if self._group.first:
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
             self._probe = self._new_probe()
@@ -189,7 +192,7 @@ class Run:
         self._flushed_at = time.monotonic()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
-        self._looping = self._finished = self._stepped = self._stopping = False
+        self._looping = self._finished = self._stepped = self._stopping = self._save_wanted = False
         self._looks = self._asks = 0
         return self
 
@@ -549,6 +552,7 @@ class Run:
             with contextlib.suppress(OSError):  # a shared disk that does not answer just now
                 check_newest(self._store, self.attempt, "go on")
             self._adapt_interval()
+            self._hear_control()
         self._hear_failure()
         stop, save = self._due()
         if stop and not last:
@@ -557,14 +561,29 @@ class Run:
         if asked is not None and (agreed := self._agreed(asked)) is not None:
             self._save("asked", agreed)
         elif save and not last:
-            self._save("interval", {})
+            reason, self._save_wanted = "asked" if self._save_wanted else "interval", False
+            self._save(reason, {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
+
+    def _hear_control(self) -> None:
+        """Hear what is asked from outside, in process 0: the others hear it from there."""
+        if self._control is None:
+            return
+        if (told := self._control.new(contract.SAVE)) is not None:
+            self._ledger.append("save_asked", durable=True, id=told.get("id"), by=told.get("by"), step=self.step)
+            self._save_wanted = True
+            if self._agreement is not None:
+                self._agreement.ask(SAVE)
+        if not self._supervised and (told := self._control.new(contract.CANCEL)) is not None:
+            self._listener.note("stop", says_stop(told))
+            if self._agreement is not None:
+                self._agreement.ask(STOP, source="stop", reason=says_stop(told))
 
     def _due(self) -> tuple[bool, bool]:
         """Tell whether to stop and whether to save at this boundary; the same in all processes of the attempt."""
         now = time.monotonic()
         if self._agreement is None:
-            save = self._strategy.due(self.step, now) and not self._checkpoints.saving
+            save = (self._save_wanted or self._strategy.due(self.step, now)) and not self._checkpoints.saving
             return self._listener.noticed, save
         if now >= self._strategy.next_s:  # by the clock of process 0 alone
             self._strategy.next_s = math.inf

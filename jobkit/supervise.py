@@ -24,6 +24,7 @@ import click
 
 from jobkit import commits, contract, metadata, mirror, processes, stacks
 from jobkit.contract import Exit, Outcome
+from jobkit.control import Control, says_stop
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
@@ -74,6 +75,8 @@ class Attempt:
     """Why, where the exit code alone would mislead."""
     dog: Watchdog = field(default_factory=Watchdog)
     stall: Stall | None = None
+    control: Control | None = None
+    """Hears what is asked from outside; in process 0 alone."""
     silent_since: float = 0.0
     """When a stalled program last showed progress, in seconds since the epoch."""
     kill_at: float | None = None
@@ -116,6 +119,7 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
         raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
     attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
     ledger = Ledger(store.file(contract.events_file(attempt.number, attempt.writer)))
+    attempt.control = Control(store) if index == 0 else None
     attempt.dog = Watchdog(learn(store, attempt.number, attempt.writer), stall_s=contract.stall_s_from())
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
@@ -241,6 +245,9 @@ def _watch(
             _hear(attempt, link, ledger, said)
         if carrier.superseded is not None and attempt.notice is None:
             give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
+        if attempt.control is not None and (told := attempt.control.new(contract.CANCEL)) is not None:
+            grace_s = contract.grace_s_from(signal.SIGTERM)
+            give_notice(attempt, link, ledger, source="stop", reason=says_stop(told), deadline_s=grace_s)
         _look_for_stall(attempt, link, ledger)
         _reap(attempt)
         _copy_log(attempt, tail)

@@ -65,10 +65,14 @@ def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
 
 
 def cancel(
-    run: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+    run: str | os.PathLike[str],
+    *,
+    wait: bool = True,
+    word: str = "cancelled",
+    progress: Callable[[str], None] = lambda text: None,
 ) -> State:
     """End a run for good; see the backend's own `cancel`."""
-    state: State = _verbs(submission.open_run(run)).cancel(run, wait=wait, progress=progress)
+    state: State = _verbs(submission.open_run(run)).cancel(run, wait=wait, word=word, progress=progress)
     return state
 
 

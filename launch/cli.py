@@ -10,7 +10,7 @@ import click
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
-from launch import cli_drill, cli_report, cli_submit
+from launch import cli_control, cli_drill, cli_report, cli_submit
 from launch.printed import aligned, follow, print_status
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
         watch.copy_logs(store, sys.stdout, attempt=attempt, following=following)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+cli.add_command(cli_control.save)
+cli.add_command(cli_control.stop)
 
 
 @cli.command()

@@ -156,13 +156,18 @@ def _has_runner(store: Store) -> bool:
 
 
 def cancel(
-    url: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+    url: str | os.PathLike[str],
+    *,
+    wait: bool = True,
+    word: str = "cancelled",
+    progress: Callable[[str], None] = lambda text: None,
 ) -> State:
     """End a run for good: no attempt is ever started again, unless a person resumes it.
 
     Args:
         url: The run.
         wait: Whether to wait until nothing of it runs any more.
+        word: 'cancelled', or 'stopped' by who means to go on later.
         progress: Called with a line for a person when the waiting starts.
 
     Durability: on return cancel.json is on storage; nothing overrules it but `resume`.
@@ -175,7 +180,7 @@ def cancel(
     if report.status(store).state is State.DONE:
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
     make_point(store)
-    content = ask_to_cancel(store)
+    content = ask_to_cancel(store, word)
     if wait and held(store):
         progress(f"waiting for {store.url} to save and stop (killed after {show_duration(spec.grace_s)})")
     _finish_cancel(store, spec, content, wait=wait)

@@ -111,7 +111,11 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
 
 
 def cancel(
-    url: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+    url: str | os.PathLike[str],
+    *,
+    wait: bool = True,
+    word: str = "cancelled",
+    progress: Callable[[str], None] = lambda text: None,
 ) -> State:
     """End a sweep for good: no point is started any more, and those that run save and stop.
 
@@ -123,11 +127,11 @@ def cancel(
     points = specs.points(store, spec)
     if all(report.status(point).state is State.DONE for point in points):
         raise ConfigError(f"sweep {store.url} is already done; there is nothing to cancel")
-    ask_to_cancel(store)
+    ask_to_cancel(store, word)
     for patience in (False, wait):  # told all of them before the first is waited for
         for point in _alive(points):
             with contextlib.suppress(ConfigError):  # done this very moment
-                local.cancel(point.url, wait=patience, progress=progress)
+                local.cancel(point.url, wait=patience, word=word, progress=progress)
     deadline = time.monotonic() + spec.grace_s
     while wait and held(store) and time.monotonic() < deadline:  # it may be about to start one, which it cancels
         time.sleep(_POLL_S)

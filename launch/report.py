@@ -11,6 +11,7 @@ import msgspec
 
 from jobkit import contract
 from jobkit.contract import State
+from jobkit.control import says_stop
 from jobkit.errors import JobkitError
 from jobkit.heartbeat import Beat, read_beat
 from jobkit.ledger import Event, read_json
@@ -263,12 +264,11 @@ def _cancelled(store: Store) -> Store | None:
 
 
 def cancel_reason(store: Store) -> str:
-    """Say who cancelled a run."""
+    """Say who cancelled or stopped a run."""
     try:
-        by = (read_json(_cancelled(store) or store, contract.CANCEL) or {}).get("by")
+        return says_stop(read_json(_cancelled(store) or store, contract.CANCEL) or {})
     except JobkitError:
-        by = None
-    return f"cancelled by {by}" if by else "cancelled"
+        return "cancelled"
 
 
 def _lines(path: Path, *, tail_bytes: int | None = None) -> Iterator[Event]:

@@ -141,7 +141,7 @@ class Runner:
     def _over_anywhere(self) -> tuple[State, str] | None:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
         with contextlib.suppress(JobkitError):
-            mirror.hear_cancel(self._store)
+            mirror.hear(self._store, contract.CANCEL)
         return self._over()
 
     def _cancelled(self) -> bool:

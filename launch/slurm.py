@@ -393,7 +393,11 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
 
 
 def cancel(
-    url: str | os.PathLike[str], *, wait: bool = True, progress: Callable[[str], None] = lambda text: None
+    url: str | os.PathLike[str],
+    *,
+    wait: bool = True,
+    word: str = "cancelled",
+    progress: Callable[[str], None] = lambda text: None,
 ) -> State:
     """End a run, or all points of a sweep, for good: they get their grace, then SLURM is told to insist.
 
@@ -411,12 +415,12 @@ def cancel(
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
     if not spec.sweep:
         make_point(store)
-    ask_to_cancel(store)
+    ask_to_cancel(store, word)
     # After the sweep's own: a point that is made later looks for that one.
     if spec.sweep:
         members = [one for one in members if not states[one.url].over]
         for one in filter(specs.exists, members):
-            ask_to_cancel(one)
+            ask_to_cancel(one, word)
     _stop(members, grace_s=spec.grace_s, wait=wait, progress=progress)
     if wait:
         for one in filter(specs.exists, members):

@@ -107,8 +107,9 @@ def _python_path() -> list[str]:
 
 
 _LAYOUT = (
-    contract.RUN_JSON, contract.ID, contract.README, contract.CANCEL, contract.EVENTS, contract.LOCK, contract.CODE,
-    contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log", "tensorboard", sweep.POINTS,
+    contract.RUN_JSON, contract.ID, contract.README, contract.CANCEL, contract.SAVE, contract.EVENTS, contract.LOCK,
+    contract.CODE, contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log",
+    "tensorboard", sweep.POINTS,
 )  # fmt: skip
 
 
@@ -251,17 +252,27 @@ def says_alive(store: Store) -> str:
     return f"run {store.url} is alive (pid {pid}): 'jobkit logs -f {store.url}' or 'jobkit cancel {store.url}'"
 
 
-def ask_to_cancel(store: Store) -> bytes:
+def ask_to_cancel(store: Store, word: str = "cancelled") -> bytes:
     """Write a cancel, on the URL first; return what was written, which tells it from any other.
+
+    Args:
+        store: The run.
+        word: 'cancelled', or 'stopped' by who means to go on later: the same to every process, told apart for people.
 
     Durability: on storage on return; nothing overrules it but `take_back_cancel`.
     """
-    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)}).encode() + b"\n"
     with cancel_mutex(store):
-        if store.remote is not None:
-            store.remote.write(contract.CANCEL, content)
-        store.write(contract.CANCEL, content)
-    record(store, "cancelled", by=who())
+        content = ask(store, contract.CANCEL, word=word)
+    record(store, word, by=who())
+    return content
+
+
+def ask(store: Store, name: str, **told: object) -> bytes:
+    """Write what is asked of a run, on the URL first; return what was written, which tells it from any other."""
+    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)} | told).encode() + b"\n"
+    if store.remote is not None:
+        store.remote.write(name, content)
+    store.write(name, content)
     return content
 
 

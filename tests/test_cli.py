@@ -54,6 +54,11 @@ MISTAKES = [
     (["logs", "nothing"], "is not a run"),
     (["cancel", "nothing"], "is not a run"),
     (["resume", "nothing"], "is not a run"),
+    (["save", "nothing"], "is not a run"),
+    (["stop", "nothing"], "is not a run"),
+    (["save", "nothing", "--timeout", "0"], "--timeout 0: give a duration above zero, or --no-wait"),
+    (["submit", "--stall", "0", "--", "true"], "--stall 0: give at least 1s, or off"),
+    (["submit", "--stall", "soon", "--", "true"], "'soon' is not a duration"),
     (["ls", "nothing"], "is not a directory"),
     (["status"], "Missing argument 'RUN'"),
     (["statsu"], "No such command 'statsu'"),
@@ -249,7 +254,7 @@ def test_light_imports(code: str) -> None:
 def test_help_has_examples(project: Project) -> None:
     """Every command explains itself with an example that parses, and --version says which this is."""
     top = project.cli("--help").stdout
-    for command in ("submit", "status", "logs", "cancel", "resume", "ls", "demo"):
+    for command in ("submit", "status", "logs", "save", "stop", "cancel", "resume", "ls", "demo"):
         assert re.search(rf"^  {command} ", top, re.MULTILINE)
         assert f"jobkit {command}" in project.cli(command, "--help").stdout
     assert jobkit.__version__ in project.cli("--version").stdout

@@ -20,16 +20,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
     "stacks", "ledger", "watchdog", "commits", "mirror", "interval", "strategy", "drilled", "frozen", "notice",
-    "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint", "probe", "plain", "run", "supervise",
-    "compare", "export",
+    "control", "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint", "probe", "plain", "run",
+    "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
     "restart", "nodes", "sweep", "spec", "snapshot", "command", "lock", "leftovers", "scontrol", "report", "runner",
     "submission", "job_runner", "local", "local_sweep", "drive", "scenarios", "diagnosis", "drill", "slurm",
-    "slurm_job", "doctor", "backends", "checkpoints", "watch", "api", "history", "goodput", "phases", "shown",
-    "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_submit", "cli_drill", "cli_report",
-    "cli",
+    "slurm_job", "doctor", "backends", "checkpoints", "control", "watch", "api", "history", "goodput", "phases",
+    "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_submit", "cli_drill",
+    "cli_report", "cli_control", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {"state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}

@@ -1,0 +1,71 @@
+# ruff: noqa: D301  (click wants the character \\b itself)
+"""`jobkit save` and `jobkit stop`: what a person asks of a run that trains, wherever it does."""
+
+import sys
+
+import click
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _seconds(given: str) -> float:
+    from jobkit.errors import ConfigError
+    from jobkit.units import duration_s
+
+    if (seconds := duration_s(given)) <= 0:
+        raise ConfigError(f"--timeout {given}: give a duration above zero, or --no-wait")
+    return seconds
+
+
+@click.command()
+@click.argument("run")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it is committed.")
+@click.option("--timeout", metavar="DURATION", default="5m", help="How long to wait. [default: 5m]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def save(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
+    """Have RUN commit the step in progress now, and go on.
+
+    RUN may have been submitted to any backend, or be a program that was started by hand.
+
+    \b
+    Examples:
+      jobkit save runs/mnist
+      jobkit save gs://bucket/mnist --timeout 20m
+    """
+    from launch import control, report
+
+    answer = control.save(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
+    if as_json:
+        print(report.to_json(answer))
+    elif answer.done:
+        print(f"{run}: step {answer.committed_step} is committed")
+    else:
+        print(f"{run} is asked to save")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it has saved and stopped.")
+@click.option("--timeout", metavar="DURATION", default="5m", help="How long to wait for a run started by hand.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
+    """Have RUN commit and stop until `jobkit resume`.
+
+    A run that was submitted is in the state cancelled from then on, with the reason that it was stopped, and by whom. A
+    program that was started by hand goes on when it is started again.
+
+    \b
+    Examples:
+      jobkit stop runs/mnist
+      jobkit resume runs/mnist
+    """
+    from launch import control, report
+
+    answer = control.stop(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
+    if as_json:
+        print(report.to_json(answer))
+        return
+    newest = "nothing is committed" if answer.committed_step is None else f"committed step {answer.committed_step}"
+    print(f"{run} is stopped, {newest}" if answer.done else f"{run} is stopping")
