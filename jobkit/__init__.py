@@ -9,6 +9,8 @@
 Importing jobkit loads neither jax nor numpy; they come in with the first `Run`.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
@@ -31,6 +33,13 @@ _HOMES = {
     "load": "jobkit.restore",
     "export_params": "jobkit.restore",
 }
+
+
+if "jax" in sys.modules and "JOBKIT_SUPERVISOR" in os.environ:
+    # What a program compiles before it opens a Run is counted too, where jax is there already.
+    from jobkit import compilecache
+
+    compilecache.counter.start()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,8 @@ the reader drops a torn line. The events, by who writes them:
     exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
     opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
-    interval, save_asked (id, by, step), notice, stopped, finished, metrics    by the program
+    interval, save_asked (id, by, step), notice, stopped, finished, metrics, compiled
+                                                            by the program
 """
 
 import json

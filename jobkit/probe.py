@@ -59,7 +59,8 @@ class Probe:
 
     def look(self, step: int, parts: Mapping[str, state.Part], given: Mapping[str, Any]) -> None:
         """Write down fingerprints of all there is."""
-        seen = {id(value) for value in given.values()}
+        # A pytree lives in `run.state`: what the program calls by the same name is another thing after the first step.
+        seen = {id(value) for name, value in given.items() if parts[name].kind != "value"}
         outside = {name: [kind, crc] for name, kind, crc in _outside(sys._getframe(1), seen)}
         self._ledger.append(
             "probed",
@@ -148,12 +149,11 @@ def _look_at(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tupl
     module = type(value).__module__
     if module.startswith("jobkit.") and not module.startswith("jobkit.examples"):
         return
-    if not isinstance(value, int | float | str | bytes | bool | None):
-        seen.add(id(value))
     kind, crc = _fingerprint(name, value)
     if crc:
         yield name, kind, crc
         return
+    seen.add(id(value))
     word, _, place = name.partition(" in ")
     if isinstance(value, types.GeneratorType):
         if value.gi_frame is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 
-from jobkit import commits, contract, interval, mirror, plain, stacks, state
+from jobkit import commits, compilecache, contract, interval, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
@@ -172,6 +172,7 @@ class Run:
             self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, python=sys.version.split()[0])
             if self._group.first:
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
+            compilecache.use(self._store)
             self._probe = self._new_probe()
             self._agreement = self._agree() if self._group.count > 1 else None
             self._look = self._agreement.rounds if self._agreement is not None else self._listener
@@ -247,6 +248,7 @@ class Run:
                 else:
                     self._checkpoints.close()
                 self._flush(everything=error is None)
+                self._tell_compiled()
                 if self._agreement is not None:
                     self._agreement.close()
                 if self._carrier is not None:
@@ -660,7 +662,12 @@ class Run:
         self._stepped = True
         self._heartbeat.enter(Phase.STEPPING)
         self._ledger.append("first_step", step=self.step)
+        self._tell_compiled()
         self._check_change()
+
+    def _tell_compiled(self) -> None:
+        if (told := compilecache.report(self._store, self.attempt)) is not None:
+            self._ledger.append("compiled", step=self.step, **told)
 
     def _save(self, reason: str, metrics: dict[str, float]) -> None:
         """Start a save; training goes on if it fails, loudly."""

@@ -22,7 +22,7 @@ from typing import IO
 
 import click
 
-from jobkit import commits, contract, metadata, mirror, processes, stacks
+from jobkit import commits, compilecache, contract, metadata, mirror, processes, stacks
 from jobkit.contract import Exit, Outcome
 from jobkit.control import Control, says_stop
 from jobkit.errors import ConfigError, JobkitError
@@ -131,6 +131,8 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
             f"{contract.attempt_dir(attempt.number)}/{contract.of_process('supervisor.json', index)}",
             _json(pid=os.getpid(), started=attempt.started, heartbeat=str(link.directory)),
         )
+        if index == 0:
+            compilecache.share(store)
         with open(attempt.log, "ab", buffering=0) as log:
             try:
                 attempt.child = _start(attempt, link, log)
@@ -179,6 +181,7 @@ def _start(attempt: Attempt, link: Link, log: IO[bytes]) -> int:
         contract.ENV_PROCESSES: str(attempt.process[1]),
         "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
     }
+    environment |= compilecache.environment(attempt.store, environment)
     for name in (contract.ENV_LOCK, contract.ENV_RUNNER):
         environment.pop(name, None)
     try:

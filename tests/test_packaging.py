@@ -19,9 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "watchdog", "commits", "mirror", "interval", "strategy", "drilled", "frozen", "notice",
-    "control", "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint", "probe", "plain", "run",
-    "supervise", "compare", "export",
+    "stacks", "ledger", "compilecache", "watchdog", "commits", "mirror", "interval", "strategy", "drilled", "frozen",
+    "notice", "control", "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint", "probe",
+    "plain", "run", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
@@ -32,7 +32,9 @@ LAUNCH = [
     "cli_report", "cli_control", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
-USES_JAX = {"state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export"}
+USES_JAX = {
+    "compilecache", "state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export",
+}  # fmt: skip
 """The only modules of jobkit that may name jax and its family."""
 
 
