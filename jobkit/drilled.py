@@ -36,7 +36,7 @@ class Drill:
     def adapt(self, strategy: SaveEvery) -> None:
         """Have a strategy save as often as the drill needs."""
         if self.save_every is not None:
-            strategy.every_s = float("inf")
+            strategy.every_s, strategy.auto = float("inf"), False
             strategy.every_steps = min(strategy.every_steps or self.save_every, self.save_every)
 
 

@@ -22,9 +22,8 @@ POINTS = (
     "before_retention",
     "during_retention",
     "during_restore",
-    "step",
 )
-"""`step` is passed at the beginning of each step, in a drill only."""
+"""And, in a drill, `step`: the beginning of each step."""
 
 _FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?")
 _passes: Counter[str] = Counter()
