@@ -301,7 +301,9 @@ def _unseeded(one: Seen, two: Seen) -> Diagnosis | None:
             return Diagnosis("unseeded", name, _SEED_REMEDY, [f"{name} starts in another state each time"])
     for name, crc in one[0]["parts"].items():
         if name.partition("/")[0] in one[0].get("rngs", ()) and two[0]["parts"].get(name) != crc:
-            return Diagnosis("unseeded", name, _SEED_REMEDY, [f"the part {name} starts in another state each time"])
+            return Diagnosis(
+                "unseeded", name.partition("/")[0], _SEED_REMEDY, [f"the part {name} starts in another state each time"]
+            )
     return None
 
 
