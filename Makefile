@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 SLURM := .venv/.slurm
+BROWSER := .venv/.browser
 # pytest's workers; each one starts trainings of its own
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -23,11 +24,11 @@ demo: $(READY)
 ifdef CI
 test: test-all
 else
-test: lint types $(SLURM)
+test: lint types $(SLURM) $(BROWSER)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 endif
 
-test-all: lint types $(SLURM)
+test-all: lint types $(SLURM) $(BROWSER)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
@@ -58,6 +59,10 @@ $(READY): pyproject.toml constraints.txt
 # SLURM for the tests, unpacked below .venv where it is not installed; made again while there is none.
 $(SLURM): $(READY) tests/slurm_packages.py
 	@$(BIN)/python -m tests.slurm_packages $@
+
+# Chromium for the tests that look at the report; on CI it is installed where it is missing.
+$(BROWSER): $(READY) tests/browser.py
+	@$(BIN)/python -m tests.browser $@
 
 # Debian and Ubuntu ship python3 without ensurepip; it comes with the package pythonX.Y-venv.
 .PHONY: .venv-make

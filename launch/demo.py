@@ -29,6 +29,8 @@ from jobkit.remote import Remote
 from jobkit.storage import Store, is_remote, local_path
 from jobkit.units import show_duration
 from launch import drive, local, report
+from launch.history import read_history
+from launch.page import write_page
 from launch.spec import JobSpec
 
 STEPS = 500
@@ -97,6 +99,7 @@ class Result:
         identical: Whether final state and every logged value are the same to the last bit.
         comparison: What `python -m jobkit.compare` said.
         plot: The picture.
+        report: The page of both runs.
     """
 
     run: str
@@ -109,6 +112,7 @@ class Result:
     undisturbed_s: float
     disturbed_s: float
     plot: str
+    report: str
 
     @property
     def survived(self) -> bool:
@@ -181,12 +185,14 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
         undisturbed_s=undisturbed,
         disturbed_s=disturbed,
         plot=str(draw_losses(place, stores, plan)),
+        report=str(_write_report(place, stores)),
     )
     if json:
         _print_json(result)
     else:
         console.print(_card(result))
-        console.print(f"loss curves: {_short(Path(result.plot))}", highlight=False, soft_wrap=True)
+        for name, path in (("loss curves", result.plot), ("report", result.report)):
+            console.print(f"{name}: {_short(Path(path))}", highlight=False, soft_wrap=True)
     return 0 if result.survived else 1
 
 
@@ -423,7 +429,15 @@ def _print_json(result: Result) -> None:
     print(json.dumps(document, indent=2))
 
 
-# The picture.
+# The pictures.
+
+
+def _write_report(place: Path, runs: Mapping[str, Store]) -> Path:
+    """Write the page of both runs, the interrupted one first."""
+    both = [runs["disturbed"], runs["undisturbed"]]
+    histories = [read_history(store, state=State.DONE, reason="finished") for store in both]
+    return write_page(place / contract.REPORT / "report.html", histories)
+
 
 _INK, _BLUE, _ORANGE, _RED, _GREEN = "#1f2933", "#3b6fb6", "#e07b1a", "#c0392b", "#2e8b57"
 

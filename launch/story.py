@@ -119,14 +119,15 @@ def _what(one: Attempt, stalls: Sequence[Event]) -> str:
     if one.outcome == Outcome.STALLED:
         event = stalls[-1] if stalls else {}
         where = f" in phase {event['phase']}" if event.get("phase") else ""
+        frame = f", in {event['frame']}" if event.get("frame") else ""
         for_s = number_of(event.get("waited_s"))
-        return f"{who} hung{where}{at}; after {show_duration(for_s or one.seconds[Phase.STALLED])} it was ended."
+        return f"{who} hung{where}{at}{frame}; after {show_duration(for_s or one.seconds[Phase.STALLED])} it was ended."
     late = f" after a notice ({one.notice}) that it could not serve in time" if one.saved_on_notice is False else ""
     node = f" on {one.node}" if one.node else ""
     reason = _clause(one.reason)
     if one.outcome == Outcome.KILLED:
-        how = one.reason if one.reason.startswith("killed by ") else "killed"
-        return f"{who} was {how}{at}{node}{late}{'' if how == one.reason else reason}."
+        how, _, more = one.reason.partition(": ") if one.reason.startswith("killed by ") else ("killed", "", one.reason)
+        return f"{who} was {how}{at}{node}{late}{_clause(more)}."
     words = {
         Outcome.FAILED: "failed",
         Outcome.STORAGE: "could not commit or restore",

@@ -1,4 +1,7 @@
-"""A real Chromium without a window, spoken to over a pipe: no port, no driver, no library."""
+"""A real Chromium without a window, spoken to over a pipe: no port, no driver, no library.
+
+`python -m tests.browser` provides it, as `make test` does: on CI it installs Debian's, elsewhere it says what to do.
+"""
 
 import base64
 import fcntl
@@ -8,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -143,3 +147,60 @@ class Browser:
         """Return what the console showed since the page was opened."""
         names = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         return [json.dumps(told["params"]) for told in self.events if told.get("method") in names]
+
+
+def inspect(page: Path, kept: Path | None = None) -> None:
+    """Check that a report looks right to its readers: in light, in dark, and on a phone; keep a screenshot of each.
+
+    Args:
+        page: The report.
+        kept: Where the screenshots go; beside it by default. Without a Chromium there are none, which CI refuses.
+    """
+    program = find()
+    if program is None:
+        assert not os.environ.get("CI"), f"Chromium is missing: {HOW}"
+        return
+    with Browser(program) as running:
+        look(running, page, kept or page.parent)
+
+
+def look(browser: Browser, page: Path, kept: Path) -> None:
+    """Open a report in light, dark and at 390 pixels: no request, no complaint, nothing sticks out."""
+    colors = {}
+    for name, width, dark in (("light", 1100, False), ("dark", 1100, True), ("phone", 390, False)):
+        browser.open(page, width=width, dark=dark)
+        assert browser.requests() == []
+        assert browser.complaints() == []
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        over = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
+        assert browser.evaluate(f"{over}.map(e => e.outerHTML.slice(0, 200))") == []
+        assert browser.evaluate("document.querySelectorAll('.lane rect').length") > 3
+        colors[name] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.screenshot(kept / f"{page.stem}-{name}.png")
+        assert (kept / f"{page.stem}-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert colors["light"] == colors["phone"] != colors["dark"]
+
+
+def main(stamp: str | None = None) -> int:
+    """Provide Chromium and say so in one line; where it cannot be had, only CI fails."""
+    on_ci = bool(os.environ.get("CI"))
+    try:
+        if find() is None and on_ci and os.geteuid() == 0 and shutil.which("apt-get"):
+            quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
+            subprocess.run(["apt-get", "update", "-qq"], **quiet)
+            packages = ["--no-install-recommends", "chromium", "fonts-dejavu-core"]
+            subprocess.run(["apt-get", "install", "-qq", "-y", *packages], **quiet)
+        if (program := find()) is None:
+            raise OSError("it is not on this machine")
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+        print(f"{' '.join(done.stdout.split()[:2])} for the tests: found in {os.path.dirname(program)}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"the report is not looked at in a browser: {error}; {HOW}", file=sys.stderr)
+        return int(on_ci)
+    if stamp is not None:
+        Path(stamp).touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))

@@ -19,6 +19,7 @@ from jobkit.ledger import Ledger
 from jobkit.storage import Store
 from launch import demo
 from launch.demo import Interruption, Result
+from tests import browser
 from tests.gcs_server import GcsServer
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def result(*interruptions: Interruption, identical: bool = True) -> Result:
     comparison = {"equal": identical, "leaves": 122, "step": 500, "values": 510, "repeated": 12, "difference": None}
     if not identical:
         comparison["difference"] = {"name": "loss", "step": 91, "a": "1.0", "b": "1.5"}
-    return Result("run", 7, 500, 4, list(interruptions), identical, comparison, 20.0, 50.0, "loss.png")
+    return Result("run", 7, 500, 4, list(interruptions), identical, comparison, 20.0, 50.0, "loss.png", "report.html")
 
 
 def card(found: Result) -> str:
@@ -199,6 +200,9 @@ def test_whole_demo(tmp_path: Path) -> None:
     assert "SIGKILL to the trainer of attempt" in done.stderr
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").rglob("*.tmp"))
+    page = tmp_path / "run/report/report.html"
+    assert told["report"] == str(page)
+    browser.inspect(page)  # the screenshots lie beside it
 
 
 @pytest.mark.slow

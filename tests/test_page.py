@@ -55,25 +55,7 @@ def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     for name, text in (("one", html(runs[1])), ("three", html(*runs))):
         path = tmp_path / f"{name}.html"
         path.write_text(text)
-        look(chromium, path, kept)
-
-
-def look(chromium: browser.Browser, path: Path, kept: Path) -> None:
-    """Open a report in light, dark and at 390 pixels, check it and keep the screenshots."""
-    colors = {}
-    for name, width, dark in (("light", 1100, False), ("dark", 1100, True), ("phone", 390, False)):
-        chromium.open(path, width=width, dark=dark)
-        assert chromium.requests() == []
-        assert chromium.complaints() == []
-        assert chromium.evaluate("document.documentElement.scrollWidth") <= width
-        # Nothing sticks out of the page, clipped or not.
-        over = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
-        assert chromium.evaluate(f"{over}.map(e => e.outerHTML.slice(0, 200))") == []
-        assert chromium.evaluate("document.querySelectorAll('.lane rect').length") > 3
-        colors[name] = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
-        chromium.screenshot(kept / f"{path.stem}-{name}.png")
-        assert (kept / f"{path.stem}-{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert colors["light"] == colors["phone"] != colors["dark"]
+        browser.look(chromium, path, kept)
 
 
 def test_a_browser_that_sees_a_bad_page(chromium: browser.Browser, tmp_path: Path) -> None:
