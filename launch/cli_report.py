@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: bool, as_json: bool) -> None:
     """Say what the time of RUNS was spent on: goodput, badput by cause, interruptions and their cost.
 
-    RUNS are runs, or directories that hold runs (a sweep).
+    RUNS are runs, or directories that hold runs (a sweep). Goodput is the share of the time, from the submit to the
+    end, that went into steps which the run still has. The rest went, by cause, into training that an interruption took
+    back (lost), stalls, saves, emergency saves (from the last step to the commit), stopping, starting, restoring,
+    compiling (to the end of the first step), a queue, and the time between two attempts; all shares sum to 1.
 
     \b
     Examples:
@@ -140,16 +143,30 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
 
 
 def _below(run: str) -> "Iterator[Store]":
+    from jobkit.storage import is_remote
     from launch import report
 
-    store = _open(run)
-    if store.exists(contract.RUN_JSON) or store.exists(contract.ATTEMPTS):
-        yield store
-        return
-    found = [] if store.remote is not None else report.find_runs(store.path)
+    if is_remote(run):
+        found = _remote_runs(run)
+    else:
+        store = _open(run)
+        lone = store.exists(contract.RUN_JSON) or store.exists(contract.ATTEMPTS)
+        found = [store.url] if lone else [str(path) for path in report.find_runs(store.path)]
     if not found:
-        raise ConfigError(f"{store.url} is not a run and holds none; jobkit ls DIRECTORY lists runs")
-    yield from (_open(str(path)) for path in found)
+        raise ConfigError(f"{run} is not a run and holds none; jobkit ls DIRECTORY lists runs")
+    yield from map(_open, found)
+
+
+def _remote_runs(url: str) -> list[str]:
+    """Return the runs at a URL of an object store: itself, or those below it."""
+    from jobkit.remote import Remote
+
+    url = url.rstrip("/")
+    names = Remote(url, deadline_s=20).find()
+    if any(name == contract.RUN_JSON or name.startswith(f"{contract.ATTEMPTS}/") for name in names):
+        return [url]
+    ending = f"/{contract.RUN_JSON}"
+    return [f"{url}/{name.removesuffix(ending)}" for name in sorted(names) if name.endswith(ending)]
 
 
 def read(store: "Store", *, curves: bool = True) -> "History":

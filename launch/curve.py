@@ -58,7 +58,7 @@ def curve_of(history: History, found: Goodput) -> Curve | None:
     if history.series is None or name is None:
         return None
     line = _finite(values[name])
-    if not line:
+    if len(line) < 2:
         return None
     dots = _finite(values.get(f"val_{name}", {}))
     repeated = history.series.repeated.get(name, {})
@@ -70,7 +70,8 @@ def curve_of(history: History, found: Goodput) -> Curve | None:
     ]
     shown = [*line, *dots, *earlier]
     right = max([*(step for step, _ in shown), *(cut.step for cut in cuts)])
-    left = min(0.0, *(step for step, _ in shown)) if line[0][0] < right / 10 else line[0][0]
+    left = min([*(step for step, _ in shown), *(cut.step - cut.lost for cut in cuts)])
+    left = min(left, 0.0) if left < right / 10 else left
     return Curve(
         name,
         thinned(line),

@@ -94,7 +94,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
         notice_to_commit_s: Seconds from the notice to the commit.
         wait_s: Queue and idle seconds between its end and the next attempt.
         ending_s: What its ending cost the run: its own lost, stalled, emergency and stop seconds, the wait after it,
-            and start, restore and compile of the attempt that followed; 0 for one that was done.
+            and start, restore and compile of the attempt that followed; 0 for one that is done or runs.
         held_s: Its whole length.
         seconds: Of each phase.
         cost: Money for its length.
@@ -545,7 +545,7 @@ def _attempts(spans: Sequence[_Span], intervals: Sequence[Interval], price: floa
                 saved_on_notice=_saved_on_notice(span),
                 notice_to_commit_s=committed_s[0] if committed_s else None,
                 wait_s=wait_s,
-                ending_s=0.0 if how in ("", Outcome.DONE) else math.fsum(cost_s),
+                ending_s=0.0 if span.running or how == Outcome.DONE else math.fsum(cost_s),
                 held_s=held_s,
                 seconds=own,
                 cost=None if price is None else price * held_s / 3600,

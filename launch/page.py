@@ -135,7 +135,7 @@ def _shares(found: Goodput) -> list[dict[str, Any]]:
     told = []
     for phase, seconds in by_share(found):
         share = found.shares[phase]
-        label = f"{WORDS[phase]} {percent(share)}" if share > _LABEL_SHARE else ""
+        label = WORDS[phase] if share > _LABEL_SHARE else ""
         told.append(
             _key(phase)
             | {
@@ -218,7 +218,7 @@ def _ticks(found: Goodput) -> list[dict[str, Any]]:
     count = min(_TICKS, int(length / step))
     size, unit = next((size, unit) for size, unit in _UNITS if step % size == 0 or size == 1)
     return [
-        {"at": round(100 * step * index / length, 3), "label": f"{step * index // size} {unit}"}
+        {"at": round(100 * step * index / length, 3), "label": f"{step * index // size} {unit}" if index else "0"}
         for index in range(count + 1)
     ]
 

@@ -11,6 +11,7 @@ from statistics import median
 import msgspec
 
 from jobkit.contract import Outcome
+from jobkit.interval import Cost, interval_s
 from jobkit.ledger import Event
 from jobkit.units import show_duration, show_size
 from launch.goodput import Attempt, Goodput, Phase
@@ -233,11 +234,23 @@ def _grace(found: Goodput, history: History) -> Iterator[Advice]:
     if not late:
         return
     needs = found.durable_s.max if found.durable_s is not None else 0.0
-    given = f" (now {show_duration(history.grace_s)})" if history.grace_s is not None else ""
-    grace = f"ask for a grace period of {show_duration(max(30.0, 2 * needs))}{given}"
-    took = f" A save took up to {show_duration(needs)}:" if needs else " So"
-    text = f"{len(late)} of {found.to_save} notices ended before the save was committed.{took} {grace}."
+    text = f"{len(late)} of {_count(found.to_save, 'notice')} ended before the save was committed"
+    given = _deadline(history, late[-1].attempt)
+    if given is not None and given >= 2 * needs:
+        log = f"jobkit logs --attempt {late[-1].attempt}"
+        text += f", although {show_duration(given)} were given and a save took at most {show_duration(needs)}: {log}."
+    else:
+        had = f" (there were {show_duration(given)})" if given is not None else ""
+        took = f". A save took up to {show_duration(needs)}" if needs else ""
+        text += f"{took}: ask for a grace period of {show_duration(max(30.0, 2 * needs))}{had}."
     yield Advice("grace", text, math.fsum(one.ending_s for one in late))
+
+
+def _deadline(history: History, attempt: int) -> float | None:
+    """Return how much time the notice of an attempt gave: as it said itself, or as the run was submitted."""
+    heard = [event for life in history.lives if life.number == attempt for event in life.supervisor]
+    told = [number_of(event.get("deadline_s")) for event in heard if event["event"] == "notice"]
+    return next((given for given in told if given is not None), history.grace_s)
 
 
 def _interval(found: Goodput, history: History) -> Iterator[Advice]:
@@ -252,13 +265,13 @@ def _interval(found: Goodput, history: History) -> Iterator[Advice]:
     now_s = _saved_every(history)
     lost_s = math.fsum(one.seconds[Phase.LOST] for one in losses)
     if losses:
-        best_s = max(math.sqrt(2 * median(blocking) * found.held_s / len(losses)), found.durable_s.median, 1.0)
+        best_s = interval_s(Cost(median(blocking), found.durable_s.median), found.held_s / len(losses))
         if now_s is None or best_s < now_s / 2:
             every = f"every {show_duration(now_s)}" if now_s is not None else "not at intervals"
             text = (
                 f"{_count(len(losses), 'interruption')} took back {show_duration(lost_s)} of training; the run saved "
                 f"{every}. For a save that blocks {median(blocking):.2f} s and this many losses, "
-                f"save_every='{_as_option(best_s)}' costs least."
+                f"save_every='{_as_option(best_s)}' costs least; 'auto' finds it."
             )
             yield Advice("interval", text, lost_s)
             return
@@ -266,7 +279,7 @@ def _interval(found: Goodput, history: History) -> Iterator[Advice]:
     if now_s is not None and share > 0.02 and lost_s < spent / 2:
         text = (
             f"Saving every {show_duration(now_s)} took {percent(share)} of the time, more than the losses it "
-            f"avoided: a longer save_every, such as '{_as_option(now_s * share / 0.01)}', costs about 1 %."
+            f"avoided: a longer save_every, such as '{_as_option(now_s * share / 0.01)}' or 'auto', costs about 1 %."
         )
         yield Advice("interval", text, spent)
 

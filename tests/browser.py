@@ -172,13 +172,18 @@ def look(browser: Browser, page: Path, kept: Path) -> None:
         assert browser.requests() == []
         assert browser.complaints() == []
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
-        over = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
-        assert browser.evaluate(f"{over}.map(e => e.outerHTML.slice(0, 200))") == []
+        assert browser.evaluate(_STICKS_OUT) == []
         assert browser.evaluate("document.querySelectorAll('.lane rect').length") > 3
         colors[name] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         browser.screenshot(kept / f"{page.stem}-{name}.png")
         assert (kept / f"{page.stem}-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert colors["light"] == colors["phone"] != colors["dark"]
+
+
+_STICKS_OUT = """[...document.querySelectorAll('main *')].filter(element => {
+    const box = element.getBoundingClientRect();
+    return box.right > innerWidth + 1 || box.left < -1;
+}).map(element => element.outerHTML.slice(0, 200))"""
 
 
 def main(stamp: str | None = None) -> int:

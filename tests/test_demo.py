@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -221,6 +222,23 @@ def test_demo_on_a_bucket(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert any(name.endswith("disturbed/checkpoints/500/commit.json") for name in server.names())
+        reported = _report_elsewhere(server, tmp_path)
     told = json.loads(done.stdout)
     assert (told["survived"], told["run"]) == (True, "gs://bucket/demo")
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert [(one["name"], one["steps"], one["goodput"] > 0) for one in reported] == [
+        ("disturbed", 500, True),
+        ("undisturbed", 500, True),
+    ]
+    assert len(reported[0]["attempts"]) == told["attempts"]
+
+
+def _report_elsewhere(server: GcsServer, path: Path) -> list[dict[str, Any]]:
+    """Report what is in the bucket, on a machine that knows nothing of it."""
+    environ = os.environ | server.environment() | {"PYTHONPATH": str(ROOT), contract.ENV_HOME: str(path / "elsewhere")}
+    command = [sys.executable, "-m", "launch", "report", "--json", "gs://bucket/demo"]
+    done = subprocess.run(command, cwd=path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list((path / "elsewhere").rglob("commit.json"))  # no checkpoint is fetched for it
+    told: list[dict[str, Any]] = json.loads(done.stdout)
+    return told

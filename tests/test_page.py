@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import curve
+from launch import curve, local, report
 from launch.goodput import measure
 from launch.history import read_history
 from launch.page import page
 from launch.picture import write_picture
 from tests import browser, ledgers
-from tests.jobs import Project
+from tests.jobs import Project, until, until_stepping
 from tests.test_goodput import no_jax
 
 
@@ -136,6 +136,23 @@ def test_command(tmp_path: Path) -> None:
     assert [line.split()[0] for line in many] == ["run", "a", "b"]
     live = project.cli("report", "--live", str(run.path)).stdout  # it is over: one picture, and the end
     assert "goodput 32.1 %" in live
+
+
+def test_live(tmp_path: Path) -> None:
+    """`--live` shows a run while it is alive, until it is over."""
+    project = Project(tmp_path)
+    store = project.submit("commit:1,hold")
+    until_stepping(store)
+    with project.start("report", "--live", store.url) as view:
+        assert view.stdout is not None
+        until(lambda: report.status(store).state == "running", "it runs")
+        assert project.cli("report", "--json", store.url).stdout.find('"ended": null') > 0
+        assert view.poll() is None
+        local.cancel(store.url)
+        assert view.wait(30) == 0
+        shown = view.stdout.read()
+    assert "cancelled" in shown
+    assert "1 attempt" in shown
 
 
 @pytest.mark.parametrize(

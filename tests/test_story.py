@@ -172,18 +172,25 @@ def test_nothing_to_advise(tmp_path: Path) -> None:
     assert set(advice(ledgers.smooth(tmp_path / "r"))) <= {"interval"}
 
 
-def test_a_larger_grace(tmp_path: Path) -> None:
-    """A notice that came too late for the save asks for twice what a save took."""
-    assert advice(ledgers.troubled(tmp_path / "r"), now=1172.0)["grace"] == (
-        "1 of 1 notices ended before the save was committed. A save took up to 2.0 s: ask for a grace period of 30 s "
-        "(now 30 s)."
+def test_a_larger_grace(run: ledgers.Written) -> None:
+    """A notice that left no time for the save asks for twice what a save takes; one that did asks to look why."""
+    life(run, 0, 0, 100, "killed", saves=[50.0], blocking_s=20.0)
+    run.supervisor(0, 100, "notice", source="SIGTERM")
+    assert advice(run)["grace"] == (
+        "1 of 1 notice ended before the save was committed. A save took up to 40 s: ask for a grace period of 80 s "
+        "(there were 30 s)."
+    )
+    run.supervisor(0, 100, "notice", source="gce", deadline_s=300.0)
+    assert advice(run)["grace"] == (
+        "1 of 1 notice ended before the save was committed, although 5 min 0 s were given and a save took at most "
+        "40 s: jobkit logs --attempt 0."
     )
 
 
 def test_saves_too_far_apart(run: ledgers.Written) -> None:
     """Losses that are long against what a save costs ask for the interval that costs least.
 
-    Held 2 x 1000 s with 2 losses: one in 1000 s. sqrt(2 * 0.2 * 1000) = 20 s.
+    Held 2 x 1000 s with 2 losses: one in 1000 s. A save weighs 0.2 s and 1 % of 0.2 s: sqrt(2 * 0.202 * 1000) = 20 s.
     """
     for number in range(2):
         start = number * 1000
@@ -191,7 +198,7 @@ def test_saves_too_far_apart(run: ledgers.Written) -> None:
         life(run, number, start, start + 1000, "killed", "killed by SIGTERM", saves=saves, blocking_s=0.2)
     assert advice(run)["interval"] == (
         "2 interruptions took back 33 min 10 s of training; the run saved every 6 min 40 s. For a save that blocks "
-        "0.20 s and this many losses, save_every='20s' costs least."
+        "0.20 s and this many losses, save_every='20s' costs least; 'auto' finds it."
     )
 
 
@@ -200,7 +207,7 @@ def test_saves_too_often(run: ledgers.Written) -> None:
     life(run, 0, 0, 105, "done", "finished", committed=10, saves=[15.0 + 10 * index for index in range(9)])
     assert advice(run)["interval"] == (
         "Saving every 10 s took 8.6 % of the time, more than the losses it avoided: a longer save_every, such as "
-        "'86s', costs about 1 %."
+        "'86s' or 'auto', costs about 1 %."
     )
 
 
