@@ -14,6 +14,7 @@ from jobkit.errors import ConfigError, JobkitError
 if TYPE_CHECKING:
     from jobkit.storage import Store
     from launch.history import History
+    from launch.report import Status
 
 
 @click.command()
@@ -46,7 +47,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
     if live:
         _watch(stores)
         return
-    histories = [read(store) for store in stores]
+    histories = _read(stores)
     if html is not None:
         from launch.page import write_page
 
@@ -57,7 +58,8 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
         print(f"picture: {write_picture(png, histories)}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
         found = [measure(history) for history in histories]
-        print(to_json(found[0] if len(runs) == 1 and stores[0].url == _open(runs[0]).url else found))
+        one = len(runs) == len(stores) == len(found) == 1 and found[0].run == _open(runs[0]).url
+        print(to_json(found[0] if one else found))
     elif html is None and png is None:
         _print(histories)
 
@@ -78,11 +80,10 @@ def explain(run: str, as_json: bool) -> None:
     from launch.report import to_json
     from launch.shown import clock
 
-    stores = _stores([run])
-    if len(stores) > 1:
-        raise ConfigError(f"{run} holds {len(stores)} runs; explain one of them, such as {stores[0].url}")
-    history = read(stores[0], curves=False)
-    told = story.explain(measure(history), history)
+    histories = _read(_stores([run]), curves=False)
+    if len(histories) > 1:
+        raise ConfigError(f"{run} holds {len(histories)} runs; explain one of them, such as {histories[0].run}")
+    told = story.explain(measure(histories[0]), histories[0])
     if as_json:
         print(to_json(told))
         return
@@ -116,7 +117,7 @@ def _watch(stores: "Sequence[Store]") -> None:
 
     with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as view:
         while True:
-            histories = [read(store, curves=False) for store in stores]
+            histories = _read(stores, curves=False)
             found = [measure(history) for history in histories]
             view.update(shown(found[0]) if len(found) == 1 else overview(found), refresh=True)
             if all(history.now is None for history in histories):
@@ -138,7 +139,7 @@ def _open(run: str) -> "Store":
 
 
 def _stores(runs: Sequence[str]) -> "list[Store]":
-    """Return the runs that are meant, each once."""
+    """Return the runs and sweeps that are meant, each once."""
     return list({store.url: store for run in runs for store in _below(run)}.values())
 
 
@@ -169,17 +170,48 @@ def _remote_runs(url: str) -> list[str]:
     return [f"{url}/{name.removesuffix(ending)}" for name in sorted(names) if name.endswith(ending)]
 
 
-def read(store: "Store", *, curves: bool = True) -> "History":
-    """Read a run's history; whether it is alive its backend says, or the ledger where that cannot be asked."""
+def _read(stores: "Sequence[Store]", *, curves: bool = True) -> "list[History]":
+    """Read the history of each run, and of each point of a sweep; whether they are alive their backends say.
+
+    Each scheduler is asked once. Where one cannot be asked, as on a machine that it does not know, the ledgers tell.
+    """
     from launch import backends
-    from launch import report as status_
-    from launch.history import read_history
 
     try:
-        status = backends.status(store)
-    except JobkitError:
-        last = status_.last_life_event(store)
-        state = str(last.get("state", "")) if last.get("event") == "ended" else ""
-        return read_history(store, state=state, reason=str(last.get("reason", "")), curves=curves)
+        told = backends.listed([store for store in stores if store.exists(contract.RUN_JSON)], _warn)
+    except JobkitError as error:
+        _warn(str(error))
+        told = []
+    by_url = {status.run: status for status in told}
+    found = []
+    for store in stores:
+        status = by_url.get(store.url)
+        if status is None:
+            found.append(_by_ledger(store, curves=curves))
+        elif not status.points:
+            found.append(_of_status(store, status, curves=curves))
+        for point in status.points if status is not None else ():
+            history = _of_status(_open(point.run), point, curves=curves)
+            history.name = " ".join(f"{name}={value}" for name, value in point.values.items()) or history.name
+            found.append(history)
+    return found
+
+
+def _of_status(store: "Store", status: "Status", *, curves: bool) -> "History":
+    from launch.history import read_history
+
     over = status.state.over
     return read_history(store, state=str(status.state), reason=status.reason, over=over, curves=curves)
+
+
+def _by_ledger(store: "Store", *, curves: bool) -> "History":
+    from launch import report
+    from launch.history import read_history
+
+    last = report.last_life_event(store)
+    state = str(last.get("state", "")) if last.get("event") == "ended" else ""
+    return read_history(store, state=state, reason=str(last.get("reason", "")), curves=curves)
+
+
+def _warn(text: str) -> None:
+    print(f"jobkit: {text}", file=sys.stderr)

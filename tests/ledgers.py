@@ -20,7 +20,7 @@ class Written:
     def __init__(self, path: Path, *, price: float | None = None, grace_s: float = 30.0) -> None:
         self.path, self.store = path, Store(path)
         spec = {"command": ["python", "train.py"], "run": str(path), "name": path.name, "grace_s": grace_s}
-        told: dict[str, Any] = {"version": 1, "backend": "local", "created": 0.0, "spec": spec}
+        told: dict[str, Any] = {"version": 1, "jobkit": "0.1.0", "backend": "local", "created": 0.0, "spec": spec}
         self.store.write(contract.RUN_JSON, json.dumps(told | ({} if price is None else {"price_per_hour": price})))
 
     def launcher(self, t: float, event: str, **fields: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import curve, local, report
+from launch import backends, curve, local, report
 from launch.goodput import measure
 from launch.history import read_history
 from launch.page import page
@@ -153,6 +153,19 @@ def test_live(tmp_path: Path) -> None:
         shown = view.stdout.read()
     assert "cancelled" in shown
     assert "1 attempt" in shown
+
+
+def test_sweep(tmp_path: Path) -> None:
+    """A sweep is reported point by point, each under its values, the ones that have not started too."""
+    project = Project(tmp_path)
+    store = project.submit("commit:{n},exit:0", sweep={"n": ("1", "2")})
+    until(lambda: {point.state for point in backends.status(store).points} == {"done"}, "the sweep is done")
+    told = json.loads(project.cli("report", "--json", store.url).stdout)
+    assert [(one["name"], one["state"], len(one["attempts"])) for one in told] == [
+        ("n=1", "done", 1),
+        ("n=2", "done", 1),
+    ]
+    assert project.cli("report", str(tmp_path / "runs")).stdout.count(" done ") == 2
 
 
 @pytest.mark.parametrize(
