@@ -207,6 +207,21 @@ def test_an_old_attempt_still_writes(tmp_path: Path) -> None:
     assert [(one.started, one.ended) for one in found.attempts] == [(0.0, 50.0), (50.0, 100.0)]
 
 
+def test_a_clock_that_is_set_back(tmp_path: Path) -> None:
+    """Within one file the order written counts: what comes after the clock was set back happened no earlier.
+
+    Opened at 12; then the clock is set back by 7, so that `fresh` says 6 and `first_step` 8. Both count as 12.
+    """
+    run = ledgers.Written(tmp_path / "r")
+    run.supervisor(0, 10, "started")
+    run.program(0, 12, "opened")
+    run.program(0, 6, "fresh", step=0)
+    run.program(0, 8, "first_step", step=1)
+    run.supervisor(0, 30, "exited", outcome="done")
+    run.outcome(0, outcome="done", step=5, committed_step=5)
+    assert seconds(figures(run)) == {"start": 2.0, "train": 18.0}
+
+
 # Any history.
 
 NAMES = [
