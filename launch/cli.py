@@ -307,18 +307,19 @@ cli.add_command(cli_report.explain)
 @cli.command()
 @click.option("--run", metavar="URL", help="Where it goes. [default: a new directory below runs/]")
 @click.option("--seed", type=int, help="Of the moments at which it is interrupted; drawn and printed by default.")
+@click.option("--steps", type=int, default=500, show_default=True, help="How long each of the two trainings is.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def demo(run: str | None, seed: int | None, as_json: bool) -> None:
+def demo(run: str | None, seed: int | None, steps: int, as_json: bool) -> None:
     """Train a small model undisturbed and interrupted, and compare every bit.
 
     \b
     Examples:
       jobkit demo
-      jobkit demo --seed 7
+      jobkit demo --seed 7 --steps 100
     """
     from launch.demo import main as run_demo
 
-    sys.exit(run_demo(run=run, seed=seed, json=as_json))
+    sys.exit(run_demo(run=run, seed=seed, steps=steps, json=as_json))
 
 
 cli.add_command(cli_drill.drill)

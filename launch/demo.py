@@ -33,7 +33,7 @@ from launch.history import read_history
 from launch.page import write_page
 from launch.spec import JobSpec
 
-STEPS = 500
+STEPS, LEAST_STEPS = 500, 60
 _LOOK_S = 0.25
 """How often the picture is drawn anew."""
 
@@ -136,13 +136,14 @@ def draw(seed: int, steps: int = STEPS) -> list[Interruption]:
     ]
 
 
-def main(run: str | None = None, seed: int | None = None, json: bool = False) -> int:
+def main(run: str | None = None, seed: int | None = None, *, steps: int = STEPS, json: bool = False) -> int:
     """Run the demo and print its card.
 
     Args:
         run: Directory for the two runs and the picture, a new one below runs/ by default; or the URL of a bucket for
             the runs, and then the picture lies below runs/.
         seed: Decides when and what is interrupted; drawn and printed by default.
+        steps: How long each training is; fewer than 60 leave no room for three interruptions.
         json: Print one JSON object instead of a card; progress goes to standard error.
 
     Returns:
@@ -151,6 +152,8 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
     Raises:
         ConfigError: If the directory is taken, or what the demo needs is not installed.
     """
+    if steps < LEAST_STEPS:
+        raise ConfigError(f"{steps} steps are too few to be interrupted three times; give {LEAST_STEPS} or more")
     _check_installed()
     place = local_path(run) if run and not is_remote(run) else _fresh_place()
     base = run.rstrip("/") if run and is_remote(run) else str(place)
@@ -158,7 +161,7 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
     urls = {name: f"{base}/{name}" for name in ("undisturbed", "disturbed")}
     seed = random.SystemRandom().randrange(1000) if seed is None else seed
     console = Console(stderr=json)
-    plan = draw(seed)
+    plan = draw(seed, steps)
     console.print(
         f"[bold]jobkit demo[/bold]  run {base if is_remote(base) else _short(place)}  seed {seed}",
         highlight=False,
@@ -166,7 +169,7 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
     )
     planned = ", ".join(f"{interruption.name} at step {interruption.planned_step}" for interruption in plan)
     console.print(f"planned: {planned}", highlight=False, soft_wrap=True)
-    with _screen(console) as screen:
+    with _screen(console, steps) as screen:
         undisturbed = _train("undisturbed", urls["undisturbed"], place, [], screen)
         disturbed = _train("disturbed", urls["disturbed"], place, plan, screen)
         screen.say("comparing the two runs bit for bit")
@@ -177,7 +180,7 @@ def main(run: str | None = None, seed: int | None = None, json: bool = False) ->
     result = Result(
         run=base,
         seed=seed,
-        steps=STEPS,
+        steps=steps,
         attempts=len(stores["disturbed"].numbers(contract.ATTEMPTS)),
         interruptions=plan,
         identical=bool(comparison.get("equal")),
@@ -243,7 +246,7 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
     """
     begun = time.monotonic()
     # On the CPU whatever the machine has: an accelerator's kernels need flags of their own to repeat their bits.
-    trainer = (sys.executable, "-m", "jobkit.examples.text", "--steps", str(STEPS))
+    trainer = (sys.executable, "-m", "jobkit.examples.text", "--steps", str(screen.steps))
     place.mkdir(parents=True, exist_ok=True)
     spec = JobSpec(command=("env", "JAX_PLATFORMS=cpu", *trainer), run=url, cwd=str(place), snapshot=False)
     task, waiting, over = screen.add(name), list(plan), False
@@ -287,13 +290,13 @@ def _fire(store: Store, interruption: Interruption, say: Callable[[str], None]) 
 class _Screen:
     """Two bars and the events above them; plain lines where there is no terminal."""
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        self._console, self._progress = console, progress
+    def __init__(self, console: Console, progress: Progress, steps: int) -> None:
+        self._console, self._progress, self.steps = console, progress, steps
         self._plain_at = 0.0
 
     def add(self, name: str) -> TaskID:
         """Begin a bar."""
-        return self._progress.add_task(name, total=STEPS, detail="starting")
+        return self._progress.add_task(name, total=self.steps, detail="starting")
 
     def say(self, text: str) -> None:
         """Print an event."""
@@ -304,11 +307,11 @@ class _Screen:
         self._progress.update(task, completed=step, detail=detail)
         if not self._console.is_terminal and time.monotonic() - self._plain_at >= 5:
             self._plain_at = time.monotonic()
-            self.say(f"{self._progress.tasks[task].description}: step {step}/{STEPS}, {detail}")
+            self.say(f"{self._progress.tasks[task].description}: step {step}/{self.steps}, {detail}")
 
 
 @contextmanager
-def _screen(console: Console) -> Iterator[_Screen]:
+def _screen(console: Console, steps: int = STEPS) -> Iterator[_Screen]:
     columns = (
         TextColumn("{task.description:<12}"),
         BarColumn(bar_width=30),
@@ -316,7 +319,7 @@ def _screen(console: Console) -> Iterator[_Screen]:
         TextColumn("{task.fields[detail]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield _Screen(console, progress)
+        yield _Screen(console, progress, steps)
 
 
 @dataclass
@@ -398,7 +401,7 @@ def _card(result: Result) -> Panel:
         )
     grid = Table.grid(padding=(1, 0, 0, 0))
     times = f"{show_duration(result.undisturbed_s)} undisturbed, {show_duration(result.disturbed_s)} disturbed"
-    grid.add_row(f"{STEPS} steps in {result.attempts} attempts; {times}")
+    grid.add_row(f"{result.steps} steps in {result.attempts} attempts; {times}")
     grid.add_row(table)
     grid.add_row(_verdict(result))
     return Panel(grid, title=f"jobkit demo, seed {result.seed}", title_align="left", expand=False, padding=(1, 2))
@@ -464,9 +467,9 @@ def draw_losses(place: Path, runs: Mapping[str, Store], plan: Sequence[Interrupt
         _curve(axes, right.get("loss", {}), color=_INK, linewidth=0.8, label="loss, disturbed")
         _points(axes, left, facecolors="none", edgecolors=_BLUE, linewidths=1.6, s=75, label="val_loss, undisturbed")
         _points(axes, right, color=_INK, s=12, zorder=4, label="val_loss, disturbed")
+        axes.set(xlabel="step", ylabel="loss (nats per character)", xlim=(0, max(left.get("loss", {0: 0.0})) + 5))
         _mark_interruptions(axes, plan)
         _mark_commits(axes, stores[1])
-        axes.set(xlabel="step", ylabel="loss (nats per character)", xlim=(0, STEPS + 5))
         figure.legend(frameon=False, loc="outside lower center", ncols=5, fontsize=9)
         axes.set_title("One training, undisturbed and interrupted", loc="left", fontsize=12, fontweight="bold", pad=12)
         path = place / contract.REPORT / "loss.png"
@@ -498,7 +501,7 @@ def _mark_interruptions(axes: Any, plan: Sequence[Interruption]) -> None:
         if lost and each.resumed_step is not None:
             axes.axvspan(each.resumed_step, at, color=color, alpha=0.15, linewidth=0, zorder=0)
         label = f"{each.signum.name}, {each.target}\n{lost} steps lost"
-        late = at > 0.8 * STEPS
+        late = at > 0.8 * axes.get_xlim()[1]
         axes.annotate(
             label, (at, 0.99 - 0.1 * (index % 2)), xycoords=("data", "axes fraction"), xytext=(-5 if late else 5, 0),
             textcoords="offset points", ha="right" if late else "left", va="top", color=color, fontsize=9,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.engine import Engine
     from tests.login import Login
     from tests.slurm import Cluster
 
@@ -42,3 +43,15 @@ def login(cluster: "Cluster", tmp_path: Path) -> "Iterator[Login]":
     cluster.tidy()
     yield Login(cluster, tmp_path)
     cluster.tidy()
+
+
+@pytest.fixture(scope="session")
+def docker() -> "Engine":
+    """Return a container engine that answers; without one skip, on CI fail."""
+    from tests import engine
+
+    found = engine.find()
+    if found is None:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing(f"no docker daemon answers: {engine.HOW}")
+    return found
