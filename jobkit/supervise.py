@@ -22,23 +22,21 @@ from typing import IO
 
 import click
 
-from jobkit import commits, compilecache, contract, metadata, mirror, processes, stacks
+from jobkit import commits, compilecache, contract, metadata, mirror, processes, watchdog
 from jobkit.contract import Exit, Outcome
 from jobkit.control import Control, says_stop
 from jobkit.errors import ConfigError, JobkitError
+from jobkit.guard import Guard
 from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
 from jobkit.memory import Memory
 from jobkit.storage import Store, explain
-from jobkit.watchdog import Stall, Watchdog, learn
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _LEFTOVER_S = 5.0
 """What CMD leaves running when it ends gets this long between SIGTERM and SIGKILL."""
 _SAVING_S = 60.0
 """A program that outlives the shell around it gets this long to end by itself, since it may be saving."""
-_ASKED_S = 30.0
-"""A stalled program gets this long to commit what it can, which its threads may still be able to, before SIGKILL."""
 _TICK_S = 0.25
 _UPLOAD_S, _UPLOAD_NOTICED_S = 600.0, 120.0
 """How long the last uploads may take; what is not up by then waits on this node for the next attempt."""
@@ -73,14 +71,8 @@ class Attempt:
     """Whether a cloud is taking this machine away, and has not come to its shutdown yet."""
     hint: str = ""
     """Why, where the exit code alone would mislead."""
-    dog: Watchdog = field(default_factory=Watchdog)
-    stall: Stall | None = None
     control: Control | None = None
     """Hears what is asked from outside; in process 0 alone."""
-    silent_since: float = 0.0
-    """When a stalled program last showed progress, in seconds since the epoch."""
-    kill_at: float | None = None
-    """When a stalled program is killed with all it started, on the clock of `time.monotonic`."""
     memory: Memory = field(default_factory=Memory)
     child: int = 0
     codes: dict[int, int] = field(default_factory=dict)
@@ -120,9 +112,10 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
     ledger = Ledger(store.file(contract.events_file(attempt.number, attempt.writer)))
     attempt.control = Control(store) if index == 0 else None
-    attempt.dog = Watchdog(learn(store, attempt.number, attempt.writer), stall_s=contract.stall_s_from())
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
+    known = watchdog.learn(store, attempt.number, attempt.writer)
+    guard = Guard(known, link.directory, ledger, attempt.log)
     try:
         watch.start()
         if index == 0:
@@ -141,13 +134,13 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
                 log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
-            code = _watch(attempt, link, ledger, wakeup, carrier, watch)
+            code = _watch(attempt, link, ledger, wakeup, carrier, watch, guard)
             if index == 0:
                 code = _upload(attempt, carrier, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
-        _end(attempt, ledger, link.read(), code)
+        _end(attempt, ledger, link.read(), code, guard)
         if index == 0:
             with contextlib.suppress(JobkitError):
                 carrier.carry_files()  # the outcome itself
@@ -225,7 +218,13 @@ def _upload(attempt: Attempt, carrier: mirror.Mirror, code: int) -> int:
 
 
 def _watch(
-    attempt: Attempt, link: Link, ledger: Ledger, wakeup: int, carrier: mirror.Mirror, watch: metadata.Watch
+    attempt: Attempt,
+    link: Link,
+    ledger: Ledger,
+    wakeup: int,
+    carrier: mirror.Mirror,
+    watch: metadata.Watch,
+    guard: Guard,
 ) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
     tail = _Tail()
@@ -251,7 +250,10 @@ def _watch(
         if attempt.control is not None and (told := attempt.control.new(contract.CANCEL)) is not None:
             grace_s = contract.grace_s_from(signal.SIGTERM)
             give_notice(attempt, link, ledger, source="stop", reason=says_stop(told), deadline_s=grace_s)
-        _look_for_stall(attempt, link, ledger)
+        if (patience_s := guard.look(link.read())) is not None:
+            attempt.hint = guard.reason
+            if patience_s:
+                give_notice(attempt, link, ledger, source="watchdog", reason=guard.reason, deadline_s=patience_s)
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
@@ -260,7 +262,7 @@ def _watch(
                 break
     _reap(attempt)
     _copy_log(attempt, tail)
-    return _exit_code(attempt, link.read())
+    return _exit_code(attempt, link.read(), guard.stall)
 
 
 def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> None:
@@ -345,45 +347,6 @@ def _send(attempt: Attempt, link: Link, number: int) -> None:
         os.kill(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
 
 
-def _look_for_stall(attempt: Attempt, link: Link, ledger: Ledger) -> None:
-    """Notice a program that makes no progress, ask it to end, and then end it with all it started."""
-    if attempt.stall is None:
-        beat = link.read()
-        # In "t" a debugger holds it: somebody is looking already.
-        attempt.stall = attempt.dog.look(
-            beat, time.monotonic(), counts=processes.state(beat.pid) not in ("", "Z", "X", "t")
-        )
-        if attempt.stall is not None:
-            _accuse(attempt, link, ledger, beat.pid)
-    elif attempt.kill_at is not None and time.monotonic() >= attempt.kill_at:
-        for pid in processes.descendants():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _accuse(attempt: Attempt, link: Link, ledger: Ledger, pid: int) -> None:
-    """Write down where a stalled program hangs, and ask it to commit and leave while there is hope that it can."""
-    stall = attempt.stall
-    assert stall is not None
-    attempt.silent_since = time.time() - stall.waited_s
-    state = processes.state(pid)
-    text = stacks.take(link.directory, pid)
-    frame = stacks.innermost(text)
-    how = {"T": "stopped by a signal", "D": "hanging in the kernel, on a disk or device"}.get(state, "")
-    attempt.hint = ", ".join(word for word in (str(stall), frame and f"in {frame}", how) if word)
-    with contextlib.suppress(OSError), open(attempt.log, "ab", buffering=0) as log:
-        log.write(f"jobkit: {attempt.hint}; its Python stacks:\n{text or 'it does not answer'}\n".encode())
-    told = {"step": stall.step, "waited_s": round(stall.waited_s, 3), "budget_s": round(stall.budget_s, 3)}
-    ledger.append(
-        "stalled", durable=True, phase=stall.phase.name.lower(), **told, frame=frame, state=state, stacks=text[:30_000]
-    )
-    patience_s = 0.0 if stall.phase in (Phase.STOPPING, Phase.STOPPED) else _ASKED_S
-    patience_s = min(patience_s, contract.grace_s_from(signal.SIGTERM) or _ASKED_S)
-    attempt.kill_at = time.monotonic() + patience_s
-    if patience_s:
-        give_notice(attempt, link, ledger, source="watchdog", reason=attempt.hint, deadline_s=patience_s)
-
-
 def _reap(attempt: Attempt) -> None:
     while True:
         try:
@@ -411,14 +374,14 @@ def _end_leftovers(attempt: Attempt, link: Link, since_s: float) -> bool:
     return True
 
 
-def _exit_code(attempt: Attempt, beat: Beat) -> int:
+def _exit_code(attempt: Attempt, beat: Beat, stall: watchdog.Stall | None) -> int:
     """Decide the attempt's exit code: CMD's, unless the program inside it told better.
 
     In `sh -c 'python train.py; echo done'` the shell exits 0 whatever became of the training; taken for done, the run
     would be lost.
     """
     code = attempt.codes[attempt.child]
-    if attempt.stall is not None and attempt.stall.phase is not Phase.STOPPED:
+    if stall is not None and stall.phase is not Phase.STOPPED:
         if code == Exit.DONE and beat.phase == Phase.FINISHED:  # it came back, and that was its last step
             attempt.hint = ""
             return int(Exit.DONE)
@@ -448,7 +411,7 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
         sys.stdout.buffer.flush()
 
 
-def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
+def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, guard: Guard) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
     committed = max(commits.steps(attempt.store), default=-1)
@@ -466,13 +429,8 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int) -> None:
         "process": attempt.process[0],
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
-    }
-    longest = {
-        phase.name.lower(): round(seconds, 3) for phase, seconds in attempt.dog.longest_s.items() if seconds >= 1
-    }
-    if attempt.stall is not None:
-        told["silent_since"] = attempt.silent_since
-    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=longest)
+    } | guard.outcome
+    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=guard.longest_s)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
         # What became of several processes together is written by who started them.

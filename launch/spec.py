@@ -228,11 +228,12 @@ This directory is one training, first to last, with every interruption it surviv
 
     command   {command}
 
-Look at it, follow it, stop it, continue it:
+Look at it, follow it, have it save now, stop it, continue it:
 
     jobkit status {url}
     jobkit logs -f {url}
-    jobkit cancel {url}
+    jobkit save {url}
+    jobkit stop {url}
     jobkit resume {url}
 
 | here | what it is |

@@ -110,6 +110,26 @@ def test_without_progress_it_stops(history: list[Ended], at_start: int) -> None:
     assert first <= 1 + sum((policy.idle_preempted, policy.idle_storage, policy.idle_stalled, policy.idle_killed))
 
 
+@given(st.data(), st.integers(0, 4), st.integers(0, 12))
+def test_no_history_goes_on_for_ever(data: st.DataObject, commits: int, max_failures: int) -> None:
+    """Stalls, kills, preemptions, outages and failures in any order: the attempts are bounded by what was committed."""
+    policy = Policy(max_failures=max_failures)
+    idle = policy.idle_preempted + policy.idle_storage + policy.idle_stalled + policy.idle_killed
+    history: list[Ended] = []
+    newest = -1
+    while True:
+        outcome = data.draw(st.sampled_from(INTERRUPTED))
+        if commits and data.draw(st.booleans()):
+            newest, commits = newest + 1, commits - 1
+        history.append(ended(outcome, newest))
+        if not decide(history, policy).restart:
+            break
+        # Between two commits each cause has its own budget, less than all of them together, and a failure has one.
+        assert len(history) <= (newest + 2) * (idle + 1)
+    stalls = sum(one.outcome in (Outcome.STALLED, Outcome.FAILED) for one in history)
+    assert stalls <= max_failures + 1
+
+
 @given(st.lists(endings))
 def test_preempted_with_progress_restarts_at_once(history: list[Ended]) -> None:
     """A preemption after a new commit is free, whatever the history."""
