@@ -26,10 +26,10 @@ from jobkit import commits, compilecache, contract, metadata, mirror, processes,
 from jobkit.contract import Exit, Outcome
 from jobkit.control import Control, says_stop
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.guard import Guard
 from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
 from jobkit.memory import Memory
+from jobkit.sentry import Sentry
 from jobkit.storage import Store, explain
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -115,7 +115,7 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
     known = watchdog.learn(store, attempt.number, attempt.writer)
-    guard = Guard(known, link.directory, ledger, attempt.log)
+    sentry = Sentry(known, link.directory, ledger, attempt.log)
     try:
         watch.start()
         if index == 0:
@@ -134,13 +134,13 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
                 log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
-            code = _watch(attempt, link, ledger, wakeup, carrier, watch, guard)
+            code = _watch(attempt, link, ledger, wakeup, carrier, watch, sentry)
             if index == 0:
                 code = _upload(attempt, carrier, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
-        _end(attempt, ledger, link.read(), code, guard)
+        _end(attempt, ledger, link.read(), code, sentry)
         if index == 0:
             with contextlib.suppress(JobkitError):
                 carrier.carry_files()  # the outcome itself
@@ -224,7 +224,7 @@ def _watch(
     wakeup: int,
     carrier: mirror.Mirror,
     watch: metadata.Watch,
-    guard: Guard,
+    sentry: Sentry,
 ) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
     tail = _Tail()
@@ -250,10 +250,10 @@ def _watch(
         if attempt.control is not None and (told := attempt.control.new(contract.CANCEL)) is not None:
             grace_s = contract.grace_s_from(signal.SIGTERM)
             give_notice(attempt, link, ledger, source="stop", reason=says_stop(told), deadline_s=grace_s)
-        if (patience_s := guard.look(link.read())) is not None:
-            attempt.hint = guard.reason
+        if (patience_s := sentry.look(link.read())) is not None:
+            attempt.hint = sentry.reason
             if patience_s:
-                give_notice(attempt, link, ledger, source="watchdog", reason=guard.reason, deadline_s=patience_s)
+                give_notice(attempt, link, ledger, source="watchdog", reason=sentry.reason, deadline_s=patience_s)
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
@@ -262,7 +262,7 @@ def _watch(
                 break
     _reap(attempt)
     _copy_log(attempt, tail)
-    return _exit_code(attempt, link.read(), guard.stall)
+    return _exit_code(attempt, link.read(), sentry.stall)
 
 
 def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> None:
@@ -411,7 +411,7 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
         sys.stdout.buffer.flush()
 
 
-def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, guard: Guard) -> None:
+def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
     committed = max(commits.steps(attempt.store), default=-1)
@@ -429,8 +429,8 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, guard: Guard) 
         "process": attempt.process[0],
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
-    } | guard.outcome
-    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=guard.longest_s)
+    } | sentry.outcome
+    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=sentry.longest_s)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
         # What became of several processes together is written by who started them.

@@ -21,7 +21,7 @@ JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
     "stacks", "ledger", "compilecache", "watchdog", "commits", "mirror", "interval", "strategy", "drilled", "frozen",
     "notice", "control", "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint", "probe",
-    "plain", "run", "guard", "supervise", "compare", "export",
+    "plain", "run", "sentry", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [

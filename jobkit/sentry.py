@@ -18,8 +18,8 @@ _STACKS = 30_000
 """Characters of the stacks that the ledger keeps; the log has all."""
 
 
-class Guard:
-    """Guards one program.
+class Sentry:
+    """Watches over one program.
 
     Args:
         known: What earlier attempts of the run tell.
