@@ -15,6 +15,7 @@ import os
 import platform
 import threading
 import time
+from collections import Counter as Counts
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Counter:
         self.hits = self.misses = 0
         self.seconds = 0.0
         self.started_at: float | None = None
-        self.told: tuple[int, int] | None = None
+        self._told = (0, 0, 0.0)
 
     def start(self) -> None:
         """Begin to count, once; jax must have been imported."""
@@ -101,6 +102,15 @@ class Counter:
         self.started_at = time.time()
         jax.monitoring.register_event_listener(self._event)
         jax.monitoring.register_event_duration_secs_listener(self._duration)
+
+    def since_last(self) -> dict[str, Any] | None:
+        """Return what was counted since the last call; None if nothing was."""
+        hits, misses, seconds = self._told
+        if self.started_at is None or (self.hits, self.misses) == (hits, misses):
+            return None
+        self._told = (self.hits, self.misses, self.seconds)
+        new_s = round(self.seconds - seconds, 3)
+        return {"hits": self.hits - hits, "misses": self.misses - misses, "seconds": new_s}
 
     def _event(self, event: str, **_: Any) -> None:
         self.hits += event == _HITS
@@ -141,20 +151,24 @@ def use(store: Store) -> None:
 
 
 def report(store: Store, attempt: int) -> dict[str, Any] | None:
-    """Return what was compiled in this process and what came from the cache, for the ledger; None if nothing new.
+    """Return what this process compiled and what came from the cache since the last call, for the ledger.
 
     Returns:
         `hits`, `misses`, `seconds` (in the backend's compiler, loading included), `built_with`; and where a restart
-        compiled again what an earlier attempt had: `again`, the names that the cache had in another version, and `why`.
+        compiled again what an earlier attempt had: `again`, the names that the cache had in another version, and
+        `why`. None if there is nothing new.
     """
-    if counter.started_at is None or counter.told == (counter.hits, counter.misses):
+    new = counter.since_last()
+    if new is None:
         return None
-    counter.told = (counter.hits, counter.misses)
     now = _built_with()
-    told = {"hits": counter.hits, "misses": counter.misses, "seconds": round(counter.seconds, 3), "built_with": now}
+    told = new | {"built_with": now}
     earlier = [e for one in range(attempt) for e in attempt_events(store, one) if e["event"] == "compiled"]
+    before: Counts[int] = Counts()
+    for event in earlier:
+        before[event["attempt"]] += int(event.get("misses", 0))
     # A restart runs a few tiny programs that no start does; compiled again is what takes as much as before.
-    if earlier and counter.misses > max(int(event.get("misses", 0)) for event in earlier) / 2:
+    if before and new["misses"] and counter.misses > max(before.values()) / 2:
         told["again"] = sorted(_compiled_again())[:20]
         told["why"] = _why(earlier[-1].get("built_with"), now)
     return told

@@ -71,7 +71,7 @@ def test_why_it_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (place / name).write_bytes(b"x")
         os.utime(place / name, (at, at))
     built = compilecache._built_with() | {"jax": "0.0.1"}
-    event = {"t": 1.0, "event": "compiled", "hits": 0, "misses": 2, "built_with": built}
+    event = {"t": 1.0, "event": "compiled", "hits": 0, "misses": 3, "built_with": built}
     store.write("attempts/0/events-0.jsonl", json.dumps(event) + "\n")
     counter = compilecache.Counter()
     counter.started_at, counter.hits, counter.misses = 1.5e9, 3, 2
@@ -123,10 +123,13 @@ def test_warm_restart_compiles_nothing(tmp_path: Path) -> None:
     store = local.submit(spec, environ=environ)
     status = until_over(store, seconds=120)
     assert (str(status.state), status.attempts) == ("done", 3), report.to_json(status)
-    cold, warm, warmer = (compiled(store, attempt)[-1] for attempt in range(3))
+    cold, warm, warmer = (
+        {name: sum(event[name] for event in compiled(store, attempt)) for name in ("hits", "misses")}
+        for attempt in range(3)
+    )
     assert cold["misses"] > 10
     # The first restart runs what no start does: restoring has a few tiny programs of its own.
-    assert "again" not in warm
+    assert not [event for event in compiled(store, 1) if "again" in event]
     assert warm["misses"] <= cold["misses"] / 3
     assert warm["hits"] > cold["misses"] / 2
     assert warmer["misses"] == 0
