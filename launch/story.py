@@ -380,7 +380,8 @@ def _compile(found: Goodput, history: History) -> Iterator[Advice]:
 
 
 def _missed(event: Event) -> int:
-    return (count_of(event.get("misses")) or 0) if event["event"] == "compiled" else 0
+    # What only a restart runs is missed once, and is no sign of anything.
+    return (count_of(event.get("misses")) or 0) if event["event"] == "compiled" and "again" in event else 0
 
 
 def _compiled_again(found: Goodput) -> float:
