@@ -21,7 +21,8 @@ The time between an `ended` and the `resumed` after it belongs to nobody and is 
 Clocks are the writers' own wall clocks. Within one file the order written counts: a time before the one above it counts
 as equal to it. An attempt ends at the latest where the next one begins, so what an old attempt still writes then moves
 nothing. A jumping clock can thus make a share wrong, never their sum. An event that is missing lengthens the phase
-before it. Phases are those of process 0: the processes of an attempt go in step.
+before it; waiting for a save under way before the next one starts counts as training. Phases are those of process 0:
+the processes of an attempt go in step.
 """
 
 import enum

@@ -121,7 +121,7 @@ def _tiles(found: Goodput) -> list[dict[str, str]]:
         note = f"{commit.median:.2f} s to the commit" if commit is not None else "none was committed"
         tiles.append(tile("saved on notice", f"{found.saved_on_notice} of {found.to_save}", note))
     if found.first_step_s is not None:
-        tiles.append(tile("to the first step", show_duration(found.first_step_s.median), "median of the attempts"))
+        tiles.append(tile("to the first step", show_duration(found.first_step_s.median), "median"))
     if found.cost is not None and found.cost_lost is not None:
         tiles.append(tile("money", f"{found.cost:,.2f}", f"of it {found.cost_lost:,.2f} not for training"))
     return tiles
