@@ -22,8 +22,10 @@ POINTS = (
     "before_retention",
     "during_retention",
     "during_restore",
+    "before_create",
+    "after_create",
 )
-"""And, in a drill, `step`: the beginning of each step."""
+"""The last two are passed by a submit to a batch service. In a drill there is `step`, too: the beginning of each."""
 
 _FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?")
 _passes: Counter[str] = Counter()

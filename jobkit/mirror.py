@@ -160,8 +160,8 @@ class Mirror:
         own = contract.attempt_dir(self._attempt)
         mine = [f"{own}/{name}" for name in self._store.names(own) if not name.startswith(".")]
         for name in [*described(self._store), *mine]:
-            if name == contract.STRATEGY and not self._said_what_to_keep():
-                continue
+            if name == contract.RUN_JSON or (name == contract.STRATEGY and not self._said_what_to_keep()):
+                continue  # run.json is the launching side's
             info = self._store.file(name).stat()
             stamp = (info.st_size, info.st_mtime_ns)
             if self._sizes.get(name) != stamp:
@@ -247,6 +247,8 @@ def refresh(store: Store) -> None:
             continue
         if not path.exists() or (path.stat().st_size < size and name != contract.LOCK):
             store.write(name, remote.read(name))
+        elif name == contract.RUN_JSON and store.read(name) != (content := remote.read(name)):
+            store.write(name, content)  # the run has moved to another backend
     if contract.CANCEL not in found:
         store.remove(contract.CANCEL)
 

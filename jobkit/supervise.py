@@ -67,6 +67,8 @@ class Attempt:
     notice_reason: str = "signal"
     deadline_at: float | None = None
     """When the program is killed, as far as anybody said; on the clock of `time.monotonic`."""
+    asked: bool = False
+    """Whether a signal has asked us to stop, whatever a cloud says of it before or after."""
     going: bool = False
     """Whether a cloud is taking this machine away, and has not come to its shutdown yet."""
     hint: str = ""
@@ -236,7 +238,7 @@ def _watch(
         numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
         for number in numbers:
             if number in _FORWARDED:
-                attempt.going = False
+                attempt.going, attempt.asked = False, True
                 interrupts += number == signal.SIGINT
                 if interrupts >= 3 and os.isatty(0):
                     _send(attempt, link, signal.SIGKILL)
@@ -273,7 +275,7 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> 
     else:
         ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
     if said.kind is not metadata.Kind.INFORMATION:
-        attempt.going = said.kind is metadata.Kind.NOTICE
+        attempt.going = said.kind is metadata.Kind.NOTICE and not attempt.asked
 
 
 def _stay(attempt: Attempt, code: int, wakeup: int, watch: metadata.Watch) -> None:

@@ -2,20 +2,52 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from typing import Protocol
 
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
-from launch import local, local_sweep, report, scontrol, slurm, submission
+from jobkit.remote import Remote
+from jobkit.storage import Store, is_remote
+from launch import gcp, local, local_sweep, report, slurm, submission
 from launch import spec as specs
-from launch.report import Status
+from launch.managed import Managed
+from launch.report import Job, Status
+from launch.spec import JobSpec
 
-_BY_NAME: dict[str, ModuleType] = {local.BACKEND: local, slurm.BACKEND: slurm}
+
+class Verbs(Protocol):
+    """What can be done to a run, or to a sweep."""
+
+    def resume(self, url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
+        """Continue a run that is not done and not alive."""
+
+    def cancel(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        wait: bool = True,
+        word: str = "cancelled",
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> State:
+        """End a run for good."""
+
+
+class Backend(Verbs, Protocol):
+    """What every backend can do."""
+
+    def submit(self, spec: JobSpec) -> Store:
+        """Start a run."""
+
+    def refuse_alive(self, store: Store) -> None:
+        """Raise ConfigError if a run may be alive."""
+
+
+_BY_NAME: dict[str, Backend] = {local.BACKEND: local, slurm.BACKEND: slurm, gcp.BACKEND: gcp.BATCH}
 NAMES = tuple(_BY_NAME)
 
 
-def named(name: str) -> ModuleType:
+def named(name: str) -> Backend:
     """Return a backend by name.
 
     Raises:
@@ -26,7 +58,7 @@ def named(name: str) -> ModuleType:
     return _BY_NAME[name]
 
 
-def of(store: Store) -> ModuleType:
+def of(store: Store) -> Backend:
     """Return the backend of a run.
 
     Raises:
@@ -35,8 +67,8 @@ def of(store: Store) -> ModuleType:
     return named(specs.read_backend(store)[0])
 
 
-def _verbs(store: Store) -> ModuleType:
-    """Return the module that resumes and cancels a run or a sweep."""
+def _verbs(store: Store) -> Verbs:
+    """Return what resumes and cancels a run or a sweep."""
     backend = of(store)
     return local_sweep if backend is local and specs.read(store).sweep else backend
 
@@ -46,22 +78,27 @@ def status(store: Store) -> Status:
     return _told(store, _jobs([store]))
 
 
-def _told(store: Store, jobs: Mapping[str, scontrol.Job]) -> Status:
+def _told(store: Store, jobs: Mapping[str, Job]) -> Status:
     spec = specs.read(store)
     told = [report.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
     return report.of_sweep(store, told) if spec.sweep else told[0]
 
 
-def _jobs(stores: Sequence[Store]) -> dict[str, scontrol.Job]:
-    """Ask each scheduler once."""
-    mine = [store for store in stores if of(store) is slurm]
-    return slurm.jobs_of([one for store in mine for one in specs.points(store, specs.read(store))])
+def _jobs(stores: Sequence[Store]) -> dict[str, Job]:
+    """Ask each scheduler."""
+    found: dict[str, Job] = {}
+    for backend in {id(backend): backend for backend in map(of, stores)}.values():
+        mine = [store for store in stores if of(store) is backend]
+        if backend is slurm:
+            found |= slurm.jobs_of([one for store in mine for one in specs.points(store, specs.read(store))])
+        elif isinstance(backend, Managed):
+            found |= backend.jobs_of(mine)
+    return found
 
 
 def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
     """Continue a run; see the backend's own `resume`."""
-    state: State = _verbs(submission.open_run(run)).resume(run, clear_cancel=clear_cancel)
-    return state
+    return _verbs(submission.open_run(run)).resume(run, clear_cancel=clear_cancel)
 
 
 def cancel(
@@ -72,8 +109,7 @@ def cancel(
     progress: Callable[[str], None] = lambda text: None,
 ) -> State:
     """End a run for good; see the backend's own `cancel`."""
-    state: State = _verbs(submission.open_run(run)).cancel(run, wait=wait, word=word, progress=progress)
-    return state
+    return _verbs(submission.open_run(run)).cancel(run, wait=wait, word=word, progress=progress)
 
 
 def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]:
@@ -92,3 +128,32 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
         except JobkitError as error:
             tell(str(error))
     return found
+
+
+def runs_below(directory: str) -> tuple[str, list[str]]:
+    """Find the runs below a directory or a bucket's URL; return how the place is called, and the runs.
+
+    Raises:
+        ConfigError: If it is not a directory.
+    """
+    if is_remote(directory):
+        top = directory.rstrip("/")
+        found = Remote(top, deadline_s=_PATIENCE_S).find()
+        names = [name.removesuffix(contract.RUN_JSON).rstrip("/") for name in found if _is_run_file(name)]
+        return top, [f"{top}/{name}".rstrip("/") for name in sorted(names)]
+    path = submission.open_run(directory).path
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory; name one that holds runs: jobkit ls DIRECTORY")
+    return str(path), [str(run) for run in report.find_runs(path)]
+
+
+def _is_run_file(name: str) -> bool:
+    return name == contract.RUN_JSON or (name.endswith(f"/{contract.RUN_JSON}") and name.count("/") <= 3)
+
+
+_PATIENCE_S = 20.0
+
+
+def runs_of_gcp(project: str, region: str) -> tuple[str, list[str]]:
+    """Find the runs that have jobs in a project and region; return how the place is called, and the runs."""
+    return f"{region} of project {project or 'that is signed in to'}", gcp.BATCH.runs(project, region)

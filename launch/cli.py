@@ -2,7 +2,6 @@
 """The command line: `jobkit`. A user's mistake is one sentence on stderr and exit code 2."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,12 +9,11 @@ import click
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
-from launch import cli_control, cli_drill, cli_report, cli_submit
-from launch.printed import aligned, follow, print_status
+from launch import cli_control, cli_drill, cli_ls, cli_report, cli_resume, cli_submit
+from launch.printed import aligned, print_status
 
 if TYPE_CHECKING:
     from launch.checkpoints import Row
-    from launch.report import Status
 
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
 
@@ -93,6 +91,8 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
         raise ConfigError(f"run {store.url} has no attempt {attempt}; {have}")
     try:
         watch.copy_logs(store, sys.stdout, attempt=attempt, following=following)
+        if not store.numbers(contract.ATTEMPTS):  # it never came up: the service may know why
+            watch.print_service_log(store, sys.stdout)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -126,67 +126,10 @@ def cancel(run: str, no_wait: bool, as_json: bool) -> None:
         print(f"{run} is cancelled" if state.over else f"{run} is stopping")
 
 
-@cli.command()
-@click.argument("run")
-@click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def resume(run: str, wait: bool, as_json: bool) -> None:
-    """Continue RUN from its newest committed step; takes back a cancel.
-
-    \b
-    Examples:
-      jobkit resume runs/mnist
-      jobkit resume --wait runs/mnist
-    """
-    from launch import backends
-
-    state = backends.resume(run)
-    if state is State.DONE:
-        print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
-    elif not as_json:
-        print(f"resumed {run}", flush=True)
-    if wait and state is not State.DONE:
-        sys.exit(follow(run, as_json))
-    if as_json:
-        print_status(run)
+cli.add_command(cli_resume.resume)
 
 
-@cli.command()
-@click.argument("directory", default="runs")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def ls(directory: str, as_json: bool) -> None:
-    """List the runs below DIRECTORY (runs/ by default).
-
-    \b
-    Examples:
-      jobkit ls
-      jobkit ls /scratch/me --json
-    """
-    from launch import backends, report, submission
-
-    path = submission.open_run(directory).path
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a directory; name one that holds runs: jobkit ls DIRECTORY")
-    stores = [submission.open_run(run) for run in report.find_runs(path)]
-    listed = backends.listed(stores, lambda text: print(f"jobkit: {text}", file=sys.stderr))
-    if as_json:
-        print(report.to_json(listed))
-        return
-    print(_table(path, listed) if listed else f"no runs below {path}")
-
-
-def _table(path: Path, listed: "list[Status]") -> str:
-    def number(value: int | None) -> str:
-        return "-" if value is None else str(value)
-
-    head = ("RUN", "STATE", "ATTEMPTS", "STEP", "COMMITTED", "REASON")
-    lines: list[tuple[str, ...]] = [head]
-    for status in listed:
-        run = Path(status.run)
-        shown = str(run.relative_to(path)) if run != path else run.name
-        counts = (str(status.attempts), number(status.step), number(status.committed_step))
-        lines.append((shown, str(status.state), *counts, status.reason))
-    return aligned(lines)
+cli.add_command(cli_ls.ls)
 
 
 @cli.command()

@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import jobkit
 from jobkit.errors import ConfigError
+from launch.cli_where import where, where_options
 from launch.printed import follow, print_status
 
 if TYPE_CHECKING:
     from launch.spec import JobSpec
     from launch.submission import Plan
 
-_PLANNED = ("gcp", "aws")
-
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--on", help="Backend: local, slurm. [default: local]")
+@click.option("--on", help="Backend: local, slurm, gcp. [default: local]")
 @click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
 @click.option("--name", help="Name of the run. [default: that of the run directory]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
@@ -31,17 +29,7 @@ _PLANNED = ("gcp", "aws")
 @click.option(
     "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
 )
-@click.option("-p", "--partition", help="SLURM: partition.")
-@click.option("--account", help="SLURM: account.")
-@click.option("--qos", help="SLURM: quality of service.")
-@click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]")
-@click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]")
-@click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8.")
-@click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process.")
-@click.option("--mem", help="SLURM: memory per node, such as 64G.")
-@click.option("--time", help="SLURM: time limit of one job; a run goes on in the next. [default: the partition's]")
-@click.option("--constraint", help="SLURM: features that nodes must have.")
-@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
+@where_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -59,13 +47,15 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --profile long --dry-run -- python -m mypackage.train
       jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
+      jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
     from launch import backends, submission
+    from launch.managed import Managed
 
     spec, name = _spec(profile, given)
     backend = backends.named(name)
     if dry_run:
-        _show_plan(submission.prepare(spec), name, as_json)
+        _show_plan(backend.check(spec) if isinstance(backend, Managed) else submission.prepare(spec), name, as_json)
         return
     store = backend.submit(spec)
     if not as_json:
@@ -82,30 +72,16 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
     from jobkit.units import duration_s
     from launch import sweep
-    from launch.spec import SBATCH, JobSpec, read_profile
+    from launch.spec import JobSpec, read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
-    flags = {"on": given["on"], "run": given["run"], "name": given["name"], "grace": given["grace"]}
+    flags = {"run": given["run"], "name": given["name"], "grace": given["grace"]}
     flags |= {"max-failures": given["max_failures"], "stall": given["stall"]}
     flags["array-parallelism"] = given["array_parallelism"]
     flags["snapshot"] = False if given["no_snapshot"] else None
     options |= {name: value for name, value in flags.items() if value is not None}
-    sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
-    for text in given["sbatch"]:
-        key, _, value = text.lstrip("-").partition("=")
-        sbatch[key] = value
-    for key in SBATCH:
-        value = given[key.replace("-", "_")]
-        value = options.get(key) if value is None else value
-        if value is not None:
-            sbatch[key] = str(value)
-    backend = options.get("on", "local")
-    if backend in _PLANNED:
-        raise ConfigError(f"--on {backend} is not available in jobkit {jobkit.__version__}; available: local, slurm")
-    foreign = [name for name in sbatch if name != "ntasks-per-node"]
-    if foreign and backend != "slurm":
-        raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
     axes = sweep.parse(given["sweep"])
+    place = where(options, given)
     spec = JobSpec(
         sweep=axes,
         parallel=options.get("array-parallelism") if axes else given["array_parallelism"],
@@ -116,9 +92,11 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         grace_s=duration_s(options.get("grace", 30.0)),
         max_failures=options.get("max-failures", 10),
         stall_s=_stall_s(options.get("stall")),
-        sbatch=sbatch,
+        sbatch=place.sbatch,
+        cloud=place.cloud,
+        price_per_hour=place.price_per_hour,
     )
-    return spec, backend
+    return spec, place.backend
 
 
 def _stall_s(given: str | float | None) -> float | None:
@@ -138,8 +116,13 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import report, slurm, snapshot, sweep
+    from launch import backends, report, slurm, snapshot, sweep
+    from launch.managed import Managed
 
+    service = backends.named(backend)
+    if isinstance(service, Managed):
+        print(service.shown(plan))
+        return
     if backend == slurm.BACKEND:
         slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
     code = snapshot.digest(plan.tree) if plan.tree is not None else None

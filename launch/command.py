@@ -57,6 +57,19 @@ def check_command(command: Sequence[str], cwd: Path, environ: Mapping[str, str])
         raise ConfigError(f"the script {command[index]!r} does not exist in {cwd}; check its spelling or change there")
 
 
+def check_script(command: Sequence[str], cwd: Path, *, in_snapshot: bool) -> None:
+    """Refuse a script that is not there, where the program itself is another machine's.
+
+    Raises:
+        ConfigError: If the script does not exist, though it should be in the snapshot.
+    """
+    index = script_index(command)
+    if not in_snapshot or index is None or Path(command[index]).is_absolute():
+        return
+    if not (cwd / command[index]).exists():
+        raise ConfigError(f"the script {command[index]!r} does not exist in {cwd}; check its spelling")
+
+
 def command_in(spec: JobSpec, top: Path) -> list[str]:
     """Return the command with the program and script that were named by absolute path taken from the snapshot.
 

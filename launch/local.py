@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,16 @@ def resume(
     record(store, "resumed", by=who())
     start(store, lock, environ)
     return State.RUNNING
+
+
+def refuse_alive(store: Store) -> None:
+    """Raise ConfigError if a run has a runner, or may have one on another machine, whose lock nobody sees here."""
+    if _has_runner(store) or held(store):
+        raise ConfigError(says_alive(store))
+    begun = [event for event in report.events(store) if event["event"] in ("submitted", "resumed")]
+    host = str(begun[-1].get("by", "")).rpartition("@")[2] if begun else ""
+    if host not in ("", socket.gethostname()) and report.last_life_event(store).get("event") != "ended":
+        raise ConfigError(f"run {store.url} may be alive on {host}, where it was started: 'jobkit cancel {store.url}'")
 
 
 def _has_runner(store: Store) -> bool:

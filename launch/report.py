@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -20,10 +20,33 @@ from jobkit.units import show_duration
 from launch import leftovers
 from launch import spec as specs
 from launch.lock import held
-from launch.scontrol import Job
 
 _TAIL_BYTES = 1 << 16
 """How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""
+
+
+class Job(Protocol):
+    """A scheduler's job."""
+
+    @property
+    def id(self) -> str:
+        """Its name there; '' if it was never submitted."""
+
+    @property
+    def state(self) -> str:
+        """The scheduler's word, UNKNOWN if it does not answer, GONE if it has forgotten the job."""
+
+    @property
+    def reason(self) -> str:
+        """Why it waits, or why it has ended; may be empty."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it may still do something."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether it waits to be started, for the first time or again."""
 
 
 class Ending(msgspec.Struct, frozen=True):
@@ -222,11 +245,12 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
     if cancelled:
         return State.CANCELLED, cancel_reason(store), "gone"
     if job is not None and job.state == "CANCELLED":
-        return State.CANCELLED, f"job {job.id} was cancelled (scancel)", "gone"
+        return State.CANCELLED, f"job {job.id} was cancelled", "gone"
     if job is None:
         gone = "the local runner is gone"
     elif job.id:
-        gone = f"job {job.id} has ended ({job.state.lower()}) and nothing has started the next"
+        told = f": {job.reason}" if job.reason else " and nothing has started the next"
+        gone = f"job {job.id} has ended ({job.state.lower()}){told}"
         if not attempted and store.exists("slurm"):
             gone += f" (its output: {store.file('slurm')})"
     else:

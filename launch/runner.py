@@ -67,6 +67,9 @@ class Runner:
             not run twice.
     """
 
+    output: int | None = subprocess.DEVNULL
+    """Where supervisors copy the program's output to: the attempt's log has it in any case."""
+
     def __init__(self, store: Store, spec: JobSpec, lock_fd: int | None) -> None:
         self._store, self._spec, self._lock_fd = store, spec, lock_fd
         self._ledger = Ledger(store.file(contract.EVENTS))
@@ -206,7 +209,7 @@ class Runner:
                     cwd=self._store.path,
                     env=self._hand_down(environ) | own,
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # the attempt's log has it
+                    stdout=self.output,
                     pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
                 )
             except OSError as error:

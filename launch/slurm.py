@@ -367,17 +367,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
     left = [one for one in members if states[one.url] is not State.DONE]
     if not left:
         return State.DONE
-    try:
-        known = queued(left)
-    except JobkitError as error:
-        raise ConfigError(f"cannot tell whether run {store.url} is alive: {error}; try again") from None
-    for one in left:
-        for job in known[one.url][-1:]:
-            if job.active:
-                raise ConfigError(
-                    f"run {one.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {one.url}' or "
-                    f"'jobkit cancel {one.url}'"
-                )
+    _refuse_alive(left)
     check(spec.sbatch, grace_s=spec.grace_s)
     if not spec.sweep:
         make_point(store)
@@ -390,6 +380,25 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
             record(one, "resumed", by=who(), attempts=attempts, committed=committed)
     _sbatch(store, spec, points=[members.index(one) for one in left])
     return State.QUEUED
+
+
+def refuse_alive(store: Store) -> None:
+    """Raise ConfigError if a run, or a point of a sweep, has a job that is not over, or nobody can tell."""
+    _refuse_alive(specs.points(store, specs.read(store)))
+
+
+def _refuse_alive(stores: Sequence[Store]) -> None:
+    try:
+        known = queued(stores)
+    except JobkitError as error:
+        raise ConfigError(f"cannot tell whether run {stores[0].url} is alive: {error}; try again") from None
+    for one in stores:
+        for job in known[one.url][-1:]:
+            if job.active:
+                raise ConfigError(
+                    f"run {one.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {one.url}' or "
+                    f"'jobkit cancel {one.url}'"
+                )
 
 
 def cancel(

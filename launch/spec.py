@@ -15,6 +15,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import duration_s
 from launch import sweep
+from launch.cloud import OPTIONS, Cloud
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -38,6 +39,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         parallel: At most so many points of a sweep at once; None for what the backend has room for, locally 1.
         values: Set for a point of a sweep: what each name is there.
         sweep_url: Set for a point of a sweep: URL of the sweep, where the snapshot is.
+        cloud: For the backends of managed services.
+        price_per_hour: What an hour of the run's machines costs, in any currency; for the ledger's money.
         root: Set by submit: top of the tree that the snapshot was taken of.
         code: Set by submit: digest of the snapshot, None without one.
         links: Set by submit: paths below root that are no part of the snapshot but are linked into it (data).
@@ -57,6 +60,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     parallel: int | None = None
     values: dict[str, str] = {}
     sweep_url: str = ""
+    cloud: Cloud | None = None
+    price_per_hour: float | None = None
     root: str = ""
     code: str | None = None
     links: tuple[str, ...] = ()
@@ -125,12 +130,15 @@ def check(spec: JobSpec) -> None:
         raise ConfigError(f"array-parallelism is {spec.parallel}; give a number of points, 1 or more, of a --sweep")
     if spec.sweep:
         sweep.check(spec.command, spec.sweep)
+    if spec.price_per_hour is not None and not 0 <= spec.price_per_hour < float("inf"):
+        raise ConfigError(f"price-per-hour is {spec.price_per_hour}; give 0 or more")
 
 
-def encode(spec: JobSpec, backend: str) -> bytes:
+def encode(spec: JobSpec, backend: str, created: float | None = None) -> bytes:
     """Return run.json's content."""
+    created = time.time() if created is None else created
     file = _RunFile(
-        version=contract.RUN_VERSION, jobkit=jobkit.__version__, backend=backend, created=time.time(), spec=spec
+        version=contract.RUN_VERSION, jobkit=jobkit.__version__, backend=backend, created=created, spec=spec
     )
     return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
 
@@ -141,6 +149,17 @@ def create(store: Store, spec: JobSpec, backend: str) -> bool:
     Durability: on storage on return; this is the instant at which a run exists.
     """
     return store.create(contract.RUN_JSON, encode(spec, backend))
+
+
+def rewrite(store: Store, spec: JobSpec, backend: str, created: float) -> None:
+    """Replace run.json, of a run that has moved.
+
+    Durability: on storage on return, on the run's URL first.
+    """
+    content = encode(spec, backend, created)
+    if store.remote is not None:
+        store.remote.write(contract.RUN_JSON, content)
+    store.write(contract.RUN_JSON, content)
 
 
 def exists(store: Store) -> bool:
@@ -282,17 +301,22 @@ SBATCH = (
     "constraint",
 )  # fmt: skip
 """Options of sbatch that are options of `jobkit submit` too."""
-_OPTIONS: dict[str, Any] = {
-    "name": str,
-    "run": str,
-    "on": str,
-    "grace": (str, int, float),
-    "max-failures": int,
-    "stall": (str, int, float),
-    "snapshot": bool,
-    "sbatch": dict,
-    "array-parallelism": int,
-} | dict.fromkeys(SBATCH, (str, int))
+_OPTIONS: dict[str, Any] = (
+    {
+        "name": str,
+        "run": str,
+        "on": str,
+        "grace": (str, int, float),
+        "max-failures": int,
+        "stall": (str, int, float),
+        "snapshot": bool,
+        "sbatch": dict,
+        "array-parallelism": int,
+        "price-per-hour": (int, float),
+    }
+    | OPTIONS
+    | dict.fromkeys(SBATCH, (str, int))
+)
 """Options that a profile may set, and their types in TOML."""
 
 
@@ -333,7 +357,13 @@ def _profiles(path: Path) -> Mapping[str, Any]:
     return profiles
 
 
-_KINDS = {str: "text", bool: "true or false", dict: "a table", (str, int): "text or a number"}
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    dict: "a table",
+    (str, int): "text or a number",
+    (str, list): "text or a list",
+}
 
 
 def _checked(options: Any, where: str) -> dict[str, Any]:

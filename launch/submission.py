@@ -22,7 +22,7 @@ from jobkit.ledger import Ledger
 from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
 from launch import report, snapshot, sweep
 from launch import spec as specs
-from launch.command import check_command
+from launch.command import check_command, check_script
 from launch.lock import RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import JobSpec
 
@@ -35,15 +35,19 @@ _PATIENCE_S = 20.0
 """How long a person at a prompt waits for a bucket that does not answer."""
 
 
-def open_run(url: str | os.PathLike[str]) -> Store:
+def open_run(url: str | os.PathLike[str], *, patience_s: float = _PATIENCE_S) -> Store:
     """Return the store of a run, under the one name that its processes know it by.
 
     A run on an object store is read from its home on this node, which is brought up to date first unless a runner
     here is writing to it.
+
+    Args:
+        url: The run.
+        patience_s: How long an object store may take to answer.
     """
     if not is_remote(url):
         return Store(os.path.realpath(local_path(url)))
-    store = Store(url, deadline_s=_PATIENCE_S)
+    store = Store(url, deadline_s=patience_s)
     refresh(store)
     return store
 
@@ -63,8 +67,12 @@ class Plan:
     tree: snapshot.Tree | None
 
 
-def prepare(spec: JobSpec) -> Plan:
+def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     """Check a specification against this machine and fill in what it leaves open; writes nothing.
+
+    Args:
+        spec: What to run.
+        elsewhere: Whether it runs in an image of its own, whose programs and paths are not this machine's.
 
     Raises:
         ConfigError: If it cannot work.
@@ -74,12 +82,15 @@ def prepare(spec: JobSpec) -> Plan:
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")
     first = spec.point(0).command if spec.sweep else spec.command
-    check_command(first, cwd, os.environ)
+    if elsewhere:
+        check_script(first, cwd, in_snapshot=spec.snapshot)
+    else:
+        check_command(first, cwd, os.environ)
     store = open_run(spec.run or _fresh_place(spec.name or _script_name(spec)))
     _check_place(store)
     if spec.sweep and store.remote is not None:
         raise ConfigError(f"a sweep has to lie on a file system that all its nodes share, not on {store.url}")
-    spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.path.name)
+    spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.url.rpartition("/")[2])
     if not spec.snapshot:
         return Plan(store, msgspec.structs.replace(spec, root=str(cwd)), None)
     tree = snapshot.find(cwd, store.path)
@@ -141,7 +152,8 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
         ConfigError: If the directory is taken.
     """
     store = plan.store
-    with _new_directory(store) as lock:
+    fresh = store.remote is not None and not store.names("")
+    with _new_directory(store, fresh=fresh) as lock:
         if specs.exists(store):
             raise ConfigError(_taken(plan))
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
@@ -157,10 +169,12 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
             record(store, "submitted", command=list(spec.command), code=code, by=who())
             yield store, spec, lock
         except BaseException:
+            names = [contract.RUN_JSON, *mirror.described(store)]
             store.remove(contract.RUN_JSON)
             store.remove(contract.EVENTS)
-            if published:
-                _withdraw(store)
+            if published and store.remote is not None:
+                with contextlib.suppress(JobkitError):
+                    store.remote.remove(dict.fromkeys(names))
             raise
 
 
@@ -193,12 +207,6 @@ def begin_point(store: Store, point: Store) -> bool:
     return specs.exists(point)
 
 
-def _withdraw(store: Store) -> None:
-    if store.remote is not None:
-        with contextlib.suppress(JobkitError):
-            store.remote.remove([*mirror.described(store), contract.RUN_JSON])
-
-
 def _taken(plan: Plan) -> str:
     try:
         old = specs.read(plan.store)
@@ -214,9 +222,16 @@ def _taken(plan: Plan) -> str:
 
 
 @contextlib.contextmanager
-def _new_directory(store: Store) -> Iterator[RunLock]:
-    """Make the run directory and take its lock; on an error remove what was made, and leave the lock free."""
+def _new_directory(store: Store, *, fresh: bool) -> Iterator[RunLock]:
+    """Make the run directory and take its lock; on an error remove what was made, and leave the lock free.
+
+    Args:
+        store: The run.
+        fresh: Whether it is the home of a run on an object store that was made, empty, a moment ago.
+    """
     made = [path for path in (store.path, *store.path.parents) if not path.exists()]
+    if fresh:
+        made.insert(0, store.path)
     lock = None
     try:
         for _ in range(10):
@@ -263,7 +278,8 @@ def ask_to_cancel(store: Store, word: str = "cancelled") -> bytes:
     """
     with cancel_mutex(store):
         content = ask(store, contract.CANCEL, word=word)
-    record(store, word, by=who())
+    if store.remote is None:  # elsewhere the ledger is being written by the machine that runs the run
+        record(store, word, by=who())
     return content
 
 

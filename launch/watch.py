@@ -14,6 +14,7 @@ from jobkit.storage import Store
 from jobkit.units import show_duration
 from launch import backends, report, submission
 from launch import spec as specs
+from launch.managed import Managed
 from launch.report import Status
 
 if TYPE_CHECKING:
@@ -253,3 +254,11 @@ def point_table(status: Status) -> list[tuple[str, ...]]:
         values = [point.values[name] for name in names]
         lines.append((str(number), *values, str(point.state), *counts, metrics or "-", point.reason))
     return lines
+
+
+def print_service_log(store: Store, out: TextIO) -> None:
+    """Write what a batch service's own log has of a run's job."""
+    backend = backends.of(store)
+    if isinstance(backend, Managed):
+        for line in backend.printed(store):
+            print(line, file=out)

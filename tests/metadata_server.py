@@ -127,6 +127,7 @@ class Gce(Cloud):
             "instance/maintenance-event": "NONE",
             "instance/scheduling/preemptible": "TRUE",
             "instance/service-accounts/default/": account,
+            f"instance/service-accounts/{account['email']}/": account,  # what google-auth asks when it refreshes
             "instance/service-accounts/default/email": str(account["email"]),
             "universe/universe-domain": "googleapis.com",
         }

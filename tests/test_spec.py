@@ -79,7 +79,7 @@ def test_profile_of_the_project_comes_first(tmp_path: Path) -> None:
     [
         ("", "no profile 'x'; there are none. Write a table"),
         ("[profile.y]", "no profile 'x'; known are: y"),
-        ("[profile.x]\ngpus = 3", "has an unknown option 'gpus'; valid are name, run, on, grace, max-failures"),
+        ("[profile.x]\ntpus = 3", "has an unknown option 'tpus'; valid are name, run, on, grace, max-failures"),
         ("[profile.x]\nmax-failures = true", "max-failures is true; it must be a number"),
         ("[profile.x]\nsnapshot = 'no'", 'snapshot is "no"; it must be true or false'),
         ("[profile.x]\nname = 3", "name is 3; it must be text"),

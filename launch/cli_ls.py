@@ -1,0 +1,56 @@
+# ruff: noqa: D301  (click wants the character \\b itself)
+"""`jobkit ls`: the runs below a directory, in a bucket, or of a batch service."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from jobkit.errors import ConfigError
+from launch.printed import aligned
+
+if TYPE_CHECKING:
+    from launch.report import Status
+
+
+@click.command()
+@click.argument("directory", default="runs")
+@click.option("--on", metavar="gcp", help="All runs that have jobs in --project and --region.")
+@click.option("--project", default="", help="gcp: project. [default: the credentials' own]")
+@click.option("--region", default="", help="gcp: region.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def ls(directory: str, on: str | None, project: str, region: str, as_json: bool) -> None:
+    """List the runs below DIRECTORY (runs/ by default), which may be in a bucket.
+
+    \b
+    Examples:
+      jobkit ls
+      jobkit ls /scratch/me --json
+      jobkit ls gs://bucket/runs
+      jobkit ls --on gcp --region us-central1
+    """
+    from launch import backends, report, submission
+
+    if on is not None and on != "gcp":
+        raise ConfigError(f"ls --on {on!r}: only gcp lists runs; give a directory or a bucket's URL instead")
+    top, urls = backends.runs_of_gcp(project, region) if on else backends.runs_below(directory)
+    listed = backends.listed(
+        [submission.open_run(url) for url in urls], lambda text: print(f"jobkit: {text}", file=sys.stderr)
+    )
+    if as_json:
+        print(report.to_json(listed))
+        return
+    print(_table(top, listed) if listed else f"no runs below {top}")
+
+
+def _table(top: str, listed: "list[Status]") -> str:
+    def number(value: int | None) -> str:
+        return "-" if value is None else str(value)
+
+    head = ("RUN", "STATE", "ATTEMPTS", "STEP", "COMMITTED", "REASON")
+    lines: list[tuple[str, ...]] = [head]
+    for status in listed:
+        name = status.run.rpartition("/")[2] if status.run == top else status.run.removeprefix(f"{top}/")
+        counts = (str(status.attempts), number(status.step), number(status.committed_step))
+        lines.append((name, str(status.state), *counts, status.reason))
+    return aligned(lines)

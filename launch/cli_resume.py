@@ -1,0 +1,50 @@
+# ruff: noqa: D301  (click wants the character \\b itself)
+"""`jobkit resume`: go on, where the run was or on another backend."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jobkit.contract import State
+from launch.cli_where import where, where_options
+from launch.printed import follow, print_status
+
+
+@click.command()
+@click.argument("run")
+@click.option("--on", help="Go on there: local, slurm, gcp. [default: where it was]")
+@click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
+@where_options
+@click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def resume(run: str, profile: str | None, wait: bool, as_json: bool, **given: Any) -> None:
+    """Continue RUN from its newest committed step; takes back a cancel.
+
+    With --on it moves to another backend, once its job is over where it was. Options of a backend replace what the run
+    had.
+
+    \b
+    Examples:
+      jobkit resume runs/mnist
+      jobkit resume --wait runs/mnist
+      jobkit resume gs://bucket/r1 --on gcp --region us-central1 --gpus L4:1 --image IMAGE
+    """
+    from launch import backends, handover, submission
+    from launch import spec as specs
+
+    if profile or any(value not in (None, ()) for value in given.values()):
+        old = specs.read_backend(submission.open_run(run))[0]
+        options = specs.read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
+        state = handover.resume(run, where({"on": old} | options, given))
+    else:
+        state = backends.resume(run)
+    if state is State.DONE:
+        print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
+    elif not as_json:
+        print(f"resumed {run}", flush=True)
+    if wait and state is not State.DONE:
+        sys.exit(follow(run, as_json))
+    if as_json:
+        print_status(run)

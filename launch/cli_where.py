@@ -1,0 +1,131 @@
+"""Options that say where a run runs and on what: the same for `jobkit submit` and `jobkit resume --on`."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from jobkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.cloud import Cloud
+
+F = TypeVar("F", bound=Callable[..., Any])
+MANAGED = ("gcp", "aws")
+
+_OPTIONS = (
+    click.option("-p", "--partition", help="SLURM: partition."),
+    click.option("--account", help="SLURM: account."),
+    click.option("--qos", help="SLURM: quality of service."),
+    click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]"),
+    click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]"),
+    click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8."),
+    click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process."),
+    click.option("--mem", help="SLURM: memory per node, such as 64G."),
+    click.option("--time", help="SLURM: limit of one job; a run goes on in the next. gcp, aws: limit of the run."),
+    click.option("--constraint", help="SLURM: features that nodes must have."),
+    click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch."),
+    click.option("--image", help="gcp, aws: container image with jobkit in it."),
+    click.option("--project", help="gcp: project. [default: the credentials' own]"),
+    click.option("--region", help="gcp, aws: region. [default: gcp: that of --zones]"),
+    click.option("--zones", metavar="ZONE,...", help="gcp: zones to try. [default: all of the region]"),
+    click.option("--machine-type", help="gcp: machine type. [default: one with the GPUs, else e2-standard-4]"),
+    click.option("--gpus", metavar="TYPE:COUNT", help="gcp: GPUs, such as L4:1. aws: their number."),
+    click.option("--spot/--no-spot", default=None, help="gcp: spot or standard VMs. [default: spot]"),
+    click.option("--max-restarts", type=int, metavar="N", help="gcp, aws: restarts of lost VMs, 0..10. [default: 10]"),
+    click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="gcp, aws: environment of the program."),
+    click.option("--secret", multiple=True, metavar="NAME=SECRET", help="gcp, aws: variable from the secret manager."),
+    click.option("--label", multiple=True, metavar="NAME=VALUE", help="gcp, aws: label of the job and its VM."),
+    click.option("--service-account", help="gcp: that the VM acts as. aws: role of the job."),
+    click.option("--network", help="gcp: network."),
+    click.option("--subnetwork", help="gcp: subnetwork."),
+    click.option("--boot-disk-size", metavar="SIZE", help="gcp: boot disk, such as 200GB."),
+    click.option("--queue", help="aws: job queue."),
+    click.option("--cpus", type=int, help="aws: vCPUs of the container. [default: 4]"),
+    click.option("--memory", metavar="SIZE", help="aws: memory of the container. [default: 14GiB]"),
+    click.option("--price-per-hour", type=float, metavar="PRICE", help="What an hour costs, for the ledger."),
+)  # fmt: skip
+
+
+def where_options(function: F) -> F:
+    """Add the options to a command."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where a run runs, and on what.
+
+    Args:
+        backend: Its name.
+        sbatch, cloud, price_per_hour: As in `JobSpec`.
+        given: Which fields of `cloud` were given.
+    """
+
+    backend: str
+    sbatch: dict[str, str]
+    cloud: "Cloud | None"
+    price_per_hour: float | None
+    given: tuple[str, ...] = ()
+
+
+def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
+    """Merge a profile's options and the command line's, which win.
+
+    Raises:
+        ConfigError: If an option is of another backend than the one that is asked for.
+    """
+    from launch import cloud
+    from launch.spec import SBATCH
+
+    backend = given["on"] or options.get("on", "local")
+    sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
+    for text in given["sbatch"]:
+        key, _, value = text.lstrip("-").partition("=")
+        sbatch[key] = value
+    sbatch |= {key: str(value) for key in SBATCH if (value := _choose(key, options, given)) is not None}
+    time = sbatch.pop("time", "") if backend in MANAGED else ""
+    if backend != "slurm" and (foreign := [name for name in sbatch if name != "ntasks-per-node"]):
+        raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
+    tables = {name: options.get(name, {}) | _pairs(given[name], name) for name in ("env", "secret", "label")}
+    plain = [name for name in cloud.OPTIONS if name not in tables]
+    asked = {name: value for name in plain if (value := _choose(name, options, given)) is not None}
+    asked |= {name: table for name, table in tables.items() if table}
+    if backend not in MANAGED and asked:
+        raise ConfigError(f"--{next(iter(asked))} is for --on gcp or aws; this is --on {backend}")
+    managed = cloud.from_options(asked, time=time) if backend in MANAGED else None
+    fields = tuple(_FIELDS.get(name, name.replace("-", "_")) for name in [*asked, *(["time"] if time else [])])
+    return Where(backend, sbatch, managed, _choose("price-per-hour", options, given), fields)
+
+
+_FIELDS = {
+    "secret": "secrets",
+    "label": "labels",
+    "boot-disk-size": "boot_disk_gb",
+    "memory": "memory_mib",
+    "time": "time_s",
+}
+"""Options whose field has another name."""
+
+
+def _choose(name: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
+    value = given[name.replace("-", "_")]
+    return options.get(name) if value is None else value
+
+
+def _pairs(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Read NAME=VALUE; of --env a NAME alone is taken from here."""
+    import os
+
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals and option == "env" and name in os.environ:
+            value = os.environ[name]
+        elif not equals or not name:
+            raise ConfigError(f"--{option} {text!r} is not NAME=VALUE")
+        pairs[name] = value
+    return pairs

@@ -1,0 +1,269 @@
+"""The Google Batch backend: one job per submit, one task, one container on one VM, spot by default.
+
+Batch pulls the image, installs drivers, tries the zones, starts the task again after a preemption, and deletes the VM
+itself. What the container does is in vm_job.py; the verbs are in managed.py. The job's state is what `job.status.state`
+says: events of a task that succeeded carry no exit code.
+"""
+
+import dataclasses
+import os
+import re
+import uuid
+from typing import Any
+
+import msgspec
+
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.remote import identity
+from jobkit.storage import Store
+from launch import gcp_request, report
+from launch.cloud import RETRIED, Cloud
+from launch.googleapi import GoogleError, Session
+from launch.managed import Job, Managed
+from launch.spec import JobSpec
+
+BACKEND = "gcp"
+_PENDING = ("STATE_UNSPECIFIED", "QUEUED", "SCHEDULED")
+_ACTIVE = (*_PENDING, "RUNNING", "CANCELLATION_IN_PROGRESS", "DELETION_IN_PROGRESS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gcp:
+    """The Google Batch backend.
+
+    Args:
+        cloud: What the job asks for.
+    """
+
+    cloud: Cloud = dataclasses.field(default_factory=Cloud)
+    name = BACKEND
+
+    def submit(self, spec: JobSpec) -> Store:
+        """See `Managed.submit`."""
+        return BATCH.submit(msgspec.structs.replace(spec, cloud=self.cloud))
+
+
+class Batch(Managed):
+    """Google Batch, as a backend."""
+
+    name = BACKEND
+
+    def __init__(self) -> None:
+        self._session = Session()
+
+    def complete(self, spec: JobSpec) -> JobSpec:
+        """See `Managed`; asks no one but for the credentials' project."""
+        cloud = spec.cloud
+        assert cloud is not None
+        project = cloud.project or os.environ.get("GOOGLE_CLOUD_PROJECT", "")
+        if not project:
+            self._session.open()
+            project = self._session.project
+        if not project:
+            raise ConfigError("no Google Cloud project: give --project, or 'gcloud config set project NAME'")
+        zones = tuple(zone.removeprefix("zones/") for zone in cloud.zones)
+        region = cloud.region or (zones[0].rpartition("-")[0] if zones else "")
+        if not re.fullmatch(r"[a-z]+-[a-z]+\d+", region):
+            raise ConfigError(
+                f"--region {region!r} is not a region: give one such as us-central1 (gcloud compute regions list)"
+            )
+        for zone in zones:
+            if not re.fullmatch(f"{region}-[a-z]", zone):
+                raise ConfigError(
+                    f"--zones {zone!r} is no zone of {region}: a job has one region; zones are {region}-a, ..."
+                )
+        cloud = msgspec.structs.replace(cloud, project=project, region=region, zones=zones)
+        cloud = msgspec.structs.replace(cloud, machine_type=gcp_request.machine_type(cloud))
+        for name, secret in cloud.secrets.items():
+            if not re.fullmatch(r"(projects/[^/]+/secrets/)?[\w-]+(/versions/[\w-]+)?", secret):
+                raise ConfigError(f"--secret {name}: {secret!r} is not projects/PROJECT/secrets/NAME/versions/VERSION")
+        for key, value in cloud.labels.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or not re.fullmatch(r"[a-z0-9_-]{0,63}", value):
+                raise ConfigError(f"--label {key}={value}: lower-case letters, digits, '-' and '_' only, at most 63")
+        return msgspec.structs.replace(spec, cloud=cloud)
+
+    def request(self, store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
+        """See `Managed`."""
+        return gcp_request.request(store, spec, job)
+
+    def create(self, store: Store, spec: JobSpec, job: str) -> None:
+        """See `Managed`."""
+        number = len(report.jobs(store, BACKEND))
+        query = {"jobId": job, "requestId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{store.url} {job} {number}"))}
+        try:
+            self._session.call(
+                "batch", "POST", f"v1/{_parent(spec)}/jobs", body=self.request(store, spec, job), query=query
+            )
+        except GoogleError as error:
+            if error.code == 409 and self._is_ours(spec, job):
+                return
+            raise _explain(error, spec, job) from None
+
+    def _is_ours(self, spec: JobSpec, job: str) -> bool:
+        try:
+            found = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+        except JobkitError:
+            return False
+        return bool(found.get("labels", {}).get(gcp_request.LABEL) == gcp_request.run_label(job))
+
+    def find(self, spec: JobSpec, job: str) -> Job | None:
+        """See `Managed`."""
+        try:
+            found = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+        except GoogleError as error:
+            if error.code == 404:
+                return None
+            raise _explain(error, spec, job) from None
+        told = found.get("status", {})
+        state = str(told.get("state", "STATE_UNSPECIFIED"))
+        counts = told.get("taskGroups", {}).get("group0", {}).get("counts", {})
+        waits = state in _PENDING or bool(state == "RUNNING" and counts and not int(counts.get("RUNNING", 0)))
+        reason = _last_words(told)
+        if state == "FAILED":
+            reason = self._why(spec, job) or reason
+        return Job(id=job, state=state, reason=reason, active=state in _ACTIVE, pending=waits)
+
+    def _why(self, spec: JobSpec, job: str) -> str:
+        """Say how the tasks of a failed job ended."""
+        try:
+            tasks = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}/taskGroups/group0/tasks")
+        except JobkitError:
+            return ""
+        events = [event for task in tasks.get("tasks", []) for event in task.get("status", {}).get("statusEvents", [])]
+        codes = [
+            event["taskExecution"]["exitCode"] for event in events if event.get("taskExecution", {}).get("exitCode")
+        ]
+        if not codes:
+            return _last_words({"statusEvents": events})
+        known = _EXIT_CODES.get(codes[-1], f"exit code {codes[-1]}")
+        allowed = spec.cloud.max_restarts if spec.cloud is not None else 0
+        used = f"; its {allowed} restarts are used up" if codes[-1] in RETRIED and len(codes) > allowed else ""
+        return f"{known}{used}"
+
+    def stop(self, spec: JobSpec, job: str) -> None:
+        """See `Managed`."""
+        path = f"v1/{_parent(spec)}/jobs/{job}"
+        for method, where in (("POST", f"{path}:cancel"), ("DELETE", path)):
+            try:
+                self._session.call("batch", method, where, body={} if method == "POST" else None)
+                return
+            except GoogleError as error:
+                if error.code == 404 or (error.code == 400 and "ended" in error.said):
+                    return
+                refused = error
+        raise _explain(refused, spec, job)
+
+    def output(self, spec: JobSpec, job: str) -> list[str]:
+        """Return what Cloud Logging has of a job: what the agent and the container printed, oldest first."""
+        found = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+        assert spec.cloud is not None
+        project = spec.cloud.project
+        logs = " OR ".join(f'logName="projects/{project}/logs/batch_{kind}_logs"' for kind in ("agent", "task"))
+        wanted = f'({logs}) AND labels.job_uid="{found.get("uid", "")}" AND timestamp>="{found.get("createTime", "")}"'
+        body = {
+            "resourceNames": [f"projects/{project}"],
+            "filter": wanted,
+            "orderBy": "timestamp asc",
+            "pageSize": 1000,
+        }
+        entries = self._session.call("logging", "POST", "v2/entries:list", body=body).get("entries", [])
+        return [str(entry.get("textPayload", "")).rstrip("\n") for entry in entries]
+
+    def runs(self, project: str, region: str) -> list[str]:
+        """Return the URLs of the runs that have jobs in a project and region, oldest first."""
+        spec = self.complete(JobSpec(command=("ls",), cloud=Cloud(project=project, region=region)))
+        found, page = [], ""
+        while True:
+            query = {"filter": f"labels.{gcp_request.OURS}=run", "pageSize": "500"} | (
+                {"pageToken": page} if page else {}
+            )
+            try:
+                told = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs", query=query)
+            except GoogleError as error:
+                raise _explain(error, spec, "") from None
+            found += [job for job in told.get("jobs", []) if gcp_request.LABEL in job.get("labels", {})]
+            page = str(told.get("nextPageToken", ""))
+            if not page:
+                break
+        found.sort(key=lambda job: str(job.get("createTime", "")))
+        return list(dict.fromkeys(filter(None, map(_url_of, found))))
+
+
+_EXIT_CODES = {
+    50001: "the VM was preempted (exit code 50001)",
+    50002: "the VM was lost (exit code 50002)",
+    50005: "the job's time limit (exit code 50005)",
+    50006: "the VM was recreated (exit code 50006)",
+    125: "docker could not start the container: is --image right, and may the service account read it? (exit code 125)",
+    127: "the image has no such program: does it have python and jobkit? (exit code 127)",
+}
+
+
+def _last_words(told: Any) -> str:
+    events = told.get("statusEvents", [])
+    return " ".join(str(events[-1].get("description", "")).split())[:300] if events else ""
+
+
+def _url_of(job: Any) -> str:
+    try:
+        return str(job["taskGroups"][0]["taskSpec"]["runnables"][0]["container"]["commands"][-1])
+    except (KeyError, IndexError):
+        return ""
+
+
+def _parent(spec: JobSpec) -> str:
+    if spec.cloud is None:
+        raise ConfigError("this run was never submitted to Google Batch: jobkit resume RUN --on gcp")
+    return f"projects/{spec.cloud.project}/locations/{spec.cloud.region}"
+
+
+def _explain(error: GoogleError, spec: JobSpec, job: str) -> JobkitError:
+    """Say what the service refused in one sentence with the remedy."""
+    cloud = spec.cloud or Cloud()
+    said = error.said
+    if error.code == 0:
+        return JobkitError(f"{said}; nothing is known to have been done: try again")
+    if error.reason == "SERVICE_DISABLED" or "has not been used in project" in said:
+        remedy = f"enable the API: gcloud services enable batch.googleapis.com --project {cloud.project}"
+    elif error.code == 401:
+        remedy = f"the credentials of {identity()} were refused: gcloud auth application-default login"
+    elif error.code == 403:
+        remedy = (
+            f"give {identity()} roles/batch.jobsEditor on project {cloud.project}, and roles/iam.serviceAccountUser on "
+            "the job's service account"
+        )
+    elif error.code == 404:
+        remedy = f"check --project {cloud.project} and --region {cloud.region}"
+    elif error.code == 409:
+        remedy = f"another job has the id {job}: give another --run"
+    elif error.code == 429:
+        remedy = f"ask for more quota in {cloud.region} (IAM & Admin > Quotas), or use another --region or fewer GPUs"
+    elif error.code == 400:
+        remedy = _remedy(said.lower(), cloud)
+    else:
+        return JobkitError(f"Google Batch answered {error.code} {error.status}: {said}; try again a little later")
+    return ConfigError(f"Google Batch refused: {said} ({error.code}): {remedy}")
+
+
+def _remedy(said: str, cloud: Cloud) -> str:
+    where = f"--zones {','.join(cloud.zones)}" if cloud.zones else f"--region {cloud.region}"
+    if "quota" in said:
+        return f"ask for more quota in {cloud.region}, or use another --region or fewer GPUs"
+    if "machine type" in said or "machinetype" in said:
+        return f"check --machine-type {cloud.machine_type} and {where}: gcloud compute machine-types list"
+    if "image" in said:
+        return f"check --image {cloud.image}"
+    if "zone" in said or "location" in said or "region" in said:
+        return f"check {where}: gcloud compute zones list"
+    if "accelerator" in said or "gpu" in said:
+        return f"check --gpus {cloud.gpus} and {where}: gcloud compute accelerator-types list"
+    if "service account" in said or "serviceaccount" in said:
+        return f"check --service-account {cloud.service_account}"
+    if "secret" in said:
+        return "check --secret: projects/PROJECT/secrets/NAME/versions/VERSION"
+    if "network" in said:
+        return "check --network and --subnetwork"
+    return "jobkit submit --dry-run shows the request"
+
+
+BATCH = Batch()

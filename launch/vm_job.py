@@ -1,0 +1,157 @@
+"""What the container of a managed batch service runs, `python -m launch.vm_job RUN`: attempts, until the VM has to go.
+
+It is PID 1 of the container. The VM knows nothing but the run's URL: code and history come from there. The exit code
+tells the service what to do: 75 start the task again (elsewhere, after a preemption), 0 done, anything else stop. A
+program that dies by itself, out of memory say, is restarted in this very VM while it makes progress, and its code never
+becomes the container's: the service would take a 137 for a lost VM and start the run again for ever.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+import msgspec
+
+from jobkit import contract
+from jobkit.contract import Exit, Outcome, State
+from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.storage import Store
+from jobkit.units import show_duration
+from launch import cloud, leftovers, report, restart
+from launch import spec as specs
+from launch.job_runner import JobRunner
+from launch.spec import JobSpec
+from launch.submission import OURS, open_run
+
+ENV_JOB = "JOBKIT_JOB"
+"""The job's id, as the submit chose it."""
+ENV_BACKEND = "JOBKIT_BACKEND"
+"""The service that runs us."""
+_PATIENCE_S = 300.0
+"""How long a bucket may take to answer when the VM comes up."""
+CANCELLED = 3
+"""Exit code of the job of a cancelled run, as `jobkit submit --wait` has it."""
+
+
+class VmRunner(JobRunner):
+    """Run attempts inside one VM.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        job: The job's id.
+        backend: The service.
+        retries: How often the service has started this job again.
+    """
+
+    codes: Mapping[State, int] = {State.DONE: Exit.DONE, State.CANCELLED: CANCELLED, State.REQUEUED: Exit.PREEMPTED}
+    output = None  # the service's own log gets what the program prints, too
+
+    def __init__(self, store: Store, spec: JobSpec, *, job: str, backend: str, retries: int) -> None:
+        if spec.code is None:  # the code is in the image, where its WORKDIR is
+            spec = msgspec.structs.replace(spec, root=os.getcwd(), cwd=os.getcwd())
+        super().__init__(store, spec, job, backend)
+        self._retries = retries
+        self._limit_at = float("inf")
+        """When the run's time is used up, on the clock of `time.monotonic`."""
+
+    def _attempts_in_job(self) -> int:
+        self._ledger.append("job_started", job=self._job, backend=self._backend, restarts=self._retries, durable=True)
+        # What the service starts again it has lost by no fault of the program's.
+        leftovers.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
+        policy = self._remember()
+        self._set_limit()
+        if self._history:
+            decision = restart.decide(self._history, policy)
+            if decision.state is State.DONE or not decision.restart:
+                return self._end(decision.state, decision.reason)
+        while (over := self._over_anywhere()) is None:
+            self._history.append(self._attempt())
+            if (other := self._superseded()) is not None:
+                return self._leave(f"{other} has taken over", Exit.FAILED)
+            decision = restart.decide(self._history, policy)
+            # A run that got to its end is done, whoever asked to stop it meanwhile.
+            if decision.state is State.DONE:
+                return self._end(State.DONE, decision.reason)
+            told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
+            self._ledger.append("decision", **told, job=self._job, durable=True)
+            if (over := self._over()) is not None and over[0] is not State.REQUEUED:
+                break
+            if not decision.restart:
+                return self._end(decision.state, decision.reason)
+            if over is not None or self._history[-1].outcome is Outcome.PREEMPTED:
+                return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
+            self._wait(decision.delay_s)
+        return self._end(*over)
+
+    def _set_limit(self) -> None:
+        if self._spec.cloud is not None and self._spec.cloud.time_s is not None:
+            used_s = sum(ended.duration_s for ended in self._history)
+            self._limit_at = time.monotonic() + self._spec.cloud.time_s - used_s - self._spec.grace_s
+
+    def _over(self) -> tuple[State, str] | None:
+        if self._cancelled():
+            return State.CANCELLED, report.cancel_reason(self._store)
+        if time.monotonic() >= self._limit_at:
+            assert self._spec.cloud is not None
+            limit = show_duration(self._spec.cloud.time_s or 0.0)
+            return State.FAILED, f"its {limit} (--time) are used up; continue with: jobkit resume {self._store.url}"
+        if self._signal is not None:
+            return State.REQUEUED, f"{self._backend} stops the VM ({signal.Signals(self._signal).name})"
+        return None
+
+    def _end(self, state: State, reason: str) -> int:
+        return self._leave(reason, Exit.PREEMPTED) if state is State.REQUEUED else super()._end(state, reason)
+
+    def _superseded(self) -> str | None:
+        newest = (report.jobs(self._store, self._backend) or [self._job])[-1]
+        return super()._superseded() or (f"job {newest}" if newest != self._job else None)
+
+    def _ended(self, attempt: int, duration_s: float) -> restart.Ended:
+        outcome = leftovers.read_outcome(self._store, attempt) or {}
+        lasted = outcome.get("ended", 0) - outcome.get("started", 0)
+        return super()._ended(attempt, duration_s or max(0.0, lasted))
+
+    def _grace(self) -> dict[str, str]:
+        return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud.STOP_S):g}"}
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ | {contract.ENV_RUNNER: str(os.getpid())}
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    """Serve a stop that comes before there is anything to save; as PID 1 we would not even hear it."""
+    os._exit(Exit.PREEMPTED)
+
+
+def main(arguments: list[str]) -> int:
+    """Run a run's attempts in this VM.
+
+    Args:
+        arguments: The run.
+    """
+    signal.signal(signal.SIGTERM, _leave_at_once)
+    job, backend = os.environ.get(ENV_JOB), os.environ.get(ENV_BACKEND, "")
+    if len(arguments) != 1 or not job:
+        raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")
+    for name in OURS:
+        os.environ.pop(name, None)
+    # AWS counts attempts from 1, Google retries from 0.
+    retries = int(os.environ.get("BATCH_TASK_RETRY_ATTEMPT") or int(os.environ.get("AWS_BATCH_JOB_ATTEMPT") or 1) - 1)
+    try:
+        store = open_run(arguments[0], patience_s=_PATIENCE_S)
+    except StorageError as error:
+        print(f"jobkit: {error}", file=sys.stderr)
+        return int(Exit.PREEMPTED)  # perhaps another VM gets there
+    return VmRunner(store, specs.read(store), job=job, backend=backend, retries=retries).run_job()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except JobkitError as problem:
+        print(f"jobkit: {problem}", file=sys.stderr)
+        sys.exit(int(problem.exit_code))
