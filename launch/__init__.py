@@ -8,13 +8,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.api import cancel, resume, status, submit
+    from launch.api import cancel, resume, save, status, stop, submit
     from launch.local import Local
     from launch.report import Status
     from launch.slurm import Slurm
     from launch.spec import JobSpec
 
-__all__ = ["JobSpec", "Local", "Slurm", "Status", "cancel", "resume", "status", "submit"]
+__all__ = ["JobSpec", "Local", "Slurm", "Status", "cancel", "resume", "save", "status", "stop", "submit"]
 
 _HOMES = {"JobSpec": "launch.spec", "Local": "launch.local", "Slurm": "launch.slurm", "Status": "launch.report"}
 

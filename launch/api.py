@@ -3,7 +3,7 @@
 import os
 
 from jobkit.contract import State
-from launch import backends, local, slurm, submission
+from launch import backends, control, local, slurm, submission
 from launch.report import Status
 from launch.spec import JobSpec
 
@@ -53,6 +53,26 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False) -> Status:
 
         watch.follow(submission.open_run(run))
     return status(run)
+
+
+def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = control.PATIENCE_S) -> control.Answer:
+    """Have a run commit the step in progress now, and go on; see `launch.control.save`.
+
+    Raises:
+        ConfigError: If nothing of the run trains.
+        JobkitError: If it could not save, ended before, or does not answer in time.
+    """
+    return control.save(run, wait=wait, timeout_s=timeout_s)
+
+
+def stop(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = control.PATIENCE_S) -> control.Answer:
+    """Have a run commit and stop until somebody resumes it; see `launch.control.stop`.
+
+    Raises:
+        ConfigError: If the run is done, or was not submitted and does not run.
+        JobkitError: If a run that was not submitted does not stop in time.
+    """
+    return control.stop(run, wait=wait, timeout_s=timeout_s)
 
 
 def cancel(run: str | os.PathLike[str], *, wait: bool = True) -> Status:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import launch
 from jobkit import commits, contract
 from jobkit.control import Control
 from jobkit.errors import ConfigError, JobkitError
@@ -98,9 +99,9 @@ def test_stop_of_a_submitted_run(project: Project) -> None:
     """A submitted run that is stopped commits, says who stopped it, and comes back only by `resume`."""
     store = submit(project)
     until_training(store)
-    saved = control.save(store.url)
+    saved = launch.save(store.url)
     assert saved.done
-    answer = control.stop(store.url)
+    answer = launch.stop(store.url)
     status = report.status(store)
     assert (answer.done, status.state, jobs.outcomes(store)) == (True, "cancelled", ["preempted"])
     assert status.reason.startswith("stopped by ")
