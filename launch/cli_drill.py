@@ -22,6 +22,9 @@ from jobkit.errors import ConfigError
 @click.option("--run", metavar="DIR", help="Where the runs lie. [default: a new directory below runs/]")
 @click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
 @click.option("--keep", is_flag=True, help="Keep the runs; after a failure they are always kept.")
+@click.option("--on", type=click.Choice(["local", "slurm"]), default="local", help="Where to drill. [default: local]")
+@click.option("-p", "--partition", help="SLURM: partition.")
+@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the card to this file too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -35,11 +38,14 @@ def drill(
     run: str | None,
     no_snapshot: bool,
     keep: bool,
+    on: str,
+    partition: str | None,
+    sbatch: tuple[str, ...],
     html: Path | None,
     as_json: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Interrupt COMMAND in every awkward way, on this machine, and compare each run with an undisturbed one.
+    """Interrupt COMMAND in every awkward way and compare each run with an undisturbed one.
 
     Exit 0 only if every promise held: it went on by itself, lost no step on a notice and at most a save interval on a
     kill, and ended with the same bits. If the bits differ it says why.
@@ -49,12 +55,13 @@ def drill(
       jobkit drill -- python train.py
       jobkit drill --quick --steps 200 -- python train.py --lr 1e-3
       jobkit drill --only kill-commit --keep --html drill.html -- python -m mypackage.train
+      jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
     from jobkit.units import duration_s
     from launch import drill as drill_
     from launch import drill_card, report
 
-    wanted = drill_.chosen(only, quick)
+    wanted = drill_.chosen(only, quick, on)
     if listing:
         print(report.to_json(drill_card.listed(wanted)) if as_json else drill_card.listing(wanted))
         return
@@ -62,6 +69,10 @@ def drill(
         raise ConfigError("no command to drill; write it after '--': jobkit drill -- python train.py")
     if html is not None and not html.absolute().parent.is_dir():
         raise ConfigError(f"--html {html}: there is no directory {html.absolute().parent}")
+    if on == "local" and (partition or sbatch):
+        raise ConfigError("--partition and --sbatch are for --on slurm")
+    if on == "slurm" and steps is None:
+        raise ConfigError("on a cluster say how much to drill, since a job cannot be watched from here: --steps 200")
     options = drill_.Options(
         command=command,
         place=Path(run).absolute() if run else _fresh_place(),
@@ -70,6 +81,8 @@ def drill(
         timeout_s=duration_s(timeout),
         snapshot=not no_snapshot,
         keep=keep,
+        on=on,
+        sbatch=_sbatch(partition, sbatch),
     )
     with drill_card.telling(as_json, wanted) as telling:
         result = drill_.drill(options, wanted, telling)
@@ -80,6 +93,11 @@ def drill(
     else:
         drill_card.show(result, kept=options.place.exists(), html=html)
     sys.exit(0 if result.passed else 1)
+
+
+def _sbatch(partition: str | None, given: tuple[str, ...]) -> dict[str, str]:
+    pairs = (text.lstrip("-").partition("=") for text in given)
+    return {name: value for name, _, value in pairs} | ({"partition": partition} if partition else {})
 
 
 def _steps(text: str | None) -> int | None:

@@ -11,25 +11,27 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from jobkit import commits, contract, ledger
-from jobkit.contract import Outcome, State
+from jobkit.contract import State
 from jobkit.drilled import Drill
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import show_duration
-from launch import diagnosis, drive, leftovers, local, report, scenarios
+from launch import backends, diagnosis, drive, leftovers, local, lock, report, scenarios, scontrol
 from launch import spec as specs
 from launch.diagnosis import Diagnosis
-from launch.drive import Comparer, Ending, MissedError
+from launch.drive import Comparer, MissedError
 from launch.scenarios import Scenario, Shown, Stage
 from launch.spec import JobSpec
+from launch.verdict import Found, Result, judge
 
 ENOUGH_S, ENOUGH_STEPS = 3.0, 24
 """The reference is cut after so much training: a drill repeats it a dozen times."""
@@ -37,6 +39,9 @@ _LEAST_STEPS = 6
 _SHORTEST_S = 2.0
 """A run that trains for less is slowed down: it could not be hit from outside. On a busy machine it takes longer still,
 by how long a start takes."""
+_ASK_S = 2.0
+_QUEUE_S = 600.0
+"""How long a job of a drill may wait for its turn."""
 _TRIES = 3
 """A program that was over before it could be hit is run again, slower."""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
@@ -54,76 +59,19 @@ class Options:
         timeout_s: How long the reference may take.
         snapshot: Whether runs use a copy of the code.
         keep: Keep the runs even if all went well.
+        on: The backend.
+        sbatch: Options of sbatch, on SLURM.
     """
 
     command: tuple[str, ...]
     place: Path
+    on: str = "local"
+    sbatch: dict[str, str] = field(default_factory=dict)
     steps: int | None = None
     jobs: int = 1
     timeout_s: float = 1800.0
     snapshot: bool = True
     keep: bool = False
-
-
-@dataclass
-class Found:
-    """How one scenario went.
-
-    Args:
-        broken: The promises that did not hold, a sentence each; empty if it went well.
-        identical: Whether it ended with the reference's bits; None if it could not be compared.
-        difference: The first difference, as `jobkit.compare` says it.
-    """
-
-    name: str
-    text: str
-    done: list[str] = field(default_factory=list)
-    endings: list[Ending] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    identical: bool | None = None
-    comparison: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    run: str = ""
-    missed: bool = False
-    """Whether the run was over before it could be hit: nothing is shown then."""
-
-    @property
-    def survived(self) -> bool:
-        """Whether every promise held."""
-        return not self.broken
-
-    @property
-    def lost_steps(self) -> int | None:
-        """Steps done again, over all interruptions."""
-        lost = [ending.lost_steps for ending in self.endings if ending.lost_steps is not None]
-        return sum(lost) if lost else None
-
-    @property
-    def commit_s(self) -> float | None:
-        """The longest time from a notice to its commit."""
-        return max((ending.commit_s for ending in self.endings if ending.commit_s is not None), default=None)
-
-    @property
-    def restart_s(self) -> float | None:
-        """The longest time from an end to the next completed step."""
-        return max((ending.restart_s for ending in self.endings if ending.restart_s is not None), default=None)
-
-
-@dataclass
-class Result:
-    """What a drill found; card, page and --json show it."""
-
-    command: tuple[str, ...]
-    place: str
-    shown: Shown
-    found: list[Found]
-    diagnosis: Diagnosis | None
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every promise held in every scenario."""
-        return bool(self.found) and all(each.survived for each in self.found)
 
 
 class Telling:
@@ -139,17 +87,18 @@ class Telling:
         """Tell how a scenario went."""
 
 
-def chosen(only: Sequence[str], quick: bool) -> list[Scenario]:
+def chosen(only: Sequence[str], quick: bool, on: str = "local") -> list[Scenario]:
     """Return the scenarios that are asked for.
 
     Raises:
         ConfigError: If there is none of a name.
     """
-    known = {scenario.name: scenario for scenario in scenarios.ALL}
+    there = scenarios.ALL if on == "local" else scenarios.ON_SLURM
+    known = {scenario.name: scenario for scenario in there}
     for name in only:
         if name not in known:
             raise ConfigError(f"there is no scenario {name!r}; known are {', '.join(known)}")
-    return [one for one in scenarios.ALL if (one.name in only if only else one.quick or not quick)]
+    return [one for one in there if (one.name in only if only else one.quick or not quick)]
 
 
 def default_jobs() -> int:
@@ -210,6 +159,25 @@ class _Drill:
         self._stores: list[Store] = []
         self._mutex = threading.Lock()
         self._aborted = False
+        self._local = options.on == local.BACKEND
+        self._looked: dict[str, tuple[float, report.Status]] = {}
+
+    def _status(self, store: Store) -> report.Status:
+        """Read what a run is doing; a scheduler is asked every few seconds only."""
+        if self._local:
+            return report.status(store)
+        at, status = self._looked.get(store.url, (0.0, None))
+        if status is None or time.monotonic() - at > _ASK_S:
+            status = backends.status(store)
+            self._looked[store.url] = (time.monotonic(), status)
+        return status
+
+    def _end(self, store: Store) -> None:
+        """Leave nothing of a run running."""
+        if self._local:
+            drive.end_now(store)
+        elif not backends.status(store).state.over:
+            backends.cancel(store.url, wait=False)
 
     def _environ(self, **more: str) -> dict[str, str]:
         """Return what every program of the drill has in its environment."""
@@ -222,13 +190,20 @@ class _Drill:
 
     def submit(self, name: str, environ: dict[str, str], *, max_failures: int = 10) -> tuple[Store, JobSpec]:
         """Start a run of the user's program."""
+        options, told = self._options, self._environ(**environ)
         spec = JobSpec(
-            command=self._options.command,
-            run=str(self._options.place / name),
-            snapshot=self._options.snapshot,
+            command=options.command,
+            run=str(options.place / name),
+            snapshot=options.snapshot,
             max_failures=max_failures,
+            sbatch=options.sbatch,
         )
-        store = local.submit(spec, environ=self._environ(**environ))
+        if self._local:
+            store = local.submit(spec, environ=told)
+        else:  # a job's environment is the cluster's to make
+            words = [f"{name}={value}" for name, value in told.items()]
+            spec = msgspec.structs.replace(spec, command=("env", *words, *options.command))
+            store = backends.named(options.on).submit(spec)
         with self._mutex:
             self._stores.append(store)
         return store, specs.read(store)
@@ -238,7 +213,7 @@ class _Drill:
         self._aborted = True
         for store in self._stores:
             with contextlib.suppress(JobkitError, OSError):
-                drive.end_now(store)
+                self._end(store)
 
     # The reference.
 
@@ -250,22 +225,21 @@ class _Drill:
         """
         wish = self._options.steps
         drill = Drill(until=wish or None)
-        begun = time.time()
         self._telling.say(f"reference: {' '.join(self._options.command)}")
         store, _ = self.submit("reference", {contract.ENV_DRILL: drill.to_json()}, max_failures=0)
         cut = self._until_enough(store, may_cut=wish is None)
-        status = report.status(store)
+        status = self._status(store)
         if status.state is not State.DONE and not (cut and status.state is State.CANCELLED):
             raise ConfigError(self._why_not(store, status))
-        return _shown(store, begun)
+        return _shown(store)
 
     def _until_enough(self, store: Store, *, may_cut: bool) -> bool:
         """Wait until the reference is over, or has trained enough to be cut; tell whether it was cut."""
         deadline = time.monotonic() + self._options.timeout_s
         seen: float | None = None
-        while not report.status(store).state.over:
+        while not self._status(store).state.over:
             if time.monotonic() > deadline:
-                drive.end_now(store)
+                self._end(store)
                 raise ConfigError(
                     f"the program did not end within {show_duration(self._options.timeout_s)}: give it fewer steps, "
                     f"or the drill more time (--timeout); its log: {store.file(contract.log_file(0))}"
@@ -324,7 +298,9 @@ class _Drill:
         environ = self._environ(**scenario.environment(shown))
         store, spec = self.submit(name, scenario.environment(shown))
         limit_s = 60 + 4 * self._options.jobs * shown.scenario_s * (1 + len(scenario.ends))
-        stage = Stage(store, spec, shown, environ, begun + limit_s, lambda: self._aborted)
+        if not self._local:
+            limit_s += _QUEUE_S + len(scenario.ends) * (_QUEUE_S + scontrol.hold_s())
+        stage = Stage(store, spec, shown, environ, begun + limit_s, lambda: self._over(store))
         try:
             scenario.act(stage)
         except MissedError as missed:
@@ -336,28 +312,31 @@ class _Drill:
         found.done, found.run = stage.done, store.url
         found.broken += stage.wrong
         judge(found, scenario, store, shown)
-        if leftovers.processes_of(store):
+        if self._local and leftovers.processes_of(store):
             found.broken.append("a process of the run is still alive")
-        drive.end_now(store)
+        self._end(store)
         self._compare(found, shown, comparer)
         found.seconds = time.monotonic() - begun
         return found
+
+    def _over(self, store: Store) -> bool:
+        return self._aborted or not (lock.held(store) if self._local else not self._status(store).state.over)
 
     def _until_over(self, stage: Stage, name: str) -> None:
         store = stage.store
 
         def over() -> bool:
-            status = report.status(store)
+            status = self._status(store)
             step = f"step {status.step}" if status.step is not None else status.phase or "starting"
             self._telling.moved(name, f"attempt {status.attempt or 0}, {step}")
-            return status.state.over and not leftovers.processes_of(store)
+            return status.state.over and not (self._local and leftovers.processes_of(store))
 
         while not over():
             if self._aborted:
                 return
             if time.monotonic() > stage.deadline_s:
                 stage.wrong.append("the run did not end in time")
-                drive.end_now(store)
+                self._end(store)
                 return
             time.sleep(0.1)
 
@@ -379,13 +358,13 @@ class _Drill:
 
         def start(name: str, environ: dict[str, str]) -> Callable[[], Store]:
             store, _ = self.submit(name, environ)
-            deadline = time.monotonic() + 120 + 12 * shown.scenario_s
+            deadline = time.monotonic() + 120 + 12 * shown.scenario_s + (0 if self._local else 2 * _QUEUE_S)
 
             def finished() -> Store:
-                while not report.status(store).state.over and time.monotonic() < deadline and not self._aborted:
+                while not self._status(store).state.over and time.monotonic() < deadline and not self._aborted:
                     self._telling.moved(name, "running")
                     time.sleep(0.1)
-                drive.end_now(store)
+                self._end(store)
                 return store
 
             return finished
@@ -393,7 +372,7 @@ class _Drill:
         return diagnosis.diagnose(found.run, shown, comparer.compare, start)
 
 
-def _shown(store: Store, begun: float) -> Shown:
+def _shown(store: Store) -> Shown:
     """Read from the reference's ledger what a scenario needs to know.
 
     Raises:
@@ -405,6 +384,7 @@ def _shown(store: Store, begun: float) -> Shown:
         raise ConfigError(
             "the program never opened a jobkit.Run, so there is nothing to drill: with jobkit.Run() as run: ..."
         )
+    begun = float(events[0]["t"])
     steps = max(commits.steps(store), default=0)
     if steps < _LEAST_STEPS:
         raise ConfigError(f"the program made {steps} steps, too few to interrupt: let it make {_LEAST_STEPS} or more")
@@ -421,43 +401,3 @@ def _shown(store: Store, begun: float) -> Shown:
         save_every=max(1, steps // 4),
         pace_s=max(0.0, max(_SHORTEST_S, (start - begun) / 2) / steps - step_s),
     )
-
-
-def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
-    """Hold against a run what was promised."""
-    attempts = store.numbers(contract.ATTEMPTS)
-    endings = [drive.ending_of(store, attempt) for attempt in attempts]
-    found.endings = endings
-    last = endings[-1] if endings else None
-    if last is None or last.outcome != Outcome.DONE:
-        found.broken.append(f"it did not get to its end: {last.reason if last else 'it never started'}")
-    elif (newest := max(commits.steps(store), default=-1)) != shown.steps:
-        found.broken.append(f"it ended with step {newest} committed, and the reference with {shown.steps}")
-    for ending, wanted in zip(endings[:-1], scenario.ends, strict=False):
-        if wanted and ending.outcome != wanted:
-            found.broken.append(f"attempt {ending.attempt} ended {ending.outcome} ({ending.reason}), not {wanted}")
-    if len(endings) - 1 != len(scenario.ends):
-        found.missed |= len(endings) == 1 and endings[0].outcome == Outcome.DONE
-        found.broken.append(f"it took {len(endings)} attempts and should have taken {len(scenario.ends) + 1}")
-    found.broken += list(_losses(found, scenario, shown))
-    if scenario.name != "storage":
-        found.broken += list(_failed_saves(store))
-
-
-def _losses(found: Found, scenario: Scenario, shown: Shown) -> Iterator[str]:
-    for ending in found.endings[:-1]:
-        lost = ending.lost_steps or 0
-        if ending.outcome == Outcome.PREEMPTED and lost:
-            yield f"{lost} steps were lost on a notice, and none may be"
-        # A damaged checkpoint costs its own interval besides.
-        allowed = shown.allowed_loss + (shown.save_every if scenario.name == "damage" else 0)
-        if ending.outcome == Outcome.KILLED and lost > allowed:
-            yield f"{lost} steps were lost on a kill, and a save interval is {shown.save_every}"
-
-
-def _failed_saves(store: Store) -> Iterator[str]:
-    for attempt in store.numbers(contract.ATTEMPTS):
-        event = drive.first(store, attempt, "save_failed")
-        if event and "may not commit" not in str(event.get("reason")):
-            yield f"a save failed at step {event.get('step')}: {event.get('reason')}"
-            return

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jobkit.units import show_duration
-from launch.drill import Found, Result, Telling
+from launch.drill import Telling
 from launch.printed import aligned
 from launch.scenarios import Scenario
+from launch.verdict import Found, Result
 
 
 def listed(wanted: Sequence[Scenario]) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from typing import Any
 from jobkit import commits, contract, ledger, processes
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill
+from jobkit.errors import JobkitError
 from jobkit.heartbeat import Beat, Phase
 from jobkit.storage import Store
-from launch import leftovers, local, lock
+from launch import leftovers, local, lock, scontrol, slurm
 from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
 from launch.runner import Runner
 from launch.spec import JobSpec
@@ -78,7 +79,7 @@ class Stage:
         shown: The reference.
         environ: What the program has in its environment for the drill.
         deadline_s: When to give up, on the clock of `time.monotonic`.
-        aborted: Whether everything is to end now.
+        over: Whether the run is over, or everything is to end now.
     """
 
     store: Store
@@ -86,7 +87,7 @@ class Stage:
     shown: Shown
     environ: Mapping[str, str]
     deadline_s: float
-    aborted: Callable[[], bool]
+    over: Callable[[], bool]
     done: list[str] = field(default_factory=list)
     """What was done, for a person."""
     wrong: list[str] = field(default_factory=list)
@@ -94,10 +95,7 @@ class Stage:
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Wait for something; MissedError if it cannot come any more."""
-        return wait_until(condition, what, deadline_s=self.deadline_s, over=self._over)
-
-    def _over(self) -> bool:
-        return self.aborted() or not lock.held(self.store)
+        return wait_until(condition, what, deadline_s=self.deadline_s, over=self.over)
 
     def living(self, attempt: int | None = None) -> dict[str, Any] | None:
         """Return the living supervisor's note of an attempt; of the newest by default."""
@@ -204,16 +202,23 @@ def _damage(stage: Stage) -> None:
     if not pid or not send(pid, signal.SIGSTOP):
         raise MissedError("the attempt was over before it could be killed")
     newest = commits.steps(stage.store)[-1]
-    directory = stage.store.file(contract.step_dir(newest))
-    path = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    flip_bit(path)
-    stage.say(f"a bit of {path.relative_to(stage.store.path)} flipped")
+    _flip(stage, newest)
     stage.kill()
     send(pid, signal.SIGCONT)
     stage.until(lambda: stage.events("restored", 1) or stage.events("fresh", 1), "the next attempt had restored")
-    aside = [event["step"] for event in stage.events("set_aside", 1)]
-    if newest not in aside:
-        stage.wrong.append(f"the damaged checkpoint of step {newest} was not set aside")
+    _must_be_aside(stage, newest)
+
+
+def _flip(stage: Stage, step: int) -> None:
+    directory = stage.store.file(contract.step_dir(step))
+    path = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    flip_bit(path)
+    stage.say(f"a bit of {path.relative_to(stage.store.path)} flipped")
+
+
+def _must_be_aside(stage: Stage, step: int) -> None:
+    if step not in [event["step"] for event in stage.events("set_aside", 1)]:
+        stage.wrong.append(f"the damaged checkpoint of step {step} was not set aside")
 
 
 def flip_bit(path: Path) -> None:
@@ -293,9 +298,7 @@ def _outlive(stage: Stage) -> None:
     send(runner, signal.SIGKILL)  # a frozen node schedules nothing
     new = _start_elsewhere(stage)
     try:
-        wait_until(
-            lambda: stage.events("first_step", 1), "attempt 1 stepped", deadline_s=stage.deadline_s, over=stage.aborted
-        )
+        wait_until(lambda: stage.events("first_step", 1), "attempt 1 stepped", deadline_s=stage.deadline_s)
         before, at = set(commits.steps(stage.store)), time.time()
         for pid in old:
             send(pid, signal.SIGCONT)
@@ -304,7 +307,7 @@ def _outlive(stage: Stage) -> None:
         def both_over() -> bool:
             return new.poll() is not None and not any(processes.alive(pid) for pid in old)
 
-        wait_until(both_over, "both attempts had ended", deadline_s=stage.deadline_s, over=stage.aborted)
+        wait_until(both_over, "both attempts had ended", deadline_s=stage.deadline_s)
         _judge_old(stage, before, at)
     finally:
         if new.poll() is None:
@@ -360,4 +363,50 @@ ALL = (
     Scenario("storage", "storage fails for a while", (), _fail_storage),
     Scenario("node", "the whole node lost, then resumed", (KILLED,), _lose_node),
     Scenario("zombie", "an old attempt wakes up beside a new one", ("",), _outlive),
+)  # fmt: skip
+
+
+# On a cluster, which is not seen from here: the program's own faults, the run directory, and the scheduler's commands.
+
+
+def _requeue(stage: Stage) -> None:
+    """Have the scheduler take the job off its node and queue it again, as a preemption does."""
+    job = stage.until(lambda: slurm.jobs(stage.store), "the job was submitted")[-1]
+    wanted = stage.shown.save_every
+    stage.until(lambda: max(commits.steps(stage.store), default=0) >= wanted, f"step {wanted} was committed")
+    try:
+        scontrol.run("scontrol", "requeue", job)
+    except JobkitError as error:
+        raise MissedError(f"job {job} could not be requeued: {error}") from None
+    stage.say(f"scontrol requeue {job}")
+
+
+def _damage_between(stage: Stage) -> None:
+    """Flip a bit of the newest checkpoint while no attempt runs: the job waits in the queue."""
+    stage.until(lambda: leftovers.read_outcome(stage.store, 0), "attempt 0 had ended")
+    newest = commits.steps(stage.store)[-1]
+    _flip(stage, newest)
+    stage.until(lambda: stage.events("restored", 1) or stage.events("fresh", 1), "the next attempt had restored")
+    _must_be_aside(stage, newest)
+
+
+ON_SLURM = (
+    Scenario("requeue", "the job requeued in mid-run", (PREEMPTED,), _requeue, quick=True),
+    Scenario(
+        "notice", "notice in mid-run", (PREEMPTED,),
+        fault=lambda shown: f"step:{shown.middle}@0=TERM", quick=True,
+    ),
+    Scenario(
+        "notice-save", "notice while a save is written", (PREEMPTED,),
+        fault=lambda shown: f"during_write:{shown.hit_save}@0=TERM",
+    ),
+    Scenario("kill", "SIGKILL in mid-run", (KILLED,), fault=lambda shown: f"step:{shown.middle}@0"),
+    Scenario(
+        "kill-commit", "SIGKILL between data and commit", (KILLED,),
+        fault=lambda shown: f"before_rename:{shown.hit_save}@0", quick=True,
+    ),
+    Scenario(
+        "damage", "newest checkpoint damaged, SIGKILL", (KILLED,), _damage_between,
+        fault=lambda shown: f"step:{shown.middle}@0", quick=True,
+    ),
 )  # fmt: skip

@@ -23,12 +23,12 @@ from jobkit.drilled import Drill, drill_from
 from jobkit.ledger import attempt_events
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
-from launch import diagnosis, drill_card, scenarios
-from launch import drill as drill_
+from launch import diagnosis, drill_card, scenarios, verdict
 from launch.diagnosis import Diagnosis
-from launch.drill import Found, Result
 from launch.drive import Ending
 from launch.scenarios import Shown
+from launch.verdict import Found, Result
+from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tests/drill_scripts"
@@ -191,7 +191,7 @@ def test_judgement(
 ) -> None:
     """A notice may cost nothing, a kill a save interval, and every attempt has to end as it must."""
     found = Found(name, "text")
-    drill_.judge(found, named(name), wrote(tmp_path, *endings, resumed=resumed), SHOWN)
+    verdict.judge(found, named(name), wrote(tmp_path, *endings, resumed=resumed), SHOWN)
     assert [line for line in found.broken if broken in line] if broken else found.broken == []
     assert found.survived is not bool(broken)
 
@@ -384,4 +384,21 @@ def test_interrupted_drill_leaves_nothing(tmp_path: Path) -> None:
     from jobkit import processes
 
     assert not processes.with_environment(contract.ENV_RUN, str(tmp_path / "d/reference"))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    """On SLURM the job is requeued and killed where it runs, and ends with the reference's bits."""
+    arguments = ["--on", "slurm", "-p", "requeue5", "--steps", "40", "-j", "2", "--run", str(tmp_path / "d"), "--json"]
+    only = ["--only", "requeue", "--only", "kill-commit"]
+    done = drill(*arguments, *only, "--", "python", str(SCRIPTS / "sound.py"), cwd=tmp_path, **cluster.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert [(each["name"], each["identical"]) for each in told["scenarios"]] == [
+        ("requeue", True),
+        ("kill-commit", True),
+    ]
+    assert "scontrol requeue" in told["scenarios"][0]["done"][0]
+    assert cluster.run("squeue", "--noheader").strip() == ""
     assert not (tmp_path / "d").exists()
