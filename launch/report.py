@@ -245,7 +245,8 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
     if cancelled:
         return State.CANCELLED, cancel_reason(store), "gone"
     if job is not None and job.state == "CANCELLED":
-        return State.CANCELLED, f"job {job.id} was cancelled", "gone"
+        by = f" {job.reason}" if job.reason.startswith("by ") else ""
+        return State.CANCELLED, f"job {job.id} was cancelled{by}", "gone"
     if job is None:
         gone = "the local runner is gone"
     elif job.id:

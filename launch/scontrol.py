@@ -5,15 +5,17 @@ Sources: scontrol(1), squeue(1); what a job sees on each event was measured on a
 """
 
 import enum
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
+from launch import sweep
 
 _COMMAND_S = 30.0
 """SLURM's own message timeout is 10 s; a controller that restarts answers later."""
@@ -40,7 +42,13 @@ def run(*command: str) -> str:
         raise ConfigError(f"{command[0]} is not on PATH: run this on a login node of the cluster")
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, errors="replace"
+            command,
+            env=os.environ | {"SLURM_BITSTR_LEN": "0"},  # the tasks of an array are never abbreviated
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_COMMAND_S,
+            errors="replace",
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} has not answered for {_COMMAND_S:.0f} s") from None
@@ -93,6 +101,38 @@ def parse_queue(printed: str) -> list[Job]:
         Job(job.strip(), state, "" if reason == "None" else reason, "" if comment == "(null)" else comment)
         for job, state, reason, comment in fields
     ]
+
+
+def accounted(jobs: Iterable[str]) -> dict[str, Job]:
+    """Ask the accounting once how jobs ended that SLURM itself has forgotten; nothing where there is no accounting."""
+    numbers = sorted({number(job) for job in jobs} - {-1})
+    if not numbers:
+        return {}
+    try:
+        asked = ("--noheader", "--parsable2", "--allocations", "--format=JobID,State")
+        return parse_accounts(run("sacct", *asked, f"--jobs={','.join(map(str, numbers))}"))
+    except JobkitError:  # "Slurm accounting storage is disabled", or its database does not answer
+        return {}
+
+
+def parse_accounts(printed: str) -> dict[str, Job]:
+    """Read sacct's lines of JobID and State, those of jobs that have ended.
+
+    A state may say more, as in 'CANCELLED by 1000'; tasks of an array that never started share a line: '7_[3-5]'. What
+    it calls PENDING or RUNNING is left out: `squeue` would know of it, so the accounting has not heard the end.
+    """
+    found = {}
+    for line in printed.splitlines():
+        name, _, state = line.strip().partition("|")
+        state, _, more = state.partition(" ")
+        head, bracket, tasks = name.partition("_[")
+        parts = tasks.partition("]")[0].partition("%")[0].split(",")
+        numbers = sweep.expand(",".join(part for part in parts if re.fullmatch(r"\d+(-\d+)?", part)))
+        for job in [f"{head}_{task}" for task in numbers] if bracket else [name]:
+            told = Job(job, state.rstrip("+"), more)
+            if number(job) >= 0 and state and not told.active:
+                found[job] = told
+    return found
 
 
 def number(job: str) -> int:

@@ -48,6 +48,8 @@ FOLDER = "slurm"
 """Where the job's script and its own output lie, in the run directory."""
 WARNING_S = 60.0
 """SLURM looks at time limits every 30 s: the warning is asked for this much before the grace has to begin."""
+WAKER = "jobkit-wake "
+"""Begins the comment of a job that is none of a run's own but helps one to start, before the run's URL."""
 _POLL_S = 0.5
 
 
@@ -78,7 +80,7 @@ def submit(spec: JobSpec) -> Store:
     """
     check(spec.sbatch, grace_s=spec.grace_s)
     with new_run(prepare(spec), BACKEND) as (store, spec, lock):
-        _sbatch(store, spec, points=range(sweep.count(spec.sweep)))
+        sbatch(store, spec, points=range(sweep.count(spec.sweep)))
     lock.close()
     return store
 
@@ -176,7 +178,7 @@ def _executor(spec: JobSpec, store: Store, points: Iterable[int]) -> Any:
     return executor
 
 
-def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points: Iterable[int] = ()) -> str:
+def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points: Iterable[int] = ()) -> str:
     """Submit a job for a run, or an array for points of a sweep, and write it down; return its number.
 
     Raises:
@@ -189,7 +191,7 @@ def _sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, point
     if dependency:
         executor.parameters["dependency"] = dependency
     said = io.StringIO()
-    with _clean_environment(), contextlib.redirect_stderr(said):  # submitit prints what sbatch said, and raises less
+    with clean_environment(), contextlib.redirect_stderr(said):  # submitit prints what sbatch said, and raises less
         try:
             job = executor._submit_command(command(store)).job_id
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
@@ -213,7 +215,7 @@ def _said(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Any:
+def clean_environment() -> Any:
     """Hide what belongs to a run that this process is part of: sbatch hands the environment on."""
     ours = [name for name in os.environ if name in (*OURS, *_SLURM_OURS) or name.startswith("SLURM_ARRAY_")]
     hidden = {name: os.environ.pop(name) for name in ours}
@@ -225,78 +227,6 @@ def _clean_environment() -> Any:
 
 _SLURM_OURS = ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_NTASKS", "SLURM_NPROCS")
 """Of the job that a successor is submitted from: srun would take them for orders."""
-
-
-def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> str:
-    """Have a run go on after its job without some nodes; return what was done, for the ledger.
-
-    As many of the nodes are left out, the worst first, as leave enough that are up: a job that waits for a node to come
-    back might wait for ever.
-
-    Raises:
-        ConfigError: If not even the worst can be spared.
-    """
-    for count in range(len(avoid), 0, -1):
-        if _could_start(_without(spec, avoid[:count])):
-            successor = _sbatch(store, _without(spec, avoid[:count]), dependency=f"afterany:{job}")
-            return f"submitted job {successor} after job {job}, without {', '.join(avoid[:count])}"
-    raise ConfigError(f"SLURM has not enough nodes that are up, without {avoid[0]}")
-
-
-def _could_start(spec: JobSpec) -> bool:
-    """Ask SLURM whether a job could ever start on the nodes that are up now; submits nothing."""
-    flags = [f"--{name}={value}" if value else f"--{name}" for name, value in spec.sbatch.items()]
-    with _clean_environment():
-        try:
-            scontrol.run("sbatch", "--test-only", "--output=/dev/null", *flags, "--wrap=true")
-        except JobkitError:
-            return False
-    return True
-
-
-def _without(spec: JobSpec, avoid: Sequence[str]) -> JobSpec:
-    given = spec.sbatch.get("exclude")
-    names = ",".join([*([given] if given else []), *avoid])
-    return msgspec.structs.replace(spec, sbatch=spec.sbatch | ({"exclude": names} if names else {}))
-
-
-def again(store: Store, spec: JobSpec, job: str, *, running: bool, avoid: Sequence[str] = ()) -> str:
-    """Have a run go on after its job: a requeue, or a successor where that starts sooner; called inside the job.
-
-    A successor looks, when it starts, whether a person cancelled the job before it.
-
-    Args:
-        store: The run.
-        spec: What was submitted.
-        job: The job that has to end.
-        running: Whether SLURM lets it run yet; a job that is being ended is never requeued, since that would undo a
-            person's cancel.
-        avoid: Nodes that a successor leaves out, if SLURM has others.
-
-    Returns:
-        What was done, for the ledger.
-
-    Raises:
-        JobkitError: If SLURM refuses both.
-    """
-    why = "since this one is being ended"
-    if avoid:
-        with contextlib.suppress(ConfigError):
-            return elsewhere(store, spec, job, avoid)
-    if running:
-        try:
-            hold_s = scontrol.hold_s()
-            if hold_s <= _SHORT_HOLD_S:
-                scontrol.requeue(job)
-                return f"requeued job {job}"
-            why = f"since a requeue is held back for {show_duration(hold_s)}"
-        except SlurmError as error:
-            why = f"since it cannot be requeued ({error})"
-    successor = _sbatch(store, spec, dependency=f"afterany:{job}")
-    return f"submitted job {successor} after job {job}, {why}"
-
-
-_SHORT_HOLD_S = 15.0
 
 
 def jobs(store: Store) -> list[str]:
@@ -332,7 +262,8 @@ def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
 def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
     """Return the job that counts, by the run's URL: the newest that is active, else the newest.
 
-    A job that SLURM has forgotten has the state GONE; where SLURM does not answer it is UNKNOWN.
+    A job that SLURM has forgotten is as the accounting says, GONE without one; where SLURM does not answer it is
+    UNKNOWN.
     """
     try:
         known = queued([store for store in stores if report.last_life_event(store).get("event") != "ended"])
@@ -345,7 +276,10 @@ def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
         active = [job for job in table if job.active]
         forgotten = Job((jobs(store) or [""])[-1], "GONE")
         found[store.url] = active[-1] if active else table[-1] if table else forgotten
-    return found
+    # Of those whose end is not written down; SLURM forgets a job minutes after its end, its accounting does not.
+    gone = [store.url for store in stores if store.url in known and found[store.url].state == "GONE"]
+    told = scontrol.accounted(found[url].id for url in gone)
+    return found | {url: told[found[url].id] for url in gone if found[url].id in told}
 
 
 def _status(stores: Sequence[Store]) -> dict[str, State]:
@@ -378,7 +312,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
         if specs.exists(one):
             attempts, committed = len(one.numbers(contract.ATTEMPTS)), leftovers.committed_step(one)
             record(one, "resumed", by=who(), attempts=attempts, committed=committed)
-    _sbatch(store, spec, points=[members.index(one) for one in left])
+    sbatch(store, spec, points=[members.index(one) for one in left])
     return State.QUEUED
 
 
@@ -442,6 +376,8 @@ def _stop(members: Sequence[Store], *, grace_s: float, wait: bool, progress: Cal
     """End the jobs of runs; return when none is left, or at once."""
     asked = time.monotonic()
     told: set[str] = set()
+    wakers = {f"{WAKER}{one.url}" for one in members}
+    _tell([job.id for job in scontrol.queue() if job.active and job.comment in wakers])
     while True:
         active = {job.id: job for table in queued(members).values() for job in table if job.active}
         if not active:

@@ -15,11 +15,11 @@ from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
-from launch import leftovers, nodes, report, restart, scontrol, slurm, sweep
+from launch import leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
 from launch.job_runner import JobRunner
 from launch.runner import free_port
-from launch.scontrol import Cause, SlurmError
+from launch.scontrol import Cause, Job, SlurmError
 from launch.spec import JobSpec
 from launch.submission import OURS, begin_point, open_run
 
@@ -43,6 +43,7 @@ class SlurmRunner(JobRunner):
         self._restarts = restarts
         self._secured = ""
         """What makes the run go on after this job, once that is arranged."""
+        self._lifted = False
 
     def _listen(self) -> None:
         super()._listen()
@@ -89,6 +90,7 @@ class SlurmRunner(JobRunner):
             told = {"action": decision.action, "delay_s": decision.delay_s, "reason": reason, "cause": why}
             self._ledger.append("decision", **told, job=self._job, durable=True)
         if why is Cause.REQUEUED:
+            self._lift_hold()
             return self._leave("SLURM starts the job again", Exit.PREEMPTED)
         if not decision.restart:
             return self._end(decision.state, decision.reason)
@@ -126,7 +128,7 @@ class SlurmRunner(JobRunner):
         if not bad or bad[0] not in here:
             return False
         try:
-            self._secured = slurm.elsewhere(self._store, self._spec, self._job, bad)
+            self._secured = slurm_again.elsewhere(self._store, self._spec, self._job, bad)
         except JobkitError as error:
             print(f"jobkit: stays on {', '.join(bad)}, which failed it: {error}", file=sys.stderr, flush=True)
             return False
@@ -137,8 +139,20 @@ class SlurmRunner(JobRunner):
         """Arrange, once, that the run goes on after this job."""
         if not self._secured:
             bad = nodes.avoid(report.events(self._store), time.time())
-            self._secured = slurm.again(self._store, self._spec, self._job, running=running, avoid=bad)
+            self._secured = slurm_again.again(self._store, self._spec, self._job, running=running, avoid=bad)
             self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
+
+    def _lift_hold(self) -> None:
+        """See to it, once, that the job, which SLURM has requeued, is not held back for minutes."""
+        for _ in range(0 if self._lifted else 3):  # SLURM's SIGTERM may hit sbatch too
+            try:
+                waker = slurm_again.wake(self._store, self._spec, self._job)
+                self._lifted = True
+                if waker is not None:
+                    self._ledger.append("waker", job=self._job, id=waker, durable=True)
+                return
+            except JobkitError as error:
+                print(f"jobkit: the job is held back for a while: {error}", file=sys.stderr, flush=True)
 
     def _superseded(self) -> str | None:
         """Name what has taken over from this job: a later job of the run, or an attempt that it did not start."""
@@ -156,6 +170,8 @@ class SlurmRunner(JobRunner):
             why = self._cause()
             if why in (Cause.TIME_LIMIT, Cause.GONE):
                 self._secure(running=False)
+            elif why is Cause.REQUEUED:
+                self._lift_hold()
         except JobkitError as error:
             print(f"jobkit: {error}", file=sys.stderr, flush=True)
 
@@ -198,8 +214,8 @@ class SlurmRunner(JobRunner):
         before = str(life[mine - 1]["id"])
         try:
             state = scontrol.show_job(before).get("JobState", "")
-        except JobkitError:
-            return None
+        except JobkitError:  # SLURM has forgotten it: this job has waited for long
+            state = scontrol.accounted([before]).get(before, Job(before, "")).state
         return f"job {before} was cancelled (scancel)" if state == "CANCELLED" else None
 
     def _over(self) -> tuple[State, str] | None:

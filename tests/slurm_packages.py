@@ -15,6 +15,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge"]
+ACCOUNTING = ("slurmdbd", "mariadbd", "sacct")
+ACCOUNTING_PACKAGES = ["slurmdbd", "mariadb-server-core"]
 USUAL = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/slurm/sbin", "/opt/slurm/bin"]
 HOW = "install SLURM with munge (Debian, Ubuntu: apt-get install slurm-wlm munge) or set JOBKIT_SLURM"
 
@@ -46,6 +48,16 @@ def find() -> Slurm | None:
     return installed() or unpacked(cache())
 
 
+def accounting() -> Slurm | None:
+    """Return an unpacked SLURM that comes with its accounting and a database for it, None if there is none."""
+    root = cache()
+    found = unpacked(root)
+    programs = {name: str(root / "bin" / name) for name in ACCOUNTING}
+    if found is None or not all(os.access(program, os.X_OK) for program in programs.values()):
+        return None
+    return Slurm(found.programs | programs, found.environment, found.plugins)
+
+
 def installed() -> Slurm | None:
     """Return the SLURM that is installed on this machine, if all of it is."""
     path = os.pathsep.join([*os.environ.get("PATH", "").split(os.pathsep), *USUAL])
@@ -64,7 +76,8 @@ def unpacked(root: Path) -> Slurm | None:
     plugins = next(iter(sorted(root.glob("usr/lib/*/slurm-wlm"))), None)
     if plugins is None or not all(os.access(program, os.X_OK) for program in programs.values()):
         return None
-    libraries = [str(plugins.parent), str(plugins), os.environ.get("LD_LIBRARY_PATH", "")]
+    more = root / "lib" / plugins.parent.name
+    libraries = [str(plugins.parent), str(plugins), str(more), os.environ.get("LD_LIBRARY_PATH", "")]
     path = os.pathsep.join([str(root / "bin"), os.environ.get("PATH", os.defpath)])
     return Slurm(programs, {"PATH": path, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries))}, str(plugins))
 
@@ -93,8 +106,9 @@ def unpack(root: Path) -> None:
 def download(directory: Path, options: list[str]) -> None:
     """Download the packages that installing SLURM would bring."""
     directory.mkdir(exist_ok=True)
-    plan = apt(directory, *options, "install", "--simulate", "--no-install-recommends", *PACKAGES)
-    names = {*PACKAGES, *re.findall(r"^Inst (\S+)", plan, re.MULTILINE)}
+    wanted = [*PACKAGES, *ACCOUNTING_PACKAGES]
+    plan = apt(directory, *options, "install", "--simulate", "--no-install-recommends", *wanted)
+    names = {*wanted, *re.findall(r"^Inst (\S+)", plan, re.MULTILINE)}
     apt(directory, *options, "-oAPT::Sandbox::User=", "download", *sorted(names))
 
 
@@ -112,7 +126,7 @@ def link(root: Path) -> None:
     for directory in ("usr/sbin", "usr/bin"):
         for program in sorted((root / directory).iterdir()):
             name = program.name.removesuffix("-wlm")
-            if re.fullmatch(r"munged?|unmunge|s[a-z]+", name) and not (root / "bin" / name).is_symlink():
+            if re.fullmatch(r"munged?|unmunge|mariadbd|s[a-z]+", name) and not (root / "bin" / name).is_symlink():
                 real = program if program.exists() else program.with_name(f"{name}-wlm")
                 (root / "bin" / name).symlink_to(Path("..") / directory / real.name)
 
@@ -121,7 +135,7 @@ def main(stamp: str | None = None) -> int:
     """Provide SLURM and say so in one line; where it cannot be had, only CI fails."""
     try:
         done = "found"
-        if find() is None:
+        if find() is None or (installed() is None and accounting() is None):
             if not (shutil.which("apt-get") and shutil.which("dpkg")):
                 raise OSError("it is not on this machine, and only Debian's and Ubuntu's packages are unpacked")
             unpack(cache())

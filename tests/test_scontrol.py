@@ -86,6 +86,23 @@ def test_a_comment_may_hold_anything(comment: str, number: int) -> None:
     assert (job.id, job.state) == (str(number), "RUNNING")
 
 
+def test_accounts() -> None:
+    """Ends are told apart, tasks that share a line get it each, and what has not ended by the accounts is left out."""
+    found = scontrol.parse_accounts((RECORDED / "sacct-22.05.txt").read_text())
+    cancelled = {f"94019_{task}": ("CANCELLED", "by 0") for task in (0, 2, 3)}
+    ended = {"94020": "FAILED", "94021": "COMPLETED", "94022": "FAILED", "94023": "NODE_FAIL", "94025": "PREEMPTED"}
+    told = {job: (one.state, one.reason) for job, one in found.items()}
+    assert told == cancelled | {job: (state, "") for job, state in ended.items()}
+    assert scontrol.parse_accounts("7|CANCELLED+\n8.batch|COMPLETED\n\n9|RUNNING\n|x")["7"].state == "CANCELLED"
+    assert scontrol.parse_accounts("7_[1,3-4,...%5]|FAILED").keys() == {"7_1", "7_3", "7_4"}
+
+
+@given(st.text(string.printable))
+def test_accounts_may_say_anything(printed: str) -> None:
+    """Whatever sacct prints, nothing that is still active comes out of it."""
+    assert not [job for job in scontrol.parse_accounts(printed).values() if job.active]
+
+
 def test_hold() -> None:
     """How long a requeued job is held back, with cred_expire set, by default, and too short to count."""
     config = (RECORDED / "show_config-22.05.txt").read_text()

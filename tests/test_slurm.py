@@ -374,6 +374,45 @@ def test_a_cancelled_job_has_no_successor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_hold_after_slurm_s_own_requeue_is_lifted(tmp_path: Path, undisturbed: str) -> None:
+    """Preempted without grace where SLURM holds a requeued job back for 120 s: it runs again within seconds."""
+    with Cluster(nodes=2, cred_expire_s=120) as cluster:
+        login = Login(cluster, tmp_path)
+        job = login.submit("-p", "requeue0", pause_s=0.1)
+        login.until_step(12)
+        begun = time.monotonic()
+        preempt(login, job)
+        login.until(lambda told: told["attempt"] == 1 and told["phase"] == "stepping", 90)
+        assert time.monotonic() - begun < 90
+        login.check_end(undisturbed)
+        assert login.status()["job"] == job
+        assert [outcome["outcome"] for outcome in login.outcomes()] == ["preempted", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["jobkit cancel", "scancel"])
+def test_a_lifted_hold_undoes_no_cancel(how: str, tmp_path: Path) -> None:
+    """A job cancelled between SLURM's requeue and the end of its hold stays cancelled, and nothing of it is left."""
+    with Cluster(nodes=2, cred_expire_s=120) as cluster:
+        login = Login(cluster, tmp_path)
+        job = login.submit("-p", "requeue0", pause_s=0.3)
+        login.until_step(3)
+        requeue(login, job)
+        cluster.wait(
+            lambda: "jobkit-wake" in cluster.run("squeue", "--noheader", "--format=%j"), "the waker is submitted", 30
+        )
+        if how == "scancel":
+            cluster.run("scancel", job)
+        else:
+            login.jobkit("cancel", "run")
+        told = login.until(lambda told: told["state"] not in ("queued", "running", "requeued"), 60)
+        assert told["state"] == "cancelled", told
+        login.until_no_job()
+        assert len(login.store.numbers(contract.ATTEMPTS)) == 1
+        assert login.status()["state"] == "cancelled"
+
+
+@pytest.mark.slow
 def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes without a shared disk and a login node with neither: preempted, it goes on elsewhere, bit-equal."""
     (login.home / "train.py").write_text(SCRIPT)

@@ -1,7 +1,9 @@
 """From a preemption until the program runs again, where SLURM holds requeued jobs back for its default of 120 s.
 
-Both jobs run on one private cluster and are preempted for a second by a job of higher priority: jobkit's beside
-submitit's own, whose checkpointing SLURM's default signal never reaches. Run: python -m tests.benchmarks.requeue
+The jobs run on one private cluster and are preempted for a second by a job of higher priority: jobkit's, with a grace
+period and without, beside submitit's own, whose checkpointing SLURM's default signal never reaches.
+
+Run: python -m tests.benchmarks.requeue
 """
 
 import json
@@ -61,14 +63,14 @@ def _dead_time(cluster: Cluster, beats: Path, job: str) -> float:
     return max(later - earlier for earlier, later in pairwise(times))
 
 
-def _jobkit(cluster: Cluster, work: Path, run: Callable[..., str]) -> float:
+def _jobkit(cluster: Cluster, work: Path, run: Callable[..., str], partition: str) -> float:
     (work / "train.py").write_text(_PROGRAM)
-    told = run("-m", "launch", "submit", "--on", "slurm", "-p", "requeue5", "--run", "run", "--json", "--",
-               "python", "train.py", str(work / "jobkit.txt"))  # fmt: skip
+    told = run("-m", "launch", "submit", "--on", "slurm", "-p", partition, "--run", partition, "--json", "--",
+               "python", "train.py", str(work / f"{partition}.txt"))  # fmt: skip
     try:
-        return _dead_time(cluster, work / "jobkit.txt", json.loads(told)["job"])
+        return _dead_time(cluster, work / f"{partition}.txt", json.loads(told)["job"])
     finally:
-        run("-m", "launch", "cancel", "run")
+        run("-m", "launch", "cancel", partition)
 
 
 def _submitit(cluster: Cluster, work: Path, run: Callable[..., str]) -> float:
@@ -78,7 +80,7 @@ def _submitit(cluster: Cluster, work: Path, run: Callable[..., str]) -> float:
 
 
 def main() -> int:
-    """Measure both and print a table; return 1 if jobkit is not the faster."""
+    """Measure them and print a table; return 1 if jobkit is not the faster."""
     console = Console()
     if slurm_packages.find() is None:
         console.print(f"left out: {slurm_packages.HOW}")
@@ -91,13 +93,15 @@ def main() -> int:
                 [sys.executable, *words], cwd=made, env=environ, check=True, capture_output=True, text=True
             ).stdout
 
-        ours, theirs = _jobkit(cluster, Path(made), run), _submitit(cluster, Path(made), run)
+        ours, at_once = (_jobkit(cluster, Path(made), run, partition) for partition in ("requeue5", "requeue0"))
+        theirs = _submitit(cluster, Path(made), run)
     table = Table("preempted, requeue held back 120 s", "dead time s", title="requeue")
-    table.add_row("jobkit (a successor job)", f"{ours:.1f}")
+    table.add_row("jobkit, 5 s of grace (a successor job)", f"{ours:.1f}")
+    table.add_row("jobkit, no grace (SLURM's requeue, its hold lifted)", f"{at_once:.1f}")
     table.add_row("submitit (SLURM's requeue)", f"{theirs:.1f}")
     console.print(table)
-    console.print(f"ratio {ours / theirs:.2f}")
-    return 0 if ours < theirs else 1
+    console.print(f"ratio {max(ours, at_once) / theirs:.2f}")
+    return 0 if max(ours, at_once) < theirs else 1
 
 
 if __name__ == "__main__":
