@@ -194,6 +194,7 @@ th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 .box { background: var(--box); border-left: 3px solid var(--warn); padding: 8px 16px; margin: 16px 0;
        overflow-wrap: anywhere }
+td:first-child { min-width: 150px } @media (max-width: 600px) { body { padding: 14px } th, td { font-size: 13px } }
 .small { font-size: 13px } ul { margin: 4px 0; padding-left: 20px }
 """
 

@@ -28,6 +28,7 @@ from launch.diagnosis import Diagnosis
 from launch.drive import Ending
 from launch.scenarios import Shown
 from launch.verdict import Found, Result
+from tests import browser
 from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +281,24 @@ def test_page() -> None:
     assert "unsaved RNG: key in a.py:main" in text
     assert not re.search(r"<script|<link|<img|src=|url\(|@import|http", text)
     assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(tmp_path: Path) -> None:
+    """Light, dark and on a phone: no request to anywhere, no complaint, no sideways scrolling."""
+    program = browser.find()
+    if program is None:
+        pytest.skip(f"Chromium is missing: {browser.HOW}")
+    path, colors = tmp_path / "card.html", []
+    path.write_text(drill_card.page(result()))
+    with browser.Browser(program) as running:
+        for width, dark in ((1100, False), (1100, True), (390, False)):
+            running.open(path, width=width, dark=dark)
+            assert running.requests() == []
+            assert running.complaints() == []
+            assert running.evaluate("document.documentElement.scrollWidth") <= width
+            colors.append(running.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert colors[0] == colors[2] != colors[1]
 
 
 def test_document() -> None:
