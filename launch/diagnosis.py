@@ -155,12 +155,16 @@ def _lost(undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
             "changed", wrong[0], "call resume() after everything that sets the parts' initial values",
             [f"at step {at}, restored and before the first step, {len(wrong)} leaves are not as they were saved"],
         )  # fmt: skip
-    suspects = [_global(name, title, undisturbed, resumed, at) for name, title in _GLOBALS]
-    suspects += [_variable(name, undisturbed, resumed, at) for name in then["outside"]]
+    # The program's own generators first: a library may draw from a global one without any effect on the training.
+    suspects = [_variable(name, undisturbed, resumed, at) for name in then["outside"]]
+    suspects += [_global(name, title, undisturbed, resumed, at) for name, title in _GLOBALS]
     likely = sorted((one for one in suspects if one is not None), key=lambda one: _ORDER.index(one.cause))
-    if likely and likely[0].cause != "counter":
-        return likely[0]
-    return _other_batch(undisturbed, resumed, at) or (likely[0] if likely else None)
+    found = likely[0] if likely and likely[0].cause != "counter" else _other_batch(undisturbed, resumed, at)
+    found = found or (likely[0] if likely else None)
+    others = [one.what for one in likely if found is not None and one.what != found.what]
+    if found is not None and others:
+        found.evidence.append(f"also another after the restart: {', '.join(others[:5])}")
+    return found
 
 
 _ORDER = ("rng", "data", "part", "counter")

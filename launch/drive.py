@@ -112,7 +112,9 @@ class Ending:
 def ending_of(store: Store, attempt: int) -> Ending:
     """Read from the ledger how an attempt ended."""
     outcome = leftovers.read_outcome(store, attempt) or {}
-    following = ledger.attempt_events(store, attempt + 1)
+    later = [number for number in store.numbers(contract.ATTEMPTS) if number > attempt]
+    # The next one may have died before it had restored anything.
+    following = [event for number in later for event in ledger.attempt_events(store, number)]
     begun: Event = next((event for event in following if event["event"] in ("restored", "fresh")), {})
     first_step = next((event for event in following if event["event"] == "first_step"), None)
     restart_s = None

@@ -153,13 +153,13 @@ def test_probe_sees_what_is_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 SHOWN = Shown(run="r/reference", steps=60, step_s=0.1, start_s=3.0, save_s=0.2, save_every=15, pace_s=0.0)
 
 
-def wrote(path: Path, *endings: tuple[str, int], resumed: tuple[int, ...] = ()) -> Store:
-    """Write a run whose attempts ended so: outcome and step; `resumed` is where the later ones went on."""
+def wrote(path: Path, *endings: tuple[str, int], resumed: tuple[int | None, ...] = ()) -> Store:
+    """Write a run whose attempts ended so: outcome and step; `resumed` is where the later ones went on, if they did."""
     store = Store(path / "run")
     for attempt, (outcome, step) in enumerate(endings):
         told = {"outcome": outcome, "step": step, "reason": "why", "ended": 10.0}
         store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
-        if attempt:
+        if attempt and resumed[attempt - 1] is not None:
             event = {"t": 12.0, "event": "restored", "step": resumed[attempt - 1]}
             store.write(f"attempts/{attempt}/events-0.jsonl", json.dumps(event) + "\n")
     store.write("checkpoints/60/commit.json", "{}")
@@ -181,7 +181,8 @@ def named(name: str) -> scenarios.Scenario:
         ("kill", [("killed", 37), ("done", 60)], (30,), ""),
         ("kill", [("killed", 37), ("done", 60)], (15,), "22 steps were lost on a kill, and a save interval is 15"),
         ("damage", [("killed", 37), ("done", 60)], (15,), ""),
-        ("twice", [("killed", 37), ("killed", -1), ("done", 60)], (30, 30), ""),
+        ("twice", [("killed", 37), ("killed", -1), ("done", 60)], (None, 30), ""),
+        ("twice", [("killed", 37), ("killed", -1), ("done", 60)], (None, 0), "37 steps were lost on a kill"),
         ("notice-end", [("done", 60)], (), ""),
         ("notice-end", [("preempted", 59), ("done", 60)], (59,), "it took 2 attempts and should have taken 1"),
         ("zombie", [("storage", 37), ("done", 60)], (30,), ""),
@@ -241,6 +242,29 @@ def test_generator_comes_before_counter() -> None:
     found = diagnosis._lost(one, one | {30: at(30, "!")}, 30)
     assert found is not None
     assert found.name == "unsaved RNG: key in a.py:main"
+    assert found.evidence[-1] == "also another after the restart: count in a.py:main"
+
+
+def test_data_that_hides_its_position() -> None:
+    """Where the iterator cannot be looked into, the batch of the first resumed step tells."""
+    one = {step: seen(step) for step in (0, 30)}
+    one[31] = seen(31, outside={"batch in a.py:main": ["array", "b31"], "loss in a.py:main": ["array", "l31"]})
+    two = {
+        30: seen(30),
+        31: seen(31, outside={"batch in a.py:main": ["array", "b0"], "loss in a.py:main": ["array", "l"]}),
+    }
+    found = diagnosis._lost(one, two, 30)
+    assert found is not None
+    assert found.name == "unsaved data position: batch in a.py:main"
+
+
+def test_part_that_is_changed_after_its_restore() -> None:
+    """A leaf that is not what was saved, before the first step, comes before everything else."""
+    one = {step: seen(step, outside={"key in a.py:main": ["rng", str(step)]}) for step in (0, 1, 30, 31)}
+    two = {30: seen(30, outside={"key in a.py:main": ["rng", "x"]}, parts={"params/w": "w0"})}
+    found = diagnosis._lost(one, two, 30)
+    assert found is not None
+    assert found.name == "a part that is changed after it was restored: params/w"
 
 
 # What it shows.
