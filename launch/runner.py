@@ -30,8 +30,9 @@ POLL_S = 0.1
 """How often cancel.json is looked for."""
 _CLAIM_S = 20.0
 """How long a bucket may take to give an attempt its number."""
-_FOLLOW_S = 10.0
-"""How long the other processes of an attempt may go on when one of them has ended badly."""
+_FOLLOW_S = 6.0
+"""How long the other processes of an attempt may go on when one of them has ended badly: without it they can commit
+nothing, and most hang in a collective."""
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

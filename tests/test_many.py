@@ -80,7 +80,7 @@ def test_one_never_joins_a_collective(project: Project) -> None:
 @pytest.mark.slow
 def test_one_of_four_is_killed(project: Project) -> None:
     """SIGKILL of one of four processes: within 15 s the next attempt runs, and the log's last line says who died."""
-    store = submit(project, 4, "none", 60)
+    store = submit(project, 4, "none", 30, grace_s=30.0)
     until_committed(store, 10)
     _, program = program_of(store, 2)
     killed_at = time.time()
@@ -98,7 +98,7 @@ def test_one_of_four_is_killed(project: Project) -> None:
 @pytest.mark.slow
 def test_one_supervisor_of_two_is_killed(project: Project) -> None:
     """SIGKILL of one process's supervisor is a notice to all: they commit one step and the run goes on."""
-    store = submit(project, 2, "none", 60)
+    store = submit(project, 2, "none", 40)
     until_committed(store, 10)
     supervisor, _ = program_of(store, 1)
     os.kill(supervisor, signal.SIGKILL)
