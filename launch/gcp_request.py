@@ -8,6 +8,7 @@ from jobkit.storage import Store
 from launch import vm_job
 from launch.cloud import RETRIED, STOP_S, Cloud
 from launch.spec import JobSpec
+from launch.vm_job import COMMAND
 
 OURS, LABEL = "jobkit", "jobkit-run"
 """Labels of every job of ours; the second one's value is the run's part of the job's id."""
@@ -89,8 +90,8 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
     options = f"--network host --stop-timeout {STOP_S:.0f} --shm-size 8g"
     container = {
         "imageUri": cloud.image,
-        "entrypoint": "python",
-        "commands": ["-P", "-m", "launch.vm_job", store.url],
+        "entrypoint": COMMAND[0],
+        "commands": [*COMMAND[1:], store.url],
         "options": options + (" --gpus all" if has_gpu else ""),
     }
     environment: dict[str, Any] = {"variables": cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: "gcp"}}

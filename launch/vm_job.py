@@ -26,6 +26,9 @@ from launch.job_runner import JobRunner
 from launch.spec import JobSpec
 from launch.submission import OURS, open_run
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.vm_job")
+"""What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
 ENV_JOB = "JOBKIT_JOB"
 """The job's id, as the submit chose it."""
 ENV_BACKEND = "JOBKIT_BACKEND"
@@ -123,7 +126,7 @@ class VmRunner(JobRunner):
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    """Serve a stop that comes before there is anything to save; as PID 1 we would not even hear it."""
+    """Serve a stop that comes before there is anything to save."""
     os._exit(Exit.PREEMPTED)
 
 
@@ -133,7 +136,9 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: The run.
     """
-    signal.signal(signal.SIGTERM, _leave_at_once)
+    for number in _STOPPING:
+        signal.signal(number, _leave_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     job, backend = os.environ.get(ENV_JOB), os.environ.get(ENV_BACKEND, "")
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")

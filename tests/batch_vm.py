@@ -67,7 +67,7 @@ class Process:
 
     def __init__(self, vm: Vm, log: Path) -> None:
         words = [vm.container.get("entrypoint", ""), *vm.container.get("commands", [])]
-        command = [sys.executable if word == "python" else word for word in words if word]
+        command = [sys.executable if word == "python3" else word for word in words if word]
         image = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(vm.disk), "TMPDIR": str(vm.disk)}
         caches = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")}
         self._mark = secrets.token_hex(8)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,9 @@ import os, sys
 from tests import training
 training.train(os.environ["JOBKIT_RUN"], pause_s=float(sys.argv[1]))
 """
-URL = "gs://bucket/runs/one"
+NAME = f"one-{secrets.token_hex(4)}"
+"""Another one in each test process: the processes of a run are found on the whole machine, by its URL."""
+URL = f"gs://bucket/runs/{NAME}"
 
 
 class Desk:

@@ -16,11 +16,13 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import batch_v1
 
 from jobkit import contract, processes
-from launch import gcp_request, report, submission
-from launch.cloud import RETRIED
+from jobkit.storage import Store
+from launch import gcp, gcp_request, report, submission, vm_job
+from launch.cloud import RETRIED, Cloud
+from launch.spec import JobSpec
 from tests import training
 from tests.batch_server import BatchServer, Job, RefusedError, checked
-from tests.desk import TRAIN, URL, Desk
+from tests.desk import NAME, TRAIN, URL, Desk
 from tests.gcs_server import GcsServer
 
 GCP = ("submit", "--on", "gcp", "--region", "us-central1", "--image", "registry/train:1", "--run", URL)
@@ -91,7 +93,7 @@ def test_preempted_twice(desk: Desk, batch: BatchServer, undisturbed: str) -> No
     assert set(stopped[:2]) <= seen, "what an attempt committed was not in the bucket when its VM was gone"
     assert desk.committed()[-1] == training.STEPS
     assert training.digest(desk.fetched()) == undisturbed
-    assert json.loads(desk.gcs.read("runs/one/run.json"))["spec"]["price_per_hour"] == 0.5
+    assert json.loads(desk.gcs.read(f"runs/{NAME}/run.json"))["spec"]["price_per_hour"] == 0.5
 
 
 @pytest.mark.slow
@@ -175,7 +177,7 @@ def test_cancel_of_what_waits(desk: Desk, batch: BatchServer) -> None:
     desk.jobkit("cancel", URL)
     assert batch.only_job().state == "CANCELLED"
     assert desk.status()["state"] == "cancelled"
-    assert desk.gcs.read("runs/one/cancel.json")
+    assert desk.gcs.read(f"runs/{NAME}/cancel.json")
 
 
 @pytest.mark.parametrize("point", ["before_create", "after_create"])
@@ -293,7 +295,7 @@ def test_dry_run(desk: Desk, batch: BatchServer) -> None:
     task, allocation = job.task_groups[0].task_spec, job.allocation_policy
     policy = allocation.instances[0].policy
     container = task.runnables[0].container
-    assert list(container.commands) == ["-P", "-m", "launch.vm_job", URL]
+    assert [container.entrypoint, *container.commands] == [*vm_job.COMMAND, URL]
     assert "--stop-timeout 25" in container.options
     assert "--gpus all" in container.options
     (retry,) = task.lifecycle_policies
@@ -320,17 +322,18 @@ def test_dry_run(desk: Desk, batch: BatchServer) -> None:
     assert not batch.jobs
 
 
-@pytest.mark.parametrize(
-    "gpus", ["", *(f"{kind}:{n}" for kind, table in gcp_request._BUILT_IN.items() for n in table), "T4:2"]
-)
-def test_every_machine_is_a_valid_request(gpus: str, desk: Desk) -> None:
-    """For every kind of GPU the job parses, and asks for no more than its machine has."""
-    printed = desk.jobkit(
-        *GCP, "--dry-run", "--no-spot", *(["--gpus", gpus] if gpus else []), "--", "python", "train.py"
-    )
-    policy = checked(printed)["allocationPolicy"]["instances"][0]["policy"]
-    assert policy["provisioningModel"] == "STANDARD"
-    assert policy.get("accelerators") == ([{"type": "nvidia-tesla-t4", "count": "2"}] if gpus == "T4:2" else None)
+def test_every_machine_is_a_valid_request() -> None:
+    """For every kind of GPU the job parses; GPUs that machines come with are not asked for twice."""
+    gpus = ["", "T4:2", *(f"{kind}:{count}" for kind, table in gcp_request._BUILT_IN.items() for count in table)]
+    for asked in gpus:
+        spec = JobSpec(
+            command=("a",), cloud=Cloud(image="i", project="p", region="us-central1", gpus=asked, spot=False)
+        )
+        job = gcp.BATCH.request(Store("memory://run"), gcp.BATCH.complete(spec), "job-0")
+        policy = checked(json.dumps(job))["allocationPolicy"]["instances"][0]["policy"]
+        assert policy["provisioningModel"] == "STANDARD"
+        attached = [{"type": "nvidia-tesla-t4", "count": "2"}] if asked == "T4:2" else None
+        assert policy.get("accelerators") == attached
 
 
 REFUSED: list[tuple[list[str], str]] = [
@@ -382,7 +385,7 @@ def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: 
             "gcloud services enable",
         ),
         (RefusedError(401, "UNAUTHENTICATED", "Invalid credentials."), "gcloud auth application-default login"),
-        (RefusedError(409, "ALREADY_EXISTS", "Resource already exists."), "another job has the id one-"),
+        (RefusedError(409, "ALREADY_EXISTS", "Resource already exists."), f"another job has the id {NAME}-"),
         (RefusedError(400, "INVALID_ARGUMENT", "image is invalid."), "check --image registry/train:1"),
     ],
 )
@@ -422,7 +425,7 @@ def test_googles_own_client(batch: BatchServer, desk: Desk) -> None:
     parent = "projects/test-project/locations/us-central1"
     printed = desk.jobkit(*GCP, "--dry-run", "--machine-type", "e2-standard-4", "--", "python", "train.py")
     wanted = batch_v1.Job.from_json(printed)
-    wanted.task_groups[0].task_spec.runnables[0].container.commands = ["-c", "import sys; sys.exit(75)"]
+    wanted.task_groups[0].task_spec.runnables[0].container.commands = ["python3", "-c", "import sys; sys.exit(75)"]
     wanted.task_groups[0].task_spec.max_retry_count = 1
     request = batch_v1.CreateJobRequest(parent=parent, job=wanted, job_id="a-job", request_id="one")
     made = client.create_job(request)

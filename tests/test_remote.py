@@ -90,7 +90,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
     if request.param == "gs":
         environment = request.getfixturevalue("gcs").environment()
-        url = "gs://bucket/runs/one"
+        url = f"gs://bucket/runs/one-{random.randrange(10**9)}"  # a run is known by its URL on the whole machine
     else:
         environment = request.getfixturevalue("moto")
         url = f"s3://bucket-{random.randrange(10**9)}/runs/one"
