@@ -27,7 +27,8 @@ POINTS = (
 )
 """The last two are passed by a submit to a batch service. In a drill there is `step`, too: the beginning of each."""
 
-_FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?")
+FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?")
+"""POINT[:COUNT][@ATTEMPT][=SIGNAL]"""
 _passes: Counter[str] = Counter()
 
 
@@ -36,7 +37,7 @@ def reach(point: str) -> None:
     wanted = os.environ.get(ENV_FAULT)
     if not wanted:
         return
-    fault = _FAULT.fullmatch(wanted)
+    fault = FAULT.fullmatch(wanted)
     if fault is None or fault[1] != point:
         return
     _passes[point] += 1

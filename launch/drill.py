@@ -29,7 +29,7 @@ from launch import backends, diagnosis, drive, leftovers, local, lock, report, s
 from launch import spec as specs
 from launch.diagnosis import Diagnosis
 from launch.drive import Comparer, MissedError
-from launch.scenarios import Scenario, Shown, Stage
+from launch.scenarios import Scenario, Shown, Stage, describe
 from launch.spec import JobSpec
 from launch.verdict import Found, Result, judge
 
@@ -301,6 +301,8 @@ class _Drill:
         if not self._local:
             limit_s += _QUEUE_S + len(scenario.ends) * (_QUEUE_S + scontrol.hold_s())
         stage = Stage(store, spec, shown, environ, begun + limit_s, lambda: self._over(store))
+        if fault := scenario.fault(shown):
+            stage.say(f"by itself: {describe(fault)}")
         try:
             scenario.act(stage)
         except MissedError as missed:

@@ -120,6 +120,7 @@ def ending_of(store: Store, attempt: int) -> Ending:
     restart_s = None
     if first_step and isinstance(outcome.get("ended"), float):
         restart_s = round(first_step["t"] - outcome["ended"], 3)
+        restart_s = restart_s if restart_s >= 0 else None  # it began before the old one had ended
     return Ending(
         attempt,
         outcome.get("outcome"),

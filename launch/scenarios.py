@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobkit import commits, contract, ledger, processes
+from jobkit import commits, contract, faults, ledger, processes
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill
 from jobkit.errors import JobkitError
@@ -333,6 +333,15 @@ def _judge_old(stage: Stage, before: set[int], at: float) -> None:
     removed = [event["step"] for event in stage.events("removed", 0) if event["t"] > at]
     if removed:
         stage.wrong.append(f"the old attempt removed step {removed[0]} after attempt 1 had begun")
+
+
+def describe(fault: str) -> str:
+    """Say what the program does to itself, for a person."""
+    found = faults.FAULT.fullmatch(fault)
+    assert found is not None
+    point, count, attempt, name = found.groups()
+    which = f"step {count}" if point == "step" else f"{point.replace('_', ' ')}, number {count}"
+    return f"SIG{name or 'KILL'} to attempt {attempt} ({which})"
 
 
 PREEMPTED, KILLED = Outcome.PREEMPTED, Outcome.KILLED

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 import jobkit
 from jobkit import contract, faults
@@ -296,6 +297,23 @@ def test_card() -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
+def test_progress_on_a_terminal() -> None:
+    """On a terminal every run that moves has a line, and what has ended stays above them."""
+    console = Console(force_terminal=True, width=100, no_color=True)
+    with console.capture() as captured, Live(console=console, auto_refresh=False) as live:
+        telling = drill_card._Live(console, live)
+        telling.moved("notice", "attempt 0, step 12")
+        telling.moved("kill", "attempt 1, step 40")
+        live.refresh()
+        telling.ended(result().found[0])
+        telling.moved("kill", "attempt 1, step 41")
+        live.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", captured.get())
+    assert re.search(r"notice +attempt 0, step 12", shown)
+    assert "ok    notice: notice in mid-run; 0 steps lost" in shown
+    assert re.search(r"kill +attempt 1, step 41", shown)
+
+
 def test_page() -> None:
     """The page is one file without script or request, and the command in it is text."""
     text = drill_card.page(result())
@@ -399,6 +417,7 @@ def test_planted_bug_is_named(tmp_path: Path, script: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_text_example_is_certified(tmp_path: Path) -> None:
     """`jobkit drill -- python -m jobkit.examples.text` exits 0: every scenario, and nothing is left."""
     page = tmp_path / "card.html"
@@ -431,6 +450,7 @@ def test_interrupted_drill_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
     """On SLURM the job is requeued and killed where it runs, and ends with the reference's bits."""
     arguments = ["--on", "slurm", "-p", "requeue5", "--steps", "40", "-j", "2", "--run", str(tmp_path / "d"), "--json"]
