@@ -119,7 +119,7 @@ def stop(
         JobkitError: If a run that was not submitted does not stop in time.
     """
     store = open_run(url)
-    if _submitted(store):
+    if _submitted(store) and not _lives_elsewhere(store):
         state = backends.cancel(url, wait=wait, word="stopped", progress=progress)
         attempts = store.numbers(contract.ATTEMPTS)
         return Answer(store.url, attempts[-1] if attempts else None, state.over, _count(_committed(store)))
@@ -149,7 +149,7 @@ def _running(store: Store) -> int:
         if specs.read(store).sweep:
             raise ConfigError(f"{store.url} is a sweep: name one of its points")
         status = backends.status(store)
-        if status.state is not State.RUNNING and not _elsewhere(store, status):
+        if status.state is not State.RUNNING and not _lives_elsewhere(store):
             why = f"{status.state}: {status.reason}" if status.reason else str(status.state)
             raise ConfigError(f"nothing of {store.url} trains just now ({why}); {_newest(_committed(store))}")
     elif not attempts and not store.exists(contract.STRATEGY):
@@ -164,10 +164,13 @@ def _submitted(store: Store) -> bool:
     return specs.exists(store) or specs.sweep_of(store) is not None
 
 
-def _elsewhere(store: Store, status: report.Status) -> bool:
-    """Tell whether a run may well live on another machine, whose lock cannot be seen from here."""
-    here = _here() == lock.holder(store).get("host")
-    return store.remote is not None and status.runner == "gone" and status.job is None and not here
+def _lives_elsewhere(store: Store) -> bool:
+    """Tell whether a run in a bucket may well be trained by the runner of another machine, unseen from here."""
+    attempts = store.numbers(contract.ATTEMPTS)
+    if store.remote is None or not attempts or specs.read(store).sweep or lock.holder(store).get("host") == _here():
+        return False
+    status = backends.status(store)
+    return status.runner == "gone" and status.job is None and not _over(store, attempts[-1])
 
 
 def _over(store: Store, attempt: int) -> bool:

@@ -187,7 +187,8 @@ def test_several_processes_save_one_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_another_machine(project: Project, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["by hand", "submitted"])
+def test_from_another_machine(how: str, project: Project, tmp_path: Path) -> None:
     """A run in a bucket is saved and stopped from a machine that knows nothing but its URL."""
     with GcsServer() as server:
         url, environ = "gs://bucket/runs/r", server.environment()
@@ -201,15 +202,25 @@ def test_from_another_machine(project: Project, tmp_path: Path) -> None:
             told: dict[str, Any] = json.loads(done.stdout)
             return told
 
-        with by_hand(project, RUN=url, **node("trainer")) as program:
-            home = until(lambda: next(iter((tmp_path / "trainer").glob("r-*")), None), "it has a home", seconds=60)
-            until_training(Store(home))
-            saved = ask("save")
-            assert saved["done"]
-            stopped = ask("stop")
-            assert program.wait(30) == contract.Exit.PREEMPTED
+        program = None
+        if how == "by hand":
+            program = by_hand(project, RUN=url, **node("trainer"))
+        else:
+            arguments = ("submit", "--run", url, "--", "python", "train.py", "100000", "0.02")
+            assert project.cli(*arguments, **node("trainer")).returncode == 0
+        home = until(lambda: next(iter((tmp_path / "trainer").glob("r-*")), None), "it has a home", seconds=60)
+        until_training(Store(home))
+        saved = ask("save")
+        assert saved["done"]
+        stopped = ask("stop")
         assert stopped["committed_step"] > saved["committed_step"] > 0
         assert asked(Store(home)) == [saved["committed_step"]]
+        if program is not None:
+            assert program.wait(30) == contract.Exit.PREEMPTED
+        else:
+            until(lambda: report.last_life_event(Store(home)).get("event") == "ended", "the runner has ended")
+            last = report.last_life_event(Store(home))
+            assert (last["state"], last["reason"].split(" by ")[0]) == ("cancelled", "stopped")
 
 
 def test_a_request_is_heard_once(tmp_path: Path) -> None:
