@@ -85,6 +85,7 @@ def explain(config: Mapping[str, str], partition: Mapping[str, str], *, grace_s:
         _restart(config),
         Finding("cancel", "'jobkit cancel' gives the job its grace, then insists; a bare scancel is never undone"),
         _accounting(config),
+        _sweep(config),
     ]
 
 
@@ -134,7 +135,8 @@ def _node_failure(config: Mapping[str, str]) -> Finding:
     last = (
         f"found out after up to {show_duration(timeout + _SWEEP_S)}, then requeued; at most one save interval is lost"
     )
-    return Finding("lost node", f"SlurmdTimeout={timeout:.0f} s: {last}")
+    then = "its node, and one where the program was killed twice, is left out of later jobs while enough others are up"
+    return Finding("lost node", f"SlurmdTimeout={timeout:.0f} s: {last}; {then}")
 
 
 def _restart(config: Mapping[str, str]) -> Finding:
@@ -142,8 +144,9 @@ def _restart(config: Mapping[str, str]) -> Finding:
     if hold > 15:
         return Finding(
             "restart",
-            f"SLURM holds a requeued job back for {show_duration(hold)}: where it has time, a run submits a successor "
-            "instead; an administrator can set AuthInfo=cred_expire=5",
+            f"SLURM holds a requeued job back for {show_duration(hold)}: with a notice, a run submits a successor "
+            "instead; after SLURM's own requeue a job of one minute and one CPU lifts the hold as soon as there is "
+            "room, unless the run's first node died; an administrator can set AuthInfo=cred_expire=5",
             "warning",
         )
     return Finding("restart", f"a requeued job may start after {show_duration(hold)}")
@@ -156,7 +159,16 @@ def _accounting(config: Mapping[str, str]) -> Finding:
         return Finding(
             "status", f"no accounting here: SLURM forgets a job {age} s after its end; the run's own ledger stays"
         )
-    return Finding("status", f"accounting by {kind.rpartition('/')[2]}")
+    return Finding(
+        "status", f"accounting by {kind.rpartition('/')[2]}: how a job ended is told for as long as it keeps it"
+    )
+
+
+def _sweep(config: Mapping[str, str]) -> Finding:
+    size = min(_seconds(config.get("MaxArraySize", "1001")), _seconds(config.get("MaxJobCount", "10000")))
+    if size < 2:
+        return Finding("sweep", "MaxArraySize=0: job arrays are switched off, so that --sweep is refused", "warning")
+    return Finding("sweep", f"one job array, of at most {size:.0f} points here")
 
 
 # A job that tries it.

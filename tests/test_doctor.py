@@ -53,6 +53,26 @@ def test_restart() -> None:
     assert ("2 min 0 s" in text, "cred_expire=5" in text, verdict) == (True, True, "warning")
 
 
+def test_sweeps_and_accounting() -> None:
+    """How large a sweep may be, and whether SLURM remembers how a job ended."""
+    assert said("sweep") == ("one job array, of at most 1001 points here", "ok")
+    assert said("sweep", {"MaxArraySize": "0"})[1] == "warning"
+    assert said("status")[0].startswith("no accounting here: SLURM forgets a job 3600 s after its end")
+    assert said("status", {"AccountingStorageType": "accounting_storage/slurmdbd"})[0].startswith(
+        "accounting by slurmdbd"
+    )
+
+
+def test_a_newer_slurm() -> None:
+    """The configuration of SLURM 24.11 is read like that of 22.05."""
+    config = doctor.parse_config((ROOT / "tests/recorded/show_config-24.11.txt").read_text())
+    line = (ROOT / "tests/recorded/show_partition-24.11.txt").read_text()
+    found = {one.topic: one.text for one in doctor.explain(config, doctor.choose([line], "cancel5"), grace_s=30.0)}
+    assert found["cluster"] == "SLURM 24.11.5, partition cancel5"
+    assert found["preemption"].startswith("PreemptMode=CANCEL, GraceTime=5 s, KillWait=5 s")
+    assert found["restart"] == "a requeued job may start after 5.0 s"
+
+
 def test_time_limit() -> None:
     """The partition's limit is told, and what jobkit asks for."""
     assert said("time limit")[0].startswith("none unless --time gives one; jobkit asks for a warning 90 s before it")

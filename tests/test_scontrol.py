@@ -41,6 +41,31 @@ def test_cause(name: str, cause: Cause, preempt_mode: str) -> None:
     assert scontrol.cause(job, restarts=0, now=now, warned_s=125, preempt_mode=preempt_mode) is cause
 
 
+@pytest.mark.parametrize(
+    ("name", "cause", "preempt_mode"),
+    [
+        ("running", Cause.OWN, "REQUEUE"),
+        ("preempt-notice", Cause.PREEMPTED, "REQUEUE"),
+        ("preempted-without-grace", Cause.REQUEUED, "REQUEUE"),
+        ("held-back", Cause.REQUEUED, "REQUEUE"),
+        ("requeued", Cause.REQUEUED, "REQUEUE"),
+        ("scancel", Cause.REQUEUED, "REQUEUE"),
+        ("scancel-in-grace", Cause.GONE, "REQUEUE"),
+        ("cancelled", Cause.REQUEUED, "CANCEL"),
+        ("preempted", Cause.GONE, "CANCEL"),
+        ("time-limit", Cause.TIME_LIMIT, "REQUEUE"),
+    ],
+)
+def test_cause_of_a_newer_slurm(name: str, cause: Cause, preempt_mode: str) -> None:
+    """SLURM 24.11 tells the same in the same words; the cancelled job there had been restarted once."""
+    job = recorded(name, "24.11")
+    now = scontrol.parse_time(job["StartTime"]) or 0.0
+    assert scontrol.cause(job, restarts=0, now=now, warned_s=125, preempt_mode=preempt_mode) is cause
+    if name in ("scancel", "cancelled"):
+        own = scontrol.cause(job, restarts=1, now=now, warned_s=125, preempt_mode="REQUEUE")
+        assert own is Cause.CANCELLED
+
+
 def test_a_near_end_is_the_time_limit() -> None:
     """A running job whose end is near is being warned of its time limit."""
     job = recorded("running")
@@ -69,6 +94,17 @@ def test_queue() -> None:
     jobs = scontrol.parse_queue((RECORDED / "squeue-22.05.txt").read_text())
     assert sorted(job.state for job in jobs) == sorted(["PREEMPTED", "TIMEOUT", *["COMPLETED"] * 3, *["CANCELLED"] * 3])
     assert not any(job.active or job.pending for job in jobs)
+
+
+def test_queue_of_a_newer_slurm() -> None:
+    """SLURM 24.11 lists tasks of an array, and reasons with blanks and commas in them."""
+    jobs = {job.id: job for job in scontrol.parse_queue((RECORDED / "squeue-24.11.txt").read_text())}
+    assert [jobs[f"4734_{task}"].state for task in range(4)] == ["RUNNING", "PENDING", "PENDING", "PENDING"]
+    assert jobs["4734_2"].comment == "/runs/sweep"
+    assert jobs["4723"].reason == "ReqNodeNotAvail, UnavailableNodes:127.0.0.2"
+    assert jobs["4719"].comment == "/runs/a"
+    assert jobs["4733"].active
+    assert recorded("array-task", "24.11")["ArrayTaskId"] == "2"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"])
@@ -109,6 +145,9 @@ def test_hold() -> None:
     assert scontrol.hold_s(config) == 5
     assert scontrol.hold_s(config.replace("cred_expire=5", "ttl=9")) == 120
     assert scontrol.hold_s(config.replace("cred_expire=5", "cred_expire=4")) == 120
+    newer = (RECORDED / "show_config-24.11.txt").read_text()
+    assert scontrol.hold_s(newer) == 5
+    assert scontrol.hold_s(newer.replace("bf_interval=1", "bf_interval=1,requeue_delay=30")) == 30
 
 
 def test_partition() -> None:
