@@ -5,6 +5,7 @@ barriers of JAX's coordination service: Orbax is told who they are, since it wou
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class Writer:
             with contextlib.suppress(Exception):  # it raises a failed save's error again, which `wait` told
                 self._orbax.close()
             self._orbax = None
+
+
+def silence() -> None:
+    """Keep Orbax from telling at length how a save failed that was made to fail."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
 
 
 def _everyone() -> ocp.options.MultiprocessingOptions:

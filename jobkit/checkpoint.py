@@ -28,10 +28,12 @@ from jobkit.commits import Commit, FileRecord, Keep
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.group import Group
 from jobkit.ledger import Ledger
+from jobkit.plan import Rates
 from jobkit.restore import restore, table_of
 from jobkit.storage import Store, explain, files_below, free_bytes, remove_tree
 from jobkit.units import show_size
 
+_ORBAX_TMP = ".orbax-checkpoint-tmp"
 _SAVE_S = 1800.0
 """How long one process may take longer than the first to write its part of a save."""
 
@@ -60,8 +62,8 @@ class Checkpoints:
         keep: What retention leaves.
         ledger: Where saves, failures and removals are written.
         busy: Tells whether retention has to wait: a notice is being served.
-        before_commit: Called on the saving thread before each commit, so that what was logged up to the step is safe
-            when the step is.
+        before_commit: Called with the step on the saving thread before each commit, so that what was logged up to the
+            step is safe when the step is.
         group: The processes that save together.
     """
 
@@ -73,7 +75,7 @@ class Checkpoints:
         keep: Keep,
         ledger: Ledger,
         busy: Callable[[], bool] = lambda: False,
-        before_commit: Callable[[], None] = lambda: None,
+        before_commit: Callable[[int], None] = lambda step: None,
         group: Group | None = None,
     ) -> None:
         self._store, self._attempt, self._keep, self._ledger = store, attempt, keep, ledger
@@ -88,6 +90,12 @@ class Checkpoints:
         """Metrics of steps on the run's URL that are not in this home."""
         self.saving_step: int | None = None
         """Step of the save under way."""
+        self.rates = Rates()
+        """How long saves took."""
+        self._begun = 0.0
+        self._stage = Path()
+        self._abandoned = self._publishing = False
+        self._gate = threading.Lock()
         self.committed_step = -1
         """Newest step known to be committed, -1 if there is none."""
         self.last: Saved | None = None
@@ -103,9 +111,10 @@ class Checkpoints:
         self.wait()
         if step == self.committed_step and not metrics:
             return
-        begun = time.monotonic()
+        self._begun = begun = time.monotonic()
+        self._abandoned = self._publishing = False
         self._count += 1
-        stage = Path(self._group.share(f"stage/{self._count}", lambda: str(self._new_stage(step))))
+        stage = self._stage = Path(self._group.share(f"stage/{self._count}", lambda: str(self._new_stage(step))))
         faults.reach("before_write")
         try:
             upload = self._store.remote is not None
@@ -142,6 +151,10 @@ class Checkpoints:
             faults.reach("during_write")
             new = self._commit(stage, snapshot, commit)
         except Exception as error:
+            if self._abandoned:  # then this is what was meant to happen
+                _give_back(stage)
+                self._ledger.append("abandoned", step=commit.step)
+                return
             if self._group.first:
                 _discard(stage)
             self._error = arrays.storage_error(error, f"cannot commit step {commit.step} to {self._store.url}")
@@ -152,6 +165,7 @@ class Checkpoints:
         durable_s = time.monotonic() - begun
         self.committed_step = max(self.committed_step, commit.step)
         self.last = Saved(commit.step, blocking_s, durable_s)
+        self.rates.saves.append((snapshot.nbytes, durable_s))
         self._ledger.append(
             "saved" if new else "skipped",
             durable=True,
@@ -174,10 +188,15 @@ class Checkpoints:
     def _commit(self, stage: Path, snapshot: state.Snapshot, commit: Commit) -> bool:
         """Commit what every process has written; tell whether the step is new."""
         if self._group.count == 1:
-            self._wait_for_data()
-            return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit)
+            self._wait_for_data(commit.step)
+            names = files_below(stage) if stage.exists() else []
+            measured = {name: self._measure(stage, name) for name in names}
+            with self._gate:
+                self._go_on()
+                self._publishing = True
+            return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit, measured=measured)
         try:
-            self._wait_for_data()
+            self._wait_for_data(commit.step)
             own: dict[str, Any] = msgspec.to_builtins(_own_files(stage, snapshot, self._group.index))
         except Exception as error:
             own = {"error": str(arrays.storage_error(error, f"process {self._group.index} cannot write its part"))}
@@ -196,17 +215,47 @@ class Checkpoints:
 
         return bool(self._group.share(f"committed/{self._count}", publish))
 
-    def _wait_for_data(self) -> None:
+    def _wait_for_data(self, step: int) -> None:
         self._writer.wait()
         faults.reach("after_data")
-        self._before_commit()
+        self._before_commit(step)
+
+    def _measure(self, stage: Path, name: str) -> FileRecord:
+        self._go_on()
+        return commits.measure(stage, [name])[name]
+
+    def _go_on(self) -> None:
+        if self._abandoned:
+            raise StorageError("abandoned for a newer save")
+
+    def abandon(self) -> bool:
+        """Break the save in flight off, to make way for a newer one; tell whether that was possible.
+
+        Orbax cannot be told to stop, so its directory is taken away: with a file in its place, the next write fails.
+
+        Durability: what was committed before stays; of the step in flight nothing does.
+        """
+        with self._gate:
+            if self._group.count > 1 or self._publishing or not self.saving:
+                return False
+            self._abandoned = True
+        arrays.silence()
+        _take_away(self._stage)
+        return True
+
+    @property
+    def saving_for_s(self) -> float:
+        """How long the save under way has been so."""
+        return time.monotonic() - self._begun
 
     def _rehearse(self, step: int) -> None:
         """Read the attempt's first commit back the way a restore does: an untested restore is no checkpoint."""
         if self._rehearsed or self._busy():
             return
         begun = time.monotonic()
-        wrong = commits.problems(self._store, step)
+        wrong = commits.problems(self._store, step, stop=self._busy)
+        if self._busy():
+            return
         table = table_of(self._store, step)
         item = self._store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
         try:
@@ -351,6 +400,33 @@ def _discard(stage: Path) -> None:
     with contextlib.suppress(OSError):
         for path in stage.parent.glob(stage.name + "*"):
             remove_tree(path)
+
+
+def _take_away(stage: Path) -> None:
+    """Put files where a stage, or Orbax's temporary directory of it, is or would be; remove those in the background."""
+    gone: list[Path] = []
+    for path in (stage.with_name(stage.name + _ORBAX_TMP), stage):
+        for _ in range(10):  # tensorstore may make the directory again between the two calls
+            target = path.with_name(f"{path.name}.gone-{len(gone)}")
+            with contextlib.suppress(OSError):
+                os.rename(path, target)
+                gone.append(target)
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                break
+
+    def remove() -> None:
+        for path in gone:
+            remove_tree(path)
+
+    threading.Thread(target=remove, name="jobkit-remove", daemon=True).start()
+
+
+def _give_back(stage: Path) -> None:
+    """Remove what `_take_away` put in the way."""
+    for path in (stage.with_name(stage.name + _ORBAX_TMP), stage):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _beside(stage: Path) -> Path:

@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,13 @@ def metrics(store: Store) -> dict[int, dict[str, float]]:
     return found
 
 
-def problems(store: Store, step: int) -> list[str]:
+def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: False) -> list[str]:
     """Check every byte of a committed step against its commit.json.
+
+    Args:
+        store: The run directory.
+        step: A committed step.
+        stop: Tells whether to give up; then what is returned says nothing.
 
     Returns:
         What is wrong, one sentence each; empty if the step is whole.
@@ -158,6 +163,8 @@ def problems(store: Store, step: int) -> list[str]:
     wrong += [f"{name} does not belong there" for name in sorted(found - commit.files.keys())]
     for name in sorted(found & commit.files.keys()):
         expected = commit.files[name]
+        if stop():
+            break
         try:
             size, crc = checksum(root / name)
         except OSError as error:

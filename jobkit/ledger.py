@@ -7,8 +7,8 @@ the reader drops a torn line. The events, by who writes them:
     started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
     exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
-    opened, fresh, restored, first_step, saved, skipped, save_failed, set_aside, rehearsed, removed,
-    interval, save_asked (id, by, step), notice, stopped, finished, metrics, compiled
+    opened, fresh, restored, first_step, saved, skipped, save_failed, abandoned, set_aside, rehearsed,
+    removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, metrics, compiled
                                                             by the program
 """
 
@@ -129,6 +129,10 @@ def read_lines(store: Store, name: str, *, but: bytes | None = None) -> list[Eve
         content = store.read(name)
     except FileNotFoundError:
         return []
+    return _parsed(content, but)
+
+
+def _parsed(content: bytes, but: bytes | None = None) -> list[Event]:
     events = []
     for line in content.splitlines():
         if but is not None and but in line:
@@ -140,6 +144,17 @@ def read_lines(store: Store, name: str, *, but: bytes | None = None) -> list[Eve
         if isinstance(event, dict) and isinstance(event.get("t"), int | float) and "event" in event:
             events.append(event)
     return events
+
+
+def tail_events(store: Store, name: str, event: str, nbytes: int = 1 << 20) -> list[Event]:
+    """Read the newest events of one kind in one file, oldest first: what its last bytes hold; none without a file."""
+    try:
+        with open(store.file(name), "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - nbytes))
+            lines = [line for line in file.read().splitlines() if f'"{event}"'.encode() in line]
+            return [found for found in _parsed(b"\n".join(lines)) if found["event"] == event]
+    except OSError:
+        return []
 
 
 @dataclass

@@ -45,6 +45,10 @@ class Notice:
         """When the process is killed, on the clock of `time.monotonic`; None where nobody said."""
         return None if self.deadline_s is None else self.at_s + self.deadline_s
 
+    def left_s(self) -> float | None:
+        """Return the seconds until then."""
+        return None if self.deadline_at is None else self.deadline_at - time.monotonic()
+
 
 _listening: "set[Listener]" = set()
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -24,8 +24,10 @@ from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
 from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
+from jobkit.emergency import Emergency
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
 from jobkit.group import lost_process, open_group
+from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.ledger import Ledger
 from jobkit.notice import Listener, Notice
@@ -36,6 +38,7 @@ from jobkit.strategy import SaveEvery
 if TYPE_CHECKING:
     from jobkit.probe import Probe
 
+_ALL = math.inf
 _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""
 
@@ -134,6 +137,13 @@ class Run:
         self._start_from = start_from
         self._parts: dict[str, state.Part] | None = None
         self._opened = False
+        self._pending: list[tuple[int, float, dict[str, Any]]] = []
+        self._pending_lock = threading.Lock()
+        self._flushed_at = time.monotonic()
+        self._asked: dict[str, float] | None = None
+        self._next_look_s = time.monotonic() + _LOOK_S
+        self._looping = self._finished = self._stepped = self._stopping = self._save_wanted = self._told = False
+        self._looks = self._asks = 0
         self.step = 0
         """Completed steps (optimizer updates) of the run."""
         self.attempt = 0
@@ -174,28 +184,57 @@ class Run:
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
             compilecache.use(self._store)
             self._probe = self._new_probe()
+            self._checkpoints = Checkpoints(
+                self._store,
+                attempt=self.attempt,
+                keep=self._keep,
+                ledger=self._ledger,
+                busy=lambda: self._listener.noticed,
+                before_commit=lambda step: self._flush(below=step),
+                group=self._group,
+            )
+            self._guard = self._watch()
             self._agreement = self._agree() if self._group.count > 1 else None
             self._look = self._agreement.rounds if self._agreement is not None else self._listener
+            self._listener.on_notice = self._pass_on
+            if self._listener.notice is not None:  # it came before there was anybody to tell
+                self._pass_on(self._listener.notice)
         except BaseException:
             self._listener.close()
             raise
-        self._checkpoints = Checkpoints(
-            self._store,
-            attempt=self.attempt,
-            keep=self._keep,
-            ledger=self._ledger,
-            busy=lambda: self._listener.noticed,
-            before_commit=lambda: self._flush(everything=True),
-            group=self._group,
-        )
-        self._pending: list[tuple[int, float, dict[str, Any]]] = []
-        self._pending_lock = threading.Lock()
-        self._flushed_at = time.monotonic()
-        self._asked: dict[str, float] | None = None
-        self._next_look_s = time.monotonic() + _LOOK_S
-        self._looping = self._finished = self._stepped = self._stopping = self._save_wanted = False
-        self._looks = self._asks = 0
         return self
+
+    def _watch(self) -> Guard:
+        """Make what saves where the training thread cannot."""
+        emergency = Emergency(
+            self._store,
+            checkpoints=self._checkpoints,
+            ledger=self._ledger,
+            listener=self._listener,
+            attempt=self.attempt,
+            alone=self._group.count == 1,
+        )
+        return Guard(
+            emergency,
+            listener=self._listener,
+            group=self._group,
+            take=self._checked,
+            begin=self._begin_stop,
+            leave=self._leave,
+            lost=lambda: lost_process(self._store, self.attempt),
+        )
+
+    def _pass_on(self, notice: Notice) -> None:
+        """Tell of a notice, once, on a thread of the listener's or the agreement's."""
+        if self._agreement is not None:
+            told = {"source": notice.source, "reason": notice.reason, "deadline_s": notice.left_s()}
+            self._agreement.ask(STOP, **told)
+        self._guard.begin()
+
+    def _heard(self, told: dict[str, Any]) -> None:
+        """Take the notice that another process, or this one, has told all of."""
+        self._listener.note(f"process {told['from']}: {told['source']}", told["reason"], told.get("deadline_s"))
+        self._guard.begin()
 
     def _new_probe(self) -> "Probe | None":
         if self._drill is None:
@@ -216,21 +255,12 @@ class Run:
                     f"processes need a disk that all of them share, as run directory or as {contract.ENV_HOME}"
                 )
             time.sleep(0.2)
-        self._looks = 0
-        agreement = Agreement(
+        return Agreement(
             self._group,
             lambda: self.step + self._looks,
-            heard=lambda told: self._listener.note(f"process {told['from']}: {told['source']}", told["reason"]),
+            heard=self._heard,
             lost=lambda: lost_process(self._store, self.attempt),
         )
-
-        def pass_on(notice: Notice) -> None:
-            agreement.ask(STOP, source=notice.source, reason=notice.reason)
-
-        self._listener.on_notice = pass_on
-        if self._listener.notice is not None:  # it came before there was anybody to tell
-            pass_on(self._listener.notice)
-        return agreement
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -240,6 +270,7 @@ class Run:
             if error is None:
                 self._end()
         finally:
+            self._guard.close()
             alone = error is not None and not isinstance(error, SystemExit) and self._group.count > 1
             try:
                 if alone:  # the others may be dead: nothing that needs them can be waited for
@@ -247,7 +278,7 @@ class Run:
                     self._checkpoints.wait(_ALONE_S)
                 else:
                     self._checkpoints.close()
-                self._flush(everything=error is None)
+                self._flush(below=_ALL if error is None else 0)
                 self._tell_compiled()
                 if self._agreement is not None:
                     self._agreement.close()
@@ -343,6 +374,7 @@ class Run:
             self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
             _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
         self._remember()
+        self._guard.nbytes, self._guard.watching = snapshot.nbytes, False  # the loop may be one of the user's own
         return self.state
 
     def _bring_newest(self) -> None:
@@ -352,7 +384,7 @@ class Run:
             mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
             self._checkpoints.elsewhere = mirror.remote_metrics(self._store.remote)
 
-    def _take(self, parts: dict[str, state.Part]) -> state.Snapshot:
+    def _take(self, parts: Mapping[str, state.Part | state.Held]) -> state.Snapshot:
         return state.take(parts, shared=self._group.count > 1)
 
     def _tell_start(self, started: plain.Start) -> None:
@@ -465,6 +497,10 @@ class Run:
         if look.noticed and self.step < total and (self._agreement is None or STOP in self._meet()):
             self._stop()
         self._looping = True
+        guard, parts = self._guard, self._resumed()
+        for _ in range(2):  # the first time tells nothing about the cost
+            guard.hold(self.step, parts)
+        guard.at_s, guard.watching = time.monotonic(), True
         while self.step < total:
             if probe is not None:
                 probe.begin_step(self.step, self._resumed(), given)
@@ -483,6 +519,12 @@ class Run:
                 or not self._stepped
             ):
                 self._boundary(last=self.step >= total)
+            guard.pace_s += 0.1 * (now - guard.at_s - guard.pace_s)
+            if guard.pace_s >= guard.from_s:
+                guard.hold(self.step, parts)
+            elif guard.held:
+                guard.drop()
+            guard.at_s = now
         self._finish()
 
     def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
@@ -542,11 +584,16 @@ class Run:
         with self._pending_lock:
             self._pending.append((self.step, time.time(), values))
         if time.monotonic() - self._flushed_at >= _FLUSH_S:
-            self._flush(everything=False)
+            self._flush()
 
     # Between two steps.
 
     def _boundary(self, *, last: bool) -> None:
+        with self._guard.lock:
+            self._guard.idle = False
+            self._do_what_is_due(last=last)
+
+    def _do_what_is_due(self, *, last: bool) -> None:
         if not self._stepped:
             self._first_step()
         if time.monotonic() >= self._next_look_s:
@@ -684,12 +731,15 @@ class Run:
         self._begin_interval()
 
     def _snapshot(self) -> state.Snapshot:
-        snapshot = self._take(self._resumed())
+        return self._checked(self._resumed())
+
+    def _checked(self, parts: Mapping[str, state.Part | state.Held]) -> state.Snapshot:
+        snapshot = self._take(parts)
         state.check(snapshot.table, self._table, where=f"at step {self.step} from what resume() was given")
         return snapshot
 
-    def _commit(self, reason: str) -> None:
-        """Commit the current step and wait for it.
+    def _commit(self) -> None:
+        """Commit the last step and wait for it.
 
         Raises:
             JobkitError: If it could not be committed.
@@ -698,7 +748,7 @@ class Run:
         self._hear_failure()
         asked, self._asked = self._asked or {}, None
         if self._checkpoints.committed_step != self.step or asked:
-            self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=asked)
+            self._checkpoints.save(self._snapshot(), self.step, reason="end", metrics=asked)
             self._checkpoints.wait()
             self._raise_failure()
         self._heartbeat.committed_step = self._checkpoints.committed_step
@@ -706,30 +756,73 @@ class Run:
 
     def _stop(self) -> None:
         """Serve the notice: commit the completed steps and leave."""
+        with self._guard.lock:
+            self._begin_stop()
+            if not self._guard.arrive():
+                asked, self._asked = self._asked or {}, None
+                if self.step > 0 or self._checkpoints.saving:
+                    self._guard.emergency.commit(
+                        self.step, self._snapshot, by="boundary", metrics=asked, hear=self._hear_failure
+                    )
+            told = self._tell_stopped()
+            self._looping = False
+        raise Preempted(told)
+
+    def _leave(self, why: str) -> None:
+        """End the process where the training thread cannot: what is committed is all that can be.
+
+        Args:
+            why: Why the last boundary is not, '' if it is.
+        """
+        self._tell_stopped(why)
+        if self._carrier is not None:
+            with contextlib.suppress(JobkitError):  # then the saves wait in the home
+                self._carrier.close(deadline_s=0.0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(contract.Exit.PREEMPTED)
+
+    def _begin_stop(self) -> None:
+        """Write down, once, which notice is being served, and at which step."""
         notice = self._listener.notice
         assert notice is not None
         self._heartbeat.enter(Phase.STOPPING)
-        age_s = time.monotonic() - notice.at_s
-        self._ledger.append("notice", source=notice.source, reason=notice.reason, age_s=round(age_s, 6), step=self.step)
-        if self.step > 0 or self._checkpoints.saving:
-            self._commit("notice")
-        committed_s = round(time.monotonic() - notice.at_s, 6)
-        self._flush(everything=True)
-        self._ledger.append("stopped", durable=True, step=self.step, notice_to_commit_s=committed_s)
-        told = f"{notice.source}: stopped after step {self.step}, committed {committed_s:.2f} s after the notice"
+        if not self._told:
+            self._told = True
+            age_s, left_s = round(time.monotonic() - notice.at_s, 6), notice.left_s()
+            self._ledger.append(
+                "notice",
+                source=notice.source,
+                reason=notice.reason,
+                age_s=age_s,
+                deadline_s=None if left_s is None else round(left_s, 6),
+                step=self.step,
+            )
+
+    def _tell_stopped(self, why: str = "") -> str:
+        """Write down how the notice was served; return it in a sentence."""
+        notice, step = self._listener.notice, max(0, self._checkpoints.committed_step)
+        assert notice is not None
+        self._heartbeat.committed_step = self._checkpoints.committed_step
+        committed_s = round((self._guard.saved_at or time.monotonic()) - notice.at_s, 6)
+        self._flush(below=step)
+        lost = {"lost_steps": self.step - step, "why": why} if why else {}
+        self._ledger.append("stopped", durable=True, step=step, notice_to_commit_s=committed_s, **lost)
+        told = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
+        if why:
+            told = f"{notice.source}: stopped with step {step}, committed before, of {self.step} completed ones: {why}"
         _say(told)
-        self._looping = False
         self._heartbeat.enter(Phase.STOPPED)
-        raise Preempted(told)
+        return told
 
     def _finish(self) -> None:
         """Commit the last step."""
-        self._looping = False
-        with self._heartbeat.during(Phase.SAVING):
-            self._commit("end")
+        with self._guard.lock, self._heartbeat.during(Phase.SAVING):
+            self._guard.watching = self._looping = False
+            self._commit()
         self._finished = True
         self._heartbeat.enter(Phase.FINISHED)
-        self._flush(everything=True)
+        self._flush(below=_ALL)
         self._ledger.append("finished", durable=True, step=self.step)
 
     def _hear_failure(self) -> None:
@@ -749,10 +842,10 @@ class Run:
 
     # What was logged.
 
-    def _flush(self, *, everything: bool) -> None:
-        """Write logged values to the ledger: all, or those whose arrays are ready."""
+    def _flush(self, *, below: float = 0) -> None:
+        """Write logged values to the ledger: all of steps below one, waiting for them, and those that are ready."""
         with self._pending_lock:
-            ready = len(self._pending) if everything else 0
+            ready = sum(1 for at_step, _, _ in self._pending if at_step < below)
             while ready < len(self._pending) and all(
                 value.is_ready() for value in self._pending[ready][2].values() if hasattr(value, "is_ready")
             ):

@@ -86,6 +86,28 @@ class Part(Protocol):
     def assign(self, values: list[Any], skeleton: Any) -> None:
         """Put leaves back, in the order of `slots` (for objects: of the skeleton)."""
 
+    def hold(self) -> "Held":
+        """Keep what the part is now, by reference; cheap, since it is done at many boundaries and hardly ever used.
+
+        Raises:
+            ConfigError: If this part cannot be held.
+        """
+
+
+@dataclass(frozen=True)
+class Held:
+    """A part as it was at one boundary, whatever has become of it since: what `take` needs of a Part.
+
+    Args:
+        kind: The part's.
+        leaves: What is held.
+        slots: As the part's own.
+    """
+
+    kind: str
+    leaves: list[Any]
+    slots: Callable[[], tuple[list[Slot], Any]]
+
 
 class ValuePart:
     """A pytree, held by the run itself."""
@@ -100,6 +122,12 @@ class ValuePart:
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.value, is_leaf=_is_iterator)
         return [Slot(names(path), leaf) for path, leaf in leaves], None
 
+    def hold(self) -> Held:
+        """Keep the leaves: the containers may be changed in place."""
+        leaves, structure = jax.tree.flatten(self.value)
+        kept = [_own(leaf) for leaf in leaves]
+        return Held(self.kind, kept, lambda: ValuePart(jax.tree.unflatten(structure, kept)).slots())
+
     def assign(self, values: list[Any], skeleton: Any) -> None:
         """Replace the value by one of the same structure."""
         self.value = jax.tree.unflatten(jax.tree.structure(self.value), values)
@@ -112,6 +140,7 @@ class NnxPart:
 
     def __init__(self, target: Any) -> None:
         self._target = target
+        self._known: list[tuple[tuple[Any, ...], Any]] = []
 
     def _variables(self) -> list[tuple[tuple[Any, ...], Any]]:
         from flax import nnx
@@ -122,14 +151,31 @@ class NnxPart:
         """Return the leaves of every variable."""
         from flax import nnx
 
-        slots = []
-        for path, variable in self._variables():
-            prefix = tuple(str(key) for key in path)
-            held = variable.get_value() if isinstance(variable, nnx.Variable) else variable
-            role = type(variable).__name__ if isinstance(variable, nnx.Variable) else ""
-            for inner, leaf in jax.tree_util.tree_flatten_with_path(held)[0]:
-                slots.append(Slot(prefix + names(inner), leaf, role))
-        return slots, None
+        self._known = self._variables()
+        return _slots_of(
+            (path, variable, variable.get_value() if isinstance(variable, nnx.Variable) else variable)
+            for path, variable in self._known
+        ), None
+
+    def hold(self) -> Held:
+        """Keep the values of the variables that `slots` found last: finding them takes milliseconds."""
+        known = self._known
+        try:
+            values = [_own(variable.get_raw_value()) for _, variable in known]
+        except AttributeError:
+            raise ConfigError("arrays that are no nnx.Variable are changed in place unseen") from None
+
+        def slots() -> tuple[list[Slot], Any]:
+            now = self._variables()
+            if len(now) != len(known) or any(
+                here is not there for (_, here), (_, there) in zip(now, known, strict=True)
+            ):
+                raise ConfigError("the model has got other variables since the boundary")
+            return _slots_of(
+                (path, variable, value) for (path, variable), value in zip(known, values, strict=True)
+            ), None
+
+        return Held(self.kind, values, slots)
 
     def assign(self, values: list[Any], skeleton: Any) -> None:
         """Update every variable of the live object."""
@@ -146,6 +192,24 @@ class NnxPart:
         nnx.update(self._target, nnx.from_flat_state(flat))
 
 
+def _slots_of(variables: Iterable[tuple[tuple[Any, ...], Any, Any]]) -> list[Slot]:
+    """Take variables of NNX apart: path, variable, its value."""
+    from flax import nnx
+
+    slots = []
+    for path, variable, value in variables:
+        prefix = tuple(str(key) for key in path)
+        role = type(variable).__name__ if isinstance(variable, nnx.Variable) else ""
+        for inner, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            slots.append(Slot(prefix + names(inner), leaf, role))
+    return slots
+
+
+def _own(leaf: Any) -> Any:
+    """Return a leaf that nobody else can write into: JAX's arrays never change."""
+    return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
 class ObjectPart:
     """An object that gives and takes its state as plain data."""
 
@@ -159,6 +223,13 @@ class ObjectPart:
         leaves: list[Any] = []
         skeleton = _encode(self._get(), leaves)
         return [Slot((str(index),), leaf) for index, leaf in enumerate(leaves)], skeleton
+
+    def hold(self) -> Held:
+        """Keep a copy of the state."""
+        slots, skeleton = self.slots()
+        for slot in slots:
+            slot.value = _own(slot.value)
+        return Held(self.kind, [slot.value for slot in slots], lambda: (slots, skeleton))
 
     def assign(self, values: list[Any], skeleton: Any) -> None:
         """Hand the object the state it gave."""
@@ -297,7 +368,7 @@ def record_of(value: Any) -> tuple[Record, Any]:
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             record: Record = {"is": "key", "impl": str(jax.random.key_impl(value)), "shape": list(value.shape)}
-            return record, (jax.random.key_data(value) if value.size else None)
+            return record, (_key_data(value) if value.size else None)
         record = {"is": "jax", "shape": list(value.shape), "dtype": value.dtype.name}
         if value.weak_type:
             record["weak"] = True
@@ -316,6 +387,15 @@ def record_of(value: Any) -> tuple[Record, Any]:
     if isinstance(value, bytes):
         return {"is": "scalar", "type": "bytes", "value": base64.b64encode(value).decode()}, None
     return {"is": "scalar", "type": type(value).__name__, "value": value}, None
+
+
+def _key_data(key: Any) -> Any:
+    """Return the numbers of a typed key without computing: a computation would queue up behind a long step.
+
+    JAX has no public way; a test holds the private one.
+    """
+    data = getattr(key, "_base_array", None)
+    return data if isinstance(data, jax.Array) else jax.random.key_data(key)
 
 
 _FROM_JSON: dict[str, Callable[[Any], Any]] = {
@@ -451,7 +531,7 @@ class Snapshot:
     local: list[np.ndarray] = field(default_factory=list)
 
 
-def take(parts: Mapping[str, Part], *, shared: bool = False) -> Snapshot:
+def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
     """Take a program's state apart, at a step boundary. Holds references; copies only numpy arrays.
 
     Args:

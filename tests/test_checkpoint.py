@@ -47,7 +47,7 @@ class Life:
             keep=keep or Keep(3),
             ledger=self.ledger,
             busy=busy,
-            before_commit=lambda: self.flushed.append(len(commits.steps(self.store))),
+            before_commit=lambda step: self.flushed.append(len(commits.steps(self.store))),
         )
         self.parts = parts_of(x={"w": jnp.zeros(8), "n": np.zeros(4), "step": 0})
 

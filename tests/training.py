@@ -44,7 +44,7 @@ def train(
     Args:
         at: Step in progress -> name of a signal, sent when that step's update is done.
         pause_s: Sleep per step, for tests that shoot from outside.
-        hook: Called as hook(point, run) at 'opened', 'resumed', 'step', 'ended'.
+        hook: Called as hook(point, run) at 'opened', 'resumed', 'begin' (of a step), 'step' (its end), 'ended'.
     """
     import time
 
@@ -85,6 +85,7 @@ def train(
         run.resume(model=model, optimizer=optimizer, data=data, noise=noise, seen=0)
         hook("resumed", run)
         for step in run.steps(steps):
+            hook("begin", run)
             batch = next(data) + noise.normal(size=(8, 4)).astype(np.float32) * 0.1
             run.state.seen += 8
             run.log(loss=update(model, optimizer, batch))
@@ -119,7 +120,7 @@ def train_many(
         own_data: Whether each process draws its part of a batch itself, from a generator of its own; else all draw the
             same whole batch and take their part.
         pause_s: Sleep per step, for tests that shoot from outside.
-        hook: Called as hook(point, run) at 'opened', 'resumed', 'step', 'ended'.
+        hook: Called as hook(point, run) at 'opened', 'resumed', 'begin' (of a step), 'step' (its end), 'ended'.
     """
     import time
 
@@ -161,6 +162,7 @@ def train_many(
         run.resume(params=params, opt=opt, data=data, key=jax.random.key(1), seen=0)
         hook("resumed", run)
         for _ in run.steps(steps):
+            hook("begin", run)
             share = data.normal(size=(8 // count if own_data else 8, 8)).astype(np.float32)
             own = share if own_data else share[index * (8 // count) : (index + 1) * (8 // count)]
             x = jax.make_array_from_process_local_data(rows, own)

@@ -2,6 +2,6 @@
 
 import sys
 
-from tests.benchmarks import intervals, requeue, saves, steps, uploads
+from tests.benchmarks import intervals, notices, requeue, saves, steps, uploads
 
-sys.exit(steps.main() or saves.main() or uploads.main() or requeue.main() or intervals.main())
+sys.exit(steps.main() or saves.main() or notices.main() or uploads.main() or requeue.main() or intervals.main())

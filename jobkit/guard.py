@@ -1,0 +1,310 @@
+"""Serve a notice where the training thread cannot: while it compiles, evaluates, waits for data, sits in a long step.
+
+At a boundary the parts are held by reference (JAX's arrays never change); the step in progress may do with the live
+ones what it likes. With a notice comes a thread. It does nothing while there is time, since the training thread stops
+best by itself, at its next boundary. When the deadline demands it the thread commits the newest boundary in hand, and
+leaves.
+
+A program that donates its state destroys it with every step: then the newest commit has to do, and that is said.
+
+Several processes decide together, process 0 for all of them: all have come to the boundary, or all save a step that
+each of them holds, or all leave with what is committed.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jobkit import state
+from jobkit.emergency import Emergency
+from jobkit.errors import JobkitError, StorageError
+from jobkit.group import Group
+from jobkit.notice import Listener
+from jobkit.plan import MARGIN
+
+_SHARE = 0.01
+"""What holding may cost of the time of a step."""
+_LEAVE_S = 1.0
+"""What remains between the commit and SIGKILL: a moment to leave, and what the estimate does not know."""
+_IDLE_S = 5.0
+"""A program that has not completed a step has nothing to lose: it need not wait for the deadline."""
+_BEHIND = 3
+"""How many older boundaries are held at most while the newest one is not computed yet."""
+_TICK_S = 0.2
+_ANSWER_S = 5.0
+"""How long another process may take to say what it holds."""
+
+
+class Guard:
+    """Watches over the training thread of one attempt, from the notice on.
+
+    Args:
+        emergency: Commits.
+        listener: Knows the notice.
+        group: The processes of the attempt.
+        take: Makes a snapshot of held parts, after checking that it fits the run.
+        begin: Called when the guard begins to act.
+        leave: Writes down that the attempt stopped with a committed step, and ends the process.
+        lost: Names a process that has ended badly, '' while all live.
+    """
+
+    def __init__(
+        self,
+        emergency: Emergency,
+        *,
+        listener: Listener,
+        group: Group,
+        take: Callable[[Mapping[str, Any]], state.Snapshot],
+        begin: Callable[[], None],
+        leave: Callable[[str], None],
+        lost: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.emergency, self._listener, self._group = emergency, listener, group
+        self._take, self._begin, self._leave, self._lost = take, begin, leave, lost
+        self.lock = threading.Condition()
+        """Held by the training thread at a boundary where something is due, and by the guard while it acts."""
+        self.held: dict[int, Mapping[str, state.Held]] = {}
+        """Completed steps -> the parts as they were then: of the newest boundary, and of those before it that the
+        device has not got past, or another process perhaps."""
+        self.from_s = 0.0
+        """Boundaries are held while steps take so long; while they are shorter it would cost too much."""
+        self.at_s = time.monotonic()
+        """When the newest boundary was."""
+        self.pace_s = 0.0
+        """How long a step takes, the newest ones counting most."""
+        self.watching = self.idle = True
+        """Whether the boundaries are known: in `steps()`, and before there are any. Whether none has been reached."""
+        self.nbytes = 0
+        self.saved_at: float | None = None
+        """When the guard was through with saving, on the clock of `time.monotonic`."""
+        self._cost_s = float("inf")
+        self._why = "the last boundary was not held: steps are too short for it"
+        self._verdict: str | None = None
+        self._served = self._arrived = self._closed = False
+        self._starting = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # The training thread.
+
+    def hold(self, step: int, parts: Mapping[str, state.Part]) -> None:
+        """Hold the parts as they are at this boundary."""
+        begun = time.perf_counter()
+        before = self.held
+        try:
+            now = {name: part.hold() for name, part in parts.items()}
+            # The program runs ahead of the device: what it has computed last is held until there is something newer.
+            behind = before and (self._listener.noticed or not _ready(before[max(before)]))
+            kept = {number: before[number] for number in sorted(before)[-_BEHIND:]} if behind else {}
+            self.held = kept | {step: now}
+        except Exception as error:  # a part's own get_state may raise anything
+            self._why, self.held = f"the last boundary could not be held: {error}", {}
+        # A garbage collection must not pass for the cost of it.
+        self._cost_s = min(time.perf_counter() - begun, 2 * self._cost_s)
+        self.from_s = 0.0 if self._listener.noticed else self._cost_s / _SHARE
+
+    def drop(self) -> None:
+        """Hold nothing: another step is completed that was too short to hold its end."""
+        self.held = {}
+
+    def arrive(self) -> bool:
+        """Come to the boundary where this process stops; return whether the guard has saved already.
+
+        Collective: every process arrives, or none is waited for when the deadline comes. The lock is held.
+
+        Raises:
+            StorageError: If the processes cannot decide together.
+        """
+        self._arrived = True
+        if self._group.count == 1:
+            return self._served
+        self.begin()
+        self._group.tell(f"guard/arrived/{self._group.index}", True)
+        while self._verdict != "go":  # with any other word the guard ends this process
+            self.lock.wait(_TICK_S)
+            if self._verdict not in (None, "go", "hold"):
+                raise StorageError(self._verdict or "")
+        return False
+
+    def close(self) -> None:
+        """Watch no longer. The training thread serves what comes, or the run is over."""
+        with self.lock:
+            self.watching, self._closed = False, True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(2 * _TICK_S)  # it may hang on words with other processes
+
+    # The guard's own thread.
+
+    def begin(self) -> None:
+        """Start watching: there is a notice. Any thread may call it, any number of times."""
+        with self._starting:
+            if self._thread is None and not self._closed:
+                self.from_s = 0.0
+                self._thread = threading.Thread(target=self._run, name="jobkit-guard", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._group.count == 1:
+                self._alone()
+            elif self._group.first:
+                self._decide()
+            else:
+                self._follow()
+        except JobkitError as error:
+            with self.lock:
+                self._verdict = str(error)
+                self.lock.notify_all()
+
+    def _wait_s(self) -> float:
+        """Return how long there is nothing to do yet."""
+        notice = self._listener.notice
+        if not self.watching or notice is None:
+            return float("inf")
+        left_s = notice.left_s()
+        idle_s = _IDLE_S - (time.monotonic() - notice.at_s)
+        if self.idle and self._group.count == 1:
+            return idle_s if left_s is None else min(idle_s, left_s - _LEAVE_S)
+        if left_s is None:
+            return float("inf")
+        return left_s - _LEAVE_S - (MARGIN * self.emergency.save_s(self.nbytes) if self.held else 0.0)
+
+    def _alone(self) -> None:
+        while not self._closed:
+            wait_s = self._wait_s()
+            if wait_s > 0:
+                self._wake.wait(min(wait_s, _TICK_S))
+                continue
+            with self.lock:
+                if self._closed or self._arrived or not self.watching:
+                    return
+                told = self._save(max(self._usable(), default=-1))
+                self._served = not told
+            # The training thread may still come, and then leaves in good order; or save, if that failed here.
+            while not self.idle and not self._closed and (self.emergency.left_s() or 0.0) > _LEAVE_S / 2:
+                self._wake.wait(_TICK_S / 4)
+            with self.lock:
+                if not self._closed and not self._arrived:
+                    self._leave(told)
+            return
+
+    def _save(self, step: int) -> str:
+        """Commit a step that is held, or wait for what is in flight; return what went wrong, '' if nothing did."""
+        self._begin()
+        told = "" if step >= 0 or self.idle else self._why
+        try:
+            if step >= 0:
+                self.emergency.commit(step, lambda: self._take(self.held[step]), by="guard")
+            else:
+                self.emergency.promote()
+        except Exception as error:  # whatever it is, what is in flight may still land
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            with contextlib.suppress(Exception):
+                self.emergency.promote()
+        self.saved_at = time.monotonic()
+        return told
+
+    def _usable(self) -> list[int]:
+        """Return the steps that can be saved: those that are computed, or the newest if none is."""
+        held = self.held
+        whole = [step for step in held if not any(leaf.is_deleted() for leaf in _arrays(held[step]))]
+        if held and not whole:
+            self._why = f"the arrays of step {max(held)} are gone: the step in progress has donated them"
+        return [step for step in whole if _ready(held[step])] or whole[-1:]
+
+    # Several processes.
+
+    def _decide(self) -> None:
+        """Process 0: wait until all have arrived, or somebody cannot wait any longer."""
+        others = list(range(1, self._group.count))
+        while not self._closed and not (dead := self._lost()):
+            while others and self._heard(f"guard/arrived/{others[0]}", _TICK_S / 4):
+                del others[0]
+            if not others and self._arrived:
+                self._group.tell("guard/word", "go")
+                return self._hear("go")
+            if not others:
+                self._wake.wait(0.002)
+            if self._wait_s() <= 0 or self._heard("guard/ask", 0.001):
+                self._group.tell("guard/word", "hold")
+                return self._together(self._common)
+        if dead:
+            self._group.tell("guard/word", dead)
+            self._hear(dead)
+        return None
+
+    def _common(self, own: list[int] | None) -> int:
+        """Return the newest step that all hold; -1 if there is none."""
+        told = [own] + [self._group.hear(f"guard/held/{other}", _ANSWER_S) for other in range(1, self._group.count)]
+        common = set.intersection(*(set(steps or []) for steps in told))
+        at = max(common, default=-1)
+        self._group.tell("guard/step", at)
+        return at
+
+    def _follow(self) -> None:
+        """Another process than the first: ask if it cannot wait, and do as all do."""
+        asked = False
+        while not self._closed:
+            if not asked and self._wait_s() <= 0:
+                asked = True
+                self._group.tell("guard/ask", self._group.index)
+            try:
+                word = self._group.hear("guard/word", _TICK_S)
+            except TimeoutError:
+                continue
+            return self._together(self._answer) if word == "hold" else self._hear(word)
+        return None
+
+    def _answer(self, own: list[int] | None) -> int:
+        self._group.tell(f"guard/held/{self._group.index}", own)
+        return int(self._group.hear("guard/step", 2 * _ANSWER_S))
+
+    def _hear(self, word: str) -> None:
+        with self.lock:
+            self._verdict = word
+            self.lock.notify_all()
+
+    def _together(self, agree: Callable[[list[int] | None], int]) -> None:
+        """Save a step that all hold, and leave.
+
+        Args:
+            agree: Tells the others which steps this process holds; returns the one that all hold, or -1.
+        """
+        # The training thread may be at a boundary, in a save that the others would have to take part in.
+        mine = self.lock.acquire(timeout=1.0)
+        try:
+            own = self._usable() if mine and self.watching else None
+        except Exception:
+            own = None
+        try:
+            step = agree(own)
+        except TimeoutError:
+            step = -1
+        if step < 0 and own:
+            self._why = "the processes do not all hold the same step"
+        told = self._save(step)
+        self._group.tell(f"guard/left/{self._group.index}", True)
+        if self._group.first:  # the others cannot do without this process
+            for other in range(1, self._group.count):
+                self._heard(f"guard/left/{other}", 2.0)
+        self._leave(told)
+
+    def _heard(self, key: str, timeout_s: float) -> bool:
+        try:
+            self._group.hear(key, timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _arrays(held: Mapping[str, state.Held]) -> list[Any]:
+    leaves = (getattr(leaf, "_base_array", leaf) for part in held.values() for leaf in part.leaves)  # of a typed key
+    return [leaf for leaf in leaves if hasattr(leaf, "is_ready")]
+
+
+def _ready(held: Mapping[str, state.Held]) -> bool:
+    """Tell whether the device has computed what is held; the newest first, since that fails soonest."""
+    return all(leaf.is_deleted() or leaf.is_ready() for leaf in reversed(_arrays(held)))
