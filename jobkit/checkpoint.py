@@ -96,6 +96,7 @@ class Checkpoints:
         self._stage = Path()
         self._abandoned = self._publishing = False
         self._gate = threading.Lock()
+        self._remover: threading.Thread | None = None
         self.committed_step = -1
         """Newest step known to be committed, -1 if there is none."""
         self.last: Saved | None = None
@@ -152,7 +153,6 @@ class Checkpoints:
             new = self._commit(stage, snapshot, commit)
         except Exception as error:
             if self._abandoned:  # then this is what was meant to happen
-                _give_back(stage)
                 self._ledger.append("abandoned", step=commit.step)
                 return
             if self._group.first:
@@ -229,7 +229,7 @@ class Checkpoints:
             raise StorageError("abandoned for a newer save")
 
     def abandon(self) -> bool:
-        """Break the save in flight off, to make way for a newer one; tell whether that was possible.
+        """Break the save in flight off, to make way for a newer one, and wait for that; tell whether it was possible.
 
         Orbax cannot be told to stop, so its directory is taken away: with a file in its place, the next write fails.
 
@@ -241,6 +241,9 @@ class Checkpoints:
             self._abandoned = True
         arrays.silence()
         _take_away(self._stage)
+        self.wait()
+        self._remover = threading.Thread(target=_discard, args=(self._stage,), name="jobkit-discard", daemon=True)
+        self._remover.start()  # a GB takes a third of a second
         return True
 
     @property
@@ -316,6 +319,8 @@ class Checkpoints:
         """
         self.wait()
         self._writer.close()
+        if self._remover is not None:
+            self._remover.join()
 
     def best_step(self) -> int | None:
         """Return the best committed step by the metric of `keep_best`, None if there is none yet."""
@@ -400,33 +405,19 @@ def _discard(stage: Path) -> None:
     with contextlib.suppress(OSError):
         for path in stage.parent.glob(stage.name + "*"):
             remove_tree(path)
+            with contextlib.suppress(OSError):
+                path.unlink()  # what `_take_away` put in the way
 
 
 def _take_away(stage: Path) -> None:
-    """Put files where a stage, or Orbax's temporary directory of it, is or would be; remove those in the background."""
-    gone: list[Path] = []
+    """Put files where a stage, or Orbax's temporary directory of it, is or would be."""
     for path in (stage.with_name(stage.name + _ORBAX_TMP), stage):
-        for _ in range(10):  # tensorstore may make the directory again between the two calls
-            target = path.with_name(f"{path.name}.gone-{len(gone)}")
+        for number in range(10):  # tensorstore may make the directory again between the two calls
             with contextlib.suppress(OSError):
-                os.rename(path, target)
-                gone.append(target)
+                os.rename(path, path.with_name(f"{path.name}.gone-{number}"))
             with contextlib.suppress(OSError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
                 break
-
-    def remove() -> None:
-        for path in gone:
-            remove_tree(path)
-
-    threading.Thread(target=remove, name="jobkit-remove", daemon=True).start()
-
-
-def _give_back(stage: Path) -> None:
-    """Remove what `_take_away` put in the way."""
-    for path in (stage.with_name(stage.name + _ORBAX_TMP), stage):
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _beside(stage: Path) -> Path:
