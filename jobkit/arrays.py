@@ -6,8 +6,10 @@ barriers of JAX's coordination service: Orbax is told who they are, since it wou
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -72,7 +74,16 @@ class Writer:
 
 def silence() -> None:
     """Keep Orbax from telling at length how a save failed that was made to fail."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    earlier = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # tensorstore tells this way of each array whose asyncio loop has gone.
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            earlier(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _everyone() -> ocp.options.MultiprocessingOptions:
