@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -76,14 +75,14 @@ def silence() -> None:
     """Keep Orbax from telling at length how a save failed that was made to fail."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    earlier = sys.excepthook
+    earlier = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def hook(told: Any) -> None:
         # tensorstore tells this way of each array whose asyncio loop has gone.
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            earlier(kind, error, trace)
+        if str(told.exc_value) != "Event loop is closed":
+            earlier(told)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def _everyone() -> ocp.options.MultiprocessingOptions:
