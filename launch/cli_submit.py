@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
 @click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
 @click.option("--stall", metavar="DURATION|off", help="Restart it when a step takes longer. [default: learned, 1h+]")
+@click.option("--notify", multiple=True, metavar="TARGET", help="Tell https://..., env:NAME or a command of its fate.")
 @click.option("--sweep", multiple=True, metavar="NAME=VALUES", help="One run for each value; {NAME} in COMMAND has it.")
 @click.option(
     "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
@@ -92,6 +93,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         grace_s=duration_s(options.get("grace", 30.0)),
         max_failures=options.get("max-failures", 10),
         stall_s=_stall_s(options.get("stall")),
+        notify=(*given["notify"], *map(str, options.get("notify", []))),
         sbatch=place.sbatch,
         cloud=place.cloud,
         price_per_hour=place.price_per_hour,

@@ -11,7 +11,7 @@ from jobkit import contract, mirror, processes
 from jobkit.contract import Exit, State
 from jobkit.errors import JobkitError
 from jobkit.storage import Store
-from launch import report, restart, submission
+from launch import notify, report, restart, submission
 from launch.runner import Runner
 from launch.spec import JobSpec
 
@@ -38,6 +38,13 @@ class JobRunner(Runner):
 
         Signals: main thread only.
         """
+        telling = notify.start(self._store, self._spec.notify, self._spec.cwd)
+        try:
+            return self._run_job()
+        finally:
+            notify.finish(telling)
+
+    def _run_job(self) -> int:
         self._listen()
         processes.become_subreaper()
         if self._job not in report.jobs(self._store, self._backend):  # its submit was killed before it wrote that down

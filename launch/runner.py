@@ -22,7 +22,7 @@ from jobkit.contract import Outcome, State
 from jobkit.errors import JobkitError
 from jobkit.ledger import Ledger, attempt_events
 from jobkit.storage import Store
-from launch import leftovers, report, restart, snapshot
+from launch import leftovers, notify, report, restart, snapshot
 from launch.command import command_in, search_path
 from launch.spec import JobSpec
 
@@ -88,6 +88,7 @@ class Runner:
 
         Signals: main thread only; SIGTERM, SIGINT, SIGHUP stop the run in good order.
         """
+        notify.start(self._store, self._spec.notify, self._spec.cwd)
         self._listen()
         ready()
         processes.become_subreaper()
@@ -123,9 +124,8 @@ class Runner:
             # A run that got to its end is done, whoever asked to stop it meanwhile.
             if decision.state is not State.DONE and (over := self._over()) is not None:
                 break
-            self._ledger.append(
-                "decision", action=decision.action, delay_s=decision.delay_s, reason=decision.reason, durable=True
-            )
+            told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
+            self._ledger.append("decision", **told, attempt=self._newest_attempt, durable=True)
             if not decision.restart:
                 return decision.state, decision.reason
             self._wait(decision.delay_s)

@@ -88,7 +88,7 @@ class SlurmRunner(JobRunner):
         if not before:
             reason = f"{decision.reason}; {_WORDS[why]}"
             told = {"action": decision.action, "delay_s": decision.delay_s, "reason": reason, "cause": why}
-            self._ledger.append("decision", **told, job=self._job, durable=True)
+            self._ledger.append("decision", **told, attempt=self._newest_attempt, job=self._job, durable=True)
         if why is Cause.REQUEUED:
             self._lift_hold()
             return self._leave("SLURM starts the job again", Exit.PREEMPTED)

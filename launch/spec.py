@@ -35,6 +35,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             does; None: what this run was seen to do, generously.
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
             `ntasks-per-node` alone.
+        notify: Who is told what becomes of the run (see notify.py).
         sweep: Names in the command, written {name}, and their values: one run per combination; empty for a single run.
         parallel: At most so many points of a sweep at once; None for what the backend has room for, locally 1.
         values: Set for a point of a sweep: what each name is there.
@@ -56,6 +57,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_failures: int = 10
     stall_s: float | None = None
     sbatch: dict[str, str] = {}
+    notify: tuple[str, ...] = ()
     sweep: dict[str, tuple[str, ...]] = {}
     parallel: int | None = None
     values: dict[str, str] = {}
@@ -310,6 +312,7 @@ _OPTIONS: dict[str, Any] = (
         "max-failures": int,
         "stall": (str, int, float),
         "snapshot": bool,
+        "notify": list,
         "sbatch": dict,
         "array-parallelism": int,
         "price-per-hour": (int, float),

@@ -20,7 +20,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import Ledger
 from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
-from launch import report, snapshot, sweep
+from launch import notify, report, snapshot, sweep
 from launch import spec as specs
 from launch.command import check_command, check_script
 from launch.lock import RunLock, acquire, cancel_mutex, held, holder
@@ -78,6 +78,7 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
         ConfigError: If it cannot work.
     """
     specs.check(spec)
+    notify.check(spec.notify)
     cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")

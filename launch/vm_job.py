@@ -80,7 +80,7 @@ class VmRunner(JobRunner):
             if decision.state is State.DONE:
                 return self._end(State.DONE, decision.reason)
             told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
-            self._ledger.append("decision", **told, job=self._job, durable=True)
+            self._ledger.append("decision", **told, attempt=self._newest_attempt, job=self._job, durable=True)
             if (over := self._over()) is not None and over[0] is not State.REQUEUED:
                 break
             if not decision.restart:

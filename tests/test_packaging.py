@@ -26,7 +26,7 @@ JOBKIT = [
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
     "restart", "nodes", "sweep", "scontrol", "cloud", "spec", "snapshot", "command", "lock", "leftovers", "report",
-    "runner", "submission", "job_runner", "local", "local_sweep", "slurm", "slurm_again", "slurm_job", "vm_job",
+    "notify", "runner", "submission", "job_runner", "local", "local_sweep", "slurm", "slurm_again", "slurm_job", "vm_job",
     "managed", "googleapi", "gcp_request", "gcp", "doctor", "backends", "drive", "scenarios", "diagnosis", "verdict",
     "drill", "checkpoints", "control", "watch", "api", "history", "goodput", "phases", "shown", "story", "curve",
     "page", "picture", "demo", "printed", "drill_card", "cli_where", "handover", "cli_resume", "cli_ls", "cli_submit",
