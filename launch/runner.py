@@ -276,6 +276,7 @@ class Runner:
             return processes.descendants()
 
         leftovers.clear(self._store, grace_s=self._spec.grace_s, tick=tick)
+        self._reap()  # the last one may have ended since: its exit code tells what became of the attempt
 
     def _close(self, attempt: int, code: int) -> None:
         """Write the outcome if the supervisor did not."""
