@@ -152,6 +152,10 @@ ATTEMPTS = "attempts"
 OUTCOME = "outcome.json"
 REPORT = "report"
 CACHE = "cache"
+TRACKERS = "trackers.json"
+"""By which names W&B and MLflow know the run."""
+TENSORBOARD = "tensorboard"
+TENSORBOARD_MARK = "tensorboard/.written"
 
 
 def attempt_dir(attempt: int) -> str:

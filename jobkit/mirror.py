@@ -207,7 +207,8 @@ def hear(store: Store, name: str) -> None:
 def described(store: Store) -> list[str]:
     """List the files of a home that say what the run is and what the launching side did."""
     code = [f"{contract.CODE}/{name}" for name in store.names(contract.CODE) if name.endswith(".tar.gz")]
-    return [name for name in _ROOT_FILES if store.exists(name)] + code
+    drawn = [f"{contract.TENSORBOARD}/{name}" for name in store.names(contract.TENSORBOARD) if "tfevents" in name]
+    return [name for name in _ROOT_FILES if store.exists(name)] + code + drawn
 
 
 def publish(store: Store) -> None:

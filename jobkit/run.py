@@ -11,14 +11,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
 
-from jobkit import commits, compilecache, contract, interval, mirror, plain, stacks, state
+from jobkit import adapters, commits, compilecache, contract, interval, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
@@ -34,6 +34,7 @@ from jobkit.notice import Listener, Notice
 from jobkit.restore import bring, find_step, restore
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
+from jobkit.trackers import Following, Tracker
 
 if TYPE_CHECKING:
     from jobkit.probe import Probe
@@ -51,6 +52,8 @@ _SHARED_S = 60.0
 """How long a shared disk may take to show one node what another one wrote."""
 _ASKED_S = 120.0
 """How far apart the processes may call `save`."""
+_TRACKERS_S, _TRACKERS_NOTICED_S = 60.0, 5.0
+"""How long trackers may take to have the last values, at the end of a run and of an attempt."""
 _ALONE_S = 5.0
 """How long a process that fails waits for a save that the others may be dead to."""
 
@@ -93,6 +96,8 @@ class Run:
         keep: How many of the newest checkpoints stay; at least 1.
         keep_best: A metric and 'min' or 'max': the best checkpoint by it stays too.
         start_from: URL of a checkpoint that plain Orbax wrote, to begin with where the run has none of its own yet.
+        trackers: Where `log` goes besides the ledger, as one run over all attempts: 'tensorboard', 'wandb', 'mlflow',
+            or objects like jobkit.trackers.Tracker. By default TensorBoard, where tensorboardX is installed.
 
     Raises:
         ConfigError: If an argument makes no sense or the run directory cannot be used.
@@ -113,6 +118,7 @@ class Run:
         keep: int = 3,
         keep_best: tuple[str, str] | None = None,
         start_from: str | os.PathLike[str] | None = None,
+        trackers: Sequence[str | Tracker] | None = None,
     ) -> None:
         launched = os.environ.get(contract.ENV_RUN)
         if url is None and not launched:
@@ -135,6 +141,7 @@ class Run:
             raise ConfigError(f"keep={keep!r} is not a number of checkpoints; at least 1 always stays")
         self._keep = Keep(keep, keep_best)
         self._start_from = start_from
+        self._trackers = adapters.resolve(trackers)
         self._parts: dict[str, state.Part] | None = None
         self._opened = False
         self._pending: list[tuple[int, float, dict[str, Any]]] = []
@@ -193,6 +200,7 @@ class Run:
                 before_commit=lambda step: self._flush(below=step),
                 group=self._group,
             )
+            self._following = Following(self._store, self.attempt, self._trackers)
             self._guard = self._watch()
             self._agreement = self._agree() if self._group.count > 1 else None
             self._look = self._agreement.rounds if self._agreement is not None else self._listener
@@ -288,6 +296,7 @@ class Run:
                     self._ledger.append("raised", error=f"{type(error).__name__}: {error}"[:2000], step=self.step)
                 elif error is None:
                     self._heartbeat.enter(Phase.FINISHED)
+                self._close_trackers()
             finally:
                 self._ledger.close()
                 self._listener.close()
@@ -295,6 +304,15 @@ class Run:
                     self._end_stacks()
                 if self._listener.notice is not None and self._listener.notice.source == "supervisor":
                     self._heartbeat.bury()
+
+    def _close_trackers(self) -> None:
+        """Let the trackers have the rest; after a notice only for a moment, since the next attempt sends it as well."""
+        if self._heartbeat.phase == Phase.STOPPED:
+            self._following.close("preempted", wait_s=_TRACKERS_NOTICED_S)
+        elif sys.exc_info()[0] is None:
+            self._following.close("done", wait_s=_TRACKERS_S)
+        else:
+            self._following.close("failed", wait_s=_TRACKERS_NOTICED_S)
 
     def _end(self) -> None:
         """End normally: commit what a loop that was left early, or a loop of the user's own, still holds."""
@@ -374,6 +392,8 @@ class Run:
             self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
             _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
         self._remember()
+        if self._group.first:
+            self._following.start(self.step)
         self._guard.nbytes, self._guard.watching = snapshot.nbytes, False  # the loop may be one of the user's own
         return self.state
 
@@ -565,7 +585,7 @@ class Run:
             self._raise_failure()
 
     def log(self, **values: Any) -> None:
-        """Record named numbers for the step in progress, in the ledger.
+        """Record named numbers for the step in progress, in the ledger, and from there in the trackers.
 
         JAX arrays are converted later, so that logging does not wait for the device. What is logged up to a step is
         on storage before that step is committed; a step that an interruption makes run twice counts once.

@@ -19,9 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "compilecache", "watchdog", "commits", "mirror", "plan", "interval", "strategy", "drilled",
-    "frozen", "notice", "control", "metadata", "state", "group", "agreement", "arrays", "restore", "checkpoint",
-    "emergency", "guard", "probe", "plain", "run", "sentry", "supervise", "compare", "export",
+    "stacks", "ledger", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan", "interval",
+    "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "group", "agreement", "arrays",
+    "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run", "sentry", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
