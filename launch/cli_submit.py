@@ -50,13 +50,14 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
-    from launch import backends, submission
+    from launch import backends, slurm, submission
     from launch.managed import Managed
 
     spec, name = _spec(profile, given)
     backend = backends.named(name)
     if dry_run:
-        _show_plan(backend.check(spec) if isinstance(backend, Managed) else submission.prepare(spec), name, as_json)
+        prepare = slurm.plan if name == slurm.BACKEND else submission.prepare
+        _show_plan(backend.check(spec) if isinstance(backend, Managed) else prepare(spec), name, as_json)
         return
     store = backend.submit(spec)
     if not as_json:
@@ -96,6 +97,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         notify=(*given["notify"], *map(str, options.get("notify", []))),
         sbatch=place.sbatch,
         cloud=place.cloud,
+        container=place.container,
         price_per_hour=place.price_per_hour,
     )
     return spec, place.backend
@@ -142,3 +144,5 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
         print(f"linked       {', '.join(plan.tree.links)}")
     if backend == slurm.BACKEND:
         print(f"\n{slurm.script(plan.spec, plan.store)}", end="")
+        if spec.container is not None:
+            print(f"\n# of which each attempt is\n{shlex.join(slurm.step(plan.store, spec))}")

@@ -10,6 +10,7 @@ from jobkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.cloud import Cloud
+    from launch.container import Container
 
 F = TypeVar("F", bound=Callable[..., Any])
 MANAGED = ("gcp", "aws")
@@ -26,7 +27,9 @@ _OPTIONS = (
     click.option("--time", help="SLURM: limit of one job; a run goes on in the next. gcp, aws: limit of the run."),
     click.option("--constraint", help="SLURM: features that nodes must have."),
     click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch."),
-    click.option("--image", help="gcp, aws: container image with jobkit in it."),
+    click.option("--image", help="Container image with jobkit in it, for gcp, aws and SLURM."),
+    click.option("--container-runtime", help="SLURM: of --image: singularity or pyxis. [default: apptainer]"),
+    click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="SLURM: what to see in the container too."),
     click.option("--project", help="gcp: project. [default: the credentials' own]"),
     click.option("--region", help="gcp, aws: region. [default: gcp: that of --zones]"),
     click.option("--zones", metavar="ZONE,...", help="gcp: zones to try. [default: all of the region]"),
@@ -61,13 +64,14 @@ class Where:
 
     Args:
         backend: Its name.
-        sbatch, cloud, price_per_hour: As in `JobSpec`.
+        sbatch, cloud, container, price_per_hour: As in `JobSpec`.
         given: Which fields of `cloud` were given.
     """
 
     backend: str
     sbatch: dict[str, str]
     cloud: "Cloud | None"
+    container: "Container | None"
     price_per_hour: float | None
     given: tuple[str, ...] = ()
 
@@ -94,11 +98,26 @@ def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
     plain = [name for name in cloud.OPTIONS if name not in tables]
     asked = {name: value for name in plain if (value := _choose(name, options, given)) is not None}
     asked |= {name: table for name, table in tables.items() if table}
+    container = _container(backend, asked.pop("image", None), options, given) if backend not in MANAGED else None
     if backend not in MANAGED and asked:
         raise ConfigError(f"--{next(iter(asked))} is for --on gcp or aws; this is --on {backend}")
     managed = cloud.from_options(asked, time=time) if backend in MANAGED else None
     fields = tuple(_FIELDS.get(name, name.replace("-", "_")) for name in [*asked, *(["time"] if time else [])])
-    return Where(backend, sbatch, managed, _choose("price-per-hour", options, given), fields)
+    return Where(backend, sbatch, managed, container, _choose("price-per-hour", options, given), fields)
+
+
+def _container(backend: str, image: str | None, options: dict[str, Any], given: dict[str, Any]) -> "Container | None":
+    """Read what the processes of a SLURM job are in."""
+    from launch.container import Container
+
+    if image is not None and backend != "slurm":
+        raise ConfigError(f"--image is for --on gcp, aws or slurm; this is --on {backend}")
+    if image is None:
+        if given["container_runtime"] or given["mount"]:
+            raise ConfigError("--container-runtime and --mount say how a SLURM job uses an image: give --image too")
+        return None
+    runtime = _choose("container-runtime", options, given) or "apptainer"
+    return Container(image=image, runtime=runtime, mounts=(*options.get("mount", ()), *given["mount"]))
 
 
 _FIELDS = {

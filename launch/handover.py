@@ -53,7 +53,8 @@ def _merged(spec: JobSpec, place: Where, *, same: bool) -> JobSpec:
     cloud = place.cloud
     if same and cloud is not None and spec.cloud is not None:
         cloud = msgspec.structs.replace(spec.cloud, **{name: getattr(cloud, name) for name in place.given})
-    return msgspec.structs.replace(spec, sbatch=sbatch, cloud=cloud, price_per_hour=price)
+    container = place.container or (spec.container if same else None)
+    return msgspec.structs.replace(spec, sbatch=sbatch, cloud=cloud, container=container, price_per_hour=price)
 
 
 def _checked(store: Store, spec: JobSpec, name: str) -> JobSpec:

@@ -106,6 +106,8 @@ class Runner:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in (*_STOPPING, signal.SIGCHLD):
             signal.signal(number, self._heard)
+        # As a container's PID 1 it may have been started with signals held back (docker/Dockerfile).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGCHLD:

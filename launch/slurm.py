@@ -24,12 +24,13 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import show_duration
-from launch import leftovers, report, scontrol, sweep
+from launch import container, leftovers, report, scontrol, sweep
 from launch import spec as specs
 from launch.scontrol import Job, SlurmError
 from launch.spec import JobSpec
 from launch.submission import (
     OURS,
+    Plan,
     ask_to_cancel,
     cancel_content,
     end,
@@ -79,7 +80,7 @@ def submit(spec: JobSpec) -> Store:
         ConfigError: If the specification cannot work, or SLURM refuses it; nothing is left behind then.
     """
     check(spec.sbatch, grace_s=spec.grace_s)
-    with new_run(prepare(spec), BACKEND) as (store, spec, lock):
+    with new_run(plan(spec), BACKEND) as (store, spec, lock):
         sbatch(store, spec, points=range(sweep.count(spec.sweep)))
     lock.close()
     return store
@@ -148,6 +149,57 @@ def python(*arguments: str) -> list[str]:
     """Return the command line of this Python in a job, where it finds the same packages."""
     path = runner_environment().get("PYTHONPATH")
     return [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, *arguments]
+
+
+def plan(spec: JobSpec) -> Plan:
+    """Check a specification and fill in what it leaves open; writes nothing. In an image nothing here is looked for.
+
+    Raises:
+        ConfigError: If it cannot work.
+    """
+    found = prepare(spec, elsewhere=spec.container is not None)
+    if spec.container is not None:
+        in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
+    return found
+
+
+def step(store: Store, spec: JobSpec) -> list[str]:
+    """Return the words of an attempt in a container, but for srun's own options, which depend on the job's nodes."""
+    top = store.file(f"{contract.CODE}/{spec.code}") if spec.code is not None else Path(spec.root)
+    cwd = top / os.path.relpath(spec.cwd, spec.root)
+    environ = dict.fromkeys((*_TOLD, *container.ENVIRONMENT), "")
+    words = in_container(store, spec, cwd=cwd, environ=environ)
+    supervise = ["python3", "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *spec.command]
+    return ["srun", *words, *supervise]
+
+
+_TOLD = (
+    contract.ENV_RUN,
+    contract.ENV_ATTEMPT,
+    contract.ENV_GRACE,
+    contract.ENV_WARNED,
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+)
+"""What the step's environment has for a supervisor."""
+
+
+def in_container(store: Store, spec: JobSpec, *, cwd: Path, environ: Mapping[str, str]) -> list[str]:
+    """Return the words that put a supervisor of a run's into its container: what srun gets between its options and it.
+
+    Args:
+        store: The run.
+        spec: What was submitted; with a container.
+        cwd: Where the command runs.
+        environ: The environment of the step.
+    """
+    assert spec.container is not None
+    # Data is linked into the unpacked code: what is there has to be visible too.
+    data = [Path(os.path.realpath(Path(spec.root) / name)) for name in spec.links]
+    paths = [store.path, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
+    paths += [Store(spec.sweep_url).path] if spec.sweep_url else []  # its points share the code that is there
+    gpus = any(name.startswith(("gpus", "gres")) for name in spec.sbatch)
+    return container.words(spec.container, paths=paths, cwd=cwd, environ=environ, gpus=gpus)
 
 
 def folder(store: Store) -> Path:

@@ -14,8 +14,9 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import duration_s
-from launch import sweep
+from launch import container, sweep
 from launch.cloud import OPTIONS, Cloud
+from launch.container import Container
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -35,6 +36,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             does; None: what this run was seen to do, generously.
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
             `ntasks-per-node` alone.
+        container: For the SLURM backend: what the processes of the run are in; None for the node itself.
         notify: Who is told what becomes of the run (see notify.py).
         sweep: Names in the command, written {name}, and their values: one run per combination; empty for a single run.
         parallel: At most so many points of a sweep at once; None for what the backend has room for, locally 1.
@@ -57,6 +59,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_failures: int = 10
     stall_s: float | None = None
     sbatch: dict[str, str] = {}
+    container: Container | None = None
     notify: tuple[str, ...] = ()
     sweep: dict[str, tuple[str, ...]] = {}
     parallel: int | None = None
@@ -122,6 +125,8 @@ def check(spec: JobSpec) -> None:
         raise ConfigError(f"the name {spec.name!r} is not usable; use letters, digits, '.', '_' and '-' (at most 100)")
     if spec.max_failures < 0:
         raise ConfigError(f"max-failures is {spec.max_failures}; give 0 or more")
+    if spec.container is not None:
+        container.check(spec.container)
     tasks = spec.sbatch.get("ntasks-per-node", "1")
     if not re.fullmatch("[1-9][0-9]{0,4}", tasks):
         raise ConfigError(f"ntasks-per-node is {tasks!r}; give a number of processes, 1 or more")
@@ -316,6 +321,8 @@ _OPTIONS: dict[str, Any] = (
         "sbatch": dict,
         "array-parallelism": int,
         "price-per-hour": (int, float),
+        "container-runtime": str,
+        "mount": list,
     }
     | OPTIONS
     | dict.fromkeys(SBATCH, (str, int))
@@ -364,6 +371,7 @@ _KINDS = {
     str: "text",
     bool: "true or false",
     dict: "a table",
+    list: "a list",
     (str, int): "text or a number",
     (str, list): "text or a list",
 }

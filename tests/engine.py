@@ -78,11 +78,7 @@ class Engine:
 
     def image(self, extras: str = "") -> str:
         """Return the image of docker/Dockerfile with some extras of jobkit, by default those of a supervisor alone."""
-        base, name = self.base(), f"jobkit-test:{extras.replace(',', '-') or 'light'}"
-        with _alone(name.replace(":", "-")):
-            if not self.has(name):
-                self.build(name, f"--build-arg=BASE_IMAGE={base}", f"--build-arg=EXTRAS={extras}")
-        return name
+        return _image(self, extras)
 
     def build(self, tag: str, *options: str, dockerfile: Path = ROOT / "docker" / "Dockerfile") -> None:
         """Build an image from the repository."""
@@ -135,6 +131,15 @@ class Container:
         """Return the engine's view of it."""
         state: dict[str, Any] = json.loads(self.engine.docker("inspect", "-f", "{{json .State}}", self.name).stdout)
         return state
+
+
+@cache
+def _image(engine: Engine, extras: str) -> str:
+    """Build an image once for each process: what has not changed, the engine has in its cache."""
+    base, name = engine.base(), f"jobkit-test:{extras.replace(',', '-') or 'light'}"
+    with _alone(name.replace(":", "-")):
+        engine.build(name, f"--build-arg=BASE_IMAGE={base}", f"--build-arg=EXTRAS={extras}")
+    return name
 
 
 @contextlib.contextmanager
