@@ -9,7 +9,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.remote import Remote
 from jobkit.storage import Store, is_remote
-from launch import gcp, local, local_sweep, report, slurm, submission
+from launch import aws, gcp, local, local_sweep, report, slurm, submission
 from launch import spec as specs
 from launch.managed import Managed
 from launch.report import Job, Status
@@ -43,7 +43,12 @@ class Backend(Verbs, Protocol):
         """Raise ConfigError if a run may be alive."""
 
 
-_BY_NAME: dict[str, Backend] = {local.BACKEND: local, slurm.BACKEND: slurm, gcp.BACKEND: gcp.BATCH}
+_BY_NAME: dict[str, Backend] = {
+    local.BACKEND: local,
+    slurm.BACKEND: slurm,
+    gcp.BACKEND: gcp.BATCH,
+    aws.BACKEND: aws.BATCH,
+}
 NAMES = tuple(_BY_NAME)
 
 

@@ -14,7 +14,7 @@ from launch.printed import follow, print_status
 
 @click.command()
 @click.argument("run")
-@click.option("--on", help="Go on there: local, slurm, gcp. [default: where it was]")
+@click.option("--on", help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
 @where_options
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")

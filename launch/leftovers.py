@@ -178,7 +178,7 @@ def write_outcome(
         "ended": time.time(),
         "notice": None,
     }
-    store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(value, indent=2) + "\n")
+    _create_outcome(store, attempt, value)
     if link is not None:
         remove_tree(link)  # the supervisor had no time to
 
@@ -188,6 +188,14 @@ def _say_in_log(store: Store, attempt: int, together: dict[str, Any]) -> None:
     if together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED):
         with contextlib.suppress(OSError), store.file(contract.log_file(attempt)).open("ab", buffering=0) as log:
             log.write(f"jobkit: {together['reason']}\n".encode())
+
+
+def _create_outcome(store: Store, attempt: int, value: dict[str, Any]) -> None:
+    name, content = f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(value, indent=2) + "\n"
+    if store.create(name, content) and store.remote is not None:
+        # Nobody else carries what is written for an attempt that is gone.
+        with contextlib.suppress(JobkitError):
+            store.remote.create(name, content.encode())
 
 
 def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> None:

@@ -46,6 +46,7 @@ class Desk:
         for name, value in {**environment, contract.ENV_HOME: str(self.home / "disk")}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("GCLOUD_PROJECT", raising=False)
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gcsfs reads it when it is imported
         monkeypatch.chdir(self.home / "code")
         monkeypatch.setattr(gcp.BATCH, "_session", googleapi.Session())
         # google-auth reads these once, when it is imported.
