@@ -28,8 +28,8 @@ LAUNCH = [
     "restart", "nodes", "sweep", "scontrol", "cloud", "container", "spec", "snapshot", "command", "lock", "leftovers",
     "report", "notify", "runner", "submission", "job_runner", "local", "local_sweep", "slurm", "slurm_again",
     "slurm_job", "vm_job", "managed", "googleapi", "gcp_request", "gcp", "aws", "doctor", "backends", "drive",
-    "scenarios", "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "history", "goodput", "phases",
-    "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_where", "handover",
+    "scenarios", "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "history", "goodput",
+    "phases", "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_where", "handover",
     "cli_resume", "cli_ls", "cli_submit", "cli_drill", "cli_report", "cli_control", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
