@@ -102,7 +102,8 @@ def _attempt(url: Path, server: str, **named: Any) -> tuple[int, str]:
 
 
 def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
-    """Send this process a signal once MLflow and TensorBoard have a step."""
+    """Send this process a signal once MLflow and TensorBoard have a step, and W&B has begun."""
+    import wandb
     from mlflow import MlflowClient
 
     jobkit.run._TRACKERS_NOTICED_S = 60.0  # a busy machine
@@ -114,10 +115,11 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
             known = json.loads((Path(run.url) / contract.TRACKERS).read_text())["mlflow"]["run_id"]
             sent = {one.key: one.step for one in MlflowClient().get_run(known).data.to_proto().metrics}
             drawn = int((Path(run.url) / contract.TENSORBOARD_MARK).read_text())
-            if min(sent["loss"], drawn) >= step:
+            if min(sent["loss"], drawn) >= step and wandb.run is not None:
                 break
     else:
         raise AssertionError("the trackers do not follow")
+    assert sys.excepthook is jobkit.run._hook  # W&B replaces it, and with it our exit codes
     os.kill(os.getpid(), number)
 
 
