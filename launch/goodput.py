@@ -92,6 +92,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
         notice: Source of the first notice it got, '' for none.
         saved_on_notice: Whether all its steps were committed after a notice; None without one, while it is being
             served, and where there was no step to save.
+        unsaved: Why not all of them were, where the program could say it.
         notice_to_commit_s: Seconds from the notice to the commit.
         wait_s: Queue and idle seconds between its end and the next attempt.
         ending_s: What its ending cost the run: its own lost, stalled, emergency and stop seconds, the wait after it,
@@ -113,6 +114,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     first_step_s: float | None
     notice: str
     saved_on_notice: bool | None
+    unsaved: str
     notice_to_commit_s: float | None
     wait_s: float
     ending_s: float
@@ -529,7 +531,8 @@ def _attempts(spans: Sequence[_Span], intervals: Sequence[Interval], price: floa
         held_s = span.end - span.start
         cost_s = [own[phase] for phase in _ENDING] + [after.get(phase, 0.0) for phase in _BEGINNING] + [wait_s]
         first_step = span.at("first_step")[:1]
-        committed_s = [number_of(event.get("notice_to_commit_s")) for _, event in span.at("stopped")]
+        stopped = [event for _, event in span.at("stopped")]
+        whole = [number_of(event.get("notice_to_commit_s")) for event in stopped if not event.get("lost_steps")]
         found.append(
             Attempt(
                 attempt=span.life.number,
@@ -544,7 +547,8 @@ def _attempts(spans: Sequence[_Span], intervals: Sequence[Interval], price: floa
                 first_step_s=max(0.0, min(first_step[0][0], span.end) - span.start) if first_step else None,
                 notice=_notice(span.life),
                 saved_on_notice=_saved_on_notice(span),
-                notice_to_commit_s=committed_s[0] if committed_s else None,
+                unsaved=str(stopped[0].get("why", "")) if stopped else "",
+                notice_to_commit_s=whole[0] if whole else None,
                 wait_s=wait_s,
                 ending_s=0.0 if span.running or how == Outcome.DONE else math.fsum(cost_s),
                 held_s=held_s,
@@ -571,7 +575,8 @@ def _saved_on_notice(span: _Span) -> bool | None:
         return None
     if span.first is None or span.last is None or span.last <= span.first:
         return None
-    return any(event["event"] in ("stopped", "finished") for event in span.life.program)
+    served = [event for event in span.life.program if event["event"] in ("stopped", "finished")]
+    return any(not event.get("lost_steps") for event in served)
 
 
 def _steps(spans: Sequence[_Span]) -> int | None:

@@ -38,6 +38,7 @@ class JobRunner(Runner):
 
         Signals: main thread only.
         """
+        self._listen()
         telling = notify.start(self._store, self._spec.notify, self._spec.cwd)
         try:
             return self._run_job()
@@ -45,7 +46,6 @@ class JobRunner(Runner):
             notify.finish(telling)
 
     def _run_job(self) -> int:
-        self._listen()
         processes.become_subreaper()
         if self._job not in report.jobs(self._store, self._backend):  # its submit was killed before it wrote that down
             self._ledger.append("job", id=self._job, backend=self._backend, durable=True)

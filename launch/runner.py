@@ -88,9 +88,9 @@ class Runner:
 
         Signals: main thread only; SIGTERM, SIGINT, SIGHUP stop the run in good order.
         """
-        notify.start(self._store, self._spec.notify, self._spec.cwd)
         self._listen()
         ready()
+        notify.start(self._store, self._spec.notify, self._spec.cwd)
         processes.become_subreaper()
         try:
             state, reason = self._attempts()

@@ -116,7 +116,8 @@ def _what(one: Attempt, stalls: Sequence[Event]) -> str:
             return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
         if one.saved_on_notice is None:
             return f"{told}; there was nothing to save yet."
-        return f"{told}{'.' if one.saved_on_notice else '; the save was not committed in time.'}"
+        late = f"; its newest steps could not be committed{_clause(one.unsaved)}."
+        return f"{told}{'.' if one.saved_on_notice else late}"
     if one.outcome == Outcome.STALLED:
         event = stalls[-1] if stalls else {}
         where = f" in phase {event['phase']}" if event.get("phase") else ""
@@ -366,10 +367,9 @@ def _compile(found: Goodput, history: History) -> Iterator[Advice]:
     again = [life for life in history.lives[1:] if any(_missed(event) for event in life.program)]
     misses = sum(_missed(event) for life in again for event in life.program)
     if misses:
-        text = (
-            f"After a restart {_count(misses, 'program')} had to be compiled again: a compile cache on a disk that all "
-            "nodes share would have held them."
-        )
+        told = [event for life in again for event in life.program if _missed(event)]
+        why = _clause(str(told[-1].get("why", ""))) or ": the compile cache did not have them"
+        text = f"After a restart {_count(misses, 'program')} had to be compiled again{why}."
         yield Advice("compile", text, _compiled_again(found))
     elif found.compile_hits is None and len(found.attempts) > 1 and found.shares[Phase.COMPILE] > 0.05:
         text = (

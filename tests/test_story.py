@@ -134,6 +134,25 @@ def test_other_endings(run: ledgers.Written) -> None:
     ]
 
 
+def test_a_notice_that_could_not_be_served_whole(run: ledgers.Written) -> None:
+    """What the program could not commit after a notice is told with its reason, and is no hit."""
+    run.supervisor(0, 0, "started")
+    run.program(0, 3, "fresh", step=0)
+    run.program(0, 5, "first_step", step=1)
+    run.program(0, 20, "saved", step=10, reason="interval", blocking_s=0.0, durable_s=2.0)
+    run.supervisor(0, 30, "notice", source="SIGTERM", deadline_s=5.0)
+    run.program(0, 34, "notice", source="SIGTERM", age_s=4.0, step=20)
+    run.program(0, 35, "stopped", step=10, notice_to_commit_s=5.0, lost_steps=10, why="a step takes longer")
+    run.supervisor(0, 35, "exited", outcome="preempted", reason="stopped on SIGTERM")
+    run.outcome(0, outcome="preempted", step=20, committed_step=10, ended=35.0)
+    assert texts(story(run))[1].startswith(
+        "Attempt 0 was told to stop (SIGTERM) at step 20; its newest steps could not be committed: a step takes "
+        "longer. 10 steps lost; it cost 17 s (16 s of training, 1.0 s saving)."
+    )
+    found = measure(read_history(run.store))
+    assert (found.save_hit_rate, found.notice_to_commit_s, found.lost_steps) == (0.0, None, 10)
+
+
 def test_saves_and_uploads_that_failed(run: ledgers.Written) -> None:
     """Saves that failed and a bucket that did not answer are told once an attempt, with the first reason."""
     life(run, 0, 0, 100, "done", "finished", committed=10)
@@ -267,11 +286,10 @@ def test_recompiled(run: ledgers.Written) -> None:
     )
     run.program(0, 6, "compiled", hits=0, misses=5, seconds=2.0)
     assert "compile" not in advice(run)
-    run.program(1, 26, "compiled", hits=3, misses=2, seconds=2.0)
-    assert advice(run)["compile"] == (
-        "After a restart 2 programs had to be compiled again: a compile cache on a disk that all nodes share would "
-        "have held them."
-    )
+    run.program(1, 26, "compiled", hits=3, misses=1, seconds=2.0)
+    assert "compile" not in advice(run)  # what only a restart runs
+    run.program(1, 27, "compiled", hits=3, misses=2, seconds=2.0, again=["step"], why="jax was 1 and is 2")
+    assert advice(run)["compile"] == "After a restart 2 programs had to be compiled again: jax was 1 and is 2."
 
 
 def test_a_slow_bucket(run: ledgers.Written) -> None:
