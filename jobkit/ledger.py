@@ -3,7 +3,8 @@
 A line is one `write` to a file opened with O_APPEND, so that a SIGKILL tears at most the last line of one file;
 the reader drops a torn line. The events, by who writes them:
 
-    submitted, resumed, cancelled, stopped, decision, ended          by the launching side, in events.jsonl
+    submitted, resumed, cancelled, stopped, decision, ended, job (id, backend), job_started,
+    moved (source, target)                                  by the launching side, in events.jsonl
     started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
     exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices

@@ -9,14 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launch.api import cancel, resume, save, status, stop, submit
+    from launch.aws import Aws
+    from launch.cloud import Cloud
+    from launch.gcp import Gcp
     from launch.local import Local
     from launch.report import Status
     from launch.slurm import Slurm
     from launch.spec import JobSpec
 
-__all__ = ["JobSpec", "Local", "Slurm", "Status", "cancel", "resume", "save", "status", "stop", "submit"]
+__all__ = [
+    "Aws", "Cloud", "Gcp", "JobSpec", "Local", "Slurm", "Status", "cancel", "resume", "save", "status", "stop",
+    "submit",
+]  # fmt: skip
 
-_HOMES = {"JobSpec": "launch.spec", "Local": "launch.local", "Slurm": "launch.slurm", "Status": "launch.report"}
+_HOMES = {
+    "Aws": "launch.aws",
+    "Cloud": "launch.cloud",
+    "Gcp": "launch.gcp",
+    "JobSpec": "launch.spec",
+    "Local": "launch.local",
+    "Slurm": "launch.slurm",
+    "Status": "launch.report",
+}
 
 
 def __getattr__(name: str) -> Any:

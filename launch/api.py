@@ -3,12 +3,14 @@
 import os
 
 from jobkit.contract import State
-from launch import backends, control, local, slurm, submission
+from launch import aws, backends, control, gcp, local, slurm, submission
 from launch.report import Status
 from launch.spec import JobSpec
 
+Backend = local.Local | slurm.Slurm | gcp.Gcp | aws.Aws
 
-def submit(spec: JobSpec, *, on: local.Local | slurm.Slurm | None = None, wait: bool = False) -> Status:
+
+def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> Status:
     """Start a run.
 
     Args:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobkit import processes
+from tests.engine import Engine
 from tests.metadata_server import Gce
 
 ROOT = Path(__file__).parent.parent
@@ -113,16 +114,16 @@ class Processes:
         return Process(vm, log)
 
 
-class Engine:
-    """Runs containers with a container engine.
+class Containers:
+    """Runs containers with an engine.
 
     Args:
-        command: How its command line is called, such as ("docker", "-H", "unix:///tmp/x.sock").
-        options: Further options of `run`.
+        engine: The engine.
+        image: What stands for every image that a job names.
     """
 
-    def __init__(self, *command: str, options: tuple[str, ...] = ()) -> None:
-        self.command, self.options = command, options
+    def __init__(self, engine: Engine, image: str) -> None:
+        self.engine, self.image = engine, image
 
     def start(self, vm: Vm, log: Path) -> Container:
         """See `Executor`."""
@@ -130,29 +131,24 @@ class Engine:
 
 
 class _Engined:
-    def __init__(self, engine: Engine, vm: Vm, log: Path) -> None:
-        self._engine, self._name = engine, f"jobkit-test-{secrets.token_hex(6)}"
-        environ = vm.environment | vm.metadata.environment
+    def __init__(self, containers: Containers, vm: Vm, log: Path) -> None:
+        self._engine, self._name = containers.engine, f"jobkit-test-{secrets.token_hex(6)}"
+        environ = {"JAX_PLATFORMS": "cpu"} | vm.environment | vm.metadata.environment
         given = [word for name, value in environ.items() for word in ("--env", f"{name}={value}")]
-        options = [*shlex.split(vm.container.get("options", "")), *engine.options]
-        if vm.container.get("entrypoint"):
-            options += ["--entrypoint", vm.container["entrypoint"]]
-        words = ["run", "--rm", "--name", self._name, *given, *options, vm.container["imageUri"]]
+        options = [*shlex.split(vm.container.get("options", "")), "--entrypoint", vm.container["entrypoint"]]
+        words = ["run", "--rm", "--name", self._name, *given, *options, containers.image]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*engine.command, *words, *vm.container.get("commands", [])], stdout=output, stderr=output,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                [self._engine.program, *words, *vm.container.get("commands", [])], env=self._engine.environment(),
+                stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
     def terminate(self) -> None:
-        self._tell("kill", "--signal", "TERM")
+        self._engine.docker("kill", "--signal=TERM", self._name, check=False)
 
     def kill(self) -> None:
-        self._tell("kill")
+        self._engine.docker("kill", self._name, check=False)
         self.wait(10)
-
-    def _tell(self, *words: str) -> None:
-        subprocess.run([*self._engine.command, *words, self._name], capture_output=True, check=False)
 
     def wait(self, timeout_s: float) -> int | None:
         try:

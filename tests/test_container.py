@@ -124,7 +124,7 @@ def test_any_program_may_be_pid_1s_child(docker: Engine, app: Path, runs: Path) 
 
 def test_the_image_runs_the_demo(docker: Engine) -> None:
     """Trained, preempted and killed in a container: a user nobody knows, read-only, no network; not a bit differs."""
-    image = docker.image("train,report")
+    image = docker.image("train,gcs,report")
     more = [*READ_ONLY, "--user=12345:54321", "--entrypoint=jobkit"]
     with docker.container(
         image, "demo", "--run", "/tmp/demo", "--steps", "100", "--seed", "7", "--json", options=more

@@ -22,7 +22,9 @@ from launch.cloud import RETRIED, Cloud
 from launch.spec import JobSpec
 from tests import training
 from tests.batch_server import BatchServer, Job, RefusedError, checked
+from tests.batch_vm import Containers
 from tests.desk import NAME, TRAIN, URL, Desk
+from tests.engine import Engine
 from tests.gcs_server import GcsServer
 
 GCP = ("submit", "--on", "gcp", "--region", "us-central1", "--image", "registry/train:1", "--run", URL)
@@ -71,6 +73,24 @@ def end_of(job: Job) -> None:
     """Wait until the service has ended a job."""
     job.thread.join(60)
     assert job.over, job.state
+
+
+@pytest.fixture
+def containers(docker: Engine, desk: Desk, batch: BatchServer) -> Engine:
+    """Have the service run its jobs in containers of the repository's own image; the training comes in the snapshot."""
+    batch.executor = Containers(docker, docker.image("train,gcs,report"))
+    (desk.home / "code" / "tests").mkdir()
+    for name in ("__init__", "training", "training_imports"):
+        desk.write((Path(__file__).parent / f"{name}.py").read_text(), f"tests/{name}.py")
+    return docker
+
+
+@pytest.mark.slow
+def test_preempted_twice_in_containers(desk: Desk, batch: BatchServer, containers: Engine, undisturbed: str) -> None:
+    """The same with real containers, whose PID 1 gets the signal; none of them is left."""
+    test_preempted_twice(desk, batch, undisturbed)
+    left = containers.docker("ps", "--all", "--quiet", "--filter", "name=jobkit-test-").stdout
+    assert not left.strip()
 
 
 @pytest.mark.slow
