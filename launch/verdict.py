@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobkit import commits, contract
+from jobkit import commits, contract, ledger
 from jobkit.contract import Outcome
 from jobkit.storage import Store
 from launch import drive
@@ -91,6 +91,8 @@ def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
         found.missed |= len(endings) == 1 and endings[0].outcome == Outcome.DONE
         found.broken.append(f"it took {len(endings)} attempts and should have taken {len(scenario.ends) + 1}")
     found.broken += list(_losses(found, scenario, shown))
+    if scenario.name != "damage":
+        found.broken += list(_forgotten(store, endings))
     if scenario.name != "storage":
         found.broken += list(_failed_saves(store))
 
@@ -104,6 +106,16 @@ def _losses(found: Found, scenario: Scenario, shown: Shown) -> Iterator[str]:
         allowed = shown.allowed_loss + (shown.save_every if scenario.name == "damage" else 0)
         if ending.outcome == Outcome.KILLED and lost > allowed:
             yield f"{lost} steps were lost on a kill, and a save interval is {shown.save_every}"
+
+
+def _forgotten(store: Store, endings: list[Ending]) -> Iterator[str]:
+    """Whatever the interval: nothing that was committed may be gone."""
+    committed = 0
+    for ending in endings[:-1]:
+        saved = [event for event in ledger.attempt_events(store, ending.attempt) if event["event"] == "saved"]
+        committed = max([committed, *(event["step"] for event in saved)])
+        if ending.resumed_step is not None and ending.resumed_step < committed:
+            yield f"it went on from step {ending.resumed_step} although step {committed} had been committed"
 
 
 def _failed_saves(store: Store) -> Iterator[str]:

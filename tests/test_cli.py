@@ -254,7 +254,7 @@ def test_light_imports(code: str) -> None:
 def test_help_has_examples(project: Project) -> None:
     """Every command explains itself with an example that parses, and --version says which this is."""
     top = project.cli("--help").stdout
-    for command in ("submit", "status", "logs", "save", "stop", "cancel", "resume", "ls", "demo"):
+    for command in ("submit", "status", "logs", "save", "stop", "cancel", "resume", "ls", "demo", "drill"):
         assert re.search(rf"^  {command} ", top, re.MULTILINE)
         assert f"jobkit {command}" in project.cli(command, "--help").stdout
     assert jobkit.__version__ in project.cli("--version").stdout

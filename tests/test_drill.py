@@ -199,6 +199,15 @@ def test_judgement(
     assert found.survived is not bool(broken)
 
 
+def test_commit_that_was_forgotten(tmp_path: Path) -> None:
+    """A restart behind what was committed is no loss of an interval but a broken promise."""
+    store = wrote(tmp_path, ("killed", 37), ("done", 60), resumed=(15,))
+    store.write("attempts/0/events-0.jsonl", json.dumps({"t": 5.0, "event": "saved", "step": 30}) + "\n")
+    found = Found("kill", "text")
+    verdict.judge(found, named("kill"), store, SHOWN)
+    assert "it went on from step 15 although step 30 had been committed" in found.broken
+
+
 def test_moments_fit_the_run() -> None:
     """Whatever the reference showed, the moments lie inside it."""
     for steps in (6, 7, 24, 100, 1000):
