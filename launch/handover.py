@@ -35,6 +35,8 @@ def resume(url: str | os.PathLike[str], place: Where) -> State:
     spec, (old, created) = specs.read(store), specs.read_backend(store)
     if backends.status(store).state is State.DONE:
         return State.DONE
+    if place.backend != old and (spec.sweep or spec.sweep_url):
+        raise ConfigError(f"{store.url} belongs to a sweep, which goes on where it was submitted: --on {old}")
     backends.named(old).refuse_alive(store)
     new = _checked(store, _merged(spec, place, same=place.backend == old), place.backend)
     if place.backend != old:

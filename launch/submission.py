@@ -79,6 +79,8 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     """
     specs.check(spec)
     notify.check(spec.notify)
+    if spec.sweep and is_remote(spec.run):
+        raise ConfigError(f"a sweep has to lie on a file system that all its nodes share, not on {spec.run}")
     cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")
@@ -89,8 +91,6 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
         check_command(first, cwd, os.environ)
     store = open_run(spec.run or _fresh_place(spec.name or _script_name(spec)))
     _check_place(store)
-    if spec.sweep and store.remote is not None:
-        raise ConfigError(f"a sweep has to lie on a file system that all its nodes share, not on {store.url}")
     spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.url.rpartition("/")[2])
     if not spec.snapshot:
         return Plan(store, msgspec.structs.replace(spec, root=str(cwd)), None)

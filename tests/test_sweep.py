@@ -79,6 +79,12 @@ def test_bad_sweeps(texts: list[str], command: str, message: str, project: jobs.
     assert not (project.path / "new").exists()
 
 
+def test_a_sweep_in_a_bucket(project: jobs.Project) -> None:
+    """A sweep on an object store is refused before anything is asked of it."""
+    done = project.cli("submit", "--run", "gs://nowhere/s", "--sweep", "a=1", "--", "python", "job.py", "{a}")
+    assert (done.returncode, "has to lie on a file system" in done.stderr) == (2, True)
+
+
 def test_parallelism_of_no_sweep(project: jobs.Project) -> None:
     """--array-parallelism needs a sweep, and a number of points."""
     for options in (["--array-parallelism", "2"], ["--array-parallelism", "0", "--sweep", "a=1"]):
@@ -155,5 +161,8 @@ def test_cancel_of_a_sweep_and_of_a_point(project: jobs.Project) -> None:
     assert states(store) == ["cancelled"] * 3
     until(lambda: not lock.held(store), "the sweep's runner ends")
     assert not (store.path / "points" / "1" / "attempts").exists()
+    moved = project.cli("resume", store.url, "--on", "slurm")
+    assert moved.returncode == 2
+    assert "goes on where it was submitted: --on local" in moved.stderr
     with pytest.raises(ConfigError, match="has no point 7"):
         backends.status(submission.open_run(f"{store.url}/points/7"))
