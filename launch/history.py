@@ -90,8 +90,21 @@ def _life(store: Store, number: int) -> Life:
         if name.startswith("events-") and name.endswith(".jsonl"):
             writer = name.removeprefix("events-").removesuffix(".jsonl")
             events = _finite(read_lines(store, f"{contract.attempt_dir(number)}/{name}"))
-            {"0": life.program, "supervisor": life.supervisor}.get(writer, life.others).extend(events)
+            {"0": life.program, "supervisor": life.supervisor}.get(writer, life.others).extend(_thinned(events))
     return life
+
+
+_MOST = 2_000
+"""So many events of logged values tell well enough at which step an attempt was when."""
+
+
+def _thinned(events: list[Event]) -> list[Event]:
+    """Leave out most events of logged values, of which there may be millions; the last one stays."""
+    logged = [index for index, event in enumerate(events) if event["event"] == "metrics"]
+    if len(logged) <= _MOST:
+        return events
+    kept = {*logged[:: len(logged) // _MOST], logged[-1]}
+    return [event for index, event in enumerate(events) if index in kept or event["event"] != "metrics"]
 
 
 def _finite(events: list[Event]) -> list[Event]:

@@ -207,6 +207,23 @@ def test_an_old_attempt_still_writes(tmp_path: Path) -> None:
     assert [(one.started, one.ended) for one in found.attempts] == [(0.0, 50.0), (50.0, 100.0)]
 
 
+def test_a_long_history_keeps_its_ends(tmp_path: Path) -> None:
+    """Of many thousand logged values few are looked at, the last one among them: the last step is known from it."""
+    run = ledgers.Written(tmp_path / "r")
+    run.supervisor(0, 0, "started")
+    run.program(0, 1, "fresh", step=0)
+    run.program(0, 2, "first_step", step=1)
+    path = run.store.file("attempts/0/events-0.jsonl")
+    lines = (
+        f'{{"t":{2 + step / 10},"event":"metrics","step":{step},"values":{{"loss":1}}}}\n' for step in range(20_001)
+    )
+    path.write_text(path.read_text() + "".join(lines))
+    history = read_history(run.store)
+    assert len(history.lives[0].program) < 2_500
+    assert measure(history).attempts[0].to_step == 20_000
+    assert seconds(measure(history)) == {"start": 1.0, "compile": 1.0, "lost": 2000.0}  # nothing was committed
+
+
 def test_a_clock_that_is_set_back(tmp_path: Path) -> None:
     """Within one file the order written counts: what comes after the clock was set back happened no earlier.
 
