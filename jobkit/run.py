@@ -290,13 +290,13 @@ class Run:
                 self._tell_compiled()
                 if self._agreement is not None:
                     self._agreement.close()
+                self._close_trackers()
                 if self._carrier is not None:
                     self._carrier.close(deadline_s=_UPLOAD_S)
                 if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
                     self._ledger.append("raised", error=f"{type(error).__name__}: {error}"[:2000], step=self.step)
                 elif error is None:
                     self._heartbeat.enter(Phase.FINISHED)
-                self._close_trackers()
             finally:
                 self._ledger.close()
                 self._listener.close()

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from jobkit.ledger import Ledger, read_metrics
 from jobkit.storage import Store
 from jobkit.trackers import Following, Opening, Point, Tail
 from tests import training
+from tests.gcs_server import GcsServer
 
 STEPS = 40
 MISSING = [name for name, package in adapters.NEEDS.items() if importlib.util.find_spec(package) is None]
@@ -323,3 +325,24 @@ def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
         file.write(line[20:])
     assert list(tail.read()) == [Point(3, 1.0, {"loss": 0.5})]
     assert list(tail.read()) == []
+
+
+@pytest.mark.slow
+def test_in_a_bucket_the_next_node_goes_on(tmp_path: Path) -> None:
+    """Preempted on one node, finished on another: the event files in the bucket are one series, each step once."""
+    url = f"gs://bucket/runs/drawn-{random.randrange(10**9)}"
+    with GcsServer() as server:
+        for node, code, at in (("one", 75, {14: "SIGTERM"}), ("two", 0, None)):
+            environment = server.environment() | {contract.ENV_HOME: str(tmp_path / node)}
+            ended, printed = training.attempt(
+                url, at=at, trackers=("tensorboard",), environment=environment, log=tmp_path / "log", timeout_s=120
+            )
+            assert ended == code, printed
+        inside = url.removeprefix("gs://bucket/") + "/"
+        objects = {name.removeprefix(inside): content for name, content in server.storage.buckets["bucket"].items()}
+    for name, stored in objects.items():
+        if name.startswith(contract.TENSORBOARD):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(stored.data)
+    assert len(list((tmp_path / contract.TENSORBOARD).iterdir())) == 2
+    assert sorted(tensorboard_series(tmp_path)["loss"]) == list(range(training.STEPS))
