@@ -132,6 +132,7 @@ def image(docker: Engine, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the image may have to be made first
 def test_a_preempted_run_in_a_container_goes_on(login: Login, image: Path) -> None:
     """The notice reaches the program inside, its supervisor's word comes out, and the job is requeued from outside."""
     (login.home / "train.py").write_text(PROGRAM)
