@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -459,3 +460,15 @@ def test_googles_own_client(batch: BatchServer, desk: Desk) -> None:
     assert [event.task_execution.exit_code for event in tasks[0].status.status_events] == [75, 75]
     assert [job.name for job in client.list_jobs(parent=parent)] == [made.name]
     assert report.jobs(submission.open_run(URL), "gcp") == []
+
+
+@pytest.mark.slow
+def test_readme(desk: Desk, batch: BatchServer) -> None:
+    """The README's command for spot VMs, on the README's own train.py."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (line,) = [line for line in readme.splitlines() if line.startswith("jobkit submit --on gcp")]
+    desk.write(readme.partition("```python\n")[2].partition("```")[0])
+    desk.jobkit(*shlex.split(line.replace("IMAGE", "registry/train:1"))[1:])
+    end_of(batch.only_job())
+    told = json.loads(desk.jobkit("status", "gs://bucket/big", "--json"))
+    assert (told["state"], told["committed_step"]) == ("done", 2000)

@@ -55,19 +55,34 @@ def test_blocks_are_of_a_kind_that_is_run() -> None:
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
 
 
-def test_jobkit_commands(tmp_path: Path) -> None:
-    """The jobkit commands work in the order they are told, on the README's own train.py."""
+def at(tmp_path: Path, *words: str) -> list[str]:
+    """Return the README's commands for this machine that are one of some words, beside the README's own train.py."""
     assert PYTHON[0].startswith("# train.py\n")
     (tmp_path / "train.py").write_text(PYTHON[0])
-    commands = [line for line in COMMANDS if line.startswith("jobkit ") and "--on slurm" not in line]
+    here = [line for line in COMMANDS if line.startswith("jobkit ") and "--on " not in line]
+    return [line for line in here if line.split()[1] in words]
+
+
+def test_jobkit_commands(tmp_path: Path) -> None:
+    """The jobkit commands work in the order they are told, on the README's own train.py."""
+    verbs = ["submit", "submit", "status", "cancel", "resume", "logs", "ls", "report", "explain", "submit"]
+    commands = at(tmp_path, *verbs, "checkpoints")
+    assert [line.split()[1] for line in commands] == [*verbs, "checkpoints", "checkpoints"]
     printed = [shell(as_this_checkout(command), tmp_path) for command in commands]
-    words = [shlex.split(command)[1] for command in commands]
-    assert words == ["submit", "submit", "status", "cancel", "resume", "logs", "ls", "checkpoints", "checkpoints"]
     assert "cancelled" in printed[3]
-    assert "whole" in printed[-1]
-    listed = printed[-3].splitlines()
+    listed = printed[6].splitlines()
     assert [line.split()[:2] for line in listed[1:]] == [["first", "done"], ["second", "done"]]
     assert all(line.split()[3:5] == ["2000", "2000"] for line in listed[1:])
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert "runs/first" in printed[8]
+    assert "whole" in printed[-1]
+
+
+@pytest.mark.slow
+def test_drill_command(tmp_path: Path) -> None:
+    """The drill certifies the README's own train.py."""
+    (command,) = at(tmp_path, "drill")
+    shell(as_this_checkout(command), tmp_path)
 
 
 @pytest.mark.parametrize("code", PYTHON[1:], ids=lambda code: code.split('Run("')[1].split('"')[0])
