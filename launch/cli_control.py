@@ -59,7 +59,6 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
     \b
     Examples:
       jobkit stop runs/mnist
-      jobkit resume runs/mnist
     """
     from launch import control, report
 

@@ -74,7 +74,7 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     assert [line.split()[:2] for line in listed[1:]] == [["first", "done"], ["second", "done"]]
     assert all(line.split()[3:5] == ["2000", "2000"] for line in listed[1:])
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    assert "runs/first" in printed[8]
+    assert "ended as done at step 2,000" in printed[8]
     assert "whole" in printed[-1]
 
 
