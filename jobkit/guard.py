@@ -30,8 +30,8 @@ _LEAVE_S = 1.0
 """What remains between the commit and SIGKILL: a moment to leave, and what the estimate does not know."""
 _IDLE_S = 5.0
 """A program that has not completed a step has nothing to lose: it need not wait for the deadline."""
-_BEHIND = 3
-"""How many older boundaries are held at most while the newest one is not computed yet."""
+_ROOM_BYTES = 1 << 30
+"""What may be held of boundaries that the device has yet to compute."""
 _TICK_S = 0.2
 _ANSWER_S = 5.0
 """How long another process may take to say what it holds."""
@@ -95,10 +95,14 @@ class Guard:
         before = self.held
         try:
             now = {name: part.hold() for name, part in parts.items()}
-            # The program runs ahead of the device: what it has computed last is held until there is something newer.
-            behind = before and (self._listener.noticed or not _ready(before[max(before)]))
-            kept = {number: before[number] for number in sorted(before)[-_BEHIND:]} if behind else {}
-            self.held = kept | {step: now}
+            # The program may run ahead of the device, and further in one process than in another: what was computed
+            # last is held until there is something newer, and what was begun since as far as it is small.
+            keep = sorted(before)[-1:] if self._listener.noticed else []
+            if before and not _ready(now):
+                computed = max((number for number in before if _ready(before[number])), default=min(before))
+                newer = sorted(number for number in before if number > computed)
+                keep += [computed, *newer[max(0, len(newer) - _ROOM_BYTES // max(1, self.nbytes)) :]]
+            self.held = {number: before[number] for number in sorted({*keep})} | {step: now}
         except Exception as error:  # a part's own get_state may raise anything
             self._why, self.held = f"the last boundary could not be held: {error}", {}
         # A garbage collection must not pass for the cost of it.
