@@ -135,6 +135,12 @@ class Listener:
             if descriptor is not None:
                 os.close(descriptor)
 
+    def retake(self) -> None:
+        """Install the handlers again: something has replaced them since `open`. Earlier ones still come back."""
+        if self._earlier and threading.current_thread() is threading.main_thread():
+            for number in self._earlier:
+                signal.signal(number, self._handle)
+
     def let_go(self) -> None:
         """Put earlier handlers back; elsewhere than on the main thread there is nothing to do."""
         if not self._earlier or threading.current_thread() is not threading.main_thread():

@@ -164,8 +164,7 @@ class Run:
             raise ConfigError("this Run was opened before: make a new one")
         self._opened = True
         Run._opened_here += 1
-        # JAX's own notifier would replace our SIGTERM handler without a word when jax.distributed starts.
-        jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+        _take_over(said=jax.distributed.is_initialized())
         self._group = open_group(Run._opened_here)
         supervisor = os.environ.get(contract.ENV_SUPERVISOR)
         directory = Path(supervisor) if supervisor else None
@@ -517,6 +516,8 @@ class Run:
         if look.noticed and self.step < total and (self._agreement is None or STOP in self._meet()):
             self._stop()
         self._looping = True
+        if _take_over(said=True):  # JAX starts only before it computes, which resume() has done
+            self._listener.retake()
         guard, parts = self._guard, self._resumed()
         for _ in range(2):  # the first time tells nothing about the cost
             guard.hold(self.step, parts)
@@ -915,6 +916,19 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ConfigError(f"{name}={_kind(value)} is not a number") from None
+
+
+def _take_over(*, said: bool) -> bool:
+    """Turn JAX's own preemption notifier off; tell whether it was on.
+
+    It would replace our SIGTERM handler without a word when jax.distributed starts, and end the run's notices there.
+    """
+    if not getattr(jax.config, "jax_enable_preemption_service", False):
+        return False
+    jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+    if said:
+        _say("JAX's own preemption notifier was on: it is off from here, since the run serves the signals")
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import jobkit
 from jobkit import commits, contract, group
 from jobkit.ledger import attempt_events, read_events
 from jobkit.storage import Store
@@ -281,3 +282,34 @@ def _too_early(url: str) -> None:
     jnp.zeros(1).block_until_ready()
     with jobkit.Run(url):
         pass
+
+
+def _notifier(url: str, when: str) -> None:
+    import jax
+
+    from launch.runner import free_port
+
+    def turn_on() -> None:
+        jax.config.update("jax_enable_preemption_service", True)  # type: ignore[no-untyped-call]
+        jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0)
+
+    if when == "before":
+        turn_on()
+    with jobkit.Run(url, save_every=None) as run:
+        if when == "opened":
+            turn_on()
+        values = run.resume(total=0, optimizer=None)
+        for step in run.steps(2000):
+            values.total += 1
+            time.sleep(0.01)
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("when", ["before", "opened"])
+def test_jaxs_own_notifier_takes_nothing(when: str, tmp_path: Path) -> None:
+    """Where a program turns JAX's notifier on, before or inside a run, that is said, and SIGTERM is served as ever."""
+    code, printed = training.attempt(tmp_path / "run", function=_notifier, when=when)
+    assert code == 75, printed
+    assert "JAX's own preemption notifier was on" in printed
+    assert "SIGTERM: stopped after step 6" in printed
