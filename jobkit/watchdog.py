@@ -138,7 +138,9 @@ class Watchdog:
         self._waited_s = 0.0
         if beat.pid != before.pid:
             self._warm_at = None
-        if self._warm_at is None and beat.phase is Phase.STEPPING:
+        if beat.phase is Phase.FIRST_STEP:
+            self._warm_at = beat.step + WARM_STEPS
+        elif self._warm_at is None and beat.phase is Phase.STEPPING:  # its first step took no time
             self._warm_at = beat.step + WARM_STEPS - 1
 
 
