@@ -87,6 +87,7 @@ def containers(docker: Engine, desk: Desk, batch: BatchServer) -> Engine:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the image may have to be made
 def test_preempted_twice_in_containers(desk: Desk, batch: BatchServer, containers: Engine, undisturbed: str) -> None:
     """The same with real containers, whose PID 1 gets the signal; none of them is left."""
     test_preempted_twice(desk, batch, undisturbed)
