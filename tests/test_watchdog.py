@@ -160,7 +160,7 @@ empty = queue.Queue()
 
 def batches():
     while True:
-        if how == "loader" and attempt == 0 and run.step == 20:
+        if how == "loader" and attempt == 0 and run.step == 25:
             yield empty.get()
         yield 1
 
@@ -215,7 +215,7 @@ class Watched(Supervised):
 
 CASES = {
     "stopped": (r"train.py:\d+ in <module>", "stopped by a signal", 20),
-    "loader": ("train.py:11 in batches", "", 10),
+    "loader": ("train.py:11 in batches", "", 25),
     "gil": ("train.py:18 in hold_the_interpreter", "", 10),
 }
 
