@@ -151,6 +151,7 @@ def _jax_known(url: str, out: str) -> None:
 
     from launch.runner import free_port
 
+    jax.config.update("jax_enable_preemption_service", True)  # type: ignore[no-untyped-call]
     jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0)
     sent: list[float] = []
     _shoot(sent)
@@ -171,7 +172,8 @@ def known() -> float:
             if name in found and name == "jobkit":
                 continue
             out = root / f"{name[0]}{number}"
-            training.attempt(root / f"run-{name[0]}{number}", function=function, out=str(out))
+            code, printed = training.attempt(root / f"run-{name[0]}{number}", function=function, out=str(out))
+            assert code == 0, printed
             found.setdefault(name, []).extend(json.loads(out.read_text()))
     shutil.rmtree(root)
     for name, figures in found.items():
