@@ -97,8 +97,10 @@ class Guard:
             now = {name: part.hold() for name, part in parts.items()}
             # The program may run ahead of the device, and further in one process than in another: what was computed
             # last is held until there is something newer, and what was begun since as far as it is small.
-            keep = sorted(before)[-1:] if self._listener.noticed else []
-            if before and not _ready(now):
+            # A large state has no room beside itself on an accelerator: of it the newest boundary alone.
+            small = self.nbytes <= _ROOM_BYTES
+            keep = sorted(before)[-1:] if self._listener.noticed and small else []
+            if before and small and not _ready(now):
                 computed = max((number for number in before if _ready(before[number])), default=min(before))
                 newer = sorted(number for number in before if number > computed)
                 keep += [computed, *newer[max(0, len(newer) - _ROOM_BYTES // max(1, self.nbytes)) :]]
