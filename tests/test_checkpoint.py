@@ -581,3 +581,41 @@ def test_restoring_onto_other_meshes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _PLACED, str(tmp_path)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.stdout == "placed on 8\n", done.stderr[-3000:]
+
+
+_MEMORY = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp, numpy as np
+import jobkit
+
+def figure(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+leaves, nbytes = int(sys.argv[2]), int(sys.argv[3])
+def leaf(i):
+    return jnp.asarray(np.random.default_rng(i).random(nbytes // 4 // leaves, np.float32))
+
+state = {f"l{i}": leaf(i) for i in range(leaves)}
+with jobkit.Run(Path(sys.argv[1]), save_every=None, keep=1) as run:
+    run.resume(net=state, optimizer=None)
+    run.save(1, wait=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = figure("VmRSS")
+    run.save(2, wait=True)
+    print(figure("VmHWM") - before)
+back = jobkit.load(Path(sys.argv[1]), net={name: jnp.zeros_like(leaf) for name, leaf in state.items()}).net
+print(all((back[name] == leaf).all() for name, leaf in state.items()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("leaves", "megabytes"), [(64, 300), (4000, 16)])
+def test_what_a_save_takes_of_memory(leaves: int, megabytes: int, tmp_path: Path) -> None:
+    """A save copies no state on the host (Orbax keeps 25 kB of books per leaf); thousands of leaves come back."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _MEMORY, str(tmp_path / "run"), str(leaves), str(megabytes * 1_000_000)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    extra, same_back = done.stdout.split() or (done.stderr[-2000:], "")
+    assert same_back == "True"
+    assert int(extra) < 0.2 * megabytes * 1e6 + 40_000 * leaves
