@@ -221,6 +221,8 @@ def started() -> Iterator[Engine]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+            # What a container on the host's network leaves mounted would keep the directory from being removed.
+            subprocess.run(["umount", str(at / "exec" / "netns" / "default")], capture_output=True, check=False)
 
 
 def _answering(engine: Engine, daemon: "subprocess.Popen[bytes]", log: Path) -> Engine:
