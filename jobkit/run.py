@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ import jax
 
 from jobkit import adapters, commits, compilecache, contract, interval, mirror, plain, stacks, state
 from jobkit.agreement import SAVE, STOP, Agreement
+from jobkit.changes import Changes
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep, check_newest, sweep
 from jobkit.control import Control, says_stop
@@ -30,19 +30,16 @@ from jobkit.group import lost_process, open_group
 from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.ledger import Ledger
+from jobkit.logged import EVERYTHING, Logged
 from jobkit.notice import Listener, Notice
 from jobkit.restore import bring, find_step, restore
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
 from jobkit.trackers import Following, Tracker
+from jobkit.values import Values
 
 if TYPE_CHECKING:
     from jobkit.probe import Probe
-
-_ALL = math.inf
-_FLUSH_S = 0.5
-"""Logged values reach the ledger at most this much later, and always before the commit of their step."""
-
 
 _LOOK_S = 2.0
 """How often an attempt looks whether a newer one has taken over, and whether somebody asks something of it."""
@@ -56,32 +53,6 @@ _TRACKERS_S, _TRACKERS_NOTICED_S = 60.0, 5.0
 """How long trackers may take to have the last values, at the end of a run and of an attempt."""
 _ALONE_S = 5.0
 """How long a process that fails waits for a save that the others may be dead to."""
-
-
-class Values:
-    """`run.state`: the value parts of a run by name; assign a new value after each step.
-
-    `run.state.train, metrics = train_step(run.state.train, batch)`
-    """
-
-    def __init__(self, parts: dict[str, state.ValuePart]) -> None:
-        object.__setattr__(self, "_parts", parts)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._part(name).value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._part(name).value = value
-
-    def __dir__(self) -> list[str]:
-        return sorted(self._parts)
-
-    def _part(self, name: str) -> state.ValuePart:
-        parts: dict[str, state.ValuePart] = object.__getattribute__(self, "_parts")
-        if name not in parts:
-            known = ", ".join(sorted(parts)) or "none; NNX objects and iterators are changed in place"
-            raise ConfigError(f"run.state has no value part {name!r} (it has: {known}): give it to resume({name}=...)")
-        return parts[name]
 
 
 class Run:
@@ -144,9 +115,7 @@ class Run:
         self._trackers = adapters.resolve(trackers)
         self._parts: dict[str, state.Part] | None = None
         self._opened = False
-        self._pending: list[tuple[int, float, dict[str, Any]]] = []
-        self._pending_lock = threading.Lock()
-        self._flushed_at = time.monotonic()
+        self._logged = Logged()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
         self._looping = self._finished = self._stepped = self._stopping = self._save_wanted = self._told = False
@@ -196,7 +165,7 @@ class Run:
                 keep=self._keep,
                 ledger=self._ledger,
                 busy=lambda: self._listener.noticed,
-                before_commit=lambda step: self._flush(below=step),
+                before_commit=lambda step: self._logged.flush(self._ledger, below=step),
                 group=self._group,
             )
             self._following = Following(self._store, self.attempt, self._trackers)
@@ -285,7 +254,7 @@ class Run:
                     self._checkpoints.wait(_ALONE_S)
                 else:
                     self._checkpoints.close()
-                self._flush(below=_ALL if error is None else 0)
+                self._logged.flush(self._ledger, below=EVERYTHING if error is None else 0)
                 self._tell_compiled()
                 if self._agreement is not None:
                     self._agreement.close()
@@ -390,7 +359,7 @@ class Run:
         else:
             self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
             _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
-        self._remember()
+        self._changes = Changes(made)
         if self._group.first:
             self._following.start(self.step)
         self._guard.nbytes, self._guard.watching = snapshot.nbytes, False  # the loop may be one of the user's own
@@ -602,10 +571,8 @@ class Run:
                 raise ConfigError(f"log({name}=...) takes a number or a 0-d array, not {_kind(value)}")
         if not self._group.first:
             return
-        with self._pending_lock:
-            self._pending.append((self.step, time.time(), values))
-        if time.monotonic() - self._flushed_at >= _FLUSH_S:
-            self._flush()
+        if self._logged.add(self.step, values):
+            self._logged.flush(self._ledger)
 
     # Between two steps.
 
@@ -731,7 +698,8 @@ class Run:
         self._heartbeat.enter(Phase.STEPPING)
         self._ledger.append("first_step", step=self.step)
         self._tell_compiled()
-        self._check_change()
+        if not self._needs_no_training and (warning := self._changes.warning()):
+            _say(warning)
 
     def _tell_compiled(self) -> None:
         if (told := compilecache.report(self._store, self.attempt)) is not None:
@@ -826,7 +794,7 @@ class Run:
         assert notice is not None
         self._heartbeat.committed_step = self._checkpoints.committed_step
         committed_s = round((self._guard.saved_at or time.monotonic()) - notice.at_s, 6)
-        self._flush(below=step)
+        self._logged.flush(self._ledger, below=step)
         lost = {"lost_steps": self.step - step, "why": why} if why else {}
         self._ledger.append("stopped", durable=True, step=step, notice_to_commit_s=committed_s, **lost)
         told = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
@@ -843,7 +811,7 @@ class Run:
             self._commit()
         self._finished = True
         self._heartbeat.enter(Phase.FINISHED)
-        self._flush(below=_ALL)
+        self._logged.flush(self._ledger, below=EVERYTHING)
         self._ledger.append("finished", durable=True, step=self.step)
 
     def _hear_failure(self) -> None:
@@ -860,55 +828,6 @@ class Run:
         error = self._checkpoints.take_error()
         if error is not None:
             raise error
-
-    # What was logged.
-
-    def _flush(self, *, below: float = 0) -> None:
-        """Write logged values to the ledger: all of steps below one, waiting for them, and those that are ready."""
-        with self._pending_lock:
-            ready = sum(1 for at_step, _, _ in self._pending if at_step < below)
-            while ready < len(self._pending) and all(
-                value.is_ready() for value in self._pending[ready][2].values() if hasattr(value, "is_ready")
-            ):
-                ready += 1
-            batch, self._pending = self._pending[:ready], self._pending[ready:]
-            self._flushed_at = time.monotonic()
-            self._ledger.append_all(
-                [
-                    {"t": at, "event": "metrics", "step": step, "values": {k: float(v) for k, v in values.items()}}
-                    for step, at, values in batch
-                ]
-            )
-
-    # Did the program train what it resumed?
-
-    def _remember(self) -> None:
-        """Keep weak references to the restored arrays: by the first boundary training must have replaced some."""
-        self._first_leaves = {
-            name: [weakref.ref(slot.value) for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
-            for name, part in self._resumed().items()
-            if part.kind != "object"
-        }
-
-    def _check_change(self) -> None:
-        parts = self._resumed()
-        same = []
-        leaves, self._first_leaves = self._first_leaves, {}
-        for name, before in leaves.items():
-            now = [slot.value for slot in parts[name].slots()[0] if isinstance(slot.value, jax.Array)]
-            if (
-                before
-                and len(now) == len(before)
-                and all(ref() is value for ref, value in zip(before, now, strict=True))
-            ):
-                same.append(name)
-        if not same or self._needs_no_training:
-            return
-        told = f"the first step changed nothing in {', '.join(same)}: the program trains a copy of it"
-        remedy = "assign the new values, run.state.NAME = ..., or update the NNX object itself"
-        if len(same) == sum(1 for before in leaves.values() if before):
-            raise ConfigError(f"{told}, which would never be saved: {remedy}")
-        _say(f"warning: {told}? If so {remedy}")
 
 
 def _number(name: str, value: Any) -> float:

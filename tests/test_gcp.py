@@ -410,6 +410,7 @@ def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: 
         (RefusedError(409, "ALREADY_EXISTS", "Resource already exists."), f"another job has the id {NAME}-"),
         (RefusedError(400, "INVALID_ARGUMENT", "image is invalid."), "check --image registry/train:1"),
     ],
+    ids=["quota", "not allowed", "not enabled", "no login", "id taken", "image"],
 )
 def test_what_the_service_refuses(refusal: RefusedError, message: str, desk: Desk, batch: BatchServer) -> None:
     """A quota, a permission, an id that is taken: one sentence with the remedy, and nothing is left."""

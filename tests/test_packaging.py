@@ -19,9 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan", "interval",
-    "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "group", "agreement", "arrays",
-    "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run", "sentry", "supervise", "compare", "export",
+    "stacks", "ledger", "logged", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan", "interval",
+    "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "values", "changes", "group", "agreement",
+    "arrays", "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run", "sentry", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
@@ -34,7 +34,7 @@ LAUNCH = [
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {
-    "compilecache", "state", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export",
+    "compilecache", "state", "values", "changes", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export",
 }  # fmt: skip
 """The only modules of jobkit that may name jax and its family."""
 
