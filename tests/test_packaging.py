@@ -19,22 +19,24 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
     "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "logged", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan", "interval",
-    "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "values", "changes", "group", "agreement",
-    "arrays", "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run", "sentry", "supervise", "compare", "export",
+    "stacks", "ledger", "logged", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan",
+    "interval", "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "values", "changes",
+    "group", "agreement", "arrays", "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run",
+    "sentry", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
-    "restart", "nodes", "sweep", "scontrol", "cloud", "container", "spec", "snapshot", "command", "lock", "leftovers",
-    "report", "notify", "runner", "submission", "job_runner", "local", "local_sweep", "slurm", "slurm_again",
-    "slurm_job", "vm_job", "managed", "googleapi", "gcp_request", "gcp", "aws", "doctor", "backends", "drive",
-    "scenarios", "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "history", "goodput",
-    "phases", "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_where", "handover",
-    "cli_resume", "cli_ls", "cli_submit", "cli_drill", "cli_report", "cli_control", "cli",
+    "restart", "nodes", "sweep", "scontrol", "cloud", "container", "spec", "snapshot", "command", "lock",
+    "leftovers", "report", "notify", "runner", "submission", "job_runner", "local", "local_sweep", "slurm",
+    "slurm_again", "slurm_job", "vm_job", "managed", "googleapi", "gcp_request", "gcp", "aws", "doctor", "backends",
+    "drive", "scenarios", "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "history",
+    "goodput", "phases", "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_where",
+    "handover", "cli_resume", "cli_ls", "cli_submit", "cli_drill", "cli_report", "cli_control", "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {
-    "compilecache", "state", "values", "changes", "group", "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export",
+    "compilecache", "state", "values", "changes", "group", "probe", "arrays", "restore", "checkpoint", "plain",
+    "run", "compare", "export",
 }  # fmt: skip
 """The only modules of jobkit that may name jax and its family."""
 
