@@ -83,6 +83,8 @@ class Checkpoints:
         self._group = group or Group("")
         self._count = 0
         self._writer = arrays.Writer()
+        self._spent: list[arrays.Writer] = []
+        """Writers of saves that failed: Orbax would raise what is left of that at the next save."""
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
         self._rehearsed = False
@@ -112,6 +114,7 @@ class Checkpoints:
         self.wait()
         if step == self.committed_step and not metrics:
             return
+        jax.block_until_ready(snapshot.arrays)  # type: ignore[no-untyped-call]  # the device's own time is none of the save's
         self._begun = begun = time.monotonic()
         self._abandoned = self._publishing = False
         self._count += 1
@@ -121,6 +124,7 @@ class Checkpoints:
             upload = self._store.remote is not None
             self._writer.start(stage, snapshot.arrays, snapshot.nbytes, for_upload=upload)
         except Exception as error:
+            self._renew_writer()
             _discard(stage)
             raise arrays.storage_error(error, f"cannot save step {step} to {self._store.url}") from error
         commit = Commit(
@@ -152,6 +156,7 @@ class Checkpoints:
             faults.reach("during_write")
             new = self._commit(stage, snapshot, commit)
         except Exception as error:
+            self._renew_writer()
             if self._abandoned:  # then this is what was meant to happen
                 self._ledger.append("abandoned", step=commit.step)
                 return
@@ -165,7 +170,7 @@ class Checkpoints:
         durable_s = time.monotonic() - begun
         self.committed_step = max(self.committed_step, commit.step)
         self.last = Saved(commit.step, blocking_s, durable_s)
-        self.rates.saves.append((snapshot.nbytes, durable_s))
+        self.rates.add((snapshot.nbytes, durable_s), reason=commit.reason)
         self._ledger.append(
             "saved" if new else "skipped",
             durable=True,
@@ -214,6 +219,12 @@ class Checkpoints:
             return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit, measured=measured)
 
         return bool(self._group.share(f"committed/{self._count}", publish))
+
+    def _renew_writer(self) -> None:
+        """Write the next save with another writer; several processes do not go on after a save that failed."""
+        if self._group.count == 1:
+            self._spent.append(self._writer)
+            self._writer = arrays.Writer()
 
     def _wait_for_data(self, step: int) -> None:
         self._writer.wait()
@@ -318,7 +329,8 @@ class Checkpoints:
         Leaving without this would lose the save: Orbax needs the interpreter alive to finish.
         """
         self.wait()
-        self._writer.close()
+        for writer in (*self._spent, self._writer):
+            writer.close()
         if self._remover is not None:
             self._remover.join()
 
@@ -468,4 +480,5 @@ def _say(message: str) -> None:
     """Tell the person reading the log."""
     import sys
 
-    print(f"jobkit: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        print(f"jobkit: {message}", file=sys.stderr, flush=True)

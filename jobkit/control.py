@@ -9,11 +9,16 @@ was said to an earlier one, which has served it or died of it. So a SIGKILL at a
 it, and no request is served twice.
 """
 
+import contextlib
 import json
-from typing import Any
+from typing import Any, Self
 
-from jobkit import contract
+from jobkit import contract, mirror
+from jobkit.errors import JobkitError
 from jobkit.storage import Store
+
+_HEAR_S = 10.0
+"""How long a bucket may take to tell what was asked before."""
 
 
 class Control:
@@ -28,6 +33,14 @@ class Control:
         self._seen: dict[str, bytes | None] = {}
         for name in (contract.CANCEL, contract.SAVE):
             self._seen[name] = self._read(name)
+
+    @classmethod
+    def after_hearing(cls, store: Store) -> Self:
+        """Hear what is asked from now on; what lies on the run's URL already was said to an earlier attempt."""
+        for name in (contract.CANCEL, contract.SAVE):
+            with contextlib.suppress(JobkitError, OSError):  # a bucket that does not answer just now
+                mirror.hear(store.with_deadline(_HEAR_S), name)
+        return cls(store)
 
     def new(self, name: str) -> dict[str, Any] | None:
         """Return a request that nobody has heard before, once; None if there is none.

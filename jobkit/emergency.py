@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from jobkit import contract, plan, state
 from jobkit.checkpoint import Checkpoints
+from jobkit.errors import JobkitError, SupersededError
 from jobkit.ledger import Ledger, tail_events
 from jobkit.notice import Listener
 from jobkit.plan import Choice, Plan, Rates, Situation
@@ -34,7 +35,7 @@ class Emergency:
             tail_events(store, contract.events_file(attempt - 1, "supervisor"), "uploaded")
         )
         earlier = Rates.from_events(tail_events(store, contract.events_file(attempt - 1, 0), "saved"))
-        checkpoints.rates.saves[:0] = earlier.saves
+        checkpoints.rates.saves[:0], checkpoints.rates.first[:0] = earlier.saves, earlier.first
 
     def left_s(self) -> float | None:
         """Return the seconds until the program is killed, None where nobody said."""
@@ -102,12 +103,29 @@ class Emergency:
         self._checkpoints.wait()
         hear()
         if self._checkpoints.committed_step < step or metrics:
-            self._checkpoints.save(taken, step, reason="notice", metrics=metrics or {})
-            self._checkpoints.wait()
-            error = self._checkpoints.take_error()
-            if error is not None:
-                raise error
+            self._save(taken, step, metrics or {})
         return planned
+
+    def _save(self, taken: state.Snapshot, step: int, metrics: Mapping[str, float]) -> None:
+        """Save and wait; once more if that failed, since this is the last chance, and what failed may have passed."""
+        for last in (not self._alone, True):
+            try:
+                self._checkpoints.save(taken, step, reason="notice", metrics=metrics)
+                self._checkpoints.wait()
+                error = self._checkpoints.take_error()
+            except SupersededError:
+                raise
+            except JobkitError as raised:
+                error = raised
+            if error is None or self._checkpoints.committed_step >= step:
+                return
+            if last or isinstance(error, SupersededError):
+                raise error
+
+    def lands(self, nbytes: int) -> bool:
+        """Tell whether one more save is expected to land before the deadline."""
+        left_s = self.left_s()
+        return left_s is None or self.save_s(nbytes) < left_s - 0.5
 
     def promote(self) -> None:
         """Wait for what is in flight, where there is nothing newer in hand."""

@@ -22,7 +22,7 @@ from jobkit.emergency import Emergency
 from jobkit.errors import JobkitError, StorageError
 from jobkit.group import Group
 from jobkit.notice import Listener
-from jobkit.plan import MARGIN
+from jobkit.plan import MARGIN, UNKNOWN_S
 
 _SHARE = 0.01
 """What holding may cost of the time of a step."""
@@ -69,11 +69,9 @@ class Guard:
         """Completed steps -> the parts as they were then: of the newest boundary, and of those before it that the
         device has not got past, or another process perhaps."""
         self.from_s = 0.0
-        """Boundaries are held while steps take so long; while they are shorter it would cost too much."""
-        self.at_s = time.monotonic()
-        """When the newest boundary was."""
-        self.pace_s = 0.0
-        """How long a step takes, the newest ones counting most."""
+        """A boundary is held when the last one that was is so long ago; more often would cost too much."""
+        self.held_s = 0.0
+        """When a boundary was last held, on the clock of `time.monotonic`."""
         self.watching = self.idle = True
         """Whether the boundaries are known: in `steps()`, and before there are any. Whether none has been reached."""
         self.nbytes = 0
@@ -111,9 +109,17 @@ class Guard:
         self._cost_s = min(time.perf_counter() - begun, 2 * self._cost_s)
         self.from_s = 0.0 if self._listener.noticed else self._cost_s / _SHARE
 
-    def drop(self) -> None:
-        """Hold nothing: another step is completed that was too short to hold its end."""
-        self.held = {}
+    def skip(self) -> None:
+        """Come to a boundary too soon after the last one that was held; that one stays, if there is room for both."""
+        if self.held and self.nbytes > _ROOM_BYTES:
+            self.held = {}
+
+    def settle(self, step: int, parts: Mapping[str, state.Part]) -> None:
+        """Wait until the device has computed this boundary; meanwhile the guard may save one that is."""
+        self.hold(step, parts)
+        for leaf in _arrays(self.held.get(step, {})):
+            with contextlib.suppress(RuntimeError):  # donated, or failed: who saves it says so
+                leaf.block_until_ready()
 
     def arrive(self) -> bool:
         """Come to the boundary where this process stops; return whether the guard has saved already.
@@ -133,6 +139,10 @@ class Guard:
             if self._verdict not in (None, "go", "hold"):
                 raise StorageError(self._verdict or "")
         return False
+
+    def lands(self) -> bool:
+        """Tell whether one more save is expected to land before the deadline."""
+        return self.emergency.lands(self.nbytes)
 
     def close(self) -> None:
         """Watch no longer. The training thread serves what comes, or the run is over."""
@@ -175,7 +185,9 @@ class Guard:
         if self.idle and self._group.count == 1:
             return idle_s if left_s is None else min(idle_s, left_s - _LEAVE_S)
         if left_s is None:
-            return float("inf")
+            if self._group.count > 1 or self._served:
+                return float("inf")
+            left_s = UNKNOWN_S - (time.monotonic() - notice.at_s)  # to save in time; nobody is made to leave
         return left_s - _LEAVE_S - (MARGIN * self.emergency.save_s(self.nbytes) if self.held else 0.0)
 
     def _alone(self) -> None:
@@ -190,7 +202,10 @@ class Guard:
                 told = self._save(max(self._usable(), default=-1))
                 self._served = not told
             # The training thread may still come, and then leaves in good order; or save, if that failed here.
-            while not self.idle and not self._closed and (self.emergency.left_s() or 0.0) > _LEAVE_S / 2:
+            while not self.idle and not self._closed:
+                left_s = self.emergency.left_s()
+                if left_s is not None and left_s <= _LEAVE_S / 2:
+                    break
                 self._wake.wait(_TICK_S / 4)
             with self.lock:
                 if not self._closed and not self._arrived:

@@ -1,5 +1,6 @@
 """What `run.log` is given, until it is in the ledger."""
 
+import contextlib
 import math
 import threading
 import time
@@ -37,18 +38,25 @@ class Logged:
         """
         with self._lock:
             ready = sum(1 for at_step, _, _ in self._pending if at_step < below)
-            while ready < len(self._pending) and all(
-                value.is_ready() for value in self._pending[ready][2].values() if hasattr(value, "is_ready")
-            ):
+            while ready < len(self._pending) and all(map(_is_ready, self._pending[ready][2].values())):
                 ready += 1
             batch, self._pending = self._pending[:ready], self._pending[ready:]
             self._flushed_at = time.monotonic()
-            ledger.append_all(
-                [
-                    {"t": at, "event": "metrics", "step": step, "values": {k: float(v) for k, v in values.items()}}
-                    for step, at, values in batch
-                ]
-            )
+            told = [{"t": at, "event": "metrics", "step": step, "values": _numbers(given)} for step, at, given in batch]
+            ledger.append_all([event for event in told if event["values"]])
+
+
+def _is_ready(value: Any) -> bool:
+    return not hasattr(value, "is_ready") or value.is_deleted() or bool(value.is_ready())
+
+
+def _numbers(given: dict[str, Any]) -> dict[str, float]:
+    """Convert what can be converted: a step may have donated an array, and no commit may fail of that."""
+    numbers = {}
+    for name, value in given.items():
+        with contextlib.suppress(Exception):
+            numbers[name] = float(value)
+    return numbers
 
 
 EVERYTHING = math.inf

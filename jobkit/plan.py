@@ -104,10 +104,12 @@ class Rates:
     Args:
         saves: (bytes, seconds until the local commit), oldest first.
         uploads: (bytes, seconds) of uploads.
+        first: The run's very first save, which warms everything up: it tells something while there is no other.
     """
 
     saves: list[tuple[int, float]] = field(default_factory=list)
     uploads: list[tuple[int, float]] = field(default_factory=list)
+    first: list[tuple[int, float]] = field(default_factory=list)
 
     @classmethod
     def from_events(cls, events: Iterable[dict[str, Any]]) -> "Rates":
@@ -117,12 +119,22 @@ class Rates:
             name, nbytes = event.get("event"), event.get("bytes")
             seconds = event.get("durable_s" if name == "saved" else "seconds")
             if name in ("saved", "uploaded") and isinstance(nbytes, int) and isinstance(seconds, int | float):
-                (made.saves if name == "saved" else made.uploads).append((nbytes, float(seconds)))
+                made.add((nbytes, float(seconds)), name, event.get("reason"))
         return made
+
+    def add(self, measured: tuple[int, float], event: str = "saved", reason: object = None) -> None:
+        """Take another one: bytes, seconds.
+
+        Args:
+            measured: Bytes and seconds.
+            event: 'saved' or 'uploaded'.
+            reason: Why it was saved.
+        """
+        (self.uploads if event == "uploaded" else self.first if reason == "start" else self.saves).append(measured)
 
     def save_s(self, nbytes: int) -> float:
         """Expect how long a save takes: as long as the slowest of the last ones."""
-        return _expected(self.saves, nbytes, _SAVE_BYTES_S)
+        return _expected(self.saves or self.first, nbytes, _SAVE_BYTES_S)
 
     def upload_s(self, nbytes: int) -> float:
         """Expect how long an upload takes."""

@@ -118,7 +118,9 @@ class Run:
         self._logged = Logged()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
-        self._looping = self._finished = self._stepped = self._stopping = self._save_wanted = self._told = False
+        self._looping = self._finished = self._stepped_by_hand = self._stepped = self._stopping = self._save_wanted = (
+            self._told
+        ) = False
         self._looks = self._asks = 0
         self.step = 0
         """Completed steps (optimizer updates) of the run."""
@@ -153,7 +155,7 @@ class Run:
             self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if alone else None
             if self._carrier is not None:
                 self._carrier.start()
-            self._control = Control(self._store) if self._group.first else None
+            self._control = Control.after_hearing(self._store) if self._group.first else None
             self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, python=sys.version.split()[0])
             if self._group.first:
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
@@ -284,12 +286,12 @@ class Run:
 
     def _end(self) -> None:
         """End normally: commit what a loop that was left early, or a loop of the user's own, still holds."""
-        if self._parts is None or self._finished:
+        if self._parts is None:
             return
         if self._looping:  # left with `break`: the step in progress counts as completed
             self.step += 1
             self._finish()
-        elif self._stopping or (self._agreement is None and self._listener.noticed):
+        elif not self._finished and (self._stopping or (self._agreement is None and self._listener.noticed)):
             self._stop()
         else:
             self._checkpoints.wait()
@@ -484,13 +486,15 @@ class Run:
         look, heartbeat, strategy, checkpoints = self._look, self._heartbeat, self._strategy, self._checkpoints
         if look.noticed and self.step < total and (self._agreement is None or STOP in self._meet()):
             self._stop()
-        self._looping = True
+        self._looping, self._finished = True, self._finished and self.step >= total
+        if self._heartbeat.phase == Phase.FINISHED and not self._finished:
+            self._heartbeat.enter(Phase.STEPPING)
         if _take_over(said=True):  # JAX starts only before it computes, which resume() has done
             self._listener.retake()
         guard, parts = self._guard, self._resumed()
         for _ in range(2):  # the first time tells nothing about the cost
             guard.hold(self.step, parts)
-        guard.at_s, guard.watching = time.monotonic(), True
+        guard.held_s, guard.watching = time.monotonic(), True
         while self.step < total:
             if probe is not None:
                 probe.begin_step(self.step, self._resumed(), given)
@@ -509,12 +513,11 @@ class Run:
                 or not self._stepped
             ):
                 self._boundary(last=self.step >= total)
-            guard.pace_s += 0.1 * (now - guard.at_s - guard.pace_s)
-            if guard.pace_s >= guard.from_s:
+            if now - guard.held_s >= guard.from_s:
                 guard.hold(self.step, parts)
-            elif guard.held:
-                guard.drop()
-            guard.at_s = now
+                guard.held_s = now
+            else:
+                guard.skip()
         self._finish()
 
     def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
@@ -547,6 +550,7 @@ class Run:
             if isinstance(step, bool) or not isinstance(step, int) or step < self.step:
                 raise ConfigError(f"save({step!r}): the run has completed {self.step} steps; give as many or more")
             self.step = self._heartbeat.step = step
+            self._finished, self._stepped_by_hand = False, True
             self._heartbeat.enter(Phase.STEPPING)
         if (agreed := self._agreed(values)) is not None:
             self._save("asked", agreed)
@@ -577,6 +581,9 @@ class Run:
     # Between two steps.
 
     def _boundary(self, *, last: bool) -> None:
+        if self._look.noticed or self._asked is not None or self._strategy.due(self.step, time.monotonic()):
+            # A program that runs far ahead of its device would wait for it with the lock in hand.
+            self._guard.settle(self.step, self._resumed())
         with self._guard.lock:
             self._guard.idle = False
             self._do_what_is_due(last=last)
@@ -747,12 +754,18 @@ class Run:
         """Serve the notice: commit the completed steps and leave."""
         with self._guard.lock:
             self._begin_stop()
-            if not self._guard.arrive():
-                asked, self._asked = self._asked or {}, None
-                if self.step > 0 or self._checkpoints.saving:
-                    self._guard.emergency.commit(
-                        self.step, self._snapshot, by="boundary", metrics=asked, hear=self._hear_failure
-                    )
+            served = self._guard.arrive()
+            asked, self._asked = self._asked or {}, None
+            if not self._looping and self._stepped_by_hand:
+                # Which step the live state belongs to, only who counts the steps knows: what was asked for counts.
+                self._checkpoints.wait()
+                self._raise_failure()
+            elif served and (self._checkpoints.committed_step >= self.step or not self._guard.lands()):
+                pass  # what the guard has committed is what can be
+            elif self.step > 0 or self._checkpoints.saving:
+                self._guard.emergency.commit(
+                    self.step, self._snapshot, by="boundary", metrics=asked, hear=self._hear_failure
+                )
             told = self._tell_stopped()
             self._looping = False
         raise Preempted(told)
@@ -857,7 +870,8 @@ def _kind(value: Any) -> str:
 
 def _say(message: str) -> None:
     """Tell the person reading the log."""
-    print(f"jobkit: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        print(f"jobkit: {message}", file=sys.stderr, flush=True)
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

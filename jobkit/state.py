@@ -161,7 +161,7 @@ class NnxPart:
         """Keep the values of the variables that `slots` found last: finding them takes milliseconds."""
         known = self._known
         try:
-            values = [_own(variable.get_raw_value()) for _, variable in known]
+            values = [_own_tree(variable.get_raw_value()) for _, variable in known]
         except AttributeError:
             raise ConfigError("arrays that are no nnx.Variable are changed in place unseen") from None
 
@@ -175,7 +175,7 @@ class NnxPart:
                 (path, variable, value) for (path, variable), value in zip(known, values, strict=True)
             ), None
 
-        return Held(self.kind, values, slots)
+        return Held(self.kind, jax.tree.leaves(values), slots)
 
     def assign(self, values: list[Any], skeleton: Any) -> None:
         """Update every variable of the live object."""
@@ -208,6 +208,11 @@ def _slots_of(variables: Iterable[tuple[tuple[Any, ...], Any, Any]]) -> list[Slo
 def _own(leaf: Any) -> Any:
     """Return a leaf that nobody else can write into: JAX's arrays never change."""
     return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _own_tree(value: Any) -> Any:
+    """Do the same with a variable's value, which may be a container; nearly all are arrays."""
+    return value if isinstance(value, jax.Array) else jax.tree.map(_own, value)
 
 
 class ObjectPart:

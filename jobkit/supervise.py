@@ -113,7 +113,7 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
         raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
     attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
     ledger = Ledger(store.file(contract.events_file(attempt.number, attempt.writer)))
-    attempt.control = Control(store) if index == 0 else None
+    attempt.control = Control.after_hearing(store) if index == 0 else None
     carrier = mirror.Mirror(store, attempt.number, ledger)
     link = Link()
     known = watchdog.learn(store, attempt.number, attempt.writer)

@@ -82,7 +82,7 @@ def _start(store: Store, point: Store) -> bool:
             local.start(point, lock)
     except JobkitError as error:
         print(f"jobkit: point {point.url}: {error}", file=sys.stderr, flush=True)
-        return held(point)
+        return specs.exists(point)  # then it counts as one whose runner was killed, and is taken up again
     return True
 
 
