@@ -60,11 +60,16 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
     Examples:
       jobkit stop runs/mnist
     """
-    from launch import control, report
+    from launch import control, report, submission
+    from launch import spec as specs
 
     answer = control.stop(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
     if as_json:
         print(report.to_json(answer))
+        return
+    store = submission.open_run(run)
+    if specs.exists(store) and specs.read(store).sweep:
+        print(f"{run} is stopped" if answer.done else f"{run} is stopping")
         return
     newest = "nothing is committed" if answer.committed_step is None else f"committed step {answer.committed_step}"
     print(f"{run} is stopped, {newest}" if answer.done else f"{run} is stopping")

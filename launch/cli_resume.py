@@ -22,6 +22,8 @@ from launch.printed import follow, print_status
 def resume(run: str, profile: str | None, wait: bool, as_json: bool, **given: Any) -> None:
     """Continue RUN from its newest committed step; takes back a cancel.
 
+    It goes on with the code as it was at the submit; changed code is another run.
+
     With --on it moves to another backend, once its job is over where it was. Options of a backend replace what the run
     had.
 

@@ -158,8 +158,7 @@ def of_sweep(store: Store, points: list[Status]) -> Status:
     if counts[State.RUNNING]:
         state = State.RUNNING
     elif counts[State.QUEUED] or counts[State.REQUEUED]:
-        begun = counts[State.QUEUED] < len(points)
-        state = State.REQUEUED if begun else State.QUEUED
+        state = State.REQUEUED if counts[State.REQUEUED] else State.QUEUED
     else:
         state = next((bad for bad in (State.FAILED, State.CANCELLED) if counts[bad]), State.DONE)
     reason = ", ".join(f"{number} {state}" for state, number in counts.items() if number)

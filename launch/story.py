@@ -15,7 +15,7 @@ from jobkit.interval import Cost, interval_s
 from jobkit.ledger import Event
 from jobkit.units import show_duration, show_size
 from launch.goodput import Attempt, Goodput, Phase
-from launch.history import History, count_of, number_of
+from launch.history import History, number_of
 from launch.phases import percent
 
 _MOST = 25
@@ -381,7 +381,8 @@ def _compile(found: Goodput, history: History) -> Iterator[Advice]:
 
 def _missed(event: Event) -> int:
     # What only a restart runs is missed once, and is no sign of anything.
-    return (count_of(event.get("misses")) or 0) if event["event"] == "compiled" and "again" in event else 0
+    again = event.get("again") if event["event"] == "compiled" else None
+    return len(again) if isinstance(again, list) else 0
 
 
 def _compiled_again(found: Goodput) -> float:

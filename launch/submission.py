@@ -216,9 +216,10 @@ def _taken(plan: Plan) -> str:
     except JobkitError as error:
         return str(error)
     what = "this very job" if same else "another job"
+    kept = " with the code as it was then" if not same and old.command == plan.spec.command else ""
     return (
-        f"{plan.store.url} already holds {what} ({shlex.join(old.command)}); two trainings never share a directory: "
-        f"continue it with 'jobkit resume {plan.store.url}', or give a new --run"
+        f"{plan.store.url} already holds {what} ({shlex.join(old.command)}{kept}); two trainings never share a "
+        f"directory: continue it with 'jobkit resume {plan.store.url}', or give a new --run"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import submitit  # noqa: F401  (its logging configuration closes all handlers there are, absl's with pytest's capture)
 
 if TYPE_CHECKING:
     from tests.engine import Engine

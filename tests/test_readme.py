@@ -67,7 +67,7 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     """The jobkit commands work in the order they are told, on the README's own train.py."""
     verbs = ["submit", "submit", "status", "cancel", "resume", "logs", "ls", "report", "explain", "submit"]
     commands = at(tmp_path, *verbs, "checkpoints")
-    assert [line.split()[1] for line in commands] == [*verbs, "checkpoints", "checkpoints"]
+    assert [line.split()[1] for line in commands] == [*verbs, "checkpoints", "checkpoints", "checkpoints"]
     printed = [shell(as_this_checkout(command), tmp_path) for command in commands]
     assert "cancelled" in printed[3]
     listed = printed[6].splitlines()
@@ -75,7 +75,8 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     assert all(line.split()[3:5] == ["2000", "2000"] for line in listed[1:])
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert "ended as done at step 2,000" in printed[8]
-    assert "whole" in printed[-1]
+    assert "whole" in printed[-2]
+    assert (tmp_path / "exported").is_dir()
 
 
 @pytest.mark.slow

@@ -288,7 +288,7 @@ def test_recompiled(run: ledgers.Written) -> None:
     assert "compile" not in advice(run)
     run.program(1, 26, "compiled", hits=3, misses=1, seconds=2.0)
     assert "compile" not in advice(run)  # what only a restart runs
-    run.program(1, 27, "compiled", hits=3, misses=2, seconds=2.0, again=["step"], why="jax was 1 and is 2")
+    run.program(1, 27, "compiled", hits=3, misses=3, seconds=2.0, again=["step", "evaluate"], why="jax was 1 and is 2")
     assert advice(run)["compile"] == "After a restart 2 programs had to be compiled again: jax was 1 and is 2."
 
 
