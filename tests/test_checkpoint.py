@@ -619,3 +619,19 @@ def test_what_a_save_takes_of_memory(leaves: int, megabytes: int, tmp_path: Path
     extra, same_back = done.stdout.split() or (done.stderr[-2000:], "")
     assert same_back == "True"
     assert int(extra) < 0.2 * megabytes * 1e6 + 40_000 * leaves
+
+
+def test_a_save_that_failed_does_not_fail_the_next(life: Life) -> None:
+    """What Orbax has left over from a save whose directory vanished is not raised at the next one."""
+    life.parts = parts_of(x={"w": jnp.zeros(8), "n": np.zeros(4), "step": 0}, big=jnp.zeros(1 << 20))
+    for step in range(1, 11, 2):
+        life.set(step)
+        life.checkpoints.save(state.take(life.parts), step, reason="interval", metrics={})
+        life.store.file(contract.STAGE).rename(life.store.file(f"gone-{step}"))
+        life.store.file(contract.STAGE).write_text("in the way")
+        life.checkpoints.wait()
+        assert life.checkpoints.take_error() is not None
+        life.store.file(contract.STAGE).unlink()
+        life.save(step + 1)
+        life.raise_error()
+        assert commits.steps(life.store)[-1] == step + 1

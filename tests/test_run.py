@@ -306,6 +306,101 @@ def test_leaving_the_loop_early_commits_the_last_step(tmp_path: Path) -> None:
     assert commits.steps(Store(tmp_path / "run"))[-1] == 7
 
 
+def _two_loops(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url, save_every=None) as run:
+        state = run.resume(total=0, optimizer=None)
+        for _ in run.steps(5):
+            state.total += 1
+        for step in run.steps(50):
+            state.total += 1
+            if step == 20:
+                break
+
+
+def test_a_loop_after_the_loop(tmp_path: Path) -> None:
+    """What a second loop trains is committed as well, also where it is left early."""
+    assert training.attempt(tmp_path / "run", function=_two_loops) == (0, "")
+    assert commits.steps(Store(tmp_path / "run"))[-1] == 21
+
+
+def _counts_by_itself(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url, save_every=None) as run:
+        state = run.resume(total=0, optimizer=None)
+        step = run.step
+        while step < 40 and not run.should_stop:
+            step += 1
+            state.total += 1
+            if step == 10:
+                run.save(step, wait=True)
+            if step == 17:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+        print(run.step, state.total)
+
+
+def test_a_loop_of_ones_own_is_saved_as_it_was_counted(tmp_path: Path) -> None:
+    """On a notice no state goes under the number of an older step: only what the loop asked to save counts."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, function=_counts_by_itself)
+    assert code == contract.Exit.PREEMPTED, printed
+    assert "10 17" in printed
+    code, printed = training.attempt(url, function=_counts_by_itself)
+    assert commits.steps(Store(url))[-1] == 10
+    assert "10 17" in printed, "the state of step 17 came back as that of step 10"
+
+
+def _logs_what_it_donates(url: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import jobkit
+
+    update = jax.jit(lambda train: {"n": train["n"] + 1}, donate_argnums=0)
+    with jobkit.Run(url, save_every="3 steps") as run:
+        state = run.resume(train={"n": jnp.zeros(())}, optimizer=None)
+        for step in run.steps(30):
+            state.train = update(state.train)
+            run.log(n=state.train["n"])
+            time.sleep(0.02)
+            if step == 15:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_logged_value_that_the_next_step_donates(tmp_path: Path) -> None:
+    """A value that is gone costs no save and no step."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, function=_logs_what_it_donates)
+    assert code == contract.Exit.PREEMPTED, printed
+    assert commits.steps(Store(url))[-1] == 16
+
+
+def _slow_step(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url, save_every=None) as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in run.steps(100):
+            state.total += 1
+            time.sleep(0.02)
+            if step == 20:
+                run._checkpoints.rates.saves.append((1 << 20, 5.0))
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(6)
+
+
+@pytest.mark.slow
+def test_a_step_that_comes_in_time_after_all(tmp_path: Path) -> None:
+    """Where saves were slow the guard commits early; the step in progress that still completes is committed too."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, function=_slow_step, environment={contract.ENV_GRACE: "12"})
+    assert code == contract.Exit.PREEMPTED, printed
+    assert commits.steps(Store(url))[-2:] == [20, 21]
+
+
 def _raises(url: str) -> None:
     import jobkit
 

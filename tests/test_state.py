@@ -823,3 +823,15 @@ def test_optimizers_are_recognised() -> None:
     ):
         assert state.has_optimizer({"x": params, "y": value})
     assert not state.has_optimizer({"x": params, "model": model})
+
+
+def test_what_is_held_stays_where_a_variable_holds_a_container() -> None:
+    """A dict in an NNX variable that the step in progress changes in place is held as it was."""
+    model = nnx.Dict(cache=nnx.Variable({"a": jnp.zeros(2), "n": np.zeros(())}))
+    part = state.part_of("model", model)
+    part.slots()
+    held = part.hold()
+    raw = model["cache"].get_raw_value()
+    raw["a"] = raw["a"] + 1
+    raw["n"] += 1
+    assert [np.asarray(slot.value).sum() for slot in held.slots()[0]] == [0, 0]
