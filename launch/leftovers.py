@@ -98,11 +98,10 @@ def last_step(store: Store, attempt: int) -> int:
     return max(steps, default=-1)
 
 
-def program_pid(store: Store, attempt: int) -> int | None:
-    """Return the process id of an attempt's program, None if it was not started."""
-    started = [event for event in attempt_events(store, attempt) if event["event"] == "started"]
-    pid = started[-1].get("pid") if started else None
-    return pid if isinstance(pid, int) else None
+def program_pids(store: Store, attempt: int) -> list[int]:
+    """Return the process ids of an attempt's programs, as far as they were started."""
+    started = [event.get("pid") for event in attempt_events(store, attempt) if event["event"] == "started"]
+    return [pid for pid in started if isinstance(pid, int)]
 
 
 def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:

@@ -284,8 +284,9 @@ class Runner:
         """Write the outcome if the supervisor did not."""
         if leftovers.read_outcome(self._store, attempt) is not None:
             return
-        pid = leftovers.program_pid(self._store, attempt)
-        program_code = self._codes.get(pid) if pid is not None else None
+        # Only of a program whose supervisor was killed; of several processes it may be any.
+        programs = leftovers.program_pids(self._store, attempt)
+        program_code = next((self._codes[pid] for pid in reversed(programs) if pid in self._codes), None)
         killed = contract.outcome_of(code) is Outcome.KILLED
         how = f"was killed ({contract.describe_exit(code)})" if killed else f"ended with {contract.describe_exit(code)}"
         if not killed and program_code is None:

@@ -127,7 +127,7 @@ class Stage:
     def kill(self, attempt: int = 0) -> None:
         """Send the program a SIGKILL."""
         beat = self.beat(attempt)
-        pid = beat.pid or leftovers.program_pid(self.store, attempt) or 0
+        pid = beat.pid or max(leftovers.program_pids(self.store, attempt)[-1:], default=0)
         if not pid or not send(pid, signal.SIGKILL):
             raise MissedError("the attempt was over before it could be killed")
         self.say(f"SIGKILL to attempt {attempt} ({_where(beat)})")
@@ -173,7 +173,7 @@ class Scenario:
 
 
 def _while_starting(stage: Stage) -> None:
-    stage.until(lambda: leftovers.program_pid(stage.store, 0), "the program was started")
+    stage.until(lambda: leftovers.program_pids(stage.store, 0), "the program was started")
     time.sleep(min(0.3, stage.shown.start_s / 10))
     stage.notice()
 

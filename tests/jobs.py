@@ -141,7 +141,7 @@ def supervisor_pid(store: Store, attempt: int = 0) -> int:
 
 def program_pid(store: Store, attempt: int = 0) -> int:
     """Return the pid of an attempt's program, 0 before it has one."""
-    return leftovers.program_pid(store, attempt) or 0
+    return max(leftovers.program_pids(store, attempt)[-1:], default=0)
 
 
 def until(condition: Callable[[], Any], what: str, *, seconds: float = 20.0) -> Any:
