@@ -185,6 +185,14 @@ def in_training(login: Login) -> None:
     login.until_step(3)
 
 
+def in_saving(login: Login) -> None:
+    """Submit a job whose program stands still in the middle of a save, and wait for that."""
+    stands = f"export=ALL,{contract.ENV_FAULT}=during_write:2=STOP"
+    login.submit("--grace", "5s", "--sbatch", stands, pause_s=0.1)
+    login.until(lambda told: told["phase"] == "saving" and told["step"] == 10)
+    login.cluster.wait(lambda: login.store.names(contract.STAGE), "a save is under way", 20)
+
+
 def in_grace(login: Login) -> None:
     """Preempt a job that needs its whole grace, and wait for the notice."""
     job = login.submit("-p", "requeue5", pause_s=1.5)
@@ -203,7 +211,7 @@ def held_back(login: Login) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["jobkit cancel", "scancel"])
-@pytest.mark.parametrize("when", [pending, starting, in_training, in_grace, held_back])
+@pytest.mark.parametrize("when", [pending, starting, in_training, in_saving, in_grace, held_back])
 def test_a_cancel_is_for_good(when: Callable[[Login], None], how: str, login: Login) -> None:
     """In every state, by our command and by SLURM's own: the job ends and never comes back."""
     when(login)
