@@ -156,7 +156,7 @@ def test_a_preempted_job_goes_on(login: Login, undisturbed: str) -> None:
 @pytest.mark.slow
 def test_ten_preemptions_in_a_row(login: Login, undisturbed: str) -> None:
     """Preempted again and again, the run gets to its end, and the status is one of the honest ones at every poll."""
-    job = login.submit("-p", "requeue0", pause_s=0.15)
+    job = login.submit("-p", "requeue0", pause_s=0.5)
     for attempt in range(10):
         login.until(
             lambda told, attempt=attempt: (
