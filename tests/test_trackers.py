@@ -109,7 +109,7 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
     from mlflow import MlflowClient
 
     jobkit.run._TRACKERS_NOTICED_S = 60.0  # a busy machine
-    run._flush(below=1 << 60)
+    run._logged.flush(run._ledger, below=1 << 60)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.2)
