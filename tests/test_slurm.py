@@ -230,7 +230,8 @@ def test_a_cancel_is_for_good(when: Callable[[Login], None], how: str, login: Lo
     assert not login.cluster.run("squeue", "--noheader", "--me").strip()
     assert login.status()["state"] == "cancelled"
     for outcome in login.outcomes():
-        assert outcome["outcome"] in ("preempted", "killed")
+        # One that had not opened its run yet dies of the signal in its own way.
+        assert outcome["outcome"] in ("preempted", "killed") or outcome["step"] < 0, outcome
 
 
 @pytest.mark.slow
