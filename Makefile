@@ -6,8 +6,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 SLURM := .venv/.slurm
 BROWSER := .venv/.browser
-# pytest's workers; each one starts trainings of its own
-WORKERS ?= 2
+# pytest's workers; each one starts trainings of its own. The slow tests mostly wait.
+WORKERS ?= $(if $(CI),3,2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test test-all lint format types bench clean
