@@ -25,7 +25,7 @@ import msgspec
 
 from jobkit import arrays, commits, contract, faults, state
 from jobkit.commits import Commit, FileRecord, Keep
-from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError
 from jobkit.group import Group
 from jobkit.ledger import Ledger
 from jobkit.plan import Rates
@@ -126,7 +126,7 @@ class Checkpoints:
         except Exception as error:
             self._renew_writer()
             _discard(stage)
-            raise arrays.storage_error(error, f"cannot save step {step} to {self._store.url}") from error
+            raise self._reason(error, f"cannot save step {step} to {self._store.url}", step) from error
         commit = Commit(
             step=step,
             attempt=self._attempt,
@@ -162,8 +162,9 @@ class Checkpoints:
                 return
             if self._group.first:
                 _discard(stage)
-            self._error = arrays.storage_error(error, f"cannot commit step {commit.step} to {self._store.url}")
-            self._ledger.append("save_failed", step=commit.step, reason=str(self._error))
+            self._fail(
+                self._reason(error, f"cannot commit step {commit.step} to {self._store.url}", commit.step), commit
+            )
             return
         finally:
             self.saving_step = None
@@ -187,8 +188,24 @@ class Checkpoints:
             self._rehearse(commit.step)
             self._retain()
         except JobkitError as error:
-            self._ledger.append("save_failed", step=commit.step, reason=str(error))
-            self._error = error
+            self._fail(self._reason(error, "", commit.step), commit)
+
+    def _reason(self, error: Exception, doing: str, step: int) -> JobkitError:
+        """Say why a save failed: a newer attempt takes the files away, and what the disk says of that is no reason."""
+        if not isinstance(error, SupersededError):
+            try:
+                commits.check_newest(self._store, self._attempt, f"save step {step}")
+            except SupersededError as superseded:
+                return superseded
+            except OSError:
+                pass
+        return arrays.storage_error(error, doing)
+
+    def _fail(self, error: JobkitError, commit: Commit) -> None:
+        """Write down, and keep for `take_error`, why a save failed; to be superseded is none of the storage's doing."""
+        event = "superseded" if isinstance(error, SupersededError) else "save_failed"
+        self._ledger.append(event, step=commit.step, reason=str(error))
+        self._error = error
 
     def _commit(self, stage: Path, snapshot: state.Snapshot, commit: Commit) -> bool:
         """Commit what every process has written; tell whether the step is new."""
@@ -286,6 +303,7 @@ class Checkpoints:
         except Exception as error:
             wrong.append(str(error))
         if wrong:
+            commits.check_newest(self._store, self._attempt, f"set step {step} aside")  # it may have removed the step
             commits.set_aside(self._store, step, wrong)
             self.committed_step = max(commits.steps(self._store), default=-1)
             raise StorageError(f"step {step} of {self._store.url} was written but does not read back: {wrong[0]}")
@@ -298,6 +316,7 @@ class Checkpoints:
         for step in self._keep.superfluous(known):
             if self._busy():  # the grace period belongs to the save
                 return
+            commits.check_newest(self._store, self._attempt, f"remove step {step}")
             commits.remove(self._store, step)
             self._ledger.append("removed", step=step)
 
@@ -381,6 +400,7 @@ class Checkpoints:
             wrong = commits.problems(self._store, step)
             if not wrong:
                 return step
+            commits.check_newest(self._store, self._attempt, f"set step {step} aside")
             moved = commits.set_aside(self._store, step, wrong)
             damaged.append(step)
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

@@ -268,6 +268,7 @@ def publish(
         faults.reach("after_rename")
         sync_directory(final.parent)
     except OSError as error:
+        check_newest(store, commit.attempt, f"commit step {commit.step}")  # its sweep may have taken the stage away
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
             remove_tree(stage)
             if (final / contract.COMMIT).exists():
@@ -344,11 +345,19 @@ def remove(store: Store, step: int) -> None:
 
 
 def sweep(store: Store, *, attempt: int) -> None:
-    """Remove what dead attempts left: stages of earlier attempts and steps on their way out."""
-    stage = store.file(contract.STAGE)
+    """Remove what dead attempts left: stages of earlier attempts and steps on their way out.
+
+    This fences off an attempt that is alive after all, stopped just before it commits: a stage goes in one rename, so
+    that it has become a step before, which this attempt then finds, or never will.
+    """
+    stage, trash = store.file(contract.STAGE), store.file(contract.TRASH)
     for name in store.names(contract.STAGE):
         number = name.partition("-")[0]
         if number.isdecimal() and int(number) < attempt:
-            remove_tree(stage / name)
+            with contextlib.suppress(OSError):
+                trash.mkdir(exist_ok=True)
+                os.rename(stage / name, trash / f"{name}-{secrets.token_hex(4)}")
     for name in store.names(contract.TRASH):
-        remove_tree(store.file(contract.TRASH) / name)
+        remove_tree(trash / name)
+        with contextlib.suppress(OSError):
+            (trash / name).unlink()  # what stood in the way of a save that was abandoned is a file

@@ -8,8 +8,8 @@ the reader drops a torn line. The events, by who writes them:
     started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
     exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
-    opened, fresh, restored, first_step, saved, skipped, save_failed, abandoned, set_aside, rehearsed,
-    removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, metrics, compiled
+    opened, fresh, restored, first_step, saved, skipped, save_failed, superseded, abandoned, set_aside,
+    rehearsed, removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, metrics, compiled
                                                             by the program
 """
 

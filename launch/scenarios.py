@@ -285,8 +285,18 @@ def _lose_node(stage: Stage) -> None:
 
 
 def _outlive(stage: Stage) -> None:
-    """Freeze a whole attempt, start another as another node would, and let the old one go on."""
     stage.until_step(stage.shown.middle)
+    _freeze_and_wake(stage)
+
+
+def _outlive_saving(stage: Stage) -> None:
+    """Have what the old attempt was writing when it froze (see `fault`) tidied up by the new one."""
+    stage.until(lambda: processes.state(stage.beat().pid) == "T", "attempt 0 froze in a save")
+    _freeze_and_wake(stage)
+
+
+def _freeze_and_wake(stage: Stage) -> None:
+    """Freeze a whole attempt, start another as another node would, and let the old one go on."""
     link, program = stage.living(0), stage.beat(0).pid
     runner = lock.holder(stage.store).get("pid", 0)
     if link is None or not program or not runner:
@@ -372,6 +382,10 @@ ALL = (
     Scenario("storage", "storage fails for a while", (), _fail_storage),
     Scenario("node", "the whole node lost, then resumed", (KILLED,), _lose_node),
     Scenario("zombie", "an old attempt wakes up beside a new one", ("",), _outlive),
+    Scenario(
+        "zombie-save", "an old attempt wakes up in a save", ("",), _outlive_saving,
+        fault=lambda shown: f"during_write:{shown.hit_save}@0=STOP",
+    ),
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobkit
-from jobkit import commits, contract, state
+from jobkit import commits, contract, faults, state
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError, StorageError, SupersededError
@@ -243,7 +243,46 @@ def test_a_superseded_attempt_stops(life: Life) -> None:
         life.raise_error()
     assert commits.steps(life.store) == [1]
     assert life.store.names(contract.STAGE) == []
-    assert life.events("save_failed")[0]["step"] == 2
+    assert [event["step"] for event in life.events("superseded")] == [2]
+    assert life.events("save_failed") == []
+
+
+@pytest.mark.parametrize(
+    "instant", ["during_write", "after_data", "before_rename", "rename", "before_retention", "read"]
+)
+def test_superseded_at_any_instant_of_a_save(life: Life, monkeypatch: pytest.MonkeyPatch, instant: str) -> None:
+    """A newer attempt tidies up in the middle of a save: that is said, not what the disk says; nothing is touched."""
+    if instant != "read":
+        life.save(1)
+        life.raise_error()
+    life.checkpoints._keep = Keep(1)
+    reach, check = faults.reach, commits.check_newest
+
+    def take_over(point: str) -> None:
+        if point == instant and not life.store.exists(f"{contract.ATTEMPTS}/1"):
+            life.store.claim(contract.ATTEMPTS)
+            commits.sweep(life.store, attempt=1)
+            if instant == "read":  # its retention was as quick
+                commits.remove(life.store, 2)
+
+    def check_and_take_over(*what: Any) -> None:
+        check(*what)
+        take_over("rename")
+
+    monkeypatch.setattr(faults, "reach", lambda point: (reach(point), take_over(point)))
+    monkeypatch.setattr(commits, "check_newest", check_and_take_over)
+    monkeypatch.setattr(life.checkpoints, "_busy", lambda: take_over("read"))
+    life.save(2)
+    monkeypatch.undo()
+    with pytest.raises(SupersededError, match="attempt 1 has taken over"):
+        life.raise_error()
+    committed = {"before_retention": [1, 2], "read": []}.get(instant, [1])
+    assert commits.steps(life.store) == committed
+    assert not any(commits.problems(life.store, step) for step in committed)
+    assert [event["step"] for event in life.events("superseded")] == [2]
+    assert life.events("save_failed") == life.events("removed") == []
+    assert life.store.names(contract.STAGE) == life.store.names(contract.TRASH) == []
+    assert life.store.names(contract.SET_ASIDE) == []
 
 
 def test_a_run_directory_without_room(life: Life) -> None:

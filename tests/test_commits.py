@@ -284,12 +284,14 @@ def test_killed_at_a_named_point(store: Store, point: str) -> None:
 
 
 def test_a_sweep_goes_by_attempt(store: Store) -> None:
-    """An attempt sweeps the stages of earlier attempts, Orbax's temporary ones too; never its own or a later one's."""
+    """An attempt sweeps what earlier attempts staged, all there may be of it; never its own or a later one's."""
     mine = [staged(store, 9, attempt=attempt) for attempt in (4, 5, 6, 10)]
     temporary = mine[0].with_name(mine[0].name + ".orbax-checkpoint-tmp")
     temporary.mkdir()
+    mine[0].with_name("4-8-abcd").touch()  # what stood in the way of a save that was abandoned
     store.write(f"{contract.STAGE}/foreign", "not ours")
     commits.sweep(store, attempt=5)
+    assert store.names(contract.TRASH) == []
     assert store.names(contract.STAGE) == sorted([*(path.name for path in mine[1:]), "foreign"])
 
 
