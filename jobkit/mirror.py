@@ -236,22 +236,35 @@ def carry_described(store: Store) -> None:
 def refresh(store: Store) -> None:
     """Bring what the URL knows of a run into the home: all but checkpoints; for a home that nobody writes to just now.
 
-    Ledgers and logs only grow, so that the longer one is the newer.
+    Ledgers and logs only grow, so that the longer one is the newer. The launching side's ledger is read before the rest
+    is listed, and written after it: where it says that the run has ended, the logs are whole.
     """
     remote = store.remote
     if remote is None:
         return
     found = remote.find()
+    ledger = None
+    if contract.EVENTS in found and _size(store, contract.EVENTS) < found[contract.EVENTS]:
+        ledger = remote.read(contract.EVENTS)
+        found = remote.find()
     for name, size in found.items():
-        path = store.file(name)
-        if name.startswith(contract.CHECKPOINTS + "/"):
+        if name.startswith(contract.CHECKPOINTS + "/") or name == contract.EVENTS:
             continue
-        if not path.exists() or (path.stat().st_size < size and name != contract.LOCK):
+        have = _size(store, name)
+        if have < 0 or (have < size and name != contract.LOCK):
             store.write(name, remote.read(name))
         elif name == contract.RUN_JSON and store.read(name) != (content := remote.read(name)):
             store.write(name, content)  # the run has moved to another backend
+    if ledger is not None:
+        store.write(contract.EVENTS, ledger)
     if contract.CANCEL not in found:
         store.remove(contract.CANCEL)
+
+
+def _size(store: Store, name: str) -> int:
+    """Return the size of a file in the home, -1 if it is not there."""
+    path = store.file(name)
+    return path.stat().st_size if path.exists() else -1
 
 
 def fetch_ledgers(store: Store, attempt: int) -> None:
@@ -264,10 +277,9 @@ def fetch_ledgers(store: Store, attempt: int) -> None:
         return
     for name, size in store.remote.find(contract.ATTEMPTS).items():
         earlier, _, file = name.removeprefix(contract.ATTEMPTS + "/").partition("/")
-        if earlier.isdecimal() and int(earlier) < attempt and file.startswith("events-"):
-            path = store.file(name)
-            if not path.exists() or path.stat().st_size < size:
-                store.write(name, store.remote.read(name))
+        of_earlier = earlier.isdecimal() and int(earlier) < attempt and file.startswith("events-")
+        if of_earlier and _size(store, name) < size:
+            store.write(name, store.remote.read(name))
 
 
 def keep_of(store: Store) -> commits.Keep:

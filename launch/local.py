@@ -205,7 +205,7 @@ def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -
         lock = acquire(store, wait_s=0.0 if wait else 0.3)
         if lock is not None:
             with contextlib.closing(lock):
-                _bury(store, spec)
+                bury(store, spec, State.CANCELLED, report.cancel_reason(store))
             return
         if not runner_alive(store):
             clearing = clearing or leftovers.Clearing(grace_s=spec.grace_s, notice_s=0.0)
@@ -215,14 +215,14 @@ def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -
         time.sleep(0.05)
 
 
-def _bury(store: Store, spec: JobSpec) -> None:
-    """Write down the end of a cancelled run that has no runner; the lock is ours."""
+def bury(store: Store, spec: JobSpec, state: State, reason: str) -> None:
+    """Write down the end of a run that has no runner; the lock is ours."""
     status = report.status(store, assume_held=False)
     if status.ended:
         return
     leftovers.clear(store, grace_s=spec.grace_s)
     leftovers.close_attempts(store, "the supervisor was killed")
-    record(store, "ended", state=State.CANCELLED, reason=report.cancel_reason(store))
+    record(store, "ended", state=state, reason=reason)
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from jobkit import contract
@@ -46,7 +47,7 @@ def run(store: Store, spec: JobSpec) -> None:
     """
     left = [point for point in specs.points(store, spec) if report.status(point).state is not State.DONE]
     running: list[Store] = []
-    resumes: dict[str, int] = {}
+    resumes: Counter[str] = Counter()
     try:
         while left or running:
             while left and len(running) < (spec.parallel or 1):
@@ -55,16 +56,15 @@ def run(store: Store, spec: JobSpec) -> None:
                     running.append(point)
             time.sleep(_POLL_S)
             for point in list(running):
-                status = report.status(point)
-                if (
-                    status.runner == "gone"
-                    and status.state is State.FAILED
-                    and resumes.get(point.url, 0) < _MAX_RESUMES
-                ):
-                    resumes[point.url] = resumes.get(point.url, 0) + 1
+                # That we would take it up again is no sign of life.
+                status = report.status(point, assume_held=held(point))
+                if status.runner == "gone" and status.state is State.FAILED and resumes[point.url] < _MAX_RESUMES:
+                    resumes[point.url] += 1
                     _start(store, point)
                 elif status.state.over:
                     running.remove(point)
+                    if status.runner == "gone" and status.state is State.FAILED:
+                        _give_up(point, spec)
     except _StopError:
         for point in running:
             if pid := holder(point).get("pid") if held(point) else None:
@@ -84,6 +84,14 @@ def _start(store: Store, point: Store) -> bool:
         print(f"jobkit: point {point.url}: {error}", file=sys.stderr, flush=True)
         return specs.exists(point)  # then it counts as one whose runner was killed, and is taken up again
     return True
+
+
+def _give_up(point: Store, spec: JobSpec) -> None:
+    """Write down the end of a point whose runner was killed too often; nobody else will take it up."""
+    reason = f"its runner was killed {_MAX_RESUMES + 1} times; continue with: jobkit resume {point.url}"
+    if (lock := acquire(point)) is not None:
+        with contextlib.closing(lock):
+            local.bury(point, spec, State.FAILED, reason)
 
 
 def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:

@@ -1,5 +1,6 @@
 """What a run is doing and has done, read from its directory alone."""
 
+import contextlib
 import json
 import os
 import time
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from jobkit import contract
+from jobkit import contract, mirror
 from jobkit.contract import State
 from jobkit.control import says_stop
 from jobkit.errors import JobkitError
@@ -131,19 +132,28 @@ def status(store: Store, *, assume_held: bool | None = None, job: Job | None = N
         JobkitError: If it is not a run, or run.json is damaged.
     """
     if job is not None:
-        return _status(store, job.active or job.state == "UNKNOWN", job)
-    # The lock first: a runner writes its end before it lets go.
-    alive = (held(store) or _waits(store)) if assume_held is None else assume_held
-    result = _status(store, alive)
-    if result.runner == "gone" and assume_held is None and held(store):
-        result = _status(store, True)  # resumed between the two looks
-    return result
+        alive = job.active or job.state == "UNKNOWN"
+    else:  # the lock first: a runner writes its end before it lets go
+        alive = _lives(store) if assume_held is None else assume_held
+    result = _status(store, alive, job)
+    if result.runner != "gone" or assume_held is not None:
+        return result
+    # Its end may have been written between the two looks; or it was resumed.
+    if store.remote is not None and not held(store):
+        with contextlib.suppress(JobkitError):
+            mirror.refresh(store)
+    return _status(store, alive if job is not None else _lives(store), job)
 
 
-def _waits(store: Store) -> bool:
-    """Tell whether a run is a point of a local sweep that will still start it."""
-    place = None if specs.exists(store) else specs.sweep_of(store)
-    return place is not None and held(place[0]) and not place[0].exists(contract.CANCEL)
+def _lives(store: Store) -> bool:
+    """Tell whether a run has a runner, or is a point of a local sweep that will start it, for the first time or again.
+
+    A point that is cancelled is not started.
+    """
+    if held(store):
+        return True
+    place = specs.sweep_of(store)
+    return place is not None and held(place[0]) and not any(one.exists(contract.CANCEL) for one in (store, place[0]))
 
 
 def of_sweep(store: Store, points: list[Status]) -> Status:

@@ -1,5 +1,6 @@
 """Runs on Google Batch: our backend and Google's own client against a service that executes, with VMs that vanish."""
 
+import io
 import json
 import os
 import shlex
@@ -17,8 +18,9 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import batch_v1
 
 from jobkit import contract, processes
+from jobkit.contract import State
 from jobkit.storage import Store
-from launch import gcp, gcp_request, report, submission, vm_job
+from launch import backends, gcp, gcp_request, report, submission, vm_job, watch
 from launch.cloud import RETRIED, Cloud
 from launch.spec import JobSpec
 from tests import training
@@ -258,6 +260,26 @@ def test_logs_of_a_job_that_never_came_up(desk: Desk, batch: BatchServer) -> Non
     desk.jobkit("resume", URL)
     assert "hello from the VM" in desk.jobkit("logs", "-f", URL)
     assert desk.until_over()["state"] == "done"
+
+
+def test_a_job_that_ends_while_somebody_looks(
+    desk: Desk, batch: BatchServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the bucket knew before the job ended is no verdict on it: it is done, and `logs -f` shows its last line."""
+    desk.write("print('hello from the VM')")
+    batch.queue_s = 2
+    submit(desk, command=("python", "train.py"))
+    homes = []
+    for name in ("status", "logs"):
+        monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / name))
+        homes.append(submission.open_run(URL))
+        assert backends.status(homes[-1]).state is State.QUEUED
+    end_of(batch.only_job())
+    told = backends.status(homes[0])
+    assert (told.state, told.runner) == (State.DONE, "ended"), told.reason
+    out = io.StringIO()
+    watch.copy_logs(homes[1], out, following=True)
+    assert "hello from the VM" in out.getvalue()
 
 
 def subprocess_like(code: int) -> Any:

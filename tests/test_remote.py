@@ -338,6 +338,32 @@ def test_submit_status_and_cancel_on_a_bucket(place: Place) -> None:
     assert jobkit("other", "status", place.url, "--json")["state"] == "cancelled"
 
 
+def test_a_run_that_ends_while_it_is_looked_at(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads in the home that a run has ended finds its whole log there, however the two came into the bucket."""
+    bucket, home = Remote(place.url), Store(place.url)
+    log = contract.log_file(0)
+    life = [b'{"t": %d, "event": "%s"}\n' % told for told in ((1, b"submitted"), (2, b"decision"), (3, b"ended"))]
+    bucket.write(contract.EVENTS, life[0])
+    bucket.write(log, b"begin\n")
+    mirror.refresh(home)
+    bucket.write(contract.EVENTS, b"".join(life[:2]))
+    find = Remote.find
+
+    def find_and_end(remote: Remote, name: str = "") -> dict[str, int]:
+        found = find(remote, name)
+        bucket.write(log, b"begin\nend\n")
+        bucket.write(contract.EVENTS, b"".join(life))
+        return found
+
+    monkeypatch.setattr(Remote, "find", find_and_end)
+    mirror.refresh(home)
+    ended = b"ended" in home.read(contract.EVENTS)
+    assert home.read(log) == b"begin\nend\n" or not ended
+    mirror.refresh(home)
+    assert b"ended" in home.read(contract.EVENTS)
+    assert home.read(log) == b"begin\nend\n"
+
+
 @pytest.mark.slow
 def test_fifty_random_kills_with_uploads(place: Place, undisturbed: Path) -> None:
     """Fifty SIGKILLs a store at random moments of saves and uploads, two nodes in turn: nothing wrong, nothing lost."""

@@ -1,5 +1,6 @@
 """Sweeps: how they are written down, and how they run on this machine."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -117,6 +118,49 @@ def start(project: jobs.Project, *plan: str, parallel: int | None = None, **axes
 def states(store: Store) -> list[str]:
     """Return the states of the points."""
     return [str(point.state) for point in backends.status(store).points]
+
+
+def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a sweep's runner lives a point that has none is not over, at any instant; nobody is told to resume."""
+    spec = project.spec("commit:{a}", sweep={"a": ("1", "2")})
+    with submission.new_run(submission.prepare(spec), "local") as (store, _, runner):
+        pass
+    point = Store(f"{store.url}/points/0")
+    with contextlib.closing(runner):
+        assert states(store) == ["queued", "queued"]
+        submission.make_point(point)  # as the runner does a moment before it starts it
+        assert states(store) == ["queued", "queued"]
+        assert "resume" not in backends.status(store).reason
+    told = backends.status(store)
+    assert (told.state, told.runner) == (State.FAILED, "gone")
+    assert told.reason == f"2 failed; continue with: jobkit resume {store.url}"
+
+    def ends_meanwhile(store: Store) -> bool:
+        monkeypatch.undo()
+        submission.record(store, "ended", state="failed", reason="failed twice")
+        return False
+
+    monkeypatch.setattr(report, "held", ends_meanwhile)  # the reader is slow: the run is over when it reads on
+    told = report.status(point)
+    assert (told.runner, told.reason) == ("ended", "failed twice")
+
+
+@pytest.mark.slow
+def test_a_point_whose_runner_is_killed_again_and_again(project: jobs.Project) -> None:
+    """The sweep gives a point up after a while, says so, and goes on with the next; nothing is left to be resumed."""
+    store = start(project, "{a}", a=("hold", "commit:1"))
+    point = Store(f"{store.url}/points/0")
+    killed: set[int] = set()
+    for _ in range(4):
+        pid = until(lambda: jobs.runner_pid(point) not in {0, *killed} and jobs.runner_pid(point), "it has a runner")
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+        assert states(store)[0] != "failed" or len(killed) == 4
+    until(lambda: states(store) == ["failed", "done"], "the next point is done", seconds=40)
+    until(lambda: not lock.held(store), "the sweep's runner ends")
+    told = backends.status(store)
+    assert (told.reason, told.runner) == ("1 done, 1 failed", "ended")
+    assert told.points[0].reason == f"its runner was killed 4 times; continue with: jobkit resume {point.url}"
 
 
 @pytest.mark.slow
