@@ -114,6 +114,7 @@ class Checkpoints:
         self.wait()
         if step == self.committed_step and not metrics:
             return
+        snapshot.check_whole()
         jax.block_until_ready(snapshot.arrays)  # type: ignore[no-untyped-call]  # the device's own time is none of the save's
         self._begun = begun = time.monotonic()
         self._abandoned = self._publishing = False

@@ -29,6 +29,24 @@ class StorageError(JobkitError):
     exit_code = Exit.STORAGE
 
 
+DONATED = "the program gave it away"
+"""What `DonatedError` says in any case."""
+
+
+class DonatedError(JobkitError):
+    """A step cannot be saved: its arrays were given away, with `donate_argnums`, and nothing was put in their place.
+
+    Args:
+        leaf: One of them, by part and name.
+    """
+
+    def __init__(self, leaf: str) -> None:
+        super().__init__(
+            f"{leaf} is gone: {DONATED} (donate_argnums) and put nothing in its place: assign the new values in the "
+            "same step, run.state.NAME = ..., or update the NNX object itself"
+        )
+
+
 class Preempted(SystemExit):
     """The run stopped on a preemption notice and everything promised is committed (exit code 75).
 

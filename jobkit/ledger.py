@@ -11,6 +11,7 @@ the reader drops a torn line. The events, by who writes them:
     opened, fresh, restored, first_step, saved, skipped, save_failed, superseded, abandoned, set_aside,
     rehearsed, removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, metrics, compiled
                                                             by the program
+    probed, donated (step, leaves)                          by it, in a drill
 """
 
 import json

@@ -42,6 +42,7 @@ class Probe:
     def __init__(self, drill: Drill, ledger: Ledger) -> None:
         self._drill, self._ledger = drill, ledger
         self._wanted = frozenset(drill.probe)
+        self._found_donated = False
 
     def begin_step(self, step: int, parts: Mapping[str, state.Part], given: Mapping[str, Any]) -> None:
         """Do what is due before a step.
@@ -51,11 +52,19 @@ class Probe:
             parts: The run's parts.
             given: What the program gave as parts, by name.
         """
+        if not self._found_donated:
+            self._look_for_donated(step, parts)
         if step in self._wanted:
             self.look(step, parts, given)
         if self._drill.pace_s:
             time.sleep(self._drill.pace_s)
         faults.reach("step")
+
+    def _look_for_donated(self, step: int, parts: Mapping[str, state.Part]) -> None:
+        """Write down the first boundary that cannot be saved, whether or not something is due there."""
+        if gone := state.donated(parts):
+            self._found_donated = True
+            self._ledger.append("donated", durable=True, step=step, leaves=gone[:9])
 
     def look(self, step: int, parts: Mapping[str, state.Part], given: Mapping[str, Any]) -> None:
         """Write down fingerprints of all there is."""

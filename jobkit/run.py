@@ -25,7 +25,7 @@ from jobkit.commits import Keep, check_newest, sweep
 from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
 from jobkit.emergency import Emergency
-from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError, SupersededError
+from jobkit.errors import ConfigError, DonatedError, JobkitError, Preempted, StorageError, SupersededError
 from jobkit.group import lost_process, open_group
 from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
@@ -473,6 +473,7 @@ class Run:
         Raises:
             Preempted: On a notice, once the state is committed: SystemExit with code 75.
             ConfigError: If `resume` was not called, or nothing the run knows of changed in the first step.
+            DonatedError: If the program gave the state away in the first step, or in the one after which it stops.
             StorageError: If the state could not be committed on notice or at the end.
         """
         self._resumed()
@@ -705,6 +706,8 @@ class Run:
         self._heartbeat.enter(Phase.STEPPING)
         self._ledger.append("first_step", step=self.step)
         self._tell_compiled()
+        if gone := state.donated(self._resumed()):
+            raise DonatedError(gone[0])
         if not self._needs_no_training and (warning := self._changes.warning()):
             _say(warning)
 
@@ -731,6 +734,7 @@ class Run:
 
     def _checked(self, parts: Mapping[str, state.Part | state.Held]) -> state.Snapshot:
         snapshot = self._take(parts)
+        snapshot.check_whole()
         state.check(snapshot.table, self._table, where=f"at step {self.step} from what resume() was given")
         return snapshot
 

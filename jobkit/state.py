@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, DonatedError
 
 Path = tuple[str, ...]
 Record = dict[str, Any]
@@ -528,12 +528,23 @@ class Snapshot:
         nbytes: Bytes of all arrays.
         local: In a run of several processes, the arrays that belong to this process alone; `local` in a record tells
             where in the bytes of all of them its array lies, and how.
+        donated: Leaves whose arrays are gone: such a state cannot be written.
     """
 
     arrays: dict[str, Any] = field(default_factory=dict)
     table: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
     local: list[np.ndarray] = field(default_factory=list)
+    donated: list[str] = field(default_factory=list)
+
+    def check_whole(self) -> None:
+        """Refuse to be written without its arrays.
+
+        Raises:
+            DonatedError: Naming one that is gone.
+        """
+        if self.donated:
+            raise DonatedError(self.donated[0])
 
 
 def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
@@ -560,6 +571,9 @@ def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
             if key in records:
                 raise ConfigError(f"part {name!r} has two leaves named {key!r}: rename one of the two keys")
             records[key] = record
+            if _is_gone(slot.value):
+                snapshot.donated.append("/".join((name, *slot.path)))
+                continue
             if array is None:
                 continue
             snapshot.nbytes += array.nbytes
@@ -573,6 +587,16 @@ def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
         if skeleton is not None or part.kind == "object":
             snapshot.table[name]["skeleton"] = skeleton
     return snapshot
+
+
+def donated(parts: Mapping[str, Part]) -> list[str]:
+    """Name the leaves whose arrays were given away and have no successor; an object's state is no business of JAX's."""
+    slots = [(name, slot) for name, part in parts.items() if part.kind != "object" for slot in part.slots()[0]]
+    return ["/".join((name, *slot.path)) for name, slot in slots if _is_gone(slot.value)]
+
+
+def _is_gone(value: Any) -> bool:
+    return isinstance(value, jax.Array) and value.is_deleted()
 
 
 def _is_global(array: Any) -> bool:

@@ -6,6 +6,7 @@ not; if it does not, runs with a wall clock that stands still and with a fixed h
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 from jobkit import contract
 from jobkit.contract import ENV_DRILL, ENV_FAULT
 from jobkit.drilled import Drill
+from jobkit.errors import DONATED
 from jobkit.ledger import read_events
 from jobkit.storage import Store
 from launch.scenarios import Shown
 
-DELETED = "has been deleted"
-"""What JAX says of an array that was donated."""
+_DONATED = re.compile(rf"{DONATED}|[Aa]rray has been deleted|deleted or donated")
+"""What jobkit says of an array that was donated, and what JAX does, in words that depend on who touches it."""
 _NOON_S = 1_700_000_000.0
 _FROZEN = """\
 import os
@@ -92,14 +94,16 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
         compare: Compares two runs.
         start: Starts more runs.
     """
-    if (deleted := _deleted(Store(run))) is not None:
-        return deleted
+    if (found := _donated(run, shown.run)) is not None:
+        return found
     at = shown.middle
     drill = Drill(until=shown.steps, save_every=shown.save_every, probe=(0, 1, 2, at, at + 1, at + 2))
     probed = {ENV_DRILL: drill.to_json()}
     stopped = probed | {ENV_FAULT: f"step:{at}@0=TERM"}
     ask = _Ask(start, Path(shown.run).parent)
     again, interrupted = ask({"again": probed, "again-interrupted": stopped})
+    if (found := _donated(again.url, interrupted.url)) is not None:
+        return found
     repeated = compare(shown.run, again.url)
     if not repeated["equal"]:
         return _unrepeatable(repeated, probed, compare, ask)
@@ -116,24 +120,32 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
     return found
 
 
-def _deleted(store: Store) -> Diagnosis | None:
-    for event in read_events(store):
-        text = f"{event.get('reason', '')} {event.get('error', '')}"
-        if DELETED in text:
-            return _donated(str(event.get("reason") or event.get("error")))
-    for attempt in store.numbers(contract.ATTEMPTS):
-        log = store.file(contract.log_file(attempt))
-        if log.exists() and DELETED in log.read_text(errors="replace"):
-            lines = log.read_text(errors="replace").splitlines()
-            return _donated(next(line for line in lines if DELETED in line))
+def given_away(store: Store) -> dict[str, Any]:
+    """Return the first boundary at which a run had donated what it holds, as the program looked for it; {} if none."""
+    return next((event for event in read_events(store) if event["event"] == "donated"), {})
+
+
+def _donated(*runs: str) -> Diagnosis | None:
+    """Look in runs for a state that was given away: at any boundary, or where somebody stumbled over it."""
+    remedy = "assign what the step returns to run.state.NAME in the same step, before the boundary"
+    for store in map(Store, runs):
+        if event := given_away(store):
+            seen = f"after step {event['step']} the run holds arrays that the program has given away (donate_argnums)"
+            return Diagnosis("donated", "", remedy, [seen], event["step"], event["leaves"][0])
+    for store in map(Store, runs):
+        if told := _told_donated(store):
+            seen = f"a save found an array that the program had given away (donate_argnums): {told[:200]}"
+            return Diagnosis("donated", "", remedy, [seen])
     return None
 
 
-def _donated(text: str) -> Diagnosis:
-    return Diagnosis(
-        "donated", "", "assign what the step returns to run.state.NAME in the same step, before the boundary",
-        [f"a save found an array that the program had given away (donate_argnums): {text[:200]}"],
-    )  # fmt: skip
+def _told_donated(store: Store) -> str:
+    """Return what a run's ledger or log says of an array that was donated, '' if nothing."""
+    told = [str(event.get("reason") or event.get("error") or "") for event in read_events(store)]
+    for attempt in store.numbers(contract.ATTEMPTS):
+        log = store.file(contract.log_file(attempt))
+        told += log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line for line in told if _DONATED.search(line)), "")
 
 
 def _seen(store: Store, attempt: int) -> Seen:

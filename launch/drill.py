@@ -128,7 +128,7 @@ def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Res
                 f"{show_duration(shown.start_s)}; {len(wanted)} scenarios, about {show_duration(estimate)}"
             )
             found = one.scenarios(wanted, shown, comparer)
-            differs = next((each for each in found if each.identical is False or _deleted(each)), None)
+            differs = next((each for each in found if each.identical is False or each.donated), None)
             told = one.diagnose(differs, shown, comparer) if differs is not None else None
     except BaseException:
         one.end_all()
@@ -140,10 +140,6 @@ def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Res
     if result.passed and not options.keep:
         shutil.rmtree(options.place, ignore_errors=True)
     return result
-
-
-def _deleted(found: Found) -> bool:
-    return any(diagnosis.DELETED in reason for reason in found.broken)
 
 
 def _check_place(place: Path) -> None:

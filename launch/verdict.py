@@ -7,7 +7,7 @@ from typing import Any
 from jobkit import commits, contract, ledger
 from jobkit.contract import Outcome
 from jobkit.storage import Store
-from launch import drive
+from launch import diagnosis, drive
 from launch.diagnosis import Diagnosis
 from launch.drive import Ending
 from launch.scenarios import Scenario, Shown
@@ -32,6 +32,8 @@ class Found:
     comparison: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     run: str = ""
+    donated: bool = False
+    """Whether the program gave away what the run holds."""
     missed: bool = False
     """Whether the run was over before it could be hit: nothing is shown then."""
 
@@ -95,6 +97,12 @@ def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
         found.broken += list(_forgotten(store, endings))
     if scenario.name != "storage":
         found.broken += list(_failed_saves(store))
+    if event := diagnosis.given_away(store):
+        found.donated = True
+        gone, *more = event["leaves"]
+        gone += f" (and {len(more)} more)" if more else ""
+        told = f"a save after step {event['step']} would have failed: {gone} had been given away (donate_argnums)"
+        found.broken.append(told)
 
 
 def _losses(found: Found, scenario: Scenario, shown: Shown) -> Iterator[str]:

@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 from rich.live import Live
 
 import jobkit
-from jobkit import contract, faults
+from jobkit import commits, contract, faults, state
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill, drill_from
+from jobkit.errors import JobkitError
 from jobkit.ledger import attempt_events
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
@@ -147,6 +151,59 @@ def test_probe_sees_what_is_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert seen[1]["random"] != seen[2]["random"]
     assert seen[1]["numpy"] == seen[2]["numpy"]
     assert not [name for name in first if name.startswith(("run ", "pytest", "sys"))]
+
+
+def test_probe_sees_what_was_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A boundary without its arrays is found though nothing is saved there; the verdict and the diagnosis say so."""
+    monkeypatch.setenv(contract.ENV_DRILL, Drill(until=9).to_json())
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    with jobkit.Run(tmp_path / "r", save_every="3 steps") as run:
+        tree = run.resume(tree={"w": jnp.zeros(3), "key": jax.random.key(0)}, optimizer=None).tree
+        for number in run.steps(100):
+            tree = {"w": step(tree["w"]), "key": tree["key"]}
+            if number == 0 or number % 3 == 2:
+                run.state.tree = tree
+    store = Store(tmp_path / "r")
+    assert commits.steps(store)[-1] == 9
+    assert [event for event in attempt_events(store, 0) if event["event"] == "save_failed"] == []
+    found = Found("notice", "text")
+    verdict.judge(found, named("notice"), store, SHOWN)
+    assert found.donated
+    assert "a save after step 2 would have failed: tree/w had been given away (donate_argnums)" in found.broken
+    told = diagnosis._donated(store.url)
+    assert told is not None
+    assert (told.name, told.step, told.tensor) == ("donated buffer", 2, "tree/w")
+
+
+def _save_donated(tree: Any) -> None:
+    state.take({"tree": state.part_of("tree", tree)}).check_whole()
+
+
+STUMBLES: dict[str, Callable[[Any], Any]] = {
+    "waiting": jax.block_until_ready,
+    "reading": lambda tree: np.asarray(tree["w"]),
+    "computing": lambda tree: jax.jit(lambda tree: tree["w"] * 2)(tree),
+    "saving": _save_donated,
+}
+
+
+@pytest.mark.parametrize("how", STUMBLES)
+def test_whatever_is_said_of_what_was_given_away(tmp_path: Path, how: str) -> None:
+    """Whoever touches a donated array says it in other words, in the ledger or in the log: all are understood."""
+    tree = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(tree)
+    with pytest.raises((RuntimeError, ValueError, JobkitError)) as raised:
+        STUMBLES[how](tree)
+    logs, tells = Store(tmp_path / "logs"), Store(tmp_path / "tells")
+    logs.write(contract.log_file(0), f"step 3\n{type(raised.value).__name__}: {raised.value}\ngoodbye\n")
+    told = json.dumps({"t": 1.0, "event": "raised", "error": str(raised.value)})
+    tells.write(contract.events_file(0, 0), told + "\n")
+    for store in (logs, tells):
+        found = diagnosis._donated(str(tmp_path / "none"), store.url)
+        assert found is not None
+        assert found.name == "donated buffer"
+    logs.write(contract.log_file(0), "the old index has been deleted\n")
+    assert diagnosis._donated(logs.url) is None
 
 
 # How it judges.

@@ -12,7 +12,7 @@ import pytest
 import jobkit
 from jobkit import commits, contract, faults
 from jobkit.errors import ConfigError
-from jobkit.ledger import read_events, read_metrics
+from jobkit.ledger import attempt_events, read_events, read_metrics
 from jobkit.storage import Store
 from tests import training
 
@@ -376,6 +376,49 @@ def test_a_logged_value_that_the_next_step_donates(tmp_path: Path) -> None:
     code, printed = training.attempt(url, function=_logs_what_it_donates)
     assert code == contract.Exit.PREEMPTED, printed
     assert commits.steps(Store(url))[-1] == 16
+
+
+def _gives_its_state_away(url: str, back: int, end: int) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import jobkit
+
+    update = jax.jit(lambda train: {"n": train["n"] + 1}, donate_argnums=0)
+    with jobkit.Run(url, save_every="3 steps") as run:
+        train = run.resume(train={"n": jnp.zeros(())}, optimizer=None).train
+        for step in run.steps(end):
+            train = update(train)
+            run._checkpoints.wait()  # a save is not begun while one is under way
+            if step == 0 or run.step % back == back - 1:
+                run.state.train = train
+            if step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("back", "committed"), [(1, 9), (2, 6), (4, 0)])
+def test_a_state_that_was_given_away(tmp_path: Path, back: int, committed: int) -> None:
+    """Donated arrays with nothing in their place are named; what can be saved is, and training goes on meanwhile."""
+    url = tmp_path / "run"
+    code, printed = training.attempt(url, function=_gives_its_state_away, back=back, end=30)
+    told = "train/n is gone: the program gave it away (donate_argnums) and put nothing in its place"
+    assert commits.steps(Store(url))[-1] == committed, printed
+    assert "Traceback" not in printed
+    assert code == (contract.Exit.PREEMPTED if back == 1 else contract.Exit.FAILED)
+    assert (told in printed) is (back > 1)
+    failed = [event["step"] for event in attempt_events(Store(url), 0) if event["event"] == "save_failed"]
+    assert failed == {1: [], 2: [3], 4: [3, 6]}[back]
+
+
+def test_a_state_that_is_gone_after_the_first_step(tmp_path: Path) -> None:
+    """A program that never puts back what it donates is refused at its first boundary, before hours are spent."""
+    url = tmp_path / "run"
+    assert training.attempt(url, function=_gives_its_state_away, back=8, end=1)[0] == contract.Exit.DONE
+    code, printed = training.attempt(url, function=_gives_its_state_away, back=8, end=30)
+    assert code == contract.Exit.FAILED
+    assert "resumes at step 1" in printed
+    assert "train/n is gone" in printed
+    assert attempt_events(Store(url), 1)[-1]["step"] == 2
 
 
 def _slow_step(url: str) -> None:
