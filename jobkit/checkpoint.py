@@ -25,7 +25,7 @@ import msgspec
 
 from jobkit import arrays, commits, contract, faults, state
 from jobkit.commits import Commit, FileRecord, Keep
-from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError
+from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError, say
 from jobkit.group import Group
 from jobkit.ledger import Ledger
 from jobkit.plan import Rates
@@ -83,8 +83,8 @@ class Checkpoints:
         self._group = group or Group("")
         self._count = 0
         self._writer = arrays.Writer()
-        self._spent: list[arrays.Writer] = []
-        """Writers of saves that failed: Orbax would raise what is left of that at the next save."""
+        self._spent: list[tuple[arrays.Writer, Path]] = []
+        """Writers of saves that failed, and where they wrote: Orbax would raise what is left of that at the next save."""
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
         self._rehearsed = False
@@ -125,7 +125,7 @@ class Checkpoints:
             upload = self._store.remote is not None
             self._writer.start(stage, snapshot.arrays, snapshot.nbytes, for_upload=upload)
         except Exception as error:
-            self._renew_writer()
+            self._renew_writer(stage)
             _discard(stage)
             raise self._reason(error, f"cannot save step {step} to {self._store.url}", step) from error
         commit = Commit(
@@ -157,7 +157,7 @@ class Checkpoints:
             faults.reach("during_write")
             new = self._commit(stage, snapshot, commit)
         except Exception as error:
-            self._renew_writer()
+            self._renew_writer(stage)
             if self._abandoned:  # then this is what was meant to happen
                 self._ledger.append("abandoned", step=commit.step)
                 return
@@ -238,10 +238,10 @@ class Checkpoints:
 
         return bool(self._group.share(f"committed/{self._count}", publish))
 
-    def _renew_writer(self) -> None:
+    def _renew_writer(self, stage: Path) -> None:
         """Write the next save with another writer; several processes do not go on after a save that failed."""
         if self._group.count == 1:
-            self._spent.append(self._writer)
+            self._spent.append((self._writer, stage))
             self._writer = arrays.Writer()
 
     def _wait_for_data(self, step: int) -> None:
@@ -349,8 +349,10 @@ class Checkpoints:
         Leaving without this would lose the save: Orbax needs the interpreter alive to finish.
         """
         self.wait()
-        for writer in (*self._spent, self._writer):
+        for writer, stage in self._spent:
             writer.close()
+            _discard(stage)  # one of its threads may have written on after another had failed
+        self._writer.close()
         if self._remover is not None:
             self._remover.join()
 
@@ -406,7 +408,7 @@ class Checkpoints:
             damaged.append(step)
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             self._ledger.append("set_aside", step=step, reason=wrong[0] + more, moved_to=str(moved), durable=True)
-            _say(f"checkpoint of step {step} is damaged: {wrong[0]}{more}; set aside as {moved}")
+            say(f"checkpoint of step {step} is damaged: {wrong[0]}{more}; set aside as {moved}")
         remote = self._store.remote
         if damaged or self._store.names(contract.SET_ASIDE) or (remote is not None and remote.find(contract.SET_ASIDE)):
             raise ConfigError(
@@ -419,7 +421,8 @@ class Checkpoints:
         """Refuse a run directory that cannot hold one more checkpoint, before anything is computed.
 
         Raises:
-            ConfigError: With what is needed and what is free.
+            ConfigError: With what is needed and what is free, in a run's first attempt.
+            StorageError: In a later one: there was room before, and may be again.
         """
         try:
             free = free_bytes(self._store.path)
@@ -427,7 +430,8 @@ class Checkpoints:
             raise explain(error, f"cannot look at {self._store.url}") from None
         needed = int(nbytes * 1.05) + (1 << 20)  # Orbax's metadata comes on top
         if free < needed:
-            raise ConfigError(
+            kind = StorageError if self._attempt else ConfigError
+            raise kind(
                 f"{self._store.url} has {show_size(free)} free and one checkpoint takes {show_size(needed)}: "
                 "free space there, or choose another run directory"
             )
@@ -495,11 +499,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def _say(message: str) -> None:
-    """Tell the person reading the log."""
-    import sys
-
-    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
-        print(f"jobkit: {message}", file=sys.stderr, flush=True)

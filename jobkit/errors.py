@@ -4,6 +4,9 @@ A message says the fact, the values found and the remedy; the command line and `
 without a traceback.
 """
 
+import contextlib
+import sys
+
 from jobkit.contract import Exit
 
 
@@ -57,3 +60,9 @@ class Preempted(SystemExit):
     def __init__(self, message: str = "stopped on notice") -> None:
         super().__init__(int(Exit.PREEMPTED))
         self.message = message
+
+
+def say(message: str) -> None:
+    """Tell the person reading the log; nothing that happens to the log is an error."""
+    with contextlib.suppress(OSError):  # it may lie on the disk that is full
+        print(f"jobkit: {message}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ import msgspec
 
 from jobkit import commits, contract
 from jobkit.commits import Commit
-from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError
+from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError, say
 from jobkit.ledger import Ledger
 from jobkit.progress import transfer
 from jobkit.remote import Remote, each
@@ -115,7 +115,7 @@ class Mirror:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             self._ledger.append("upload_failed", reason=str(error))
-            print(f"jobkit: {error}; saves wait in {self._store.path} meanwhile", file=sys.stderr, flush=True)
+            say(f"{error}; saves wait in {self._store.path} meanwhile")
 
     def _carry(self, *, final: bool) -> None:
         """Carry what is new: steps first, newest before older; one that cannot be carried holds up no other."""

@@ -25,7 +25,7 @@ from jobkit.commits import Keep, check_newest, sweep
 from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
 from jobkit.emergency import Emergency
-from jobkit.errors import ConfigError, DonatedError, JobkitError, Preempted, StorageError, SupersededError
+from jobkit.errors import ConfigError, DonatedError, JobkitError, Preempted, StorageError, SupersededError, say
 from jobkit.group import lost_process, open_group
 from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
@@ -103,7 +103,7 @@ class Run:
                     f"a second Run, {os.fspath(url)}, in a program that was submitted as the one run "
                     f"{self._store.url}: submit each run on its own"
                 )
-            _say(f"the launcher's run directory {self._store.url} is used instead of {os.fspath(url)}")
+            say(f"the launcher's run directory {self._store.url} is used instead of {os.fspath(url)}")
         self._strategy = SaveEvery.parse(save_every, keep_best=keep_best)
         self._drill = drill_from()
         if self._drill is not None:
@@ -314,8 +314,9 @@ class Run:
 
         Raises:
             ConfigError: If a part cannot be saved and rewound, if the optimizer is missing, if shapes or structure
-                differ from the checkpoint's, if every checkpoint is damaged, or if the disk has no room for one.
-            StorageError: If a checkpoint cannot be read.
+                differ from the checkpoint's, if every checkpoint is damaged, or if the disk has no room for one in the
+                run's first attempt.
+            StorageError: If a checkpoint cannot be read, or the disk has no room for one any more.
         """
         if not self._opened:
             raise ConfigError("open the run first: with jobkit.Run(...) as run: run.resume(...)")
@@ -360,7 +361,7 @@ class Run:
             self._checkpoints.save(snapshot, self.step, reason="start", metrics={})
         else:
             self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
-            _say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
+            say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
         self._changes = Changes(made)
         if self._group.first:
             self._following.start(self.step)
@@ -381,7 +382,7 @@ class Run:
         url = os.fspath(self._start_from or "")
         self._ledger.append("started_from", url=url, parts=started.parts, fresh=started.fresh, step=self.step)
         rest = f"; as the program made it: {', '.join(started.fresh)}" if started.fresh else ""
-        _say(f"begins at step {self.step} with {', '.join(started.parts)} of {url}{rest}")
+        say(f"begins at step {self.step} with {', '.join(started.parts)} of {url}{rest}")
 
     def restore(self, step: int | str = "best") -> int:
         """Put a committed step into the live parts, outside the loop: the best one for a final evaluation.
@@ -709,7 +710,7 @@ class Run:
         if gone := state.donated(self._resumed()):
             raise DonatedError(gone[0])
         if not self._needs_no_training and (warning := self._changes.warning()):
-            _say(warning)
+            say(warning)
 
     def _tell_compiled(self) -> None:
         if (told := compilecache.report(self._store, self.attempt)) is not None:
@@ -725,7 +726,7 @@ class Run:
         except JobkitError as error:
             if self._group.count > 1:  # the others may have begun it
                 raise
-            _say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
+            say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
             self._ledger.append("save_failed", step=self.step, reason=str(error))
         self._begin_interval()
 
@@ -817,7 +818,7 @@ class Run:
         told = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
         if why:
             told = f"{notice.source}: stopped with step {step}, committed before, of {self.step} completed ones: {why}"
-        _say(told)
+        say(told)
         self._heartbeat.enter(Phase.STOPPED)
         return told
 
@@ -839,7 +840,7 @@ class Run:
         if self._carrier is not None and self._carrier.superseded is not None:
             raise self._carrier.superseded
         if error is not None:
-            _say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
+            say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
 
     def _raise_failure(self) -> None:
         error = self._checkpoints.take_error()
@@ -863,7 +864,7 @@ def _take_over(*, said: bool) -> bool:
         return False
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     if said:
-        _say("JAX's own preemption notifier was on: it is off from here, since the run serves the signals")
+        say("JAX's own preemption notifier was on: it is off from here, since the run serves the signals")
     return True
 
 
@@ -872,18 +873,12 @@ def _kind(value: Any) -> str:
     return f"an array of shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"
 
 
-def _say(message: str) -> None:
-    """Tell the person reading the log."""
-    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
-        print(f"jobkit: {message}", file=sys.stderr, flush=True)
-
-
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End an uncaught error of ours with one sentence and its exit code; leave all others as they were."""
     ours = isinstance(error, JobkitError)
     code = int(error.exit_code) if isinstance(error, JobkitError) else 1
     if ours:
-        _say(str(error))
+        say(str(error))
     else:
         _earlier_hook(kind, error, trace)
     if Run._left_alone:  # JAX and Orbax would wait for the others for minutes

@@ -25,16 +25,19 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.remote import Remote
 
-# No restart mends these: a person has to free space, change permissions or remount.
-_HOPELESS = {
+_FULL = {
     errno.ENOSPC: "the disk is full: free space there, or run elsewhere",
     errno.EDQUOT: "the disk quota is used up: free space there, or run elsewhere",
+}
+"""Somebody else's files may be what fills it: a later attempt may find room again."""
+_HOPELESS = {
     errno.EROFS: "the file system is read-only: choose another run directory",
     errno.EACCES: "permission denied: make it writable for this user, or choose another run directory",
     errno.EPERM: "not permitted: make it writable for this user, or choose another run directory",
     errno.ENOTDIR: "a part of that path is a file: choose another run directory",
     errno.EISDIR: "there is a directory of that name: choose another run directory",
 }
+"""No restart mends these: a person has to change permissions or remount."""
 
 
 def explain(error: OSError, doing: str) -> JobkitError:
@@ -47,7 +50,7 @@ def explain(error: OSError, doing: str) -> JobkitError:
     where = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
     if error.errno in _HOPELESS:
         return ConfigError(f"{doing}{where}: {_HOPELESS[error.errno]}")
-    return StorageError(f"{doing}{where}: {error.strerror or error}")
+    return StorageError(f"{doing}{where}: {_FULL.get(error.errno or 0) or error.strerror or error}")
 
 
 def local_path(url: str | os.PathLike[str]) -> Path:
@@ -165,8 +168,8 @@ class Store:
         Durability: the new content is on storage on return; a crash leaves the old or the new one.
 
         Raises:
-            ConfigError: If no retry can help (full disk, no permission).
-            StorageError: For any other failure.
+            ConfigError: If no retry can help (no permission).
+            StorageError: For any other failure, a full disk among them.
         """
         path = self.file(name)
         with _Writing(path) as temporary:

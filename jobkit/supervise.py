@@ -25,7 +25,7 @@ import click
 from jobkit import commits, compilecache, contract, metadata, mirror, processes, watchdog
 from jobkit.contract import Exit, Outcome
 from jobkit.control import Control, says_stop
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
 from jobkit.memory import Memory
@@ -440,7 +440,7 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry
             name if attempt.alone else contract.process_outcome(attempt.number, attempt.process[0]), _json(**told)
         )
     except JobkitError as error:  # a full disk: the exit code still tells those who wait for us
-        print(f"jobkit: {error}", file=sys.stderr, flush=True)
+        say(str(error))
 
 
 def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:

@@ -11,7 +11,6 @@ The adapters for the three are in adapters.py. Any object with the methods of `T
 import contextlib
 import importlib
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobkit import contract, mirror
-from jobkit.errors import JobkitError
+from jobkit.errors import JobkitError, say
 from jobkit.ledger import life_events, read_json, read_lines
 from jobkit.storage import Store
 
@@ -143,7 +142,7 @@ class Following:
             except (Exception, SystemExit) as error:  # whatever it is, it is not the training's
                 if not told:
                     told = True
-                    _say(f"{tracker.name} fails, training goes on: {type(error).__name__}: {str(error)[:300]}")
+                    say(f"{tracker.name} fails, training goes on: {type(error).__name__}: {str(error)[:300]}")
             if last:
                 return
             self._closing.wait(_RETRY_S)
@@ -261,7 +260,3 @@ def ending_of(store: Store, attempt: int) -> str:
         if event["event"] in ("stopped", "finished"):
             return f"{told}, committed at step {event.get('step')}" if event["event"] == "stopped" else "finished"
     return told[:200]
-
-
-def _say(message: str) -> None:
-    print(f"jobkit: {message}", file=sys.stderr, flush=True)

@@ -4,12 +4,11 @@ A scheduler starts it, ends it and starts it again, on other machines; what it k
 attempts until the job has to end, and its exit code tells the scheduler what to do next.
 """
 
-import sys
 from collections.abc import Mapping
 
 from jobkit import contract, mirror, processes
 from jobkit.contract import Exit, State
-from jobkit.errors import JobkitError
+from jobkit.errors import JobkitError, say
 from jobkit.storage import Store
 from launch import notify, report, restart, submission
 from launch.runner import Runner
@@ -85,11 +84,11 @@ class JobRunner(Runner):
         return int(next((code for ended, code in self.codes.items() if ended == state), Exit.FAILED))
 
     def _leave(self, reason: str, code: int) -> int:
-        print(f"jobkit: {reason}", file=sys.stderr, flush=True)
+        say(reason)
         try:
             mirror.carry_described(self._store)
         except JobkitError as error:
-            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+            say(str(error))
         return int(code)
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.storage import Store
 from launch import leftovers, local, report
 from launch import spec as specs
@@ -81,7 +81,7 @@ def _start(store: Store, point: Store) -> bool:
         elif (lock := acquire(point)) is not None:
             local.start(point, lock)
     except JobkitError as error:
-        print(f"jobkit: point {point.url}: {error}", file=sys.stderr, flush=True)
+        say(f"point {point.url}: {error}")
         return specs.exists(point)  # then it counts as one whose runner was killed, and is taken up again
     return True
 

@@ -34,7 +34,7 @@ import tenacity
 import jobkit
 from jobkit import contract, processes
 from jobkit.contract import Outcome
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, say
 from jobkit.ledger import Event, Ledger
 from jobkit.storage import Store
 from launch import leftovers
@@ -112,7 +112,7 @@ def start(store: Store, targets: Sequence[str], cwd: str) -> int | None:
         )
         return int(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        print(f"jobkit: nobody is notified of {store.url}: {error}", file=sys.stderr, flush=True)
+        say(f"nobody is notified of {store.url}: {error}")
         return None
 
 

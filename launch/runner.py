@@ -19,7 +19,7 @@ from types import FrameType
 
 from jobkit import contract, mirror, processes
 from jobkit.contract import Outcome, State
-from jobkit.errors import JobkitError
+from jobkit.errors import JobkitError, StorageError, say
 from jobkit.ledger import Ledger, attempt_events
 from jobkit.storage import Store
 from launch import leftovers, notify, report, restart, snapshot
@@ -77,6 +77,8 @@ class Runner:
         self._signal: int | None = None
         self._codes: dict[int, int] = {}
         self._history: list[restart.Ended] = []
+        self._owed: list[Callable[[], None]] = []
+        """What writes down how earlier attempts ended, where a full disk did not let us."""
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
 
@@ -115,7 +117,7 @@ class Runner:
 
     def _attempts(self) -> tuple[State, str]:
         self._clear()
-        leftovers.close_attempts(self._store, "the runner and the supervisor were killed")
+        self._write_down(lambda: leftovers.close_attempts(self._store, "the runner and the supervisor were killed"))
         policy = restart.Policy(
             max_failures=self._spec.max_failures, committed_at_start=leftovers.committed_step(self._store)
         )
@@ -166,16 +168,30 @@ class Runner:
         started = time.monotonic()
         command, environ = self.prepare(dict(os.environ))
         try:
+            self._pay()
             attempt = mirror.claim(self._store.with_deadline(_CLAIM_S))
         except JobkitError as error:
-            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+            say(str(error))
             code, reached = int(error.exit_code), leftovers.committed_step(self._store)
             return restart.Ended(contract.outcome_of(code), code, reached, duration_s=time.monotonic() - started)
         self._newest_attempt = attempt
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
-        self._close(attempt, code)
-        return self._ended(attempt, time.monotonic() - started)
+        self._write_down(lambda: self._close(attempt, code))
+        return self._ended(attempt, time.monotonic() - started, code)
+
+    def _write_down(self, close: Callable[[], None]) -> None:
+        """Write down how attempts ended; if the disk is full just now, no attempt begins before that is done."""
+        self._owed.append(close)
+        try:
+            self._pay()
+        except StorageError as error:
+            say(str(error))
+
+    def _pay(self) -> None:
+        while self._owed:
+            self._owed[0]()
+            del self._owed[0]
 
     def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """Make the code ready; return the supervisor's command and environment.
@@ -293,10 +309,11 @@ class Runner:
             program_code = code
         leftovers.write_outcome(self._store, attempt, program_code=program_code, reason=f"the supervisor {how}")
 
-    def _ended(self, attempt: int, duration_s: float) -> restart.Ended:
+    def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
+        """Return how an attempt ended, as its outcome says; by its exit code where that is not written."""
         outcome = leftovers.read_outcome(self._store, attempt) or {}
-        code = outcome.get("exit_code")
-        code = code if isinstance(code, int) else 137
+        told = outcome.get("exit_code")
+        code = told if isinstance(told, int) else code
         step = outcome.get("step")
         return restart.Ended(
             outcome=contract.outcome_of(code),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.storage import Store
 from launch import container, leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
@@ -58,10 +58,9 @@ class SlurmRunner(JobRunner):
         if self._restarts and not again:
             self._strike_lost()
         self._clear()
-        if again:
-            leftovers.close_attempts(self._store, "the runner was killed")
-        else:
-            leftovers.close_attempts(self._store, "SLURM ended the job", preempted=self._restarts > 0)
+        ended_by = "the runner was killed" if again else "SLURM ended the job"
+        preempted = self._restarts > 0 and not again
+        self._write_down(lambda: leftovers.close_attempts(self._store, ended_by, preempted=preempted))
         if (cancelled := self._cancelled_before()) is not None:
             return self._end(State.CANCELLED, cancelled)
         policy = self._remember()
@@ -131,7 +130,7 @@ class SlurmRunner(JobRunner):
         try:
             self._secured = slurm_again.elsewhere(self._store, self._spec, self._job, bad)
         except JobkitError as error:
-            print(f"jobkit: stays on {', '.join(bad)}, which failed it: {error}", file=sys.stderr, flush=True)
+            say(f"stays on {', '.join(bad)}, which failed it: {error}")
             return False
         self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
         return True
@@ -153,7 +152,7 @@ class SlurmRunner(JobRunner):
                     self._ledger.append("waker", job=self._job, id=waker, durable=True)
                 return
             except JobkitError as error:
-                print(f"jobkit: the job is held back for a while: {error}", file=sys.stderr, flush=True)
+                say(f"the job is held back for a while: {error}")
 
     def _superseded(self) -> str | None:
         """Name what has taken over from this job: a later job of the run, or an attempt that it did not start."""
@@ -174,7 +173,7 @@ class SlurmRunner(JobRunner):
             elif why is Cause.REQUEUED:
                 self._lift_hold()
         except JobkitError as error:
-            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+            say(str(error))
 
     def _cause(self) -> Cause:
         job = scontrol.show_job(self._job)
@@ -196,7 +195,7 @@ class SlurmRunner(JobRunner):
             try:
                 told = self._cause()
             except SlurmError as error:
-                print(f"jobkit: {error}", file=sys.stderr, flush=True)
+                say(str(error))
             stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
             if told is not Cause.OWN or not stopped or time.monotonic() >= deadline:
                 break
@@ -281,7 +280,7 @@ class SlurmRunner(JobRunner):
         try:
             scontrol.run("scancel", "--signal=TERM", self._job)
         except JobkitError as error:
-            print(f"jobkit: {error}", file=sys.stderr, flush=True)
+            say(str(error))
 
 
 _WORDS = {

@@ -64,7 +64,7 @@ class VmRunner(JobRunner):
     def _attempts_in_job(self) -> int:
         self._ledger.append("job_started", job=self._job, backend=self._backend, restarts=self._retries, durable=True)
         # What the service starts again it has lost by no fault of the program's.
-        leftovers.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
+        self._write_down(lambda: leftovers.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0))
         policy = self._remember()
         self._set_limit()
         if self._history:
@@ -113,10 +113,10 @@ class VmRunner(JobRunner):
         newest = (report.jobs(self._store, self._backend) or [self._job])[-1]
         return super()._superseded() or (f"job {newest}" if newest != self._job else None)
 
-    def _ended(self, attempt: int, duration_s: float) -> restart.Ended:
+    def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
         outcome = leftovers.read_outcome(self._store, attempt) or {}
         lasted = outcome.get("ended", 0) - outcome.get("started", 0)
-        return super()._ended(attempt, duration_s or max(0.0, lasted))
+        return super()._ended(attempt, duration_s or max(0.0, lasted), code)
 
     def _grace(self) -> dict[str, str]:
         return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud.STOP_S):g}"}

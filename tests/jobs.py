@@ -73,6 +73,13 @@ for word in plan.split(","):
         sys.exit(int(value))
     elif name == "kill":
         os.kill(os.getpid(), int(value))
+    elif name == "fill":
+        with open(value, "wb", buffering=0) as ballast:
+            try:
+                while True:
+                    ballast.write(bytes(1 << 16))
+            except OSError:
+                pass
     elif name == "read":
         print(Path(value).read_text(), flush=True)
     elif name == "import":

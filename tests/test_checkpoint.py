@@ -285,11 +285,14 @@ def test_superseded_at_any_instant_of_a_save(life: Life, monkeypatch: pytest.Mon
     assert life.store.names(contract.SET_ASIDE) == []
 
 
-def test_a_run_directory_without_room(life: Life) -> None:
-    """A state larger than the disk is refused with both sizes; one that fits is not."""
-    life.checkpoints.check_space(1 << 20)
-    with pytest.raises(ConfigError, match=r"has .* free and one checkpoint takes .* TB: free space there"):
-        life.checkpoints.check_space(1 << 60)
+def test_a_run_directory_without_room(tmp_path: Path, life: Life) -> None:
+    """A state larger than the disk is refused with both sizes, in a later attempt as what may pass; one that fits not."""
+    later = Life(tmp_path / "later", attempt=1)
+    for one, kind in ((life, ConfigError), (later, StorageError)):
+        one.checkpoints.check_space(1 << 20)
+        with pytest.raises(kind, match=r"has .* free and one checkpoint takes .* TB: free space there"):
+            one.checkpoints.check_space(1 << 60)
+    later.checkpoints.close()
 
 
 # Falling back.

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 
 from jobkit import commits, contract
 from jobkit.storage import Store
-from tests import training
+from launch import report
+from tests import jobs, training
 
 
 def _resume(url: str, make: Any, **options: Any) -> None:
@@ -191,7 +194,7 @@ def _resume_at(_: str, where: str, make: Any) -> None:
     _resume(where, make)
 
 
-def _fill_up(_: str, where: str) -> None:
+def _fill_up(_: str, where: str, *, notice: bool) -> None:
     import jax.numpy as jnp
 
     import jobkit
@@ -201,6 +204,7 @@ def _fill_up(_: str, where: str) -> None:
         for step in run.steps(20):
             state.net = state.net + 1
             if step == 5:
+                run._checkpoints.wait()
                 with open(Path(where).parent / "ballast", "wb") as file:
                     try:
                         while True:
@@ -208,25 +212,48 @@ def _fill_up(_: str, where: str) -> None:
                             file.flush()
                     except OSError:
                         pass
+                if notice:
+                    os.kill(os.getpid(), signal.SIGTERM)
             run._checkpoints.wait()
 
 
-def test_a_disk_that_fills_up_while_training(tmp_path: Path, tiny: Path) -> None:
-    """A disk that fills up: training goes on loudly, ends with 78, leaves whole checkpoints only; then it resumes."""
+@pytest.mark.parametrize("notice", [False, True])
+def test_a_disk_that_fills_up_while_training(notice: bool, tmp_path: Path, tiny: Path) -> None:
+    """A disk that fills up: training goes on loudly, ends with 74, keeps what it has whole; then it resumes."""
     url = tiny / "run"
-    code, printed = training.attempt(tmp_path / "x", function=_fill_up, where=str(url))
-    assert code == contract.Exit.CONFIG, printed
+    code, printed = training.attempt(tmp_path / "x", function=_fill_up, where=str(url), notice=notice)
+    assert code == contract.Exit.STORAGE, printed
     assert "the disk is full: free space there" in printed
-    assert "training goes on" in printed
+    assert notice or "training goes on" in printed
     store = Store(url)
     assert store.names(contract.STAGE) == []
     steps = commits.steps(store)
     assert steps
     assert all(commits.problems(store, step) == [] for step in steps)
+    code, printed = training.attempt(tmp_path / "z", function=_resume_at, where=str(url), make=_tenth)
+    assert (code, "free space there" in printed) == (contract.Exit.STORAGE, True), printed
     (tiny / "ballast").unlink()
     shutil.copytree(url, tmp_path / "copy")
     code, printed = training.attempt(tmp_path / "y", function=_resume_at, where=str(tmp_path / "copy"), make=_tenth)
     assert code == 0, printed
+
+
+def test_a_run_waits_for_room_on_its_disk(tmp_path: Path, tiny: Path) -> None:
+    """A run whose disk is full waits, longer each time, and begins no attempt; it goes on once there is room."""
+    ballast = tiny / "ballast"
+    project = jobs.Project(tmp_path)
+    project.runs = tiny / "runs"
+    store = project.submit(f"commit:1,fill:{ballast},exit:74", "commit:2")
+    jobs.until(ballast.exists, "the disk is full")
+    jobs.until(lambda: jobs.events(store, "exited"), "the first attempt has ended")
+    time.sleep(4)  # restarts after 1, 2, 4 seconds
+    assert not report.status(store).state.over
+    assert store.numbers(contract.ATTEMPTS) == [0]
+    ballast.unlink()
+    told = jobs.until_over(store, seconds=60)
+    assert (told.state, told.committed_step, jobs.outcomes(store)) == ("done", 2, ["storage", "done"])
+    assert told.endings[0].reason.startswith("the supervisor ended with exit code 74")
+    project.close()
 
 
 def _tenth() -> dict[str, Any]:

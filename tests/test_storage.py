@@ -242,8 +242,8 @@ def test_a_write_that_breaks_off(store: Store) -> None:
 @pytest.mark.parametrize(
     ("number", "kind", "told"),
     [
-        (errno.ENOSPC, ConfigError, "the disk is full: free space there"),
-        (errno.EDQUOT, ConfigError, "quota"),
+        (errno.ENOSPC, StorageError, "the disk is full: free space there"),
+        (errno.EDQUOT, StorageError, "quota"),
         (errno.EROFS, ConfigError, "read-only: choose another"),
         (errno.EACCES, ConfigError, "permission denied: make it writable"),
         (errno.EPERM, ConfigError, "not permitted"),
