@@ -84,7 +84,7 @@ class Checkpoints:
         self._count = 0
         self._writer = arrays.Writer()
         self._spent: list[tuple[arrays.Writer, Path]] = []
-        """Writers of saves that failed, and where they wrote: Orbax would raise what is left of that at the next save."""
+        """Writers of saves that failed, which would raise what is left of that at the next; and where they wrote."""
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
         self._rehearsed = False

@@ -286,7 +286,7 @@ def test_superseded_at_any_instant_of_a_save(life: Life, monkeypatch: pytest.Mon
 
 
 def test_a_run_directory_without_room(tmp_path: Path, life: Life) -> None:
-    """A state larger than the disk is refused with both sizes, in a later attempt as what may pass; one that fits not."""
+    """A state larger than the disk is refused with both sizes, in a later attempt as what may pass."""
     later = Life(tmp_path / "later", attempt=1)
     for one, kind in ((life, ConfigError), (later, StorageError)):
         one.checkpoints.check_space(1 << 20)
