@@ -98,7 +98,6 @@ class Checkpoints:
         self._stage = Path()
         self._abandoned = self._publishing = False
         self._gate = threading.Lock()
-        self._remover: threading.Thread | None = None
         self.committed_step = -1
         """Newest step known to be committed, -1 if there is none."""
         self.last: Saved | None = None
@@ -257,12 +256,16 @@ class Checkpoints:
         if self._abandoned:
             raise StorageError("abandoned for a newer save")
 
-    def abandon(self) -> bool:
+    def abandon(self, nbytes: int = 0) -> bool:
         """Break the save in flight off, to make way for a newer one, and wait for that; tell whether it was possible.
 
         Orbax cannot be told to stop, so its directory is taken away: with a file in its place, the next write fails.
+        What it has written stays until `tidy`, since to remove a GB takes a third of a second.
 
         Durability: what was committed before stays; of the step in flight nothing does.
+
+        Args:
+            nbytes: What is to be written next: without room for both, what was written goes first.
         """
         with self._gate:
             if self._group.count > 1 or self._publishing or not self.saving:
@@ -271,9 +274,18 @@ class Checkpoints:
         arrays.silence()
         _take_away(self._stage)
         self.wait()
-        self._remover = threading.Thread(target=_discard, args=(self._stage,), name="jobkit-discard", daemon=True)
-        self._remover.start()  # a GB takes a third of a second
+        with contextlib.suppress(OSError):
+            if free_bytes(self._store.path) < _with_metadata(nbytes):
+                self.tidy()
         return True
+
+    def tidy(self) -> None:
+        """Remove what saves that failed or were abandoned have left; the next attempt does it where there is no time.
+
+        Again at the end: one of a writer's threads may have written on after another had failed.
+        """
+        for _, stage in self._spent:
+            _discard(stage)
 
     @property
     def saving_for_s(self) -> float:
@@ -349,12 +361,10 @@ class Checkpoints:
         Leaving without this would lose the save: Orbax needs the interpreter alive to finish.
         """
         self.wait()
-        for writer, stage in self._spent:
+        for writer, _ in self._spent:
             writer.close()
-            _discard(stage)  # one of its threads may have written on after another had failed
+        self.tidy()
         self._writer.close()
-        if self._remover is not None:
-            self._remover.join()
 
     def best_step(self) -> int | None:
         """Return the best committed step by the metric of `keep_best`, None if there is none yet."""
@@ -428,13 +438,18 @@ class Checkpoints:
             free = free_bytes(self._store.path)
         except OSError as error:
             raise explain(error, f"cannot look at {self._store.url}") from None
-        needed = int(nbytes * 1.05) + (1 << 20)  # Orbax's metadata comes on top
+        needed = _with_metadata(nbytes)
         if free < needed:
             kind = StorageError if self._attempt else ConfigError
             raise kind(
                 f"{self._store.url} has {show_size(free)} free and one checkpoint takes {show_size(needed)}: "
                 "free space there, or choose another run directory"
             )
+
+
+def _with_metadata(nbytes: int) -> int:
+    """Return the bytes that a checkpoint takes on disk: Orbax's metadata comes on top of the state."""
+    return int(nbytes * 1.05) + (1 << 20)
 
 
 def _discard(stage: Path) -> None:

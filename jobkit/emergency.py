@@ -99,7 +99,7 @@ class Emergency:
             hear()
             planned = self._plan(step, taken.nbytes, by) if step > self._checkpoints.committed_step else planned
         if planned.abandon:
-            self._checkpoints.abandon()
+            self._checkpoints.abandon(taken.nbytes)
         self._checkpoints.wait()
         hear()
         if self._checkpoints.committed_step < step or metrics:

@@ -12,9 +12,10 @@ each of them holds, or all leave with what is committed.
 """
 
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jobkit import state
@@ -31,7 +32,10 @@ _LEAVE_S = 1.0
 _IDLE_S = 5.0
 """A program that has not completed a step has nothing to lose: it need not wait for the deadline."""
 _ROOM_BYTES = 1 << 30
-"""What may be held of boundaries that the device has yet to compute."""
+"""What may be held of boundaries before the newest: those that the device has yet to get past, and those where another
+process may be stuck."""
+_RUNGS = (1, 4, 16, 64)
+"""Of the multiples of each, several processes go on holding the last two."""
 _TICK_S = 0.2
 _ANSWER_S = 5.0
 """How long another process may take to say what it holds."""
@@ -46,7 +50,7 @@ class Guard:
         group: The processes of the attempt.
         take: Makes a snapshot of held parts, after checking that it fits the run.
         begin: Called when the guard begins to act.
-        leave: Writes down that the attempt stopped with a committed step, and ends the process.
+        leave: Writes down that the attempt stopped with a committed step, calls what it is given, and ends the process.
         lost: Names a process that has ended badly, '' while all live.
     """
 
@@ -58,7 +62,7 @@ class Guard:
         group: Group,
         take: Callable[[Mapping[str, Any]], state.Snapshot],
         begin: Callable[[], None],
-        leave: Callable[[str], None],
+        leave: Callable[[str, Callable[[], None]], None],
         lost: Callable[[], str] = lambda: "",
     ) -> None:
         self.emergency, self._listener, self._group = emergency, listener, group
@@ -72,6 +76,9 @@ class Guard:
         """A boundary is held when the last one that was is so long ago; more often would cost too much."""
         self.held_s = 0.0
         """When a boundary was last held, on the clock of `time.monotonic`."""
+        self.between = 0
+        """Every boundary is held whose step has none of these bits. Whatever the clocks say, several processes hold the
+        same ones so, though they may find holding to cost more or less."""
         self.watching = self.idle = True
         """Whether the boundaries are known: in `steps()`, and before there are any. Whether none has been reached."""
         self.nbytes = 0
@@ -80,6 +87,7 @@ class Guard:
         self._cost_s = float("inf")
         self._why = "the last boundary was not held: steps are too short for it"
         self._verdict: str | None = None
+        self._held_step = 0
         self._served = self._arrived = self._closed = False
         self._starting = threading.Lock()
         self._wake = threading.Event()
@@ -89,25 +97,38 @@ class Guard:
 
     def hold(self, step: int, parts: Mapping[str, state.Part]) -> None:
         """Hold the parts as they are at this boundary."""
-        begun = time.perf_counter()
+        begun = time.thread_time()  # of the clock on the wall a busy machine takes more than holding costs
         before = self.held
         try:
             now = {name: part.hold() for name, part in parts.items()}
             # The program may run ahead of the device, and further in one process than in another: what was computed
             # last is held until there is something newer, and what was begun since as far as it is small.
             # A large state has no room beside itself on an accelerator: of it the newest boundary alone.
-            small = self.nbytes <= _ROOM_BYTES
-            keep = sorted(before)[-1:] if self._listener.noticed and small else []
-            if before and small and not _ready(now):
+            room = _ROOM_BYTES // max(1, self.nbytes)
+            keep: list[int] = []
+            if self._group.count > 1:
+                keep = kept(before, room)
+            elif self._listener.noticed and room:
+                keep = sorted(before)[-1:]
+            if before and room and not _ready(now):
                 computed = max((number for number in before if _ready(before[number])), default=min(before))
                 newer = sorted(number for number in before if number > computed)
-                keep += [computed, *newer[max(0, len(newer) - _ROOM_BYTES // max(1, self.nbytes)) :]]
+                keep += [computed, *newer[max(0, len(newer) - room) :]]
             self.held = {number: before[number] for number in sorted({*keep})} | {step: now}
         except Exception as error:  # a part's own get_state may raise anything
             self._why, self.held = f"the last boundary could not be held: {error}", {}
         # A garbage collection must not pass for the cost of it.
-        self._cost_s = min(time.perf_counter() - begun, 2 * self._cost_s)
+        self._cost_s = min(time.thread_time() - begun, 2 * self._cost_s)
         self.from_s = 0.0 if self._listener.noticed else self._cost_s / _SHARE
+        self._space(step)
+
+    def _space(self, step: int) -> None:
+        """Find how far apart the steps are that are held, from how long the last ones took."""
+        now_s = time.monotonic()
+        if step > self._held_step:
+            apart = max(1.0, self.from_s * (step - self._held_step) / max(1e-9, now_s - self.held_s))
+            self.between = (1 << min(30, math.ceil(math.log2(apart)))) - 1
+        self._held_step, self.held_s = step, now_s
 
     def skip(self) -> None:
         """Come to a boundary too soon after the last one that was held; that one stays, if there is room for both."""
@@ -139,6 +160,40 @@ class Guard:
             if self._verdict not in (None, "go", "hold"):
                 raise StorageError(self._verdict or "")
         return False
+
+    def meet(self, name: str, timeout_s: float = float("inf")) -> None:
+        """Come to a save that all make together, and wait until they have: who is stuck before it would keep the rest
+        in the middle of it, where the guard can do nothing.
+
+        Collective: the lock is free while this waits.
+
+        Args:
+            name: Of the save, the same in all processes.
+            timeout_s: How long the others may take.
+
+        Raises:
+            StorageError: If a process is lost.
+            TimeoutError: If one does not come.
+        """
+        if self._group.count == 1:
+            return
+        deadline = time.monotonic() + timeout_s
+        with self.lock:
+            if self._group.first:
+                for other in range(1, self._group.count):
+                    self._await(f"guard/meet/{name}/{other}", deadline)
+                self._group.tell(f"guard/meet/{name}", True)
+            else:
+                self._group.tell(f"guard/meet/{name}/{self._group.index}", True)
+                self._await(f"guard/meet/{name}", deadline)
+
+    def _await(self, key: str, deadline: float) -> None:
+        while not self._heard(key, _TICK_S / 4):
+            self.lock.wait(_TICK_S / 100)
+            if self._verdict not in (None, "go", "hold"):
+                raise StorageError(self._verdict or "")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody has said {key}")
 
     def lands(self) -> bool:
         """Tell whether one more save is expected to land before the deadline."""
@@ -209,7 +264,7 @@ class Guard:
                 self._wake.wait(_TICK_S / 4)
             with self.lock:
                 if not self._closed and not self._arrived:
-                    self._leave(told)
+                    self._leave(told, lambda: None)
             return
 
     def _save(self, step: int) -> str:
@@ -306,12 +361,16 @@ class Guard:
             step = -1
         if step < 0 and own:
             self._why = "the processes do not all hold the same step"
-        told = self._save(step)
-        self._group.tell(f"guard/left/{self._group.index}", True)
-        if self._group.first:  # the others cannot do without this process
-            for other in range(1, self._group.count):
-                self._heard(f"guard/left/{other}", 2.0)
-        self._leave(told)
+        self._leave(self._save(step), self._last_word)
+
+    def _last_word(self) -> None:
+        """Let process 0 leave last: JAX ends the others by SIGABRT as soon as what it serves is gone."""
+        if not self._group.first:
+            self._group.tell(f"guard/left/{self._group.index}", True)
+            return
+        for other in range(1, self._group.count):
+            self._heard(f"guard/left/{other}", 2.0)
+        time.sleep(_TICK_S / 4)  # between their last word and their end
 
     def _heard(self, key: str, timeout_s: float) -> bool:
         try:
@@ -319,6 +378,21 @@ class Guard:
         except TimeoutError:
             return False
         return True
+
+
+def kept(steps: Iterable[int], room: int) -> list[int]:
+    """Return which of the boundaries that one of several processes holds it goes on holding, with the newest one.
+
+    Another process may be stuck a step behind, and hold fewer: every second one, every fourth, ... Of what both could
+    hold one is among these.
+
+    Args:
+        steps: The boundaries.
+        room: For how many there is room.
+    """
+    held = sorted(steps)
+    found = {step for rung in _RUNGS for step in [step for step in held if step % rung == 0][-2:]}
+    return sorted(found)[-room:] if room else []
 
 
 def _arrays(held: Mapping[str, state.Held]) -> list[Any]:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -496,7 +496,7 @@ class Run:
         guard, parts = self._guard, self._resumed()
         for _ in range(2):  # the first time tells nothing about the cost
             guard.hold(self.step, parts)
-        guard.held_s, guard.watching = time.monotonic(), True
+        guard.watching = True
         while self.step < total:
             if probe is not None:
                 probe.begin_step(self.step, self._resumed(), given)
@@ -515,9 +515,8 @@ class Run:
                 or not self._stepped
             ):
                 self._boundary(last=self.step >= total)
-            if now - guard.held_s >= guard.from_s:
+            if not self.step & guard.between or now - guard.held_s >= guard.from_s:
                 guard.hold(self.step, parts)
-                guard.held_s = now
             else:
                 guard.skip()
         self._finish()
@@ -608,6 +607,7 @@ class Run:
             self._save("asked", agreed)
         elif save and not last:
             reason, self._save_wanted = "asked" if self._save_wanted else "interval", False
+            self._guard.meet(f"save/{self.step}")
             self._save(reason, {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
 
@@ -663,7 +663,7 @@ class Run:
             return verdict()
         self._asks += 1
         try:
-            self._group.gather(f"asked/{self._asks}", True, _ASKED_S)
+            self._guard.meet(f"asked/{self._asks}", _ASKED_S)
             told: dict[str, float] | None = self._group.share(f"verdict/{self._asks}", verdict, _ASKED_S)
         except TimeoutError:
             raise ConfigError(
@@ -775,11 +775,12 @@ class Run:
             self._looping = False
         raise Preempted(told)
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, why: str, last: Callable[[], None]) -> None:
         """End the process where the training thread cannot: what is committed is all that can be.
 
         Args:
             why: Why the last boundary is not, '' if it is.
+            last: Called when there is nothing left to do.
         """
         self._tell_stopped(why)
         if self._carrier is not None:
@@ -787,6 +788,9 @@ class Run:
                 self._carrier.close(deadline_s=0.0)
         sys.stdout.flush()
         sys.stderr.flush()
+        with contextlib.suppress(JobkitError):  # of several processes the first may be gone
+            last()
+        self._checkpoints.tidy()
         os._exit(contract.Exit.PREEMPTED)
 
     def _begin_stop(self) -> None:
@@ -808,8 +812,10 @@ class Run:
 
     def _tell_stopped(self, why: str = "") -> str:
         """Write down how the notice was served; return it in a sentence."""
-        notice, step = self._listener.notice, max(0, self._checkpoints.committed_step)
+        notice, step = self._listener.notice, self._checkpoints.committed_step
         assert notice is not None
+        if step < 0:  # in the middle of a restore
+            step = max(commits.steps(self._store), default=0)
         self._heartbeat.committed_step = self._checkpoints.committed_step
         committed_s = round((self._guard.saved_at or time.monotonic()) - notice.at_s, 6)
         self._logged.flush(self._ledger, below=step)
@@ -825,6 +831,7 @@ class Run:
     def _finish(self) -> None:
         """Commit the last step."""
         with self._guard.lock, self._heartbeat.during(Phase.SAVING):
+            self._guard.meet(f"end/{self.step}")
             self._guard.watching = self._looping = False
             self._commit()
         self._finished = True

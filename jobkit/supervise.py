@@ -147,8 +147,10 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
             with contextlib.suppress(JobkitError):
                 carrier.carry_files()  # the outcome itself
         _stay(attempt, code, wakeup, watch)
-        # A launcher of several processes ends all when one ends badly, and these may still be saving.
-        return 0 if code == Exit.PREEMPTED and not attempt.alone else code
+        # A launcher of several processes ends all when one ends badly. These may still be saving; but where this one
+        # never came to its run, none did, and they would wait for it for minutes.
+        begun = link.read().phase >= Phase.LISTENING
+        return 0 if code == Exit.PREEMPTED and not attempt.alone and begun else code
     finally:
         watch.close()
         link.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from jobkit import contract, mirror, processes
-from jobkit.contract import Outcome, State
+from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import JobkitError, StorageError, say
 from jobkit.ledger import Ledger, attempt_events
 from jobkit.storage import Store
@@ -278,7 +278,8 @@ class Runner:
             if asked is None:
                 asked = time.monotonic()
                 self._ask_to_stop(started)
-            late = time.monotonic() - asked - (min(self._spec.grace_s, _FOLLOW_S) if bad else self._spec.grace_s)
+            hang = bad not in (0, Exit.PREEMPTED)
+            late = time.monotonic() - asked - (min(self._spec.grace_s, _FOLLOW_S) if hang else self._spec.grace_s)
             if late >= 0:
                 for pid in processes.descendants():
                     # A supervisor a little later: it still writes how the program ended.

@@ -1,12 +1,15 @@
-"""A notice while the training thread is stuck: the last boundary is saved when the deadline demands, by all processes.
+"""The fault plan of several processes: who gets the notice (one, some, all of 2 and of 4) x the phase it comes in.
 
-Together with tests/test_group.py the fault plan of several processes: who gets the notice (one, some, all of 2 and of
-4) x the phase it comes in. What is stuck waits for minutes, so that only the guard can end it.
+Here: a training thread that is stuck (what is stuck waits for minutes, so that only the guard can end it), the middle
+of a restore, of a save, of a commit and of retention. In tests/test_group.py: the steps, while processes drift apart;
+in tests/test_many.py: imports.
 """
 
 import os
+import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from jobkit import commits, contract
 from jobkit.ledger import read_events
 from jobkit.storage import Store
 from tests import training
+from tests.jobs import until
 from tests.test_group import STEPS, logs
 
 GRACE_S = 12.0
@@ -27,7 +31,7 @@ class Stuck:
     """A hook: some processes get stuck at a point, and some get a notice while they are.
 
     Args:
-        point: 'begin' of a step (waiting for data, or compiling) or 'step' (its end: evaluating).
+        point: 'begin' of a step (waiting for data, or compiling), 'step' (its end: evaluating) or 'restoring'.
         step: Completed steps when it happens.
         stuck: Which processes wait.
         noticed: Which processes get SIGTERM.
@@ -65,6 +69,7 @@ CASES: dict[str, tuple[int, Stuck]] = {
     "one of two waits behind a save in flight": (2, Stuck("begin", 10, (0,), (1,))),
     "two of four wait, drifted apart, and one is told": (4, Stuck("begin", 12, (1, 3), (3,), 0.02)),
     "all of four evaluate and all are told": (4, Stuck("step", 12, (0, 1, 2, 3), (0, 1, 2, 3))),
+    "one of two is in its last step and is told": (2, Stuck("step", STEPS - 1, (1,), (1,))),
 }
 """How many processes, and what happens to them."""
 
@@ -98,3 +103,74 @@ def test_the_last_boundary_is_saved(case: str, tmp_path: Path, undisturbed: dict
     assert any(event["event"] == "plan" and event["by"] == "guard" for event in read_events(store))
     assert training.join_many(training.start_many(url, count, steps=STEPS)) == [0] * count, logs(url)
     assert training.digest(url) == undisturbed[count]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Train the first 10 steps in 2 and in 4 processes; return the run directories, to copy."""
+    found = {}
+    for count in (2, 4):
+        found[count] = tmp_path_factory.mktemp("begun") / "run"
+        assert training.join_many(training.start_many(found[count], count, steps=10)) == [0] * count
+    return found
+
+
+RESTORING: dict[str, tuple[int, Stuck]] = {
+    "one of two": (2, Stuck("restoring", 0, (), (1,))),
+    "the first of two": (2, Stuck("restoring", 0, (), (0,))),
+    "some of four, one of which is stuck": (4, Stuck("restoring", 0, (2,), (2, 3))),
+    "all of four, and all are stuck": (4, Stuck("restoring", 0, (0, 1, 2, 3), (0, 1, 2, 3))),
+}
+"""How many processes, and what happens to them while they restore step 10."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESTORING)
+def test_a_notice_while_they_restore(
+    case: str, tmp_path: Path, begun: dict[int, Path], undisturbed: dict[int, str]
+) -> None:
+    """In the middle of a restore: all stop at the restored step or right behind it, under the deadline, 75 for all."""
+    count, hook = RESTORING[case]
+    url = Path(shutil.copytree(begun[count], tmp_path / "run"))
+    grace_s = 8.0
+    started = training.start_many(url, count, steps=STEPS, hook=hook, environment={contract.ENV_GRACE: f"{grace_s}"})
+    assert training.join_many(started) == [75] * count, logs(url)
+    stopped = [event for event in read_events(Store(url)) if event["event"] == "stopped"]
+    steps = [event["step"] for event in stopped]
+    assert steps == [commits.steps(Store(url))[-1]] * count
+    assert steps[0] == 10 or (steps[0] == 11 and not hook.stuck)
+    assert all(event["notice_to_commit_s"] < grace_s for event in stopped)
+    assert not any("why" in event for event in stopped)
+    assert training.join_many(training.start_many(url, count, steps=STEPS)) == [0] * count, logs(url)
+    assert training.digest(url) == undisturbed[count]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [(0,), (1,), (0, 1, 2, 3)], ids=["the first of two", "one of two", "all of four"])
+@pytest.mark.parametrize("point", ["during_write", "before_rename", "before_retention"])
+def test_a_notice_in_the_middle_of_a_save(
+    point: str, told: Sequence[int], tmp_path: Path, undisturbed: dict[int, str]
+) -> None:
+    """While data is written, before the commit, while an old step goes: one step for all, committed, and bit-equal."""
+    count, url = 2 if len(told) < 2 else 4, tmp_path / "run"
+    # Who comes to the point in the save of step 20 stops there, until the notice is given.
+    halts = {contract.ENV_FAULT: f"{point}:3=STOP"}
+    started = training.start_many(url, count, steps=STEPS, pause_s=0.15, environment=halts)
+    pids = [process.pid or 0 for process in started]
+    those = pids if point == "during_write" else pids[:1]
+    until(lambda: all(_halted(pid) for pid in those), f"they come to {point}", seconds=90)
+    for index in told:
+        os.kill(pids[index], signal.SIGTERM)
+    for pid in those:
+        os.kill(pid, signal.SIGCONT)
+    assert training.join_many(started) == [75] * count, logs(url)
+    store = Store(url)
+    stopped = [event["step"] for event in read_events(store) if event["event"] == "stopped"]
+    assert stopped == [commits.steps(store)[-1]] * count
+    assert 20 <= stopped[0] < STEPS
+    assert training.join_many(training.start_many(url, count, steps=STEPS)) == [0] * count, logs(url)
+    assert training.digest(url) == undisturbed[count]
+
+
+def _halted(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -15,7 +15,7 @@ from jobkit import commits, processes
 from jobkit.ledger import attempt_events, read_json
 from jobkit.storage import Store
 from launch import leftovers, local
-from tests import jobs
+from tests import jobs, training
 from tests.jobs import Project, until, until_over
 
 TRAIN = '''\
@@ -35,11 +35,26 @@ def never_joins():
 training.train_many(os.environ["JOBKIT_RUN"], steps=int(sys.argv[2]), pause_s=0.05, hook=hook)
 '''
 
+IMPORTS = '''\
+"""imports.py TOLD JOINED: trains in several processes; in attempt 0 those of TOLD get a notice while they import."""
+import os, signal, sys, time
+import jobkit
+
+if sys.argv[2] == "joined":
+    jobkit.initialize()
+if os.environ["JOBKIT_ATTEMPT"] == "0" and os.environ["JOBKIT_PROCESS"] in sys.argv[1].split(","):
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(100)
+from tests import training
+training.train_many(os.environ["JOBKIT_RUN"], steps=20)
+'''
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Iterator[Project]:
     for made in jobs.project(tmp_path):
         (made.path / "train.py").write_text(TRAIN)
+        (made.path / "imports.py").write_text(IMPORTS)
         yield made
 
 
@@ -75,6 +90,34 @@ def test_one_never_joins_a_collective(project: Project) -> None:
     assert "most recent call first" in log
     stalls = [event for event in attempt_events(store, 0) if event["event"] == "stalled"]
     assert {event["writer"] for event in stalls} >= {"supervisor-1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Train without interruption in 2 and in 4 processes; return the digests of the ends."""
+    found = {}
+    for count in (2, 4):
+        url = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert training.join_many(training.start_many(url, count, steps=20)) == [0] * count
+        found[count] = training.digest(url)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "told", "joined"),
+    [(2, "1", "no"), (2, "0", "no"), (2, "1", "joined"), (4, "0,2", "no"), (4, "0,1,2,3", "no")],
+)
+def test_a_notice_while_they_import(
+    count: int, told: str, joined: str, project: Project, undisturbed: dict[int, str]
+) -> None:
+    """Who gets a notice during imports is gone at once; the others do not wait for it, and the next attempt begins."""
+    spec = project.spec(sbatch={"ntasks-per-node": str(count)}, grace_s=15.0)
+    store = local.submit(msgspec.structs.replace(spec, command=("python", "imports.py", told, joined)))
+    status = until_over(store, seconds=180)
+    assert (status.state, jobs.outcomes(store)) == ("done", ["preempted", "done"])
+    assert (status.endings[0].duration_s or 0) < 60, "they waited for what was gone"
+    assert training.digest(store.path) == undisturbed[count]
 
 
 @pytest.mark.slow

@@ -121,7 +121,8 @@ def train_many(
         own_data: Whether each process draws its part of a batch itself, from a generator of its own; else all draw the
             same whole batch and take their part.
         pause_s: Sleep per step, for tests that shoot from outside.
-        hook: Called as hook(point, run) at 'opened', 'resumed', 'begin' (of a step), 'step' (its end), 'ended'.
+        hook: Called as hook(point, run) at 'opened', 'restoring' (in the middle of `resume`), 'resumed', 'begin' (of a
+            step), 'step' (its end), 'ended'.
     """
     import time
 
@@ -158,9 +159,19 @@ def train_many(
     count, index = jax.process_count(), jax.process_index()
     data = np.random.default_rng(100 + index if own_data else 100)
     hook = hook or (lambda point, run: None)
+
+    class Watch:
+        """Something whose position is restored in the middle of a resume."""
+
+        def get_state(self) -> int:
+            return 0
+
+        def set_state(self, state: int) -> None:
+            hook("restoring", run)
+
     with jobkit.Run(url, save_every=save_every, keep=2) as run:
         hook("opened", run)
-        run.resume(params=params, opt=opt, data=data, key=jax.random.key(1), seen=0)
+        run.resume(params=params, opt=opt, data=data, key=jax.random.key(1), seen=0, watch=Watch())
         hook("resumed", run)
         for _ in run.steps(steps):
             hook("begin", run)

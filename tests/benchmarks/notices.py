@@ -33,7 +33,7 @@ from jobkit.storage import Store
 from tests import training
 from tests.benchmarks.saves import _state
 
-ROUNDS, LIMIT = 3, 1.2
+ROUNDS, LIMIT = 5, 1.2
 SAMPLES, LIMIT_MS = 20, 5.0
 
 
