@@ -6,7 +6,8 @@ the reader drops a torn line. The events, by who writes them:
     submitted, resumed, cancelled, stopped, decision, ended, job (id, backend), job_started,
     moved (source, target)                                  by the launching side, in events.jsonl
     started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
-    exited (longest_s: the longest without progress by phase)    by the supervisor of an attempt
+    put_off (deadline_s: a preemption on SLURM leaves longer), exited (longest_s: the longest without progress by
+    phase)                                                  by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
     opened, fresh, restored, first_step, saved, skipped, save_failed, superseded, abandoned, set_aside,
     rehearsed, removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, metrics, compiled

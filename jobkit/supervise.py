@@ -30,6 +30,7 @@ from jobkit.heartbeat import Beat, Link, Phase
 from jobkit.ledger import Ledger
 from jobkit.memory import Memory
 from jobkit.sentry import Sentry
+from jobkit.slurm import Respite
 from jobkit.storage import Store, explain
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -235,6 +236,7 @@ def _watch(
     poll = select.poll()
     poll.register(wakeup, select.POLLIN)
     interrupts = 0
+    respite = Respite()
     ended_at: float | None = None
     while True:
         numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
@@ -247,8 +249,11 @@ def _watch(
                 else:
                     name, grace_s = signal.Signals(number).name, contract.grace_s_from(number)
                     give_notice(attempt, link, ledger, source=name, reason="signal", deadline_s=grace_s, number=number)
+                    respite.begin(grace_s)
         for said in watch.said():
             _hear(attempt, link, ledger, said)
+        if (later := respite.deadline_at()) is not None:
+            _put_off(attempt, link, ledger, later)
         if carrier.superseded is not None and attempt.notice is None:
             give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
         if attempt.control is not None and (told := attempt.control.new(contract.CANCEL)) is not None:
@@ -278,6 +283,14 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> 
         ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
     if said.kind is not metadata.Kind.INFORMATION:
         attempt.going = said.kind is metadata.Kind.NOTICE and not attempt.asked
+
+
+def _put_off(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -> None:
+    """Move the deadline of the notice to where SLURM has told that it is."""
+    if attempt.notice is not None and attempt.deadline_at is not None and deadline_at > attempt.deadline_at:
+        attempt.deadline_at = deadline_at
+        link.tell(attempt.notice, attempt.notice_reason, deadline_at)
+        ledger.append("put_off", deadline_s=round(deadline_at - time.monotonic(), 3))
 
 
 def _stay(attempt: Attempt, code: int, wakeup: int, watch: metadata.Watch) -> None:

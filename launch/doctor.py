@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
+from jobkit.slurm import parse_pairs
 from jobkit.storage import Store
 from jobkit.units import show_duration, show_size
 from launch import scontrol
@@ -64,7 +65,7 @@ def choose(lines: list[str], partition: str | None) -> dict[str, str]:
     Raises:
         ConfigError: If there is none.
     """
-    known = [scontrol.parse_pairs(line) for line in lines if line.strip()]
+    known = [parse_pairs(line) for line in lines if line.strip()]
     for one in known:
         if one.get("PartitionName") == partition or (partition is None and one.get("Default") == "YES"):
             return one

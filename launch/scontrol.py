@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
+from jobkit.slurm import parse_pairs, parse_time
 from launch import sweep
 
 _COMMAND_S = 30.0
@@ -150,12 +150,6 @@ def show_job(job: str) -> dict[str, str]:
     return parse_pairs(run("scontrol", "-o", "show", "job", job))
 
 
-def parse_pairs(printed: str) -> dict[str, str]:
-    """Read one line of `Name=value Name=value`; values with spaces end before the next name."""
-    found = re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][A-Za-z0-9/:_-]*=|\s*$)", printed.splitlines()[0] if printed else "")
-    return dict(found)
-
-
 def hold_s(config: str | None = None) -> float:
     """Return how long SLURM holds a requeued job back, in seconds, from `scontrol show config`."""
     config = run("scontrol", "show", "config") if config is None else config
@@ -240,14 +234,6 @@ def preempt_mode(job: Mapping[str, str]) -> str:
         return parse_pairs(run("scontrol", "-o", "show", "partition", job["Partition"])).get("PreemptMode", "")
     except (JobkitError, KeyError):
         return ""
-
-
-def parse_time(text: str) -> float | None:
-    """Read SLURM's local time, such as 2026-11-24T01:02:03; None for Unknown and the like."""
-    try:
-        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return None
 
 
 def parse_limit(text: str) -> float | None:

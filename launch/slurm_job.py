@@ -15,6 +15,7 @@ from pathlib import Path
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.slurm import parse_time
 from jobkit.storage import Store
 from launch import container, leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
@@ -271,7 +272,7 @@ class SlurmRunner(JobRunner):
     def _ends_at(self) -> dict[str, str]:
         """Return when the job's time limit is up, which SLURM itself tells a job only from 23.02 on."""
         try:
-            ends_at = scontrol.parse_time(scontrol.show_job(self._job).get("EndTime", ""))
+            ends_at = parse_time(scontrol.show_job(self._job).get("EndTime", ""))
         except JobkitError:
             return {}
         return {} if ends_at is None else {contract.ENV_ENDS_AT: f"{ends_at:.0f}"}

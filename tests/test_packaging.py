@@ -22,7 +22,7 @@ JOBKIT = [
     "stacks", "ledger", "logged", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan",
     "interval", "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "values", "changes",
     "group", "agreement", "arrays", "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run",
-    "sentry", "supervise", "compare", "export",
+    "sentry", "slurm", "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobkit.slurm import parse_pairs, parse_time, preemption_s
 from launch import scontrol
 from launch.scontrol import Cause
 
@@ -15,7 +16,7 @@ RECORDED = Path(__file__).parent / "recorded"
 
 def recorded(name: str, version: str = "22.05") -> dict[str, str]:
     """Return a recorded `scontrol -o show job`."""
-    return scontrol.parse_pairs((RECORDED / f"show_job-{version}-{name}.txt").read_text())
+    return parse_pairs((RECORDED / f"show_job-{version}-{name}.txt").read_text())
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def recorded(name: str, version: str = "22.05") -> dict[str, str]:
 def test_cause(name: str, cause: Cause, preempt_mode: str) -> None:
     """Each event is told from what SLURM showed when it happened."""
     job = recorded(name)
-    now = scontrol.parse_time(job["StartTime"]) or 0.0
+    now = parse_time(job["StartTime"]) or 0.0
     assert scontrol.cause(job, restarts=0, now=now, warned_s=125, preempt_mode=preempt_mode) is cause
 
 
@@ -59,7 +60,7 @@ def test_cause(name: str, cause: Cause, preempt_mode: str) -> None:
 def test_cause_of_a_newer_slurm(name: str, cause: Cause, preempt_mode: str) -> None:
     """SLURM 24.11 tells the same in the same words; the cancelled job there had been restarted once."""
     job = recorded(name, "24.11")
-    now = scontrol.parse_time(job["StartTime"]) or 0.0
+    now = parse_time(job["StartTime"]) or 0.0
     assert scontrol.cause(job, restarts=0, now=now, warned_s=125, preempt_mode=preempt_mode) is cause
     if name in ("scancel", "cancelled"):
         own = scontrol.cause(job, restarts=1, now=now, warned_s=125, preempt_mode="REQUEUE")
@@ -69,7 +70,7 @@ def test_cause_of_a_newer_slurm(name: str, cause: Cause, preempt_mode: str) -> N
 def test_a_near_end_is_the_time_limit() -> None:
     """A running job whose end is near is being warned of its time limit."""
     job = recorded("running")
-    end = scontrol.parse_time(job["EndTime"])
+    end = parse_time(job["EndTime"])
     assert end is not None
     assert scontrol.cause(job, restarts=0, now=end - 100, warned_s=125) is Cause.TIME_LIMIT
     assert scontrol.cause(job, restarts=0, now=end - 130, warned_s=125) is Cause.OWN
@@ -152,7 +153,7 @@ def test_hold() -> None:
 
 def test_partition() -> None:
     """A partition's line is read into names and values."""
-    assert scontrol.parse_pairs((RECORDED / "show_partition-22.05.txt").read_text())["PreemptMode"] == "CANCEL"
+    assert parse_pairs((RECORDED / "show_partition-22.05.txt").read_text())["PreemptMode"] == "CANCEL"
 
 
 @pytest.mark.parametrize(
@@ -170,3 +171,20 @@ def test_kill_wait() -> None:
     assert scontrol.kill_wait_s((RECORDED / "show_config-22.05.txt").read_text()) == 4.5
     assert scontrol.kill_wait_s("KillWait                = 60 sec") == 59.5
     assert scontrol.kill_wait_s("") == 29.5
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "left_s"),
+    [
+        ("preempt-notice", "22.05", 5.0),
+        ("preempt-notice", "24.11", 7.0),
+        ("preempt-cancel-after-grace", "22.05", None),
+        ("preempted-without-grace", "22.05", None),
+        ("running", "22.05", None),
+        ("time-limit", "22.05", None),
+        ("scancel-in-grace", "24.11", None),
+    ],
+)
+def test_how_long_a_preemption_leaves(name: str, version: str, left_s: float | None) -> None:
+    """The grace as the job shows it, or its partition where a job without a time limit shows none; None elsewhere."""
+    assert preemption_s(recorded(name, version), lambda: {"GraceTime": "7"}) == left_s

@@ -153,6 +153,34 @@ def test_a_preempted_job_goes_on(login: Login, undisturbed: str) -> None:
     assert login.outcomes()[0]["committed_step"] == login.outcomes()[0]["step"]
 
 
+LONG = """\
+import os, time
+from pathlib import Path
+from tests import training
+
+def hook(point, run):
+    if (point, run.step, run.attempt) == ("step", 12, 0):
+        Path(run.url, "long").touch()
+        time.sleep(6)
+
+training.train(os.environ["JOBKIT_RUN"], hook=hook)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_longer_than_kill_wait(login: Login, undisturbed: str) -> None:
+    """The grace of a preemption counts whole: a step that is through in time is not given up at the end of KillWait."""
+    (login.home / "long.py").write_text(LONG)
+    job = login.submit_command("python", "long.py", options=("-p", "requeue5"))
+    login.until(lambda told: (login.home / "run" / "long").exists())
+    preempt(login, job)
+    login.check_end(undisturbed)
+    (stopped,) = [event for event in read_events(login.store) if event["event"] == "stopped"]
+    assert stopped["step"] == 13
+    assert stopped["notice_to_commit_s"] > 3.5, "it was over before KillWait was: the test shows nothing"
+    assert any(event["event"] == "put_off" for event in read_events(login.store))
+
+
 @pytest.mark.slow
 def test_ten_preemptions_in_a_row(login: Login, undisturbed: str) -> None:
     """Preempted again and again, the run gets to its end, and the status is one of the honest ones at every poll."""
