@@ -199,6 +199,66 @@ def _dump(point: str, run: Any) -> None:
             Path(run.url).with_name("values.json").write_text(json.dumps(values))
 
 
+MB = 1 << 20
+
+
+def _shards(url: str, told: str) -> None:
+    """Save, or restore, 32 MB in each of three shardings; write down what this process has read from storage."""
+    import jobkit
+
+    jobkit.initialize()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()).reshape(-1, 2), ("host", "chip"))
+    layouts = {"whole": PartitionSpec(), "rows": PartitionSpec(("host", "chip")), "partly": PartitionSpec("chip")}
+    begin = {
+        name: jax.jit(
+            lambda number=number: jax.random.normal(jax.random.key(number), (32, MB // 4), jnp.float32),
+            out_shardings=NamedSharding(mesh, layout),
+        )()
+        for number, (name, layout) in enumerate(layouts.items())
+    }
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    with jobkit.Run(url, save_every=None) as run:
+        before = read_bytes()
+        values = run.resume(arrays=begin if told == "save" else jax.tree.map(jnp.zeros_like, begin), optimizer=None)
+        read = read_bytes() - before
+        same = all(
+            np.array_equal(mine.data, right.data)
+            for name, array in begin.items()
+            for mine, right in zip(values.arrays[name].addressable_shards, array.addressable_shards, strict=True)
+        )
+        Path(f"{url}-{told}-{jax.process_index()}.json").write_text(json.dumps({"read": read, "same": same}))
+        for _ in run.steps(run.step + 1):
+            values.arrays = dict(values.arrays)
+
+
+@pytest.mark.slow
+def test_shards_are_written_once_and_read_where_they_belong(tmp_path: Path) -> None:
+    """Replicas are on storage once in all; a process reads its own parts (process 0 checks all, too), bit for bit."""
+    url = tmp_path / "run"
+    assert training.join_many(training.start_many(url, 4, devices=2, function=_shards, told="save")) == [0] * 4, logs(
+        url
+    )
+    store = Store(url)
+    files = commits.read(store, commits.steps(store)[-1]).files
+    sizes = [record.size for record in files.values()]
+    assert 96 * MB <= sum(sizes) < 97 * MB
+    shares = [sum(record.size for name, record in files.items() if f"ocdbt.process_{i}/" in name) for i in range(4)]
+    assert max(shares) < 26 * MB, f"replicas are not written by all in equal shares: {shares}"
+    again = training.start_many(url, 4, devices=2, function=_shards, told="restore")
+    assert training.join_many(again) == [0] * 4, logs(url)
+    told = [json.loads(Path(f"{url}-restore-{index}.json").read_text()) for index in range(4)]
+    assert all(each["same"] for each in told)
+    assert [each["read"] // MB for each in told[1:]] == [72] * 3, told
+
+
 @pytest.mark.slow
 def test_what_each_process_had_cannot_be_split(tmp_path: Path) -> None:
     """State that was another one in each process is refused on another number of them, with the remedy."""
