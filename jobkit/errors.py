@@ -6,6 +6,7 @@ without a traceback.
 
 import contextlib
 import sys
+from types import TracebackType
 
 from jobkit.contract import Exit
 
@@ -60,6 +61,20 @@ class Preempted(SystemExit):
     def __init__(self, message: str = "stopped on notice") -> None:
         super().__init__(int(Exit.PREEMPTED))
         self.message = message
+
+
+def end_in_words() -> None:
+    """From here on an uncaught error of ours ends this process with one sentence and its exit code, not a traceback."""
+    earlier = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, JobkitError):
+            earlier(kind, error, trace)
+            return
+        say(str(error))
+        raise SystemExit(int(error.exit_code))
+
+    sys.excepthook = hook
 
 
 def say(message: str) -> None:

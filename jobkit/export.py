@@ -1,5 +1,7 @@
-"""Write a run's parameters alone: `python -m jobkit.export RUN OUT [STEP]`, what `jobkit checkpoints` calls."""
+"""Write a run's parameters alone: `python -m jobkit.export RUN OUT [STEP [--json]]`; `jobkit checkpoints` calls it."""
 
+import json
+import os
 import sys
 
 from jobkit.contract import Exit
@@ -11,15 +13,20 @@ def main(arguments: list[str]) -> int:
     """Export and print the names of the leaves.
 
     Args:
-        arguments: Run directory, output directory, and a step, 'latest' or 'best'.
+        arguments: Run directory, output directory, and a step, 'latest' or 'best'; '--json' for one JSON document.
     """
+    as_json = arguments[3:] == ["--json"]
     run, out, step = (*arguments, "latest")[:3]
     try:
         leaves = export_params(run, out, step=int(step) if step.isdecimal() else step)
     except JobkitError as error:
         print(f"jobkit: {error}", file=sys.stderr)
         return Exit.USAGE
-    print("\n".join(leaves))
+    try:
+        print(json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head`: the parameters are written all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's last flush fail
     return 0
 
 

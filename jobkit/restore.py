@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from jobkit import arrays, commits, contract, faults, mirror, state
 from jobkit.commits import Keep
-from jobkit.errors import ConfigError, StorageError
+from jobkit.errors import ConfigError, StorageError, end_in_words
 from jobkit.ledger import read_json
 from jobkit.storage import Store
 
@@ -157,7 +157,9 @@ def find_step(store: Store, step: int | str) -> int:
     """
     known = commits.steps(store)
     if not known:
-        raise ConfigError(f"{store.url} has no committed checkpoint")
+        if store.remote is None and not store.path.is_dir():
+            raise ConfigError(f"{store.url} does not exist; give the directory of a run ('jobkit ls' lists those here)")
+        raise ConfigError(f"{store.url} has no committed checkpoint: it is no run, or has not saved yet")
     number: int | None
     if step == "latest":
         number = known[-1]
@@ -172,7 +174,7 @@ def find_step(store: Store, step: int | str) -> int:
     elif isinstance(step, int) and not isinstance(step, bool):
         number = step
     else:
-        raise ConfigError(f"step {step!r} is neither a number nor 'latest' nor 'best'")
+        raise ConfigError(f"step {step!r} is neither a whole number nor 'latest' nor 'best'; write step={known[-1]}")
     if number not in known:
         raise ConfigError(f"step {number} of {store.url} is not committed; committed are {', '.join(map(str, known))}")
     wrong = commits.problems(store, number)
@@ -246,3 +248,6 @@ def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
 
 def _item(store: Store, step: int) -> Path:
     return store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
+
+
+end_in_words()  # a script that loads a run has no `Run`, which sees to that

@@ -6,7 +6,6 @@ choose is looked for before it is used, and if two submits in the same second mi
 ends the earlier one.
 """
 
-import dataclasses
 import os
 from typing import Any
 
@@ -17,7 +16,7 @@ from jobkit.remote import identity
 from jobkit.storage import Store
 from launch import vm_job
 from launch.cloud import Cloud
-from launch.managed import Job, Managed
+from launch.managed import Job, Managed, Service
 from launch.spec import JobSpec
 
 BACKEND = "aws"
@@ -34,20 +33,11 @@ _RETRY = (
 """At most five rules (AWS Batch user guide, "Automated job retries")."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Aws:
-    """The AWS Batch backend.
-
-    Args:
-        cloud: What the job asks for.
-    """
-
-    cloud: Cloud = dataclasses.field(default_factory=Cloud)
-    name = BACKEND
-
-    def submit(self, spec: JobSpec) -> Store:
-        """See `Managed.submit`."""
-        return BATCH.submit(msgspec.structs.replace(spec, cloud=self.cloud))
+_SIGN_IN = (
+    "UnrecognizedClientException", "ExpiredTokenException", "ExpiredToken", "InvalidClientTokenId",
+    "InvalidSignatureException", "SignatureDoesNotMatch", "AuthFailure",
+)  # fmt: skip
+"""Of credentials that are wrong or too old."""
 
 
 class Batch(Managed):
@@ -179,10 +169,10 @@ def _explain(error: Any, spec: JobSpec) -> JobkitError:
     """Say what the service refused in one sentence with the remedy."""
     code, said = str(error.get("Code", "")), " ".join(str(error.get("Message", "")).split()).rstrip(".")
     cloud = _cloud(spec)
+    if code in _SIGN_IN:
+        return ConfigError(f"AWS refuses the credentials of {identity()} ({code}): aws sso login, or aws configure")
     if code in ("AccessDeniedException", "AccessDenied", "UnauthorizedOperation"):
         remedy = f"give {identity()} batch:SubmitJob, RegisterJobDefinition, ListJobs, DescribeJobs and TerminateJob"
-    elif code in ("UnrecognizedClientException", "ExpiredTokenException", "InvalidClientTokenId"):
-        remedy = f"the credentials of {identity()} were refused: sign in again"
     elif "queue" in said.lower():
         remedy = f"check --queue {cloud.queue} and --region {cloud.region}: aws batch describe-job-queues"
     elif code in ("ServerException", "TooManyRequestsException", "ThrottlingException"):
@@ -193,3 +183,9 @@ def _explain(error: Any, spec: JobSpec) -> JobkitError:
 
 
 BATCH = Batch()
+
+
+class Aws(Service):
+    """The AWS Batch backend."""
+
+    batch = BATCH

@@ -137,11 +137,12 @@ def remove(store: Store, step: int) -> None:
         mirror.remove(store.remote, step)
 
 
-def export(store: Store, out: str, step: str | None) -> int:
+def export(store: Store, out: str, step: str | None, *, as_json: bool = False) -> int:
     """Write the parameters of a step alone; in a process of its own, since this one does not load jax.
 
     Returns:
         Its exit code.
     """
     arguments = [sys.executable, "-m", "jobkit.export", store.url, os.path.abspath(out), step or "latest"]
+    arguments += ["--json"] * as_json
     return subprocess.run(arguments, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False).returncode

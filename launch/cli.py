@@ -2,18 +2,14 @@
 """The command line: `jobkit`. A user's mistake is one sentence on stderr and exit code 2."""
 
 import sys
-from typing import TYPE_CHECKING
 
 import click
 
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
-from launch import cli_control, cli_drill, cli_ls, cli_report, cli_resume, cli_submit
+from launch import cli_checkpoints, cli_control, cli_drill, cli_ls, cli_report, cli_resume, cli_submit
 from launch.printed import aligned, print_status
-
-if TYPE_CHECKING:
-    from launch.checkpoints import Row
 
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
 
@@ -101,7 +97,7 @@ cli.add_command(cli_control.save)
 cli.add_command(cli_control.stop)
 
 
-@cli.command()
+@cli.command(short_help="End RUN for good: it saves, and never comes back by itself.")
 @click.argument("run")
 @click.option("--no-wait", is_flag=True, help="Do not wait until it has saved and stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -132,80 +128,10 @@ cli.add_command(cli_resume.resume)
 cli.add_command(cli_ls.ls)
 
 
-@cli.command()
-@click.argument("run")
-@click.argument("action", default="list", type=click.Choice(["list", "verify", "export", "rm"]))
-@click.argument("step", required=False)
-@click.option("--all", "every", is_flag=True, help="verify: every step, not only the newest.")
-@click.option("--params", metavar="OUT", help="export: write the parameters alone to the directory OUT.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def checkpoints(run: str, action: str, step: str | None, every: bool, params: str | None, as_json: bool) -> None:
-    """List the committed steps of RUN; verify, export or remove them.
-
-    \b
-    Examples:
-      jobkit checkpoints runs/mnist
-      jobkit checkpoints runs/mnist verify --all
-      jobkit checkpoints runs/mnist export best --params exported
-      jobkit checkpoints runs/mnist rm 400
-    """
-    from jobkit import contract
-    from launch import checkpoints, report, submission
-
-    store = submission.open_run(run)
-    if store.remote is None and not store.exists(contract.CHECKPOINTS):
-        raise ConfigError(f"{store.url} holds no checkpoints: it is no run, or it has not started")
-    if action == "list":
-        rows = checkpoints.listed(store)
-        print(report.to_json(rows) if as_json else _checkpoint_table(rows))
-    elif action == "verify":
-        steps = checkpoints.chosen(store, step, every=every)
-        found = checkpoints.verify(store, steps, lambda step, wrong: None if as_json else _print_verdict(step, wrong))
-        if as_json:
-            print(report.to_json({str(step): wrong for step, wrong in found.items()}))
-        sys.exit(1 if any(found.values()) else 0)
-    elif action == "export":
-        if not params:
-            raise ConfigError("export what where? give --params OUT, a directory that does not exist")
-        sys.exit(checkpoints.export(store, params, step))
-    else:
-        if step is None:
-            raise ConfigError("rm which step? jobkit checkpoints RUN lists them")
-        number = checkpoints.chosen(store, step, every=False)[0]
-        checkpoints.remove(store, number)
-        print(f"removed step {number}")
+cli.add_command(cli_checkpoints.checkpoints)
 
 
-def _print_verdict(step: int, wrong: list[str]) -> None:
-    print(f"step {step}: {'; '.join(wrong) if wrong else 'whole'}", flush=True)
-
-
-def _checkpoint_table(rows: "list[Row]") -> str:
-    from jobkit.units import show_duration, show_size
-
-    if not rows:
-        return "no committed checkpoint"
-    lines: list[tuple[str, ...]] = [("STEP", "AGE", "SIZE", "ATTEMPT", "SAVED", "VERIFIED", "UPLOADED", "METRICS")]
-    for row in rows:
-        if row.problem:
-            lines.append((str(row.step), "-", "-", "-", "-", "damaged", "-", row.problem))
-            continue
-        lines.append(
-            (
-                str(row.step),
-                show_duration(row.age_s or 0.0),
-                show_size(row.bytes or 0),
-                str(row.attempt),
-                row.reason,
-                "yes" if row.verified_at else "not yet",
-                {None: "-", True: "yes", False: "waiting"}[row.uploaded],
-                "  ".join(f"{name} {value:.6g}" for name, value in row.metrics.items()),
-            )
-        )
-    return aligned(lines)
-
-
-@cli.command()
+@cli.command(short_help="Say what a cluster will do to a run.")
 @click.option("--on", default="slurm", help="Backend: slurm. [default: slurm]")
 @click.option("-p", "--partition", help="Where runs are to be submitted. [default: the cluster's default]")
 @click.option("--run", metavar="URL", help="Where runs are to lie; needed by --probe.")
@@ -247,7 +173,7 @@ cli.add_command(cli_report.report)
 cli.add_command(cli_report.explain)
 
 
-@cli.command()
+@cli.command(short_help="Train a small model undisturbed and interrupted; compare.")
 @click.option("--run", metavar="URL", help="Where it goes. [default: a new directory below runs/]")
 @click.option("--seed", type=int, help="Of the moments at which it is interrupted; drawn and printed by default.")
 @click.option("--steps", type=int, default=500, show_default=True, help="How long each of the two trainings is.")

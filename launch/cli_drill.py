@@ -10,7 +10,10 @@ import click
 from jobkit.errors import ConfigError
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+@click.command(
+    short_help="Interrupt COMMAND in every awkward way, and compare.",
+    context_settings={"allow_interspersed_args": False},
+)
 @click.option("--only", multiple=True, metavar="NAME", help="Only this scenario; may be given several times.")
 @click.option("--quick", is_flag=True, help="The four scenarios that find most.")
 @click.option("--list", "listing", is_flag=True, help="List the scenarios and do nothing.")

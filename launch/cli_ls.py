@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launch.report import Status
 
 
-@click.command()
+@click.command(short_help="List the runs below DIRECTORY, which may be in a bucket.")
 @click.argument("directory", default="runs")
 @click.option("--on", metavar="gcp", help="All runs that have jobs in --project and --region.")
 @click.option("--project", default="", help="gcp: project. [default: the credentials' own]")

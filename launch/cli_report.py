@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launch.report import Status
 
 
-@click.command()
+@click.command(short_help="Say what the time of RUNS was spent on.")
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--html", metavar="PATH", type=click.Path(path_type=Path), help="Write one self-contained page.")
 @click.option("--png", metavar="PATH", type=click.Path(path_type=Path), help="Write a picture (extra: report).")
@@ -64,7 +64,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
         _print(histories)
 
 
-@click.command()
+@click.command(short_help="Tell what happened to RUN, and what would avoid it.")
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def explain(run: str, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from launch.cli_where import where, where_options
 from launch.printed import follow, print_status
 
 
-@click.command()
+@click.command(short_help="Continue RUN from its newest committed step.")
 @click.argument("run")
 @click.option("--on", help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")

@@ -120,15 +120,17 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import backends, report, slurm, snapshot, sweep
+    from launch import backends, report, slurm, snapshot, submission, sweep
     from launch.managed import Managed
 
     service = backends.named(backend)
     if isinstance(service, Managed):
+        service.refuse_taken(plan)
         print(service.shown(plan))
         return
     if backend == slurm.BACKEND:
         slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
+    submission.refuse_taken(plan)
     code = snapshot.digest(plan.tree) if plan.tree is not None else None
     spec = msgspec.structs.replace(plan.spec, code=code)
     if as_json:

@@ -5,7 +5,6 @@ itself. What the container does is in vm_job.py; the verbs are in managed.py. Th
 says: events of a task that succeeded carry no exit code.
 """
 
-import dataclasses
 import os
 import re
 import uuid
@@ -19,28 +18,12 @@ from jobkit.storage import Store
 from launch import gcp_request, report
 from launch.cloud import RETRIED, Cloud
 from launch.googleapi import GoogleError, Session
-from launch.managed import Job, Managed
+from launch.managed import Job, Managed, Service
 from launch.spec import JobSpec
 
 BACKEND = "gcp"
 _PENDING = ("STATE_UNSPECIFIED", "QUEUED", "SCHEDULED")
 _ACTIVE = (*_PENDING, "RUNNING", "CANCELLATION_IN_PROGRESS", "DELETION_IN_PROGRESS")
-
-
-@dataclasses.dataclass(frozen=True)
-class Gcp:
-    """The Google Batch backend.
-
-    Args:
-        cloud: What the job asks for.
-    """
-
-    cloud: Cloud = dataclasses.field(default_factory=Cloud)
-    name = BACKEND
-
-    def submit(self, spec: JobSpec) -> Store:
-        """See `Managed.submit`."""
-        return BATCH.submit(msgspec.structs.replace(spec, cloud=self.cloud))
 
 
 class Batch(Managed):
@@ -267,3 +250,9 @@ def _remedy(said: str, cloud: Cloud) -> str:
 
 
 BATCH = Batch()
+
+
+class Gcp(Service):
+    """The Google Batch backend."""
+
+    batch = BATCH

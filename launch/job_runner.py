@@ -4,6 +4,7 @@ A scheduler starts it, ends it and starts it again, on other machines; what it k
 attempts until the job has to end, and its exit code tells the scheduler what to do next.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from jobkit import contract, mirror, processes
@@ -15,7 +16,7 @@ from launch.runner import Runner
 from launch.spec import JobSpec
 
 
-class JobRunner(Runner):
+class JobRunner(Runner, ABC):
     """Run attempts inside one job.
 
     Args:
@@ -59,8 +60,9 @@ class JobRunner(Runner):
         except JobkitError as error:
             return self._end(State.FAILED, str(error))
 
+    @abstractmethod
     def _attempts_in_job(self) -> int:
-        raise NotImplementedError
+        """Run attempts until the job has to end; return its exit code."""
 
     def _superseded(self) -> str | None:
         """Name what has taken over from this job: an attempt that it did not start."""

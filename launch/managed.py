@@ -6,6 +6,7 @@ while no VM does.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -24,6 +25,7 @@ from jobkit.storage import Store, is_remote
 from jobkit.units import show_duration
 from launch import cloud, leftovers, report, snapshot, submission
 from launch import spec as specs
+from launch.cloud import Cloud
 from launch.spec import JobSpec
 from launch.submission import Plan, ask_to_cancel, cancel_content, end, new_run, open_run, prepare, record, who
 
@@ -106,7 +108,7 @@ class Managed(ABC):
 
     def _completed(self, spec: JobSpec) -> JobSpec:
         if spec.cloud is None:
-            spec = msgspec.structs.replace(spec, cloud=cloud.Cloud())
+            spec = msgspec.structs.replace(spec, cloud=Cloud())
         assert spec.cloud is not None
         cloud.check(spec.cloud, grace_s=spec.grace_s)
         return self.complete(spec)
@@ -131,6 +133,22 @@ class Managed(ABC):
 
     def _half_way(self, plan: Plan) -> JobSpec | None:
         """Return what the same submit, killed before it was through, has written; None if there is nothing of it."""
+        store, old = plan.store, self._same(plan)
+        if old is None or store.remote is None:
+            return None
+        if not store.remote.create(contract.RUN_JSON, store.read(contract.RUN_JSON)):
+            return None
+        if not report.last_life_event(store):
+            record(store, "submitted", command=list(old.command), code=old.code, by=who())
+        return old
+
+    def refuse_taken(self, plan: Plan) -> None:
+        """Raise ConfigError if a submit would find the run directory taken; writes nothing."""
+        if self._same(plan) is None:
+            submission.refuse_taken(plan)
+
+    def _same(self, plan: Plan) -> JobSpec | None:
+        """Return what is there of the same submit; None if that is nothing, or has come further than a submit comes."""
         store = plan.store
         if not specs.exists(store) or store.numbers(contract.ATTEMPTS) or store.exists(contract.CANCEL):
             return None
@@ -140,15 +158,8 @@ class Managed(ABC):
         last = report.last_life_event(store).get("event")
         if not same or last not in (None, "submitted") or specs.read_backend(store)[0] != self.name:
             return None
-        assert store.remote is not None
-        if not store.remote.create(contract.RUN_JSON, store.read(contract.RUN_JSON)):
-            return None
         job = self._newest(store)
-        if not (job.active or job.state == "GONE"):
-            return None
-        if last is None:
-            record(store, "submitted", command=list(old.command), code=code, by=who())
-        return old
+        return old if job.active or job.state == "GONE" else None
 
     def _start(self, store: Store, spec: JobSpec) -> str:
         """Have the service start the run; return the job's id."""
@@ -255,6 +266,22 @@ class Managed(ABC):
     def _newest_of(self, spec: JobSpec, store: Store) -> Job | None:
         job = (report.jobs(store, self.name) or [""])[-1]
         return self.find(spec, job) if job else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """A batch service, and what jobs ask of it, for `launch.submit(..., on=...)`.
+
+    Args:
+        cloud: What the job asks for.
+    """
+
+    cloud: Cloud = dataclasses.field(default_factory=Cloud)
+    batch: ClassVar[Managed]
+
+    def submit(self, spec: JobSpec) -> Store:
+        """See `Managed.submit`."""
+        return self.batch.submit(msgspec.structs.replace(spec, cloud=self.cloud))
 
 
 def _unseen(url: str) -> ConfigError:

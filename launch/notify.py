@@ -17,13 +17,14 @@ import hmac
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,13 @@ class _Again(Exception):  # noqa: N818  (it is no error yet)
     """It may work the next time."""
 
 
-def check(targets: Sequence[str]) -> None:
+def check(targets: Sequence[str], *, cwd: Path | None = None, variables: Container[str] | None = None) -> None:
     """Refuse targets that cannot work or that would put a secret into run.json.
+
+    Args:
+        targets: What `--notify` was given.
+        cwd: Where commands will run, if that is on this machine; else nobody knows here which ones there are.
+        variables: Names that the environment of the runner will have; None if that is not known.
 
     Raises:
         ConfigError: With the remedy.
@@ -72,8 +78,13 @@ def check(targets: Sequence[str]) -> None:
                 )
         elif kind == "env" and not rest.isidentifier():
             raise ConfigError(f"--notify {target!r} names no variable; write env:NAME")
-        elif kind != "env" and not _words(target):
+        elif kind == "env":
+            if variables is not None and rest not in variables:
+                raise ConfigError(f"--notify {target}: {rest} is not set where the run will be; set it first")
+        elif not (words := _words(target)):
             raise ConfigError(f"--notify {target!r} is no command; write the words as a shell would take them")
+        elif cwd is not None and shutil.which(cwd / words[0] if os.sep in words[0] else words[0]) is None:
+            raise ConfigError(f"--notify {target!r}: there is no program {words[0]!r}; check its spelling")
 
 
 def _words(command: str) -> list[str]:

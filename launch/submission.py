@@ -78,12 +78,16 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
         ConfigError: If it cannot work.
     """
     specs.check(spec)
-    notify.check(spec.notify)
     if spec.sweep and is_remote(spec.run):
         raise ConfigError(f"a sweep has to lie on a file system that all its nodes share, not on {spec.run}")
     cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")
+    if elsewhere:
+        cloud = spec.cloud
+        notify.check(spec.notify, variables={*cloud.env, *cloud.secrets} if cloud is not None else None)
+    else:
+        notify.check(spec.notify, cwd=cwd, variables=os.environ)
     first = spec.point(0).command if spec.sweep else spec.command
     if elsewhere:
         check_script(first, cwd, in_snapshot=spec.snapshot)
@@ -155,8 +159,7 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
     store = plan.store
     fresh = store.remote is not None and not store.names("")
     with _new_directory(store, fresh=fresh) as lock:
-        if specs.exists(store):
-            raise ConfigError(_taken(plan))
+        refuse_taken(plan)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
         spec = msgspec.structs.replace(plan.spec, code=code)
         specs.write_readme(store, spec)
@@ -206,6 +209,12 @@ def begin_point(store: Store, point: Store) -> bool:
     if content is not None and specs.exists(point) and cancel_content(point) is None:
         point.write(contract.CANCEL, content)
     return specs.exists(point)
+
+
+def refuse_taken(plan: Plan) -> None:
+    """Raise ConfigError if the run directory holds a run already."""
+    if specs.exists(plan.store):
+        raise ConfigError(_taken(plan))
 
 
 def _taken(plan: Plan) -> str:

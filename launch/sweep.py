@@ -16,6 +16,7 @@ LIMIT = 10_000
 Axes = Mapping[str, Sequence[str]]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -45,6 +46,9 @@ def _values(name: str, part: str) -> Iterable[str]:
         raise ConfigError(f"--sweep {name} has an empty value; write {name}=1,2,3 or {name}=0..9")
     found = _RANGE.fullmatch(part)
     if found is None:
+        left, dots, right = part.partition("..")
+        if dots and any(_NUMBER.fullmatch(end) for end in (left, right.lstrip("."))):
+            raise ConfigError(f"--sweep {name}={part} is no range, which has two whole numbers: 0..9; or write a list")
         return (part,)
     first, last = int(found[1]), int(found[2])
     if last < first:

@@ -12,6 +12,9 @@ import fsspec
 import pytest
 
 from jobkit import contract
+from launch import aws
+from launch.cloud import Cloud
+from launch.spec import JobSpec
 from tests.batch_vm import Processes, Vm
 from tests.desk import Desk
 from tests.gcs_server import GcsServer
@@ -137,6 +140,16 @@ def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: 
     assert len(said.strip().splitlines()) == 1, said
     assert fsspec.filesystem("s3").find(url.rpartition("/")[0]) == []
     assert not jobs(queue)
+
+
+def test_credentials_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong or old credentials: one sentence that says whose, and what to do."""
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    spec = JobSpec(command=("true",), cloud=Cloud(queue="q"))
+    said = str(aws._explain({"Code": "ExpiredTokenException", "Message": "The token is expired."}, spec))
+    assert said.startswith("AWS refuses the credentials of ")
+    assert said.endswith("(ExpiredTokenException): aws sso login, or aws configure")
+    assert said.count("refuse") == 1
 
 
 def test_without_credentials(desk: Desk, queue: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`jobkit checkpoints`: list, verify, export and remove, as a person uses them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,20 +82,54 @@ def test_export(run: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "model/hidden/kernel" in printed
     assert "optimizer" not in printed
+    code, document, _ = jobkit(run, "export", "20", "--params", tmp_path / "again", "--json")
+    told = json.loads(document)
+    assert (code, told["exported"], told["leaves"]) == (0, str(tmp_path / "again"), printed.split())
     tree = ocp.StandardCheckpointer().restore(tmp_path / "out")
     assert tree["model"]["hidden"]["kernel"].shape == (4, 8)
-    code, _, told = jobkit(run, "export", "20", "--params", tmp_path / "out")
+    code, _, errors = jobkit(run, "export", "20", "--params", tmp_path / "out")
     assert code == 2
-    assert "never overwrites" in told
+    assert "never overwrites" in errors
     (tmp_path / "file").write_text("")
-    code, _, told = jobkit(run, "export", "20", "--params", tmp_path / "file" / "out")
-    assert (code, told.count("\n")) == (2, 1), told
-    assert "is not a directory that can be written" in told
+    code, _, errors = jobkit(run, "export", "20", "--params", tmp_path / "file" / "out")
+    assert (code, errors.count("\n")) == (2, 1), errors
+    assert "is not a directory that can be written" in errors
+
+
+def test_export_for_a_reader_that_has_gone(run: Path, tmp_path: Path) -> None:
+    """`export ... | head -0` writes the parameters, and no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "launch", "checkpoints", str(run), "export", "20", "--params", tmp_path / "out"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "out" / "_METADATA").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("'nowhere'", "nowhere does not exist; give the directory of a run ('jobkit ls' lists those here)"),
+        ("'.'", "has no committed checkpoint: it is no run, or has not saved yet"),
+        ("{run!r}, step='20'", "step '20' is neither a whole number nor 'latest' nor 'best'; write step=60"),
+        ("{run!r}, step=7", "is not committed; committed are"),
+    ],
+)
+def test_a_script_that_loads_what_is_not_there(arguments: str, told: str, run: Path, tmp_path: Path) -> None:
+    """An uncaught error of `jobkit.load` ends a script that has no `Run` with one sentence too; caught, it is ours."""
+    code = f"import jobkit\njobkit.load({arguments.format(run=str(run))})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == contract.Exit.CONFIG
+    assert ended.stderr.startswith("jobkit: ")
+    assert told in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
 
 
 def test_remove(run: Path) -> None:
     """`rm` removes an older step and refuses the newest."""
-    assert jobkit(run, "rm", "0")[0] == 0
+    code, printed, _ = jobkit(run, "rm", "0", "--json")
+    assert (code, json.loads(printed)) == (0, {"run": str(run), "removed": [0]})
     code, _, told = jobkit(run, "rm", "60")
     assert code == 2
     assert "it stays" in told

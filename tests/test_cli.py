@@ -177,6 +177,25 @@ def test_json_everywhere(project: Project) -> None:
     assert not (project.path / "runs").exists()
 
 
+def test_a_dry_run_refuses_what_the_submit_would(project: Project) -> None:
+    """The directory of another run is taken for a dry run too, and stays as it was."""
+    store = project.submit("commit:1,exit:0")
+    until_over(store)
+    before = sorted(path.name for path in store.path.iterdir())
+    words = ("--run", store.url, "--", "python", "job.py", "exit:0")
+    dry, real = project.cli("submit", "--dry-run", *words), project.cli("submit", *words)
+    assert (dry.returncode, dry.stderr) == (real.returncode, real.stderr)
+    assert (dry.returncode, "already holds another job" in dry.stderr) == (2, True)
+    assert sorted(path.name for path in store.path.iterdir()) == before
+
+
+def test_help_on_a_narrow_terminal(project: Project) -> None:
+    """At 80 columns every command is said in a whole sentence."""
+    lines = project.cli("--help", COLUMNS="80").stdout.partition("Commands:")[2].partition("\n\n")[0].splitlines()
+    assert len(lines) > 10
+    assert all(line.endswith((".", "`.")) and not line.endswith("..") for line in lines[1:]), lines
+
+
 def test_ls_and_status_for_people(project: Project) -> None:
     """Ls has one line per run, also beside a damaged one, and status says why."""
     until_over(project.submit("exit:1", run="bad"))

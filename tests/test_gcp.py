@@ -213,10 +213,12 @@ def test_a_submit_that_is_killed_and_repeated(point: str, desk: Desk, batch: Bat
     killed = subprocess.run(words, env=os.environ | {contract.ENV_FAULT: point}, check=False, capture_output=True)
     assert killed.returncode == -9, killed.stderr
     assert len(batch.jobs) == (point == "after_create")
+    desk.jobkit(*GCP, "--dry-run", "--", "python", "train.py")  # as the submit, which finishes the first
     submit(desk, command=("python", "train.py"))
     assert len(batch.jobs) == 1
     assert desk.until_over()["state"] == "done"
-    assert "already holds this very job" in desk.jobkit(*GCP, "--", "python", "train.py", code=2)
+    for dry in ((), ("--dry-run",)):
+        assert "already holds this very job" in desk.jobkit(*GCP, *dry, "--", "python", "train.py", code=2)
     assert len(batch.jobs) == 1
 
 

@@ -181,10 +181,23 @@ def test_mistakes(target: str, told: str) -> None:
     notify.check(["https://host/x", "http://127.0.0.1:8000/", "env:HOOK", "mail -s 'it is over' me"])
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_nobody_who_could_be_told(project: Project, dry: tuple[str, ...]) -> None:
+    """A program that is not there, or a variable that is not set, is refused by the submit and by its dry run."""
+    for target, told in [
+        ("nosuchprogram --now", "there is no program 'nosuchprogram'"),
+        ("./tell.sh", "there is no program './tell.sh'"),
+        ("env:NO_SUCH_HOOK", "NO_SUCH_HOOK is not set where the run will be"),
+    ]:
+        done = project.cli("submit", *dry, "--run", "new", "--notify", target, "--", "python", "job.py")
+        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert not (project.path / "new").exists()
+
+
 def test_from_a_profile(project: Project) -> None:
     """A profile's targets come after those of the command line."""
     (project.path / "jobkit.toml").write_text('[profile.loud]\nnotify = ["env:HOOK"]\n')
     done = project.cli(
-        "submit", "--profile", "loud", "--notify", "echo", "--dry-run", "--json", "--", "python", "job.py"
+        "submit", "--profile", "loud", "--notify", "echo", "--dry-run", "--json", "--", "python", "job.py", HOOK="x"
     )
     assert json.loads(done.stdout)["notify"] == ["echo", "env:HOOK"]

@@ -31,7 +31,8 @@ LAUNCH = [
     "slurm_again", "slurm_job", "vm_job", "managed", "googleapi", "gcp_request", "gcp", "aws", "doctor", "backends",
     "drive", "scenarios", "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "history",
     "goodput", "phases", "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_where",
-    "handover", "cli_resume", "cli_ls", "cli_submit", "cli_drill", "cli_report", "cli_control", "cli",
+    "handover", "cli_resume", "cli_ls", "cli_submit", "cli_drill", "cli_report", "cli_control", "cli_checkpoints",
+    "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def test_array_indices(numbers: set[int]) -> None:
 def test_ranges_and_lists() -> None:
     """Ranges have both ends, may be mixed with values, and values are kept as they were typed."""
     assert sweep.parse(["lr=1e-3,3e-4", "seed=-1..2,7"]) == {"lr": ("1e-3", "3e-4"), "seed": ("-1", "0", "1", "2", "7")}
+    assert sweep.parse(["path=../data,a/../b,..", "x=main..dev"])["path"] == ("../data", "a/../b", "..")
     assert sweep.fill(["{{{a}}}", "x{a}{a}"], {"a": "1"}) == ("{1}", "x11")
 
 
@@ -60,6 +62,10 @@ def test_ranges_and_lists() -> None:
         (["lr=1,,2"], "{lr}", "has an empty value"),
         (["lr="], "{lr}", "has an empty value"),
         (["seed=9..0"], "{seed}", "is empty; write the smaller number first: 0..9"),
+        (["seed=0..a"], "{seed}", "--sweep seed=0..a is no range, which has two whole numbers: 0..9"),
+        (["seed=1,4...9"], "{seed}", "--sweep seed=4...9 is no range"),
+        (["lr=0.1..0.5"], "{lr}", "is no range, which has two whole numbers: 0..9; or write a list"),
+        (["seed=3.."], "{seed}", "is no range"),
         (["seed=0..999999999999"], "{seed}", "alone has 1000000000000 points; at most 10000"),
         (["a=0..999", "b=0..10"], "{a}{b}", "the sweep has 11000 points (1000 x 11); at most 10000"),
         (["lr=1,2", "lr=3"], "{lr}", "is given twice"),
@@ -131,6 +137,12 @@ def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPat
         submission.make_point(point)  # as the runner does a moment before it starts it
         assert states(store) == ["queued", "queued"]
         assert "resume" not in backends.status(store).reason
+    listed = project.cli("checkpoints", store.url)
+    assert listed.stdout.splitlines()[:2] == ["point 0: a=1", "no committed checkpoint"]
+    points = json.loads(project.cli("checkpoints", store.url, "--json").stdout)
+    assert [(one["run"], one["values"]) for one in points][1] == (f"{store.url}/points/1", {"a": "2"})
+    refused = project.cli("checkpoints", store.url, "verify")
+    assert (refused.returncode, "name one of its points, such as" in refused.stderr) == (2, True)
     told = backends.status(store)
     assert (told.state, told.runner) == (State.FAILED, "gone")
     assert told.reason == f"2 failed; continue with: jobkit resume {store.url}"
