@@ -23,7 +23,7 @@ from tests import training
 from tests.jobs import until
 from tests.test_group import STEPS, logs
 
-GRACE_S = 12.0
+GRACE_S = 9.0
 
 
 @dataclass
@@ -145,13 +145,23 @@ def test_a_notice_while_they_restore(
     assert training.digest(url) == undisturbed[count]
 
 
+ONE, FIRST, ALL = (1,), (0,), (0, 1, 2, 3)
+MIDDLE: dict[str, tuple[str, Sequence[int]]] = {
+    "data is written, one of two": ("during_write", ONE),
+    "data is written, all of four": ("during_write", ALL),
+    "before the commit, the first of two": ("before_rename", FIRST),
+    "before the commit, one of two": ("before_rename", ONE),
+    "an old step goes, one of two": ("before_retention", ONE),
+    "an old step goes, all of four": ("before_retention", ALL),
+}
+"""Where in a save, and who is told."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [(0,), (1,), (0, 1, 2, 3)], ids=["the first of two", "one of two", "all of four"])
-@pytest.mark.parametrize("point", ["during_write", "before_rename", "before_retention"])
-def test_a_notice_in_the_middle_of_a_save(
-    point: str, told: Sequence[int], tmp_path: Path, undisturbed: dict[int, str]
-) -> None:
+@pytest.mark.parametrize("case", MIDDLE)
+def test_a_notice_in_the_middle_of_a_save(case: str, tmp_path: Path, undisturbed: dict[int, str]) -> None:
     """While data is written, before the commit, while an old step goes: one step for all, committed, and bit-equal."""
+    point, told = MIDDLE[case]
     count, url = 2 if len(told) < 2 else 4, tmp_path / "run"
     # Who comes to the point in the save of step 20 stops there, until the notice is given.
     halts = {contract.ENV_FAULT: f"{point}:3=STOP"}
