@@ -30,7 +30,7 @@ endif
 
 # With a container engine: CI installs and starts one where none answers (tests/engine.py).
 test-all: lint types $(SLURM) $(BROWSER)
-	$(BIN)/python -m tests.engine $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m tests.engine $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=20
 
 lint: $(READY)
 	$(BIN)/ruff check -q .
