@@ -296,6 +296,20 @@ class Run:
         else:
             self._checkpoints.wait()
             self._raise_failure()
+            # Where an earlier attempt has saved steps the program knows how; perhaps there was nothing left to do.
+            if self.step == 0 and not (self._stepped or self._finished or self._stepped_by_hand):
+                self._tell_unsaved()
+
+    def _tell_unsaved(self) -> None:
+        """Say that the run saw nothing of what the program did: a loop of its own, or no training at all."""
+        if not self._group.first:
+            return
+        self._ledger.append("unsaved", durable=True, step=self.step)
+        say(
+            "warning: the program ended without one step of the run: what it trained is not saved, the state at the "
+            "start alone is. Loop with 'for step in run.steps(n)', or call run.save(step) with the number of completed "
+            "steps; to evaluate only, jobkit.load(...) takes no part in the run"
+        )
 
     # The state.
 

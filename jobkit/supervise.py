@@ -27,7 +27,7 @@ from jobkit.contract import Exit, Outcome
 from jobkit.control import Control, says_stop
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.heartbeat import Beat, Link, Phase
-from jobkit.ledger import Ledger
+from jobkit.ledger import Ledger, tail_events
 from jobkit.memory import Memory
 from jobkit.sentry import Sentry
 from jobkit.slurm import Respite
@@ -431,6 +431,8 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
 def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
+    if outcome is Outcome.DONE and tail_events(attempt.store, contract.events_file(attempt.number, 0), "unsaved"):
+        attempt.hint = attempt.hint or "finished without one step of the run: what it trained is not saved"
     committed = max(commits.steps(attempt.store), default=-1)
     reason = (attempt.hint or _reason(attempt, outcome, code)) + _memory(attempt, outcome)
     told = {

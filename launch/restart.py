@@ -23,6 +23,7 @@ class Ended:
         step: Completed steps at the end, -1 if unknown.
         duration_s: How long the attempt lived.
         ready: Whether the program completed a step of its own.
+        unsaved: Whether it ended well without one step of the run, so that nothing of what it did is saved.
     """
 
     outcome: Outcome
@@ -31,6 +32,7 @@ class Ended:
     step: int = -1
     duration_s: float = 0.0
     ready: bool = False
+    unsaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,9 @@ def decide(history: Sequence[Ended], policy: Policy) -> Decision:
     last = history[-1]
     if last.outcome is Outcome.DONE:
         step = _best(history, policy)
+        if last.unsaved:
+            told = "finished, but without one step of the run: what it trained is not saved, its log says how"
+            return Decision("stop", 0.0, told, State.DONE)
         return Decision("stop", 0.0, f"finished; step {step} is committed" if step >= 0 else "finished", State.DONE)
     if last.outcome is Outcome.CONFIG:
         return _stop("no restart can help (exit code 78)")

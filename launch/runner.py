@@ -316,13 +316,15 @@ class Runner:
         told = outcome.get("exit_code")
         code = told if isinstance(told, int) else code
         step = outcome.get("step")
+        names = {event["event"] for event in attempt_events(self._store, attempt)}
         return restart.Ended(
             outcome=contract.outcome_of(code),
             exit_code=code,
             committed_step=leftovers.committed_step(self._store),
             step=step if isinstance(step, int) else -1,
             duration_s=duration_s,
-            ready=any(event["event"] == "first_step" for event in attempt_events(self._store, attempt)),
+            ready="first_step" in names,
+            unsaved="unsaved" in names,
         )
 
     def _nap(self, seconds: float) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import jobkit
@@ -14,7 +15,8 @@ from jobkit import commits, contract, faults
 from jobkit.errors import ConfigError
 from jobkit.ledger import attempt_events, read_events, read_metrics
 from jobkit.storage import Store
-from tests import training
+from launch import local
+from tests import jobs, training
 
 
 @pytest.fixture(scope="session")
@@ -530,3 +532,32 @@ def test_best_needs_its_metric(tmp_path: Path) -> None:
         run.resume(n=0, optimizer=None)
         with pytest.raises(ConfigError, match=r"needs the metric 'val_loss', by which .* it was given vall"):
             run.save(vall=1.0)
+
+
+def _loops_by_itself(url: str, *, save: bool) -> None:
+    import jax.numpy as jnp
+
+    with jobkit.Run(url) as run:
+        run.resume(net=jnp.zeros(3), optimizer=None)
+        for step in range(run.step, 5):
+            run.state.net = run.state.net + 1
+            if save:
+                run.save(step + 1)
+
+
+def test_a_loop_that_the_run_knows_nothing_of(tmp_path: Path) -> None:
+    """Who trains past the run is told at the end that nothing of it is saved; who saves by hand is not."""
+    for _ in range(2):  # the second time there is nothing left to do
+        code, printed = training.attempt(tmp_path / "saves", function=_loops_by_itself, save=True)
+        assert (code, "warning" in printed) == (0, False)
+    project = jobs.Project(tmp_path)
+    call = "_loops_by_itself(os.environ['JOBKIT_RUN'], save=False)"
+    (project.path / "train.py").write_text(f"from tests.test_run import _loops_by_itself\nimport os\n{call}\n")
+    store = local.submit(msgspec.structs.replace(project.spec(), command=("python", "train.py")))
+    told = jobs.until_over(store, seconds=60)
+    assert (told.state, told.committed_step) == ("done", 0)
+    assert told.reason == "finished, but without one step of the run: what it trained is not saved, its log says how"
+    assert told.endings[0].reason == "finished without one step of the run: what it trained is not saved"
+    log = store.read(contract.log_file(0)).decode()
+    assert "the state at the start alone is. Loop with 'for step in run.steps(n)', or call run.save(step)" in log
+    project.close()
