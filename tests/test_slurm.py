@@ -16,7 +16,7 @@ from jobkit import commits, contract, processes
 from jobkit.heartbeat import read_beat
 from jobkit.ledger import read_events, read_json
 from launch import leftovers, report
-from tests import training
+from tests import jobs, training
 from tests.gcs_server import GcsServer
 from tests.login import SCRIPT, Login
 from tests.slurm import Cluster
@@ -161,7 +161,9 @@ from tests import training
 def hook(point, run):
     if (point, run.step, run.attempt) == ("step", 12, 0):
         Path(run.url, "long").touch()
-        time.sleep(6)
+        while run.notice is None:
+            time.sleep(0.01)
+        time.sleep(4.6)
 
 training.train(os.environ["JOBKIT_RUN"], hook=hook)
 """
@@ -172,12 +174,11 @@ def test_a_step_that_takes_longer_than_kill_wait(login: Login, undisturbed: str)
     """The grace of a preemption counts whole: a step that is through in time is not given up at the end of KillWait."""
     (login.home / "long.py").write_text(LONG)
     job = login.submit_command("python", "long.py", options=("-p", "requeue5"))
-    login.until(lambda told: (login.home / "run" / "long").exists())
+    jobs.until((login.home / "run" / "long").exists, "the long step begins", seconds=90)
     preempt(login, job)
     login.check_end(undisturbed)
     (stopped,) = [event for event in read_events(login.store) if event["event"] == "stopped"]
     assert stopped["step"] == 13
-    assert stopped["notice_to_commit_s"] > 3.5, "it was over before KillWait was: the test shows nothing"
     assert any(event["event"] == "put_off" for event in read_events(login.store))
 
 
