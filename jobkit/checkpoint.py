@@ -103,7 +103,7 @@ class Checkpoints:
         self.last: Saved | None = None
 
     def save(self, snapshot: state.Snapshot, step: int, *, reason: str, metrics: Mapping[str, float]) -> None:
-        """Start saving a step; waits for the one under way first.
+        """Start saving a step; waits for the one under way first. Of a committed step the metrics alone are kept.
 
         Durability: none on return; `wait` says when.
 
@@ -111,7 +111,9 @@ class Checkpoints:
             JobkitError: If the save cannot be started. The step is not committed then.
         """
         self.wait()
-        if step == self.committed_step and not metrics:
+        if step == self.committed_step:
+            if metrics and self._group.first:
+                self._score(step, metrics)
             return
         snapshot.check_whole()
         jax.block_until_ready(snapshot.arrays)  # type: ignore[no-untyped-call]  # the device's own time is none of the save's
@@ -143,6 +145,12 @@ class Checkpoints:
             target=self._finish, args=(stage, snapshot, commit, begun, blocking_s), name="jobkit-save"
         )
         self._thread.start()
+
+    def _score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep metrics of a step that is committed already: of an evaluation after the save, say."""
+        commits.score(self._store, step, metrics, attempt=self._attempt)
+        self._ledger.append("scored", durable=True, step=step, metrics=dict(metrics))
+        self._retain()  # it may have become the best
 
     def _new_stage(self, step: int) -> Path:
         stage = commits.new_stage(self._store, step, self._attempt)

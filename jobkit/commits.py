@@ -44,7 +44,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         at: Seconds since the epoch, of the writer's clock.
         reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'.
         files: Every file of the step but commit.json itself, by path relative to the step.
-        metrics: Named values given to `save`.
+        metrics: Named values given to `save`; those that came after the commit are in a file beside it.
         topology: Process and device counts and platform.
         versions: Of jobkit, jax, flax, orbax-checkpoint, numpy, python.
         seal: crc32c of commit.json itself, computed with this value at zeros.
@@ -94,7 +94,42 @@ def read(store: Store, step: int) -> Commit:
         raise StorageError(f"step {step} of {store.url} is not committed: it has no {contract.COMMIT}") from None
     except OSError as error:
         raise StorageError(f"{store.file(name)} cannot be read: {error.strerror}") from None
-    return parse(content, step, where=str(store.file(name)))
+    return with_scores(store, parse(content, step, where=str(store.file(name))))
+
+
+def with_scores(store: Store, commit: Commit) -> Commit:
+    """Add to a commit the metrics that came after it, as far as the home has them."""
+    try:
+        return scored(commit, store.read(score_file(commit)))
+    except OSError:
+        return commit
+
+
+def score_file(commit: Commit) -> str:
+    """Return where metrics of a step lie that came after its commit; of this very commit, by its seal."""
+    return f"{contract.SCORES}/{commit.step}-{commit.seal}.json"
+
+
+def scored(commit: Commit, content: bytes) -> Commit:
+    """Add to a commit the metrics that came after it; a file that cannot be read adds none."""
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        later = {name: float(value) for name, value in json.loads(content).items()}
+        return msgspec.structs.replace(commit, metrics=commit.metrics | later)
+    return commit
+
+
+def score(store: Store, step: int, later: Mapping[str, float], *, attempt: int) -> None:
+    """Keep metrics of a committed step beside its commit, which is never changed; `read` puts the two together.
+
+    Durability: on storage on return.
+
+    Raises:
+        SupersededError: If a newer attempt has begun.
+        StorageError: If the step cannot be read, or nothing can be written.
+    """
+    commit = read(store, step)
+    check_newest(store, attempt, f"add metrics to step {step}")
+    store.write(score_file(commit), json.dumps(_told({**commit.metrics, **later}), indent=1))
 
 
 def parse(content: bytes, step: int, *, where: str) -> Commit:
@@ -179,9 +214,12 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
 
 def _written(commit: Commit) -> bytes:
     """Write a commit down as JSON, which has no word for a diverged metric's nan and inf: those become text."""
-    told = msgspec.to_builtins(commit)
-    told["metrics"] = {name: value if math.isfinite(value) else str(value) for name, value in commit.metrics.items()}
+    told = msgspec.to_builtins(commit) | {"metrics": _told(commit.metrics)}
     return msgspec.json.format(msgspec.json.encode(told), indent=1)
+
+
+def _told(values: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
 def _sealed(content: bytes) -> bytes:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -158,8 +158,8 @@ class Mirror:
         if self._store.remote is None:
             return
         own = contract.attempt_dir(self._attempt)
-        mine = [f"{own}/{name}" for name in self._store.names(own) if not name.startswith(".")]
-        for name in [*described(self._store), *mine]:
+        mine = [f"{place}/{name}" for place in (own, contract.SCORES) for name in self._store.names(place)]
+        for name in [*described(self._store), *(name for name in mine if "/." not in name)]:
             if name == contract.RUN_JSON or (name == contract.STRATEGY and not self._said_what_to_keep()):
                 continue  # run.json is the launching side's
             info = self._store.file(name).stat()
@@ -174,7 +174,8 @@ class Mirror:
         assert remote is not None
         by_step = group(remote.find(contract.CHECKPOINTS))
         committed = {step for step, names in by_step.items() if _commit_name(step) in names}
-        known = {step: read_remote(remote, step).metrics for step in committed}
+        scores = remote.find(contract.SCORES)
+        known = {step: metrics_of(remote, step, scores) for step in committed}
         newest, local = max(committed, default=-1), commits.steps(self._store)
         unfinished = [step for step in by_step.keys() - committed if step < newest and step not in local]
         superfluous = strategy.superfluous(known)
@@ -253,12 +254,17 @@ def refresh(store: Store) -> None:
         have = _size(store, name)
         if have < 0 or (have < size and name != contract.LOCK):
             store.write(name, remote.read(name))
-        elif name == contract.RUN_JSON and store.read(name) != (content := remote.read(name)):
-            store.write(name, content)  # the run has moved to another backend
+        elif _is_rewritten(name) and store.read(name) != (content := remote.read(name)):
+            store.write(name, content)
     if ledger is not None:
         store.write(contract.EVENTS, ledger)
     if contract.CANCEL not in found:
         store.remove(contract.CANCEL)
+
+
+def _is_rewritten(name: str) -> bool:
+    """Tell whether a file changes without growing: run.json when the run moves to another backend, and metrics."""
+    return name == contract.RUN_JSON or name.startswith(contract.SCORES + "/")
 
 
 def _size(store: Store, name: str) -> int:
@@ -323,11 +329,24 @@ def remote_steps(remote: Remote) -> list[int]:
 
 def remote_metrics(remote: Remote) -> dict[int, dict[str, float]]:
     """Return the metrics of every committed step on a URL."""
-    found = {}
+    found, scores = {}, remote.find(contract.SCORES)
     for step in remote_steps(remote):
         with contextlib.suppress(StorageError):
-            found[step] = dict(read_remote(remote, step).metrics)
+            found[step] = metrics_of(remote, step, scores)
     return found
+
+
+def metrics_of(remote: Remote, step: int, scores: Container[str]) -> dict[str, float]:
+    """Return the metrics of a step on a URL, those that came after its commit included.
+
+    Args:
+        remote: The URL.
+        step: A committed step.
+        scores: Names of the files there with such metrics.
+    """
+    commit = read_remote(remote, step)
+    name = commits.score_file(commit)
+    return dict((commits.scored(commit, remote.read(name)) if name in scores else commit).metrics)
 
 
 def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool = False) -> bool:
@@ -491,6 +510,8 @@ def fetch_step(store: Store, step: int, *, attempt: int) -> list[str]:
         if final.exists():  # damaged here: the home's own copy gives way to the URL's
             commits.set_aside(store, step, commits.problems(store, step))
         os.rename(stage, final)
+        with contextlib.suppress(FileNotFoundError, JobkitError):
+            store.write(commits.score_file(commit), remote.read(commits.score_file(commit)))
         return []
     finally:
         remove_tree(stage)

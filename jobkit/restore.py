@@ -130,7 +130,8 @@ def fetch(store: Store, step: int | str) -> None:
     if store.remote is None:
         return
     mirror.refresh(store)
-    known = {number: mirror.read_remote(store.remote, number).metrics for number in mirror.remote_steps(store.remote)}
+    scores = store.remote.find(contract.SCORES)
+    known = {at: mirror.metrics_of(store.remote, at, scores) for at in mirror.remote_steps(store.remote)}
     wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
     number = step if isinstance(step, int) else wanted
     if number is not None and number in known and number not in commits.steps(store):

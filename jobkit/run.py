@@ -539,7 +539,8 @@ class Run:
         """Save now, whatever `save_every` says.
 
         Inside `steps()` the save is made at the boundary that ends this step, where the state is whole. In a loop of
-        one's own, give the number of completed steps.
+        one's own, give the number of completed steps. Of a step that is committed already the metrics are kept beside
+        the commit, which is never changed: after the last step, `run.save(val_loss=...)` scores it.
 
         Args:
             step: Completed steps; only in a loop of one's own.

@@ -78,7 +78,7 @@ def _commit(store: Store, step: int) -> commits.Commit:
     if step in commits.steps(store):
         return commits.read(store, step)
     assert store.remote is not None
-    return mirror.read_remote(store.remote, step)
+    return commits.with_scores(store, mirror.read_remote(store.remote, step))
 
 
 def verify(store: Store, steps: list[int], tell: Callable[[int, list[str]], None]) -> dict[int, list[str]]:

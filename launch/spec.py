@@ -267,6 +267,7 @@ Look at it, follow it, have it save now, stop it, continue it:
 | run.json | what was submitted; no secret is in it |
 | code/ | the snapshot of the code that every attempt runs |
 | checkpoints/<step>/ | committed steps (those with a commit.json); plain Orbax can read them |
+| scores/ | metrics that came after their step was committed |
 | attempts/<n>/ | log, events and outcome of each attempt |
 | events.jsonl | what the launching side did: submitted, decisions, ended |
 | runner.log | what the local runner itself printed: normally nothing |

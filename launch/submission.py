@@ -124,8 +124,8 @@ def _python_path() -> list[str]:
 
 _LAYOUT = (
     contract.RUN_JSON, contract.ID, contract.README, contract.CANCEL, contract.SAVE, contract.EVENTS, contract.LOCK,
-    contract.CODE, contract.CHECKPOINTS, contract.ATTEMPTS, contract.REPORT, contract.CACHE, "runner.log",
-    "tensorboard", sweep.POINTS,
+    contract.CODE, contract.CHECKPOINTS, contract.SCORES, contract.ATTEMPTS, contract.REPORT, contract.CACHE,
+    "runner.log", "tensorboard", sweep.POINTS,
 )  # fmt: skip
 
 

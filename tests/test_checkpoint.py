@@ -452,6 +452,33 @@ def test_what_improves(tmp_path: Path) -> None:
     life.checkpoints.close()
 
 
+def test_metrics_that_come_after_the_commit(tmp_path: Path) -> None:
+    """They are kept beside the commit, which stays as it is, make a step the best, and go with that very commit."""
+    life = Life(tmp_path / "run", keep=Keep(1, ("loss", "min")))
+    life.save(1, loss=2.0)
+    life.save(2, loss=3.0)
+    commit = life.store.file(f"{contract.step_dir(2)}/{contract.COMMIT}")
+    before = commit.read_bytes()
+    life.save(2, loss=1.0)
+    life.save(2, accuracy=float("nan"))
+    assert commit.read_bytes() == before
+    assert commits.problems(life.store, 2) == []
+    assert life.checkpoints.best_step() == 2
+    assert commits.steps(life.store) == [2], "1 was the best until then"
+    told = commits.read(life.store, 2).metrics
+    assert told["loss"] == 1.0
+    assert told["accuracy"] != told["accuracy"]
+    assert [event["metrics"]["loss"] for event in life.events("scored")[:1]] == [1.0]
+    for name in life.store.names(contract.SCORES):
+        life.store.file(f"{contract.SCORES}/{name}").write_text('{"loss": [')
+    assert commits.read(life.store, 2).metrics == {"loss": 3.0}, "a torn file adds none"
+    life.store.claim(contract.ATTEMPTS)
+    life.store.claim(contract.ATTEMPTS)
+    with pytest.raises(SupersededError):
+        life.save(2, loss=0.0)
+    life.checkpoints.close()
+
+
 # Plain Orbax, load, export.
 
 

@@ -672,3 +672,26 @@ def test_the_best_step_is_found_from_another_node(place: Place, monkeypatch: pyt
 
     assert train("a", {2: 1.0, 4: 6.0}, 4) == 2
     assert train("b", {5: 7.0}, 6) == 2
+
+
+def test_a_last_evaluation_counts_on_every_node(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics that come after the last step was committed make it the best: for retention, `restore` and `load`."""
+    import jobkit
+
+    def train(node: str, total: int, last: dict[str, float]) -> int:
+        monkeypatch.setenv(contract.ENV_HOME, str(place.homes / node))
+        with jobkit.Run(place.url, save_every="1 steps", keep=1, keep_best=("loss", "min")) as run:
+            state = run.resume(n=0, optimizer=None)
+            for step in run.steps(total):
+                state.n += 1
+                run.save(loss=9.0 - step)
+            run.save(**last)
+            return run.restore("best") and state.n
+
+    assert train("a", 3, {"loss": 1.0}) == 3
+    assert train("b", 5, {"accuracy": 0.5}) == 3
+    assert mirror.remote_steps(Remote(place.url)) == [3, 5]
+    monkeypatch.setenv(contract.ENV_HOME, str(place.homes / "c"))
+    assert jobkit.load(place.url, step="best", n=0).n == 3
+    assert commits.metrics(Store(place.url)) == {3: {"loss": 1.0}}
+    assert mirror.remote_metrics(Remote(place.url)) == {3: {"loss": 1.0}, 5: {"loss": 5.0, "accuracy": 0.5}}
