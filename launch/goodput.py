@@ -90,8 +90,8 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
         lost_steps: Those of its steps that were taken back.
         first_step_s: From its start to the end of its first step; None if it got none.
         notice: Source of the first notice it got, '' for none.
-        saved_on_notice: Whether all its steps were committed after a notice; None without one, while it is being
-            served, and where there was no step to save.
+        saved_on_notice: Whether all its steps were committed after a notice from outside; None without one, while it is
+            being served, and where there was no step to save.
         unsaved: Why not all of them were, where the program could say it.
         notice_to_commit_s: Seconds from the notice to the commit.
         wait_s: Queue and idle seconds between its end and the next attempt.
@@ -136,7 +136,7 @@ class Goodput(msgspec.Struct, frozen=True, kw_only=True):
         executed_steps: All steps that were ever completed, the same one as often as it was.
         lost_steps: Those of them that were taken back.
         repeated_steps: Those of them that had been completed before.
-        notices: Attempts that got a notice.
+        notices: Attempts that got a notice from outside.
         to_save: Those of them that had steps to save, and are not being served just now.
         saved_on_notice: Those of these whose every step was committed.
         save_hit_rate: saved_on_notice / to_save; None without any.
@@ -225,7 +225,7 @@ def measure(history: History) -> Goodput:
         executed_steps=sum(map(len, executed)),
         lost_steps=lost_steps,
         repeated_steps=sum(map(len, executed)) - _distinct(executed),
-        notices=sum(bool(one.notice) for one in attempts),
+        notices=sum(from_outside(one.notice) for one in attempts),
         to_save=len(to_save),
         saved_on_notice=saved_on_notice,
         save_hit_rate=saved_on_notice / len(to_save) if to_save else None,
@@ -570,8 +570,17 @@ def _notice(life: Life) -> str:
     return str(heard[0].get("source") or "notice") if heard else ""
 
 
+def from_outside(source: str) -> bool:
+    """Tell whether a notice came from outside, rather than from the supervisor that gives its program up.
+
+    Args:
+        source: Where it came from; in a run of several processes perhaps by way of another one, '' for no notice.
+    """
+    return source != "" and source.rpartition(": ")[2] not in ("watchdog", "superseded")
+
+
 def _saved_on_notice(span: _Span) -> bool | None:
-    if not _notice(span.life) or span.running:
+    if not from_outside(_notice(span.life)) or span.running:
         return None
     if span.first is None or span.last is None or span.last <= span.first:
         return None

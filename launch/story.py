@@ -14,7 +14,7 @@ from jobkit.contract import Outcome
 from jobkit.interval import Cost, interval_s
 from jobkit.ledger import Event
 from jobkit.units import show_duration, show_size
-from launch.goodput import Attempt, Goodput, Phase
+from launch.goodput import Attempt, Goodput, Phase, from_outside
 from launch.history import History, number_of
 from launch.phases import percent
 
@@ -115,15 +115,16 @@ def _what(one: Attempt, stalls: Sequence[Event]) -> str:
         if one.saved_on_notice and one.notice_to_commit_s is not None:
             return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
         if one.saved_on_notice is None:
-            return f"{told}; there was nothing to save yet."
+            return f"{told}." if not from_outside(one.notice) else f"{told}; there was nothing to save yet."
         late = f"; its newest steps could not be committed{_clause(one.unsaved)}."
         return f"{told}{'.' if one.saved_on_notice else late}"
     if one.outcome == Outcome.STALLED:
         event = stalls[-1] if stalls else {}
-        where = f" in phase {event['phase']}" if event.get("phase") else ""
+        where = f" in phase {str(event['phase']).replace('_', ' ')}" if event.get("phase") else ""
         frame = f", in {event['frame']}" if event.get("frame") else ""
-        for_s = number_of(event.get("waited_s"))
-        return f"{who} hung{where}{at}{frame}; after {show_duration(for_s or one.seconds[Phase.STALLED])} it was ended."
+        # How long until it ended is told with the costs: it had a while to save what its threads still could.
+        waited = show_duration(number_of(event.get("waited_s")) or one.seconds[Phase.STALLED])
+        return f"{who} hung{where}{at}{frame}; after {waited} without progress it was given up."
     late = f" after a notice ({one.notice}) that it could not serve in time" if one.saved_on_notice is False else ""
     node = f" on {one.node}" if one.node else ""
     reason = _clause(one.reason)
@@ -362,15 +363,21 @@ def _program(found: Goodput, history: History) -> Iterator[Advice]:
         yield Advice("program", f"The program itself failed {times}: {log}.", cost_s)
 
 
+_WORTH_S = 2.0
+"""Seconds of compiling per restart above which it is worth a word; a tiny program takes a tenth of one."""
+
+
 def _compile(found: Goodput, history: History) -> Iterator[Advice]:
     """Restarts compile what was compiled before."""
-    again = [life for life in history.lives[1:] if any(_missed(event) for event in life.program)]
-    misses = sum(_missed(event) for life in again for event in life.program)
-    if misses:
-        told = [event for life in again for event in life.program if _missed(event)]
+    again = [[event for event in life.program if _missed(event)] for life in history.lives[1:]]
+    told = [event for events in again for event in events]
+    spent_s = math.fsum(number_of(event.get("seconds")) or 0.0 for event in told)
+    if spent_s >= _WORTH_S * sum(map(bool, again)) > 0:
         why = _clause(str(told[-1].get("why", ""))) or ": the compile cache did not have them"
-        text = f"After a restart {_count(misses, 'program')} had to be compiled again{why}."
-        yield Advice("compile", text, _compiled_again(found))
+        misses = _count(sum(map(_missed, told)), "program")
+        yield Advice(
+            "compile", f"After a restart {misses} had to be compiled again, in {show_duration(spent_s)}{why}.", spent_s
+        )
     elif found.compile_hits is None and len(found.attempts) > 1 and found.shares[Phase.COMPILE] > 0.05:
         text = (
             f"{percent(found.shares[Phase.COMPILE])} of the time went into {len(found.attempts)} first steps, mostly "

@@ -138,6 +138,7 @@ def troubled(path: Path) -> Written:
     run.program(0, 42, "saved", step=30, reason="interval", blocking_s=0.0, durable_s=2.0, bytes=10)
     run.program(0, 50, "metrics", step=40, values={"loss": 1.0})
     run.supervisor(0, 110, "stalled", phase="stepping", waited_s=60.0, budget_s=60.0)
+    run.supervisor(0, 110, "notice", source="watchdog", reason="no progress for 60 s", deadline_s=30.0)
     run.supervisor(0, 112, "exited", exit_code=76, outcome="stalled", reason="no step for 60 s")
     run.outcome(0, outcome="stalled", reason="no step for 60 s", exit_code=76, step=40, committed_step=30, ended=112.0)
     # Attempt 1 gets a notice that it cannot serve in time; its machine goes down with its supervisor.

@@ -104,8 +104,9 @@ def test_stalled_late_resumed_and_damaged(tmp_path: Path) -> None:
     told = story(ledgers.troubled(tmp_path / "r"), state="running", now=1172.0)
     assert texts(told) == [
         "The run was submitted and started 1.0 s later.",
-        "Attempt 0 hung in phase stepping at step 40; after 60 s it was ended. 40 steps lost; it cost 110 s "
-        "(62 s of silence, 40 s of training, 2.0 s waiting, 2.0 s starting, 2.0 s restoring, 2.0 s compiling).",
+        "Attempt 0 hung in phase stepping at step 40; after 60 s without progress it was given up. 40 steps lost; "
+        "it cost 110 s (62 s of silence, 40 s of training, 2.0 s waiting, 2.0 s starting, 2.0 s restoring, 2.0 s "
+        "compiling).",
         "Attempt 1 was killed at step 52 after a notice (gce) that it could not serve in time: the supervisor was "
         "killed. 22 steps lost; it cost 40 s (22 s of training, 8.0 s saving, 2.0 s waiting, 3.0 s starting, "
         "5.0 s compiling).",
@@ -265,8 +266,11 @@ def test_memory(run: ledgers.Written) -> None:
 def test_a_hang_and_a_failing_program(run: ledgers.Written) -> None:
     """Both say where to look; a program that fails at one step again and again is not mended by a restart."""
     life(run, 0, 0, 100, "stalled", "no step")
-    run.supervisor(0, 99, "stalled", phase="stepping", waited_s=50.0, frame="train.py:7 (load)")
-    assert "hung in phase stepping at step 10, in train.py:7 (load); after 50 s it was ended." in texts(story(run))[1]
+    run.supervisor(0, 99, "stalled", phase="first_step", waited_s=50.0, frame="train.py:7 (load)")
+    run.supervisor(0, 99, "notice", source="watchdog", reason="no progress for 50 s", deadline_s=30.0)
+    told = texts(story(run))[1]
+    assert "hung in phase first step at step 10, in train.py:7 (load); after 50 s without progress it was" in told
+    assert "grace" not in advice(run)
     for number in (1, 2):
         life(run, number, number * 100, number * 100 + 50, "failed", "exit code 1", steps=(0, 7))
     told = advice(run)
@@ -288,8 +292,26 @@ def test_recompiled(run: ledgers.Written) -> None:
     assert "compile" not in advice(run)
     run.program(1, 26, "compiled", hits=3, misses=1, seconds=2.0)
     assert "compile" not in advice(run)  # what only a restart runs
-    run.program(1, 27, "compiled", hits=3, misses=3, seconds=2.0, again=["step", "evaluate"], why="jax was 1 and is 2")
-    assert advice(run)["compile"] == "After a restart 2 programs had to be compiled again: jax was 1 and is 2."
+    run.program(1, 26, "compiled", hits=9, misses=1, seconds=0.3, again=["add"], why="jax was 1 and is 2")
+    assert "compile" not in advice(run)  # nobody waited for that
+    run.program(1, 27, "compiled", hits=3, misses=3, seconds=2.4, again=["step", "evaluate"], why="jax was 1 and is 2")
+    assert (
+        advice(run)["compile"] == "After a restart 3 programs had to be compiled again, in 2.7 s: jax was 1 and is 2."
+    )
+
+
+def test_a_notice_of_its_own_supervisor(run: ledgers.Written) -> None:
+    """That a watchdog gives up, or a newer attempt takes over, is no preemption, and no save that was missed."""
+    for number, source in enumerate(("watchdog", "process 1: watchdog", "superseded", "gce")):
+        life(run, number, number * 100, number * 100 + 50, "preempted", "stopped on notice", steps=(0, 7))
+        run.program(number, number * 100 + 40, "notice", source=source, step=7)
+    history = read_history(run.store, state="")
+    found = measure(history)
+    assert (found.notices, found.to_save, found.saved_on_notice) == (1, 1, 0)
+    assert advice(run)["grace"].startswith("1 of 1 notice ended before the save was committed")
+    told = [one.text for one in explain(found, history).story if one.cause == "preempted"]
+    assert told[2].startswith("Attempt 2 was told to stop (superseded) at step 7. ")
+    assert "; its newest steps could not be committed" in told[3]
 
 
 def test_a_slow_bucket(run: ledgers.Written) -> None:
