@@ -204,8 +204,10 @@ class Guard:
         with self.lock:
             self.watching, self._closed = False, True
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(2 * _TICK_S)  # it may hang on words with other processes
+        with self._starting:  # another thread may just be at it
+            thread = self._thread
+        if thread is not None:
+            thread.join(2 * _TICK_S)  # it may hang on words with other processes
 
     # The guard's own thread.
 
