@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,32 @@ def test_a_state_that_is_gone_after_the_first_step(tmp_path: Path) -> None:
     assert "resumes at step 1" in printed
     assert "train/n is gone" in printed
     assert attempt_events(Store(url), 1)[-1]["step"] == 2
+
+
+def _ends_on_a_notice(url: str) -> None:
+    import jobkit
+
+    start = threading.Thread.start
+
+    def late(thread: threading.Thread) -> None:
+        if thread.name == "jobkit-guard":
+            time.sleep(2.0)
+        start(thread)
+
+    threading.Thread.start = late  # type: ignore[method-assign]
+    with jobkit.Run(url, save_every=None) as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in run.steps(3):
+            state.total += 1
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_notice_in_the_last_step_on_a_slow_machine(tmp_path: Path) -> None:
+    """A run that is over before the guard has been started ends as well as any other."""
+    code, printed = training.attempt(tmp_path / "run", function=_ends_on_a_notice)
+    assert (code, "Traceback" in printed) == (contract.Exit.DONE, False), printed
+    assert commits.steps(Store(tmp_path / "run"))[-1] == 3
 
 
 def _slow_step(url: str) -> None:
