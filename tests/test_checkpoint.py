@@ -540,8 +540,8 @@ def test_load_refuses(run: Store, tmp_path: Path) -> None:
     """No such step, part, run or metric, another shape, and damage: each refused with what there is."""
     for step, told in [
         (7, "committed are 1, 2, 3"),
-        ("newest", "neither a number nor"),
-        (True, "neither a number nor"),
+        ("newest", "neither a whole number nor"),
+        (True, "neither a whole number nor"),
     ]:
         with pytest.raises(ConfigError, match=told):
             jobkit.load(run.url, step=step)
@@ -549,7 +549,7 @@ def test_load_refuses(run: Store, tmp_path: Path) -> None:
         jobkit.load(run.url, net=1)
     with pytest.raises(ConfigError, match=r"rng: \(\) key of threefry2x32 there, \(2,\) key"):
         jobkit.load(run.url, rng=jax.random.split(jax.random.key(0)))
-    with pytest.raises(ConfigError, match="has no committed checkpoint"):
+    with pytest.raises(ConfigError, match="nowhere does not exist; give the directory of a run"):
         jobkit.load(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     store = saved(tmp_path / "run", parts_of(x=1))

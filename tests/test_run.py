@@ -246,7 +246,8 @@ def _handlers(url: str) -> None:
 
 def test_earlier_handlers_come_back(tmp_path: Path) -> None:
     """Handlers that were installed before the run are back when it closes, and work."""
-    assert training.attempt(tmp_path / "run", function=_handlers) == (0, "mine\n")
+    code, printed = training.attempt(tmp_path / "run", function=_handlers)
+    assert (code, printed.splitlines()[-1]) == (0, "mine")
 
 
 def test_a_continued_old_attempt_can_neither_commit_nor_remove(tmp_path: Path, undisturbed: Path) -> None:
