@@ -9,6 +9,7 @@ the reader drops a torn line. The events, by who writes them:
     put_off (deadline_s: a preemption on SLURM leaves longer), exited (longest_s: the longest without progress by
     phase)                                                  by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
+    uploaded, upload_failed, upload_back, superseded        by whoever carries the run to its URL
     opened, fresh, restored, first_step, saved, scored (step, metrics: after its commit), skipped, save_failed,
     superseded, abandoned, set_aside, rehearsed, removed, interval, save_asked (id, by, step), notice, plan, stopped,
     finished, metrics, compiled, unsaved (it ended without one step of the run)

@@ -100,7 +100,7 @@ class Mirror:
                 self._carry(final=False)
             except SupersededError as error:
                 self.superseded = error
-                self._ledger.append("upload_failed", reason=str(error))
+                self._ledger.append("superseded", reason=str(error))
                 return
             except JobkitError as error:
                 self._hear(error)
