@@ -38,6 +38,13 @@ def test_timeouts_of_the_compose_file() -> None:
     assert (service["restart"], service["network_mode"], service["read_only"]) == ("on-failure", "host", True)
 
 
+def test_an_image_for_aws() -> None:
+    """AWS Batch keeps an image's ENTRYPOINT, and ours has one: the instructions say how to be rid of it."""
+    assert re.search("^ENTRYPOINT ", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    (told,) = [line for line in (ROOT / "docker" / "README.md").read_text().splitlines() if "--on aws" in line]
+    assert "`ENTRYPOINT []`" in told
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine")
 def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     """Every line of the unit means something to systemd; a misspelt one would be ignored on the day it is needed."""
