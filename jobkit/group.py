@@ -4,8 +4,10 @@ Words go through the key-value store of JAX's coordination service, which proces
 that a thread may talk while the main thread computes. A run of one process has a group of one, which talks to nobody.
 """
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,8 @@ _HEARTBEAT_S = 20
 """A process that the others have not heard of for so long is dead to them (JAX's default is 100 s)."""
 _CONNECT_S = 300
 _EVER_S = 24 * 3600.0
+_LAST_BREATH_S = 0.2
+"""How long a process that fails takes to end when it has said so."""
 
 
 def initialize() -> None:
@@ -137,6 +141,21 @@ class Group:
             self.tell(f"{key}/{self.index}", value)
             return []
         return [value] + [self.hear(f"{key}/{other}", timeout_s) for other in range(1, self.count)]
+
+    def part(self, timeout_s: float) -> None:
+        """Say that this process fails; the first one waits until the others have.
+
+        JAX ends them by SIGABRT as soon as what it serves is gone; what is wrong in all of them would look like that.
+        """
+        if not self.first:
+            with contextlib.suppress(JobkitError):
+                self.tell(f"failed/{self.index}", True)
+            return
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(JobkitError, TimeoutError):
+            for other in range(1, self.count):
+                self.hear(f"failed/{other}", max(0.01, deadline - time.monotonic()))
+            time.sleep(_LAST_BREATH_S)
 
 
 def open_group(number: int) -> Group:

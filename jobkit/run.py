@@ -53,6 +53,8 @@ _TRACKERS_S, _TRACKERS_NOTICED_S = 60.0, 5.0
 """How long trackers may take to have the last values, at the end of a run and of an attempt."""
 _ALONE_S = 5.0
 """How long a process that fails waits for a save that the others may be dead to."""
+_PARTING_S = 3.0
+"""How long the first process, if it fails, waits for the others to fail by themselves."""
 
 
 class Run:
@@ -267,6 +269,8 @@ class Run:
                     self._ledger.append("raised", error=f"{type(error).__name__}: {error}"[:2000], step=self.step)
                 elif error is None:
                     self._heartbeat.enter(Phase.FINISHED)
+                if alone:
+                    self._group.part(_PARTING_S)
             finally:
                 self._ledger.close()
                 self._listener.close()

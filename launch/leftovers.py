@@ -127,7 +127,11 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
     bad = [outcome for outcome in told if outcome.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED)]
     stalled = [outcome for outcome in bad if outcome.get("exit_code") == Exit.STALLED]
     if bad:
-        first = min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0))) if stalled else bad[0]
+        # What is wrong with the program itself no other process has caused, though it may be written down later.
+        wrong = [outcome for outcome in bad if outcome.get("exit_code") == Exit.CONFIG]
+        first = (
+            min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0))) if stalled else [*wrong, *bad][0]
+        )
         return first | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
     if not told or len(told) < told[0]["processes"]:
         return None

@@ -1,5 +1,6 @@
 """Several processes of one attempt under the local runner: one hangs, one is killed, a supervisor is killed."""
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobkit import commits, processes
+from jobkit import commits, contract, processes
 from jobkit.ledger import attempt_events, read_json
 from jobkit.storage import Store
 from launch import leftovers, local
@@ -150,3 +151,21 @@ def test_one_supervisor_of_two_is_killed(project: Project) -> None:
     assert (status.state, jobs.outcomes(store)) == ("done", ["preempted", "done"])
     assert stopped == {status.endings[0].committed_step}
     assert status.endings[0].reason.startswith("the supervisor was killed (SIGKILL)")
+
+
+def test_what_is_wrong_with_the_program_is_what_is_told(tmp_path: Path) -> None:
+    """Of several processes that ended badly the one that names the user's mistake counts, not who was aborted by it."""
+    store = Store(tmp_path)
+    for process, code, ended in ((0, 134, 1.0), (1, 78, 2.0), (2, 134, 3.0)):
+        told = {
+            "process": process,
+            "node": "n1",
+            "exit_code": code,
+            "ended": ended,
+            "reason": f"code {code}",
+            "step": 0,
+        }
+        store.write(contract.process_outcome(0, process), json.dumps(told))
+    together = leftovers.of_all_processes(store, 0)
+    assert together is not None
+    assert (together["exit_code"], together["reason"]) == (78, "process 1 on n1: code 78")
