@@ -128,7 +128,7 @@ class Agreement:
                     continue
                 self._answer(self._number, told)
                 self._number += 1
-        except JobkitError as error:
+        except Exception as error:  # whatever it is, the loop must not wait for this thread
             self._fail(error)
 
     def _answer(self, number: int, told: dict[str, Any]) -> None:
@@ -138,28 +138,30 @@ class Agreement:
             self._asked_to_stop = True
             self._heard(told)
         if self._group.first:
-            bounds = [bound] + [self._bound(number, other) for other in range(1, self._group.count)]
+            others = range(1, self._group.count)
+            bounds = [bound] + [self._hear(f"round/{number}/bound/{other}", told["kind"]) for other in others]
             at = -1 if None in bounds else max(found for found in bounds if found is not None)
             self._group.tell(f"round/{number}/at", at)
         else:
             self._group.tell(f"round/{number}/bound/{self._group.index}", bound)
-            try:
-                at = self._group.hear(f"round/{number}/at", 2 * _PATIENCE_S)
-            except TimeoutError:
-                at = -1
+            heard = self._hear(f"round/{number}/at", told["kind"], rounds=2)
+            at = -1 if heard is None else heard
+        if at < 0 and self._closing:
+            return
         if at < 0:
             raise StorageError(self._lost() or "the processes could not agree on a step: one of them does not answer")
         with self._changed:
             self.rounds.decide(number, at)
             self._changed.notify_all()
 
-    def _bound(self, number: int, other: int) -> int | None:
-        """Hear the bound of another process; None if it is dead or does not answer."""
-        deadline = time.monotonic() + _PATIENCE_S
+    def _hear(self, key: str, kind: str, *, rounds: int = 1) -> int | None:
+        """Hear a number; None if who would say it is dead, or does not answer though it is urgent."""
+        patience_s = rounds * _PATIENCE_S if kind == STOP else float("inf")  # a save has time
+        deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline and not self._closing and not self._lost():
             try:
-                bound: int = self._group.hear(f"round/{number}/bound/{other}", _SLICE_S)
-                return bound
+                found: int = self._group.hear(key, _SLICE_S)
+                return found
             except TimeoutError:
                 pass
         return None

@@ -182,3 +182,19 @@ def storage_error(error: BaseException, doing: str) -> JobkitError:
 def _upload_bytes(nbytes: int) -> int:
     """Choose the size of data files for a bucket: small enough that uploads run in parallel, not thousands of them."""
     return min(max(nbytes // 64, 8 << 20), 256 << 20)
+
+
+def spare_bytes() -> int:
+    """Return how many bytes of memory the program has never used: of a device, or where that is the host, of the host.
+
+    Of several devices the first counts: they hold shards of one size.
+    """
+    told = jax.local_devices()[0].memory_stats()
+    if told and "bytes_limit" in told:
+        return max(0, int(told["bytes_limit"]) - int(told.get("peak_bytes_in_use", told["bytes_limit"])))
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        free = int(available.split()[1]) * 1024
+        return free // int(jax.process_count())
+    return 0

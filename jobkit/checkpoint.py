@@ -92,6 +92,8 @@ class Checkpoints:
         """Metrics of steps on the run's URL that are not in this home."""
         self.saving_step: int | None = None
         """Step of the save under way."""
+        self.saving_asked = False
+        """Whether the program asked for it, rather than the clock: its metrics may be the best there will be."""
         self.rates = Rates()
         """How long saves took."""
         self._begun = 0.0
@@ -140,7 +142,7 @@ class Checkpoints:
             versions=_versions(),
         )
         blocking_s = time.monotonic() - begun
-        self.saving_step = step
+        self.saving_step, self.saving_asked = step, reason == "asked" or bool(metrics)
         self._thread = threading.Thread(
             target=self._finish, args=(stage, snapshot, commit, begun, blocking_s), name="jobkit-save"
         )
@@ -343,9 +345,10 @@ class Checkpoints:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the save under way, if any, is committed or has failed."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            if not self._thread.is_alive():
+        thread = self._thread  # two threads may wait
+        if thread is not None:
+            thread.join(timeout_s)
+            if not thread.is_alive() and self._thread is thread:
                 self._thread = None
 
     @property
@@ -361,7 +364,8 @@ class Checkpoints:
     @property
     def saving(self) -> bool:
         """Whether a save is still being written or tidied up after."""
-        return self._thread is not None and self._thread.is_alive()
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def close(self) -> None:
         """Wait for the save under way and end Orbax's threads.

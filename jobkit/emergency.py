@@ -65,7 +65,7 @@ class Emergency:
             save_s=self._checkpoints.rates.save_s(nbytes),
             upload_s=self._uploads.upload_s(nbytes) if self._remote else 0.0,
             left_s=self.left_s(),
-            can_abandon=self._alone,
+            can_abandon=self._alone and not self._checkpoints.saving_asked,
         )
 
     def commit(
@@ -121,6 +121,7 @@ class Emergency:
                 return
             if last or isinstance(error, SupersededError):
                 raise error
+            self._checkpoints.tidy()  # what failed for want of room may find it
 
     def lands(self, nbytes: int) -> bool:
         """Tell whether one more save is expected to land before the deadline."""

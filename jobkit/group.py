@@ -179,8 +179,14 @@ def open_group(number: int) -> Group:
 
 
 def lost_process(store: Store, attempt: int) -> str:
-    """Name a process of an attempt that has ended badly, as its supervisor wrote down; '' if none has."""
-    for name in store.names(contract.attempt_dir(attempt)):
+    """Name a process of an attempt that has ended badly, as its supervisor wrote down; '' if none has.
+
+    A shared disk that does not answer just now names nobody.
+    """
+    names: list[str] = []
+    with contextlib.suppress(JobkitError, OSError):
+        names = store.names(contract.attempt_dir(attempt))
+    for name in names:
         if name.startswith("process-"):
             told = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}
             if told.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED):

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jobkit import state
+from jobkit import arrays, state
 from jobkit.emergency import Emergency
-from jobkit.errors import JobkitError, StorageError
+from jobkit.errors import StorageError
 from jobkit.group import Group
 from jobkit.notice import Listener
 from jobkit.plan import MARGIN, UNKNOWN_S
@@ -33,7 +33,9 @@ _IDLE_S = 5.0
 """A program that has not completed a step has nothing to lose: it need not wait for the deadline."""
 _ROOM_BYTES = 1 << 30
 """What may be held of boundaries before the newest: those that the device has yet to get past, and those where another
-process may be stuck."""
+process may be stuck. More where there is more to spare."""
+_SPARE = 0.5
+"""How much of what nobody has used so far may be held."""
 _RUNGS = (1, 4, 16, 64)
 """Of the multiples of each, several processes go on holding the last two."""
 _TICK_S = 0.2
@@ -82,6 +84,7 @@ class Guard:
         self.watching = self.idle = True
         """Whether the boundaries are known: in `steps()`, and before there are any. Whether none has been reached."""
         self.nbytes = 0
+        self.room_bytes = _ROOM_BYTES
         self.saved_at: float | None = None
         """When the guard was through with saving, on the clock of `time.monotonic`."""
         self._cost_s = float("inf")
@@ -104,7 +107,7 @@ class Guard:
             # The program may run ahead of the device, and further in one process than in another: what was computed
             # last is held until there is something newer, and what was begun since as far as it is small.
             # A large state has no room beside itself on an accelerator: of it the newest boundary alone.
-            room = _ROOM_BYTES // max(1, self.nbytes)
+            room = self.room_bytes // max(1, self.nbytes)
             keep: list[int] = []
             if self._group.count > 1:
                 keep = kept(before, room)
@@ -130,9 +133,13 @@ class Guard:
             self.between = (1 << min(30, math.ceil(math.log2(apart)))) - 1
         self._held_step, self.held_s = step, now_s
 
+    def look_around(self) -> None:
+        """See how much room there is, once the program has used what it uses."""
+        self.room_bytes = max(_ROOM_BYTES, int(_SPARE * arrays.spare_bytes()))
+
     def skip(self) -> None:
         """Come to a boundary too soon after the last one that was held; that one stays, if there is room for both."""
-        if self.held and self.nbytes > _ROOM_BYTES:
+        if self.held and self.nbytes > self.room_bytes:
             self.held = {}
 
     def settle(self, step: int, parts: Mapping[str, state.Part]) -> None:
@@ -187,6 +194,11 @@ class Guard:
                 self._group.tell(f"guard/meet/{name}/{self._group.index}", True)
                 self._await(f"guard/meet/{name}", deadline)
 
+    def wait_while(self, busy: Callable[[], bool]) -> None:
+        """Wait, with the lock in hand but free, while something is busy: the guard may act meanwhile."""
+        while busy():
+            self.lock.wait(_TICK_S / 10)
+
     def _await(self, key: str, deadline: float) -> None:
         while not self._heard(key, _TICK_S / 4):
             self.lock.wait(_TICK_S / 100)
@@ -227,17 +239,21 @@ class Guard:
                 self._decide()
             else:
                 self._follow()
-        except JobkitError as error:
+        except Exception as error:  # whatever it is, the training thread must not wait for this one
             with self.lock:
-                self._verdict = str(error)
+                self._verdict = str(error) or type(error).__name__
                 self.lock.notify_all()
 
     def _wait_s(self) -> float:
         """Return how long there is nothing to do yet."""
         notice = self._listener.notice
-        if not self.watching or notice is None:
+        if notice is None:
             return float("inf")
         left_s = notice.left_s()
+        if (
+            not self.watching
+        ):  # before, between and after loops, and in one of the user's own: all is left to the program
+            return float("inf") if left_s is None or self._group.count > 1 else left_s - _LEAVE_S
         idle_s = _IDLE_S - (time.monotonic() - notice.at_s)
         if self.idle and self._group.count == 1:
             return idle_s if left_s is None else min(idle_s, left_s - _LEAVE_S)
@@ -254,9 +270,10 @@ class Guard:
                 self._wake.wait(min(wait_s, _TICK_S))
                 continue
             with self.lock:
-                if self._closed or self._arrived or not self.watching:
+                if self._closed or self._arrived:
                     return
-                told = self._save(max(self._usable(), default=-1))
+                held = self.held if self.watching else {}
+                told = self._save(max(self._usable(held), default=-1), held)
                 self._served = not told
             # The training thread may still come, and then leaves in good order; or save, if that failed here.
             while not self.idle and not self._closed:
@@ -269,13 +286,13 @@ class Guard:
                     self._leave(told, lambda: None)
             return
 
-    def _save(self, step: int) -> str:
+    def _save(self, step: int, held: Mapping[int, Mapping[str, state.Held]]) -> str:
         """Commit a step that is held, or wait for what is in flight; return what went wrong, '' if nothing did."""
         self._begin()
-        told = "" if step >= 0 or self.idle else self._why
+        told = "" if step >= 0 or self.idle or not self.watching else self._why
         try:
             if step >= 0:
-                self.emergency.commit(step, lambda: self._take(self.held[step]), by="guard")
+                self.emergency.commit(step, lambda: self._take(held[step]), by="guard")
             else:
                 self.emergency.promote()
         except Exception as error:  # whatever it is, what is in flight may still land
@@ -285,9 +302,8 @@ class Guard:
         self.saved_at = time.monotonic()
         return told
 
-    def _usable(self) -> list[int]:
+    def _usable(self, held: Mapping[int, Mapping[str, state.Held]]) -> list[int]:
         """Return the steps that can be saved: those that are computed, or the newest if none is."""
-        held = self.held
         whole = [step for step in held if not any(leaf.is_deleted() for leaf in _arrays(held[step]))]
         if held and not whole:
             self._why = f"the arrays of step {max(held)} are gone: the step in progress has donated them"
@@ -353,8 +369,9 @@ class Guard:
         """
         # The training thread may be at a boundary, in a save that the others would have to take part in.
         mine = self.lock.acquire(timeout=1.0)
+        held = self.held
         try:
-            own = self._usable() if mine and self.watching else None
+            own = self._usable(held) if mine and self.watching else None
         except Exception:
             own = None
         try:
@@ -363,7 +380,7 @@ class Guard:
             step = -1
         if step < 0 and own:
             self._why = "the processes do not all hold the same step"
-        self._leave(self._save(step), self._last_word)
+        self._leave(self._save(step, held), self._last_word)
 
     def _last_word(self) -> None:
         """Let process 0 leave last: JAX ends the others by SIGABRT as soon as what it serves is gone."""

@@ -49,6 +49,8 @@ _SHARED_S = 60.0
 """How long a shared disk may take to show one node what another one wrote."""
 _ASKED_S = 120.0
 """How far apart the processes may call `save`."""
+_END_S = 1800.0
+"""How far apart the processes may come to the end of `steps()`."""
 _TRACKERS_S, _TRACKERS_NOTICED_S = 60.0, 5.0
 """How long trackers may take to have the last values, at the end of a run and of an attempt."""
 _ALONE_S = 5.0
@@ -120,6 +122,7 @@ class Run:
         self._logged = Logged()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
+        self._broken = False
         self._looping = self._finished = self._stepped_by_hand = self._stepped = self._stopping = self._save_wanted = (
             self._told
         ) = False
@@ -293,8 +296,7 @@ class Run:
         if self._parts is None:
             return
         if self._looping:  # left with `break`: the step in progress counts as completed
-            self.step += 1
-            self._finish()
+            self._break()
         elif not self._finished and (self._stopping or (self._agreement is None and self._listener.noticed)):
             self._stop()
         else:
@@ -314,6 +316,13 @@ class Run:
             "start alone is. Loop with 'for step in run.steps(n)', or call run.save(step) with the number of completed "
             "steps; to evaluate only, jobkit.load(...) takes no part in the run"
         )
+
+    def _break(self) -> None:
+        """Serve a `break`: the end of the training, except where a notice is the likelier reason."""
+        self.step = self._heartbeat.step = self.step + 1
+        if self._look.noticed and (self._agreement is None or STOP in self._meet()):
+            self._stop()
+        self._finish()
 
     # The state.
 
@@ -498,13 +507,18 @@ class Run:
         self._resumed()
         if isinstance(total, bool) or not isinstance(total, int) or total < 0:
             raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
+        if self._looping and self._broken:  # an earlier loop was left with `break`
+            self._break()
+        self._broken = False
         if self._looping:
             raise ConfigError("steps() is already running: one loop at a time")
         if self._drill is not None:
             total = self._drill.ends(total)
         probe, given = self._probe, self._given
         look, heartbeat, strategy, checkpoints = self._look, self._heartbeat, self._strategy, self._checkpoints
-        if look.noticed and self.step < total and (self._agreement is None or STOP in self._meet()):
+        if self.step < total and (
+            self._stopping or (look.noticed and (self._agreement is None or STOP in self._meet()))
+        ):
             self._stop()
         self._looping, self._finished = True, self._finished and self.step >= total
         if self._heartbeat.phase == Phase.FINISHED and not self._finished:
@@ -515,28 +529,32 @@ class Run:
         for _ in range(2):  # the first time tells nothing about the cost
             guard.hold(self.step, parts)
         guard.watching = True
-        while self.step < total:
-            if probe is not None:
-                probe.begin_step(self.step, self._resumed(), given)
-            yield self.step
-            # The work per step when nothing is due: keep it under a microsecond or two.
-            self.step = heartbeat.step = self.step + 1
-            heartbeat.beat()
-            now = time.monotonic()
-            if (
-                look.noticed
-                or self._asked is not None
-                or self.step >= strategy.next_step
-                or now >= strategy.next_s
-                or now >= self._next_look_s
-                or checkpoints.failed
-                or not self._stepped
-            ):
-                self._boundary(last=self.step >= total)
-            if not self.step & guard.between or now - guard.held_s >= guard.from_s:
-                guard.hold(self.step, parts)
-            else:
-                guard.skip()
+        try:
+            while self.step < total:
+                if probe is not None:
+                    probe.begin_step(self.step, self._resumed(), given)
+                yield self.step
+                # The work per step when nothing is due: keep it under a microsecond or two.
+                self.step = heartbeat.step = self.step + 1
+                heartbeat.beat()
+                now = time.monotonic()
+                if (
+                    look.noticed
+                    or self._asked is not None
+                    or self.step >= strategy.next_step
+                    or now >= strategy.next_s
+                    or now >= self._next_look_s
+                    or checkpoints.failed
+                    or not self._stepped
+                ):
+                    self._boundary(last=self.step >= total)
+                if not self.step & guard.between or now - guard.held_s >= guard.from_s:
+                    guard.hold(self.step, parts)
+                else:
+                    guard.skip()
+        except GeneratorExit:
+            self._broken = True
+            raise
         self._finish()
 
     def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
@@ -621,11 +639,13 @@ class Run:
         stop, save = self._due()
         if stop and not last:
             self._stop()
+        self._stopping |= stop  # if another loop follows: this is said once
         asked, self._asked = self._asked, None
         if asked is not None and (agreed := self._agreed(asked)) is not None:
             self._save("asked", agreed)
         elif save and not last:
             reason, self._save_wanted = "asked" if self._save_wanted else "interval", False
+            self._guard.wait_while(lambda: self._checkpoints.saving)
             self._guard.meet(f"save/{self.step}")
             self._save(reason, {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
@@ -723,6 +743,7 @@ class Run:
 
     def _first_step(self) -> None:
         self._stepped = True
+        self._guard.look_around()
         self._heartbeat.enter(Phase.STEPPING)
         self._ledger.append("first_step", step=self.step)
         self._tell_compiled()
@@ -737,6 +758,7 @@ class Run:
 
     def _save(self, reason: str, metrics: dict[str, float]) -> None:
         """Start a save; training goes on if it fails, loudly."""
+        self._guard.look_around()
         try:
             with self._heartbeat.during(Phase.SAVING):
                 self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=metrics)
@@ -850,10 +872,17 @@ class Run:
     def _finish(self) -> None:
         """Commit the last step."""
         with self._guard.lock, self._heartbeat.during(Phase.SAVING):
-            self._guard.meet(f"end/{self.step}")
+            try:
+                self._guard.meet(f"end/{self.step}", _END_S)
+            except TimeoutError:
+                raise ConfigError(
+                    f"process {self._group.index} ended its loop after {self.step} steps, and another process did not: "
+                    "all have to leave it at the same step"
+                ) from None
             self._guard.watching = self._looping = False
             self._commit()
         self._finished = True
+        self._begin_interval()  # if another loop follows
         self._heartbeat.enter(Phase.FINISHED)
         self._logged.flush(self._ledger, below=EVERYTHING)
         self._ledger.append("finished", durable=True, step=self.step)

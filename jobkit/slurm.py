@@ -5,6 +5,7 @@ the same. A program that stops at its next step needs to know neither. Where a s
 that the step in progress is not given up too soon. At the end of the grace SLURM says SIGTERM again.
 """
 
+import calendar
 import os
 import queue
 import re
@@ -17,6 +18,8 @@ from collections.abc import Callable, Mapping
 _SHARE = 1 / 3
 """Asked when so much of the least time there is has gone by: most programs have left by then, and nobody is asked."""
 _ANSWER_S = 10.0
+_LONGEST_S = 24 * 3600.0
+"""A longer grace is none: of a job that ends in the year 9999, say."""
 _SAFE_S = 1.0
 """SLURM tells whole seconds."""
 
@@ -29,8 +32,13 @@ def parse_pairs(printed: str) -> dict[str, str]:
 
 def parse_time(text: str) -> float | None:
     """Read SLURM's local time, such as 2026-11-24T01:02:03; None for Unknown and the like."""
+    told = _parse(text)
+    return None if told is None else time.mktime(told)
+
+
+def _parse(text: str) -> time.struct_time | None:
     try:
-        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+        return time.strptime(text, "%Y-%m-%dT%H:%M:%S")
     except ValueError:
         return None
 
@@ -44,12 +52,12 @@ def preemption_s(job: Mapping[str, str], partition: Callable[[], Mapping[str, st
         job: Names and values of `scontrol -o show job`.
         partition: Returns those of the job's partition.
     """
-    begun = parse_time(job.get("PreemptTime", ""))
+    begun = _parse(job.get("PreemptTime", ""))
     if job.get("JobState") not in ("RUNNING", "SIGNALING") or begun is None:
         return None
-    end = parse_time(job.get("EndTime", ""))
-    if end is not None:
-        return max(0.0, end - begun)
+    end = _parse(job.get("EndTime", ""))
+    if end is not None:  # as a clock shows them: where it is put back or forward between them, the less
+        return max(0.0, float(calendar.timegm(end) - calendar.timegm(begun)))
     grace = partition().get("GraceTime", "")
     return float(grace) if grace.isdecimal() else None
 
@@ -87,7 +95,7 @@ class Respite:
         time.sleep(least_s * _SHARE)
         told = _show("job", job)
         left_s = preemption_s(told, lambda: _show("partition", told.get("Partition", "")))
-        if left_s is not None:
+        if left_s is not None and left_s <= _LONGEST_S:
             self._answers.put(came_at + left_s + least_s - _SAFE_S)
 
 

@@ -68,6 +68,8 @@ class Attempt:
     notice_reason: str = "signal"
     deadline_at: float | None = None
     """When the program is killed, as far as anybody said; on the clock of `time.monotonic`."""
+    machine_until: float = float("inf")
+    """When a cloud takes the machine away, which nothing puts off."""
     asked: bool = False
     """Whether a signal has asked us to stop, whatever a cloud says of it before or after."""
     going: bool = False
@@ -249,7 +251,8 @@ def _watch(
                 else:
                     name, grace_s = signal.Signals(number).name, contract.grace_s_from(number)
                     give_notice(attempt, link, ledger, source=name, reason="signal", deadline_s=grace_s, number=number)
-                    respite.begin(grace_s)
+                    if number == signal.SIGTERM:
+                        respite.begin(grace_s)
         for said in watch.said():
             _hear(attempt, link, ledger, said)
         if (later := respite.deadline_at()) is not None:
@@ -278,6 +281,7 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> 
     """Act on what a cloud says of this machine."""
     if said.kind is metadata.Kind.NOTICE:
         left_s = None if said.deadline_at is None else max(0.0, said.deadline_at - time.monotonic())
+        attempt.machine_until = min(attempt.machine_until, said.deadline_at or float("inf"))
         give_notice(attempt, link, ledger, source=said.source, reason=said.reason, deadline_s=left_s)
     else:
         ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
@@ -286,7 +290,8 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> 
 
 
 def _put_off(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -> None:
-    """Move the deadline of the notice to where SLURM has told that it is."""
+    """Move the deadline of the notice to where SLURM has told that it is, if nothing else ends the program before."""
+    deadline_at = min(deadline_at, attempt.machine_until)
     if attempt.notice is not None and attempt.deadline_at is not None and deadline_at > attempt.deadline_at:
         attempt.deadline_at = deadline_at
         link.tell(attempt.notice, attempt.notice_reason, deadline_at)

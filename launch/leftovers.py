@@ -19,6 +19,8 @@ from jobkit.storage import Store, remove_tree
 NOTICE_S = 1.0
 """A program whose supervisor died notices by itself; only after this long it is told by SIGTERM."""
 
+_ABORTED = 128 + signal.SIGABRT
+
 
 def processes_of(store: Store) -> list[int]:
     """Return the live supervisors, programs and their children of a run, wherever in the family tree they are now."""
@@ -124,7 +126,14 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
         with contextlib.suppress(JobkitError):
             told.append(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
     told.sort(key=lambda outcome: float(outcome.get("ended", 0)))
-    bad = [outcome for outcome in told if outcome.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED)]
+    preempted = any(outcome.get("exit_code") == Exit.PREEMPTED for outcome in told)
+    # JAX aborts who still begins when another one has left on notice.
+    bad = [
+        one
+        for one in told
+        if (code := one.get("exit_code")) not in (Exit.DONE, Exit.PREEMPTED)
+        and not (preempted and code == _ABORTED and one.get("notice"))
+    ]
     stalled = [outcome for outcome in bad if outcome.get("exit_code") == Exit.STALLED]
     if bad:
         # What is wrong with the program itself no other process has caused, though it may be written down later.

@@ -373,3 +373,42 @@ def test_jaxs_own_notifier_takes_nothing(when: str, tmp_path: Path) -> None:
     assert code == 75, printed
     assert "JAX's own preemption notifier was on" in printed
     assert "SIGTERM: stopped after step 6" in printed
+
+
+def _epochs(point: str, run: Any) -> None:
+    """Send a notice in the last step of the first of several loops."""
+    import jax
+
+    if (point, run.step, jax.process_index()) == ("step", 9, 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_epochs(url: str) -> None:
+    import jobkit
+
+    jobkit.initialize()
+    with jobkit.Run(url, save_every=None) as run:
+        values = run.resume(total=0, optimizer=None)
+        for epoch in range(1, 100):
+            for _ in run.steps(10 * epoch):
+                values.total += 1
+                time.sleep(0.02)
+                _epochs("step", run)
+
+
+def test_a_notice_in_the_last_step_of_a_loop_that_another_follows(tmp_path: Path) -> None:
+    """Loop after loop, by epochs: a notice that was agreed for the end of one stops the run before or in the next."""
+    url = tmp_path / "run"
+    assert training.join_many(training.start_many(url, 2, function=_in_epochs)) == [75, 75], logs(url)
+    (stopped,) = {event["step"] for event in read_events(Store(url)) if event["event"] == "stopped"}
+    assert 10 <= stopped <= 13
+
+
+def test_a_disk_that_does_not_answer_names_no_lost_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hiccup of the shared disk is not the death of a process, nor of the thread that looks."""
+
+    def stale(self: Store, name: str) -> list[str]:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Store, "names", stale)
+    assert group.lost_process(Store(tmp_path), 0) == ""

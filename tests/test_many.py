@@ -155,17 +155,22 @@ def test_one_supervisor_of_two_is_killed(project: Project) -> None:
 
 def test_what_is_wrong_with_the_program_is_what_is_told(tmp_path: Path) -> None:
     """Of several processes that ended badly the one that names the user's mistake counts, not who was aborted by it."""
-    store = Store(tmp_path)
-    for process, code, ended in ((0, 134, 1.0), (1, 78, 2.0), (2, 134, 3.0)):
-        told = {
-            "process": process,
-            "node": "n1",
-            "exit_code": code,
-            "ended": ended,
-            "reason": f"code {code}",
-            "step": 0,
-        }
+    assert told_of(Store(tmp_path), (134, 78, 134)) == (78, "process 1 on n1: code 78")
+
+
+def test_who_is_aborted_when_another_left_on_notice(tmp_path: Path) -> None:
+    """JAX aborts who still begins when another process has left: the attempt was preempted, if both were told."""
+    assert told_of(Store(tmp_path / "a"), (134, 75)) == (75, "code 75")
+    assert told_of(Store(tmp_path / "b"), (134, 75), noticed=False) == (134, "process 0 on n1: code 134")
+    assert told_of(Store(tmp_path / "c"), (134, 137)) == (134, "process 0 on n1: code 134")
+
+
+def told_of(store: Store, codes: tuple[int, ...], *, noticed: bool = True) -> tuple[int, str]:
+    """Return what is told of an attempt whose processes ended with these codes, one after another."""
+    for process, code in enumerate(codes):
+        told = {"process": process, "processes": len(codes), "node": "n1", "exit_code": code, "ended": float(process)}
+        told |= {"reason": f"code {code}", "step": 0, "notice": {"source": "SIGTERM"} if noticed else None}
         store.write(contract.process_outcome(0, process), json.dumps(told))
     together = leftovers.of_all_processes(store, 0)
     assert together is not None
-    assert (together["exit_code"], together["reason"]) == (78, "process 1 on n1: code 78")
+    return together["exit_code"], together["reason"]

@@ -204,8 +204,6 @@ def test_notice_during_import_compile_and_training_from_outside(tmp_path: Path, 
 
 
 def _big(point: str, run: Any) -> None:
-    if point == "step" and run.step == 4:
-        run.save()
     if point == "step" and run.step == 5:
         deadline = time.monotonic() + 5
         while not run._checkpoints.saving and time.monotonic() < deadline:
@@ -216,7 +214,7 @@ def _big(point: str, run: Any) -> None:
 def test_notice_behind_a_save_in_flight(tmp_path: Path) -> None:
     """A notice while an earlier save is being written: the newest step lands; the earlier one too, or gives way."""
     url = tmp_path / "run"
-    code, printed = training.attempt(url, hook=_big, width=400_000, save_every=None, keep=5)
+    code, printed = training.attempt(url, hook=_big, width=400_000, save_every="5 steps", keep=5)
     assert code == 75, printed
     told = [(event["event"], event.get("step")) for event in read_events(Store(url))]
     assert [step for name, step in told if name == "saved"] in ([0, 5, 6], [0, 6])
@@ -449,6 +447,80 @@ def test_a_notice_in_the_last_step_on_a_slow_machine(tmp_path: Path) -> None:
     code, printed = training.attempt(tmp_path / "run", function=_ends_on_a_notice)
     assert (code, "Traceback" in printed) == (contract.Exit.DONE, False), printed
     assert commits.steps(Store(tmp_path / "run"))[-1] == 3
+
+
+def _breaks(url: str, how: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url, save_every=None) as run:
+        state = run.resume(total=0, optimizer=None)
+        for step in run.steps(100):
+            state.total += 1
+            if run.attempt == 0 and step == 20 and how == "noticed":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+            if run.should_stop or (how == "twice" and step == 20):
+                break
+        if how == "twice":
+            for _ in run.steps(30):
+                state.total += 1
+
+
+def test_a_break_because_of_a_notice_is_no_end(tmp_path: Path) -> None:
+    """`if run.should_stop: break` inside steps(): the run goes on with its next attempt, and to its end."""
+    code, printed = training.attempt(tmp_path / "run", function=_breaks, how="noticed")
+    assert (code, commits.steps(Store(tmp_path / "run"))[-1]) == (contract.Exit.PREEMPTED, 21), printed
+    code, printed = training.attempt(tmp_path / "run", function=_breaks, how="noticed")
+    assert (code, jobkit.load(tmp_path / "run", total=0).total) == (contract.Exit.DONE, 100), printed
+
+
+def test_a_loop_after_a_break(tmp_path: Path) -> None:
+    """A loop that was left with `break` may be followed by another one: the step in progress counts as completed."""
+    code, printed = training.attempt(tmp_path / "run", function=_breaks, how="twice")
+    assert (code, jobkit.load(tmp_path / "run", total=0).total) == (contract.Exit.DONE, 30), printed
+
+
+def _prepares(url: str) -> None:
+    import jobkit
+
+    with jobkit.Run(url, save_every=None) as run:
+        run.resume(total=0, optimizer=None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+
+def test_a_notice_between_resume_and_the_loop(tmp_path: Path) -> None:
+    """What compiles ahead for long and has nothing to save leaves in good order, before it is killed."""
+    code, printed = training.attempt(tmp_path / "run", function=_prepares, environment={contract.ENV_GRACE: "3"})
+    assert code == contract.Exit.PREEMPTED, printed
+    (stopped,) = [event for event in attempt_events(Store(tmp_path / "run"), 0) if event["event"] == "stopped"]
+    assert (stopped["step"], "why" in stopped) == (0, False)
+
+
+def _best_in_flight(url: str) -> None:
+    import jax.numpy as jnp
+
+    import jobkit
+
+    with jobkit.Run(url, save_every=None, keep_best=("loss", "min")) as run:
+        state = run.resume(net={"w": jnp.zeros((64, 1 << 20))}, optimizer=None)
+        for step in run.steps(100):
+            state.net = {"w": state.net["w"] + 1}
+            if step == 4:
+                run.save(loss=0.1)
+            if step == 5:
+                assert run._checkpoints.saving_step == 5
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_what_was_asked_for_is_not_abandoned(tmp_path: Path) -> None:
+    """A save in flight that the program asked for is finished before the newer one: its metric may be the best."""
+    environment = {contract.ENV_GRACE: "60"}
+    code, printed = training.attempt(tmp_path / "run", function=_best_in_flight, environment=environment)
+    assert code == contract.Exit.PREEMPTED, printed
+    assert commits.metrics(Store(tmp_path / "run"))[5] == {"loss": 0.1}
+    assert commits.steps(Store(tmp_path / "run"))[-1] == 6
 
 
 def _slow_step(url: str) -> None:

@@ -188,3 +188,10 @@ def test_kill_wait() -> None:
 def test_how_long_a_preemption_leaves(name: str, version: str, left_s: float | None) -> None:
     """The grace as the job shows it, or its partition where a job without a time limit shows none; None elsewhere."""
     assert preemption_s(recorded(name, version), lambda: {"GraceTime": "7"}) == left_s
+
+
+def test_a_preemption_while_the_clock_is_put_back() -> None:
+    """Half a minute is not taken for an hour: then rather none is known of."""
+    job = {"JobState": "RUNNING", "PreemptTime": "2026-10-25T02:59:50", "EndTime": "2026-10-25T02:00:20"}
+    assert preemption_s(job, dict) == 0.0
+    assert preemption_s(job | {"EndTime": "2026-10-25T03:00:20"}, dict) == 30.0
