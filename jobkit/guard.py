@@ -33,9 +33,9 @@ _IDLE_S = 5.0
 """A program that has not completed a step has nothing to lose: it need not wait for the deadline."""
 _ROOM_BYTES = 1 << 30
 """What may be held of boundaries before the newest: those that the device has yet to get past, and those where another
-process may be stuck. More where there is more to spare."""
+process may be stuck."""
 _SPARE = 0.5
-"""How much of what nobody has used so far may be held."""
+"""How much of the memory that has never been used one boundary of a larger state may take."""
 _RUNGS = (1, 4, 16, 64)
 """Of the multiples of each, several processes go on holding the last two."""
 _TICK_S = 0.2
@@ -84,7 +84,8 @@ class Guard:
         self.watching = self.idle = True
         """Whether the boundaries are known: in `steps()`, and before there are any. Whether none has been reached."""
         self.nbytes = 0
-        self.room_bytes = _ROOM_BYTES
+        self._room = 0
+        """How many boundaries may be held before the newest. A large state may have no room beside itself."""
         self.saved_at: float | None = None
         """When the guard was through with saving, on the clock of `time.monotonic`."""
         self._cost_s = float("inf")
@@ -106,8 +107,7 @@ class Guard:
             now = {name: part.hold() for name, part in parts.items()}
             # The program may run ahead of the device, and further in one process than in another: what was computed
             # last is held until there is something newer, and what was begun since as far as it is small.
-            # A large state has no room beside itself on an accelerator: of it the newest boundary alone.
-            room = self.room_bytes // max(1, self.nbytes)
+            room = self._room
             keep: list[int] = []
             if self._group.count > 1:
                 keep = kept(before, room)
@@ -135,11 +135,13 @@ class Guard:
 
     def look_around(self) -> None:
         """See how much room there is, once the program has used what it uses."""
-        self.room_bytes = max(_ROOM_BYTES, int(_SPARE * arrays.spare_bytes()))
+        self._room = _ROOM_BYTES // max(1, self.nbytes)
+        if self._room == 0 and self.nbytes <= _SPARE * arrays.spare_bytes():
+            self._room = 1
 
     def skip(self) -> None:
         """Come to a boundary too soon after the last one that was held; that one stays, if there is room for both."""
-        if self.held and self.nbytes > self.room_bytes:
+        if self.held and not self._room:
             self.held = {}
 
     def settle(self, step: int, parts: Mapping[str, state.Part]) -> None:
@@ -195,9 +197,10 @@ class Guard:
                 self._await(f"guard/meet/{name}", deadline)
 
     def wait_while(self, busy: Callable[[], bool]) -> None:
-        """Wait, with the lock in hand but free, while something is busy: the guard may act meanwhile."""
-        while busy():
-            self.lock.wait(_TICK_S / 10)
+        """Wait while something is busy; the lock is free meanwhile, so that the guard can act."""
+        with self.lock:
+            while busy():
+                self.lock.wait(_TICK_S / 10)
 
     def _await(self, key: str, deadline: float) -> None:
         while not self._heard(key, _TICK_S / 4):

@@ -526,6 +526,7 @@ class Run:
         if _take_over(said=True):  # JAX starts only before it computes, which resume() has done
             self._listener.retake()
         guard, parts = self._guard, self._resumed()
+        guard.look_around()
         for _ in range(2):  # the first time tells nothing about the cost
             guard.hold(self.step, parts)
         guard.watching = True
@@ -645,7 +646,6 @@ class Run:
             self._save("asked", agreed)
         elif save and not last:
             reason, self._save_wanted = "asked" if self._save_wanted else "interval", False
-            self._guard.wait_while(lambda: self._checkpoints.saving)
             self._guard.meet(f"save/{self.step}")
             self._save(reason, {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
@@ -759,6 +759,7 @@ class Run:
     def _save(self, reason: str, metrics: dict[str, float]) -> None:
         """Start a save; training goes on if it fails, loudly."""
         self._guard.look_around()
+        self._guard.wait_while(lambda: self._checkpoints.saving)
         try:
             with self._heartbeat.during(Phase.SAVING):
                 self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=metrics)

@@ -33,8 +33,13 @@ def test_kills_are_counted(group: str, counter: str, limit: str, tmp_path: Path)
     path.write_text("low 3\noom 5\noom_kill 3\n")
     assert memory.killed()
     assert memory.limit() == " (limit 536.9 MB)"
+    (tmp_path / "meminfo").write_text("MemTotal: 4194304 kB\nMemAvailable: 2097152 kB\n")
+    used = "memory.current" if group == V2 else "memory.usage_in_bytes"
+    (path.parent / used).write_text("436870912\n")
+    assert memory.spare_bytes() == 100_000_000
     (path.parent / limit).write_text("max\n" if group == V2 else "9223372036854771712\n")
     assert memory.limit() == ""
+    assert memory.spare_bytes() == 1 << 31
 
 
 def test_without_control_groups(tmp_path: Path) -> None:
