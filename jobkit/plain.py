@@ -187,7 +187,9 @@ def _locate(names: list[str], where: str) -> tuple[str, dict[str, str]]:
     prefix = f"{max(steps)}/" if steps and _MARK not in names else ""
     below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if contract.COMMIT in below or contract.RUN_JSON in names or any(contract.CHECKPOINTS in name for name in names):
-        raise ConfigError(f"{where} was written by jobkit: jobkit.load({where!r}, model=...) reads it")
+        url, inside, number = where.partition(f"/{contract.CHECKPOINTS}/")
+        chosen = f", step={number.strip('/')}" if inside else ""
+        raise ConfigError(f"{where} was written by jobkit: jobkit.load({url!r}{chosen}, model=...) reads it")
     if _MARK in below:
         return prefix, {"": ""}
     items = {name.split("/")[0] for name in below if re.match(rf"[^/]+/{_MARK}$", name)}

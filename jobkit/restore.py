@@ -175,7 +175,8 @@ def find_step(store: Store, step: int | str) -> int:
     elif isinstance(step, int) and not isinstance(step, bool):
         number = step
     else:
-        raise ConfigError(f"step {step!r} is neither a whole number nor 'latest' nor 'best'; write step={known[-1]}")
+        meant = int(step) if isinstance(step, str) and step.isdecimal() else known[-1]
+        raise ConfigError(f"step {step!r} is neither a whole number nor 'latest' nor 'best'; write step={meant}")
     if number not in known:
         raise ConfigError(f"step {number} of {store.url} is not committed; committed are {', '.join(map(str, known))}")
     wrong = commits.problems(store, number)

@@ -591,6 +591,11 @@ class Run:
             self.step = self._heartbeat.step = step
             self._finished, self._stepped_by_hand = False, True
             self._heartbeat.enter(Phase.STEPPING)
+        elif not (self._finished or self._stepped_by_hand or self._stepped):
+            raise ConfigError(
+                "save() before any step that the run knows of: loop with `for step in run.steps(n)`, or, in a loop of "
+                "your own, give the number of completed steps, save(step)"
+            )
         if (agreed := self._agreed(values)) is not None:
             self._save("asked", agreed)
         if wait:

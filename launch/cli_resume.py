@@ -46,6 +46,13 @@ def resume(run: str, profile: str | None, wait: bool, as_json: bool, **given: An
         print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
     elif not as_json:
         print(f"resumed {run}", flush=True)
+    if state is not State.DONE and (top := submission.changed_code(run)) is not None:
+        print(
+            f"jobkit: the code below {top} has changed since the submit; {run} goes on with the code as it was then: "
+            "submit changed code as another run",
+            file=sys.stderr,
+            flush=True,
+        )
     if wait and state is not State.DONE:
         sys.exit(follow(run, as_json))
     if as_json:

@@ -64,7 +64,7 @@ def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES) -> Tree:
     root = top or cwd
     kept, others, runs = set(), set(links), {run: True}
     for name in files:
-        owner = _run_above(root, name, runs)
+        owner = _apart_above(root, name, runs)
         if owner is None:
             kept.add(name)
         else:
@@ -112,9 +112,9 @@ def _all_files(top: Path) -> tuple[list[str], list[str]]:
         prefix = "" if relative == "." else f"{relative}/"
         for name in list(subdirectories):
             path = Path(directory, name)
-            if name in _LINKED or _is_run(path):
+            if name in _LINKED or _stands_apart(path):
                 links.append(prefix + name)
-            if name in _SKIPPED or name in _LINKED or _is_run(path):
+            if name in _SKIPPED or name in _LINKED or _stands_apart(path):
                 subdirectories.remove(name)
             elif path.is_symlink():
                 files.append(prefix + name)
@@ -131,20 +131,22 @@ def _archivable(path: Path) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
-def _is_run(path: Path) -> bool:
-    """Tell whether a directory is a run directory, complete or in the making."""
+def _stands_apart(path: Path) -> bool:
+    """Tell whether a directory is linked, never copied: a run directory or a virtual environment."""
     made = (path / contract.RUN_JSON).is_file() or (path / contract.CODE).is_dir()
-    return made and (path / contract.LOCK).is_file()
+    submitted = made and (path / contract.LOCK).is_file()
+    by_hand = (path / contract.STRATEGY).is_file() and (path / contract.ATTEMPTS).is_dir()
+    return submitted or by_hand or (path / "pyvenv.cfg").is_file()
 
 
-def _run_above(root: Path, name: str, runs: dict[Path, bool]) -> str | None:
-    """Return the run directory that a file lies in, relative to root, None if it is in none; `runs` is a memory."""
+def _apart_above(root: Path, name: str, runs: dict[Path, bool]) -> str | None:
+    """Return the directory apart that a file lies in, relative to root, None if it is in none; `runs` is a memory."""
     parts = name.split("/")
     for depth in range(1, len(parts)):
         above = "/".join(parts[:depth])
         path = root / above
         if path not in runs:
-            runs[path] = _is_run(path)
+            runs[path] = _stands_apart(path)
         if runs[path]:
             return above
     return None

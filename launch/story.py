@@ -4,6 +4,7 @@ All of it comes from the ledgers. An advice is given only where the figures of t
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -323,7 +324,7 @@ def _memory(found: Goodput, history: History) -> Iterator[Advice]:
     killed = [
         one for one in found.attempts if one.outcome == Outcome.KILLED and not one.notice and "SIGKILL" in one.reason
     ]
-    said = [one for one in found.attempts if "memory" in one.reason.lower() or "oom" in one.reason.lower()]
+    said = [one for one in found.attempts if re.search(r"out of memory|\bOOM\b|MemoryError", one.reason, re.IGNORECASE)]
     cost_s = math.fsum(one.ending_s for one in {one.attempt: one for one in [*killed, *said]}.values())
     if said:
         text = f"Attempt {said[0].attempt} ran out of memory ({said[0].reason}): ask for more, or use less."

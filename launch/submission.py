@@ -182,6 +182,21 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
             raise
 
 
+def changed_code(url: str) -> Path | None:
+    """Return the directory that a run's snapshot was taken of, if its code has changed since; None if not, or if it
+    is not here.
+    """
+    store = open_run(url)
+    with contextlib.suppress(JobkitError, OSError):
+        spec = specs.read(store)
+        top = Path(spec.root)
+        if spec.code and Path(spec.cwd).is_dir():
+            tree = snapshot.find(Path(spec.cwd), store.path)
+            if tree.root == top and snapshot.digest(tree) != spec.code:
+                return top
+    return None
+
+
 def make_point(store: Store) -> None:
     """Make the run of one point of a sweep, unless it is there.
 

@@ -112,7 +112,7 @@ def test_export_for_a_reader_that_has_gone(run: Path, tmp_path: Path) -> None:
     [
         ("'nowhere'", "nowhere does not exist; give the directory of a run ('jobkit ls' lists those here)"),
         ("'.'", "has no committed checkpoint: it is no run, or has not saved yet"),
-        ("{run!r}, step='20'", "step '20' is neither a whole number nor 'latest' nor 'best'; write step=60"),
+        ("{run!r}, step='20'", "step '20' is neither a whole number nor 'latest' nor 'best'; write step=20"),
         ("{run!r}, step=7", "is not committed; committed are"),
     ],
 )

@@ -145,6 +145,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         "empty": "no Orbax checkpoint to start from",
         "gone": "no such directory",
         "ours": "was written by jobkit",
+        "ours/checkpoints/0": r"was written by jobkit: jobkit.load\('[^']*/ours', step=0, model=...\) reads it",
     }
     for name, text in said.items():
         with jobkit.Run(tmp_path / "run", start_from=tmp_path / name) as run, pytest.raises(ConfigError, match=text):

@@ -634,6 +634,15 @@ def test_best_needs_its_metric(tmp_path: Path) -> None:
             run.save(vall=1.0)
 
 
+def test_metrics_before_any_step(tmp_path: Path) -> None:
+    """A loop that the run knows nothing of cannot score the untrained state as if it were the trained one."""
+    with jobkit.Run(tmp_path / "run", save_every=None) as run:
+        run.resume(n=0, optimizer=None)
+        with pytest.raises(ConfigError, match=r"loop with `for step in run.steps\(n\)`, or, in a loop of your own"):
+            run.save(val_loss=1.0)
+    assert commits.metrics(Store(tmp_path / "run"))[0] == {}
+
+
 def _loops_by_itself(url: str, *, save: bool) -> None:
     import jax.numpy as jnp
 

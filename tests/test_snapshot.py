@@ -99,6 +99,16 @@ def test_runs_inside_the_tree_are_no_code(work: Path) -> None:
     assert "runs/mine" not in tree.links
 
 
+def test_what_no_git_ignores_is_linked_all_the_same(work: Path, tmp_path: Path) -> None:
+    """A virtual environment, and the run directory of a program that was started by hand, are linked, never copied."""
+    for name in ("env/pyvenv.cfg", "env/bin/python", "byhand/strategy.json", "byhand/attempts/0/log.txt"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(name)
+    tree = snapshot.find(work, tmp_path / "run")
+    assert not [name for name in tree.files if name.startswith(("env/", "byhand/"))]
+    assert {"env", "byhand"} <= set(tree.links)
+
+
 def test_submodules_and_nested_work_trees(work: Path, tmp_path: Path) -> None:
     """Files of a work tree inside the work tree are part of the snapshot, its ignored ones are not."""
     inner = work / "vendor" / "lib"

@@ -263,6 +263,12 @@ def test_memory(run: ledgers.Written) -> None:
     )
 
 
+def test_words_that_only_sound_like_memory(run: ledgers.Written) -> None:
+    """A program's own error is not taken for want of memory because of its letters."""
+    life(run, 0, 0, 40, "failed", "exit code 1: ValueError: boom: no room for memory_bank")
+    assert "memory" not in advice(run)
+
+
 def test_a_hang_and_a_failing_program(run: ledgers.Written) -> None:
     """Both say where to look; a program that fails at one step again and again is not mended by a restart."""
     life(run, 0, 0, 100, "stalled", "no step")
