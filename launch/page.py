@@ -23,6 +23,10 @@ _TICKS_S += [86400 * days for days in (1, 2, 5, 10, 20, 50, 100)]
 _TICKS = 7
 _LABEL_SHARE = 0.16
 """A part of the bar that is wide enough for its own name."""
+LEFTWARDS = 80
+"""A label that begins so far right, in per cent, is written to the left of its line."""
+LETTER = 1.3
+"""Width of a letter in a narrow plot that still shows every label, in per cent."""
 
 
 def write_page(path: Path, histories: Sequence[History]) -> Path:
@@ -54,6 +58,7 @@ def page(histories: Sequence[History]) -> str:
         version=jobkit.__version__,
         title=title,
         gutter=34,
+        leftwards=LEFTWARDS,
         colors={str(phase): color for phase, color in COLORS.items()},
         overview=_overview(found) if len(found) > 1 else None,
         runs=[_run(one, history) for one, history in zip(found, histories, strict=True)],
@@ -245,7 +250,7 @@ def _curve(curve: Curve) -> dict[str, Any]:
             for index, (step, value) in enumerate(points)
         )
 
-    crowded = len(curve.cuts) > 6
+    labels = legible([(100 * x(cut.step), _cut(cut.outcome, cut.lost)) for cut in curve.cuts])
     return {
         "title": f"{curve.name} by step, with every interruption" if curve.cuts else f"{curve.name} by step",
         "name": curve.name,
@@ -261,12 +266,28 @@ def _curve(curve: Curve) -> dict[str, Any]:
                 "lost_at": f"{100 * x(cut.step - cut.lost):.3f}",
                 "lost_width": f"{100 * (x(cut.step) - x(cut.step - cut.lost)):.3f}" if cut.lost else "",
                 "told": cut.outcome == Outcome.PREEMPTED,
-                "label": "" if crowded else _cut(cut.outcome, cut.lost),
+                "label": label,
                 "title": f"attempt {cut.attempt} {_cut(cut.outcome, cut.lost)} at step {cut.step:,}",
             }
-            for cut in curve.cuts
+            for cut, label in zip(curve.cuts, labels, strict=True)
         ],
     }
+
+
+def legible(labels: Sequence[tuple[float, str]]) -> list[str]:
+    """Return labels beside each other that do not run into each other: in place of one that would, ''.
+
+    Args:
+        labels: Where each begins, or ends if beyond `LEFTWARDS`, in per cent of the width, rising; and its text.
+    """
+    shown, end = [], -math.inf
+    for at, text in labels:
+        width = LETTER * len(text)
+        begin = at - width if at > LEFTWARDS else at
+        shown.append(text if begin >= end else "")
+        if begin >= end:
+            end = begin + width
+    return shown
 
 
 def _step(step: float) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launch import backends, curve, local, report
 from launch.goodput import measure
 from launch.history import read_history
-from launch.page import page
+from launch.page import LEFTWARDS, LETTER, legible, page
 from launch.picture import write_picture
 from tests import browser, ledgers
 from tests.jobs import Project, until, until_stepping
@@ -226,3 +228,19 @@ def test_round_numbers_on_the_axes() -> None:
     assert curve.nice_steps(0, 1000, 6) == [0, 200, 400, 600, 800, 1000]
     assert curve.nice_steps(1.93, 5.1, 5) == [2, 3, 4, 5]
     assert json.dumps(curve.nice_steps(0, 0.05, 5)) == "[0.0, 0.01, 0.02, 0.03, 0.04, 0.05]"
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.sampled_from(["preempted", "killed, 15 lost", "done"])), max_size=9))
+def test_labels_do_not_run_into_each_other(labels: list[tuple[float, str]]) -> None:
+    """Of the labels above the curve every one that is shown can be read, and the first always is."""
+    labels.sort(key=lambda one: one[0])
+    shown = legible(labels)
+    assert all(text in ("", label) for text, (_, label) in zip(shown, labels, strict=True))
+    ends = -1e9
+    for text, (at, _) in zip(shown, labels, strict=True):
+        if text:
+            width = LETTER * len(text)
+            begin = at - width if at > LEFTWARDS else at
+            assert begin >= ends
+            ends = begin + width
+    assert not labels or shown[0]
