@@ -25,8 +25,8 @@ _LABEL_SHARE = 0.16
 """A part of the bar that is wide enough for its own name."""
 LEFTWARDS = 80
 """A label that begins so far right, in per cent, is written to the left of its line."""
-LETTER = 1.3
-"""Width of a letter in a narrow plot that still shows every label, in per cent."""
+LETTER = 0.78
+"""Width of a letter, in per cent of the narrowest plot that shows more than the first label (1000 px wide)."""
 
 
 def write_page(path: Path, histories: Sequence[History]) -> Path:
