@@ -253,9 +253,7 @@ class Guard:
         if notice is None:
             return float("inf")
         left_s = notice.left_s()
-        if (
-            not self.watching
-        ):  # before, between and after loops, and in one of the user's own: all is left to the program
+        if not self.watching:  # before, between and after loops, and in one of the user's own: left to the program
             return float("inf") if left_s is None or self._group.count > 1 else left_s - _LEAVE_S
         idle_s = _IDLE_S - (time.monotonic() - notice.at_s)
         if self.idle and self._group.count == 1:
