@@ -92,13 +92,17 @@ _WAKE = """\
 for second in $(seq 50); do
   told=$(scontrol -o show job {job}) || exit 0
   case "$told" in
-    *" JobState=PENDING Reason=BeginTime "*) exec scontrol update JobId={job} StartTime=now ;;
+    *" JobState=PENDING Reason=BeginTime "*) exec scontrol update JobId={job} StartTime=now+2 ;;
     *" JobState=COMPLETING "*) sleep 1 ;;
     *) exit 0 ;;
   esac
 done
 """
-"""Waits until SLURM holds a requeued job back, and lets it start; does nothing to one that was cancelled or runs."""
+"""Waits until SLURM holds a requeued job back, and lets it start; does nothing to one that was cancelled or runs.
+
+Not at once: a node refuses a job that starts in the very second in which it was ended there ("Job credential revoked"),
+and SLURM takes that for the job's end.
+"""
 _WAKER_NEEDS = ("partition", "account", "qos", "reservation", "clusters")
 
 

@@ -188,8 +188,8 @@ class Cluster:
         self.run("scontrol", "update", f"jobid={job}", f"EndTime=now+{round(seconds)}")
 
     def start_now(self, job: int | str) -> None:
-        """Let a requeued job that waits (PENDING, for BeginTime) start at once."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        """Let a requeued job that waits (PENDING, for BeginTime) start, but not in the second in which it was ended."""
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
 
     # What happens to machines
 
