@@ -24,7 +24,7 @@ _HEARTBEAT_S = 20
 _CONNECT_S = 300
 _EVER_S = 24 * 3600.0
 _LAST_BREATH_S = 0.2
-"""How long a process that fails takes to end when it has said so."""
+"""How long a process takes to end when it has said so."""
 
 
 def initialize() -> None:
@@ -143,18 +143,20 @@ class Group:
         return [value] + [self.hear(f"{key}/{other}", timeout_s) for other in range(1, self.count)]
 
     def part(self, timeout_s: float) -> None:
-        """Say that this process fails; the first one waits until the others have.
+        """Say that this process is about to end, failing or on notice; the first one waits until the others have.
 
-        JAX ends them by SIGABRT as soon as what it serves is gone; what is wrong in all of them would look like that.
+        JAX ends them by SIGABRT as soon as what it serves is gone, and how they ended would look like that.
         """
+        if self.count == 1:
+            return
         if not self.first:
             with contextlib.suppress(JobkitError):
-                self.tell(f"failed/{self.index}", True)
+                self.tell(f"parted/{self.index}", True)
             return
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(JobkitError, TimeoutError):
             for other in range(1, self.count):
-                self.hear(f"failed/{other}", max(0.01, deadline - time.monotonic()))
+                self.hear(f"parted/{other}", max(0.01, deadline - time.monotonic()))
             time.sleep(_LAST_BREATH_S)
 
 

@@ -52,7 +52,7 @@ class Guard:
         group: The processes of the attempt.
         take: Makes a snapshot of held parts, after checking that it fits the run.
         begin: Called when the guard begins to act.
-        leave: Writes down that the attempt stopped with a committed step, calls what it is given, and ends the process.
+        leave: Writes down that the attempt stopped with a committed step, and ends the process.
         lost: Names a process that has ended badly, '' while all live.
     """
 
@@ -64,7 +64,7 @@ class Guard:
         group: Group,
         take: Callable[[Mapping[str, Any]], state.Snapshot],
         begin: Callable[[], None],
-        leave: Callable[[str, Callable[[], None]], None],
+        leave: Callable[[str], None],
         lost: Callable[[], str] = lambda: "",
     ) -> None:
         self.emergency, self._listener, self._group = emergency, listener, group
@@ -284,7 +284,7 @@ class Guard:
                 self._wake.wait(_TICK_S / 4)
             with self.lock:
                 if not self._closed and not self._arrived:
-                    self._leave(told, lambda: None)
+                    self._leave(told)
             return
 
     def _save(self, step: int, held: Mapping[int, Mapping[str, state.Held]]) -> str:
@@ -381,16 +381,7 @@ class Guard:
             step = -1
         if step < 0 and own:
             self._why = "the processes do not all hold the same step"
-        self._leave(self._save(step, held), self._last_word)
-
-    def _last_word(self) -> None:
-        """Let process 0 leave last: JAX ends the others by SIGABRT as soon as what it serves is gone."""
-        if not self._group.first:
-            self._group.tell(f"guard/left/{self._group.index}", True)
-            return
-        for other in range(1, self._group.count):
-            self._heard(f"guard/left/{other}", 2.0)
-        time.sleep(_TICK_S / 4)  # between their last word and their end
+        self._leave(self._save(step, held))
 
     def _heard(self, key: str, timeout_s: float) -> bool:
         try:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -56,7 +56,7 @@ _TRACKERS_S, _TRACKERS_NOTICED_S = 60.0, 5.0
 _ALONE_S = 5.0
 """How long a process that fails waits for a save that the others may be dead to."""
 _PARTING_S = 3.0
-"""How long the first process, if it fails, waits for the others to fail by themselves."""
+"""How long the first process, if it does not end in order, waits for the others to be gone."""
 
 
 class Run:
@@ -822,12 +822,11 @@ class Run:
             self._looping = False
         raise Preempted(told)
 
-    def _leave(self, why: str, last: Callable[[], None]) -> None:
+    def _leave(self, why: str) -> None:
         """End the process where the training thread cannot: what is committed is all that can be.
 
         Args:
             why: Why the last boundary is not, '' if it is.
-            last: Called when there is nothing left to do.
         """
         self._tell_stopped(why)
         if self._carrier is not None:
@@ -835,8 +834,7 @@ class Run:
                 self._carrier.close(deadline_s=0.0)
         sys.stdout.flush()
         sys.stderr.flush()
-        with contextlib.suppress(JobkitError):  # of several processes the first may be gone
-            last()
+        self._group.part(_PARTING_S)
         self._checkpoints.tidy()
         os._exit(contract.Exit.PREEMPTED)
 
