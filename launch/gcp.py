@@ -23,6 +23,8 @@ from launch.spec import JobSpec
 
 BACKEND = "gcp"
 _PENDING = ("STATE_UNSPECIFIED", "QUEUED", "SCHEDULED")
+_WAITING = {"STATE_UNSPECIFIED", "PENDING", "ASSIGNED"}
+"""States of a task without a VM at work."""
 _ACTIVE = (*_PENDING, "RUNNING", "CANCELLATION_IN_PROGRESS", "DELETION_IN_PROGRESS")
 
 
@@ -100,7 +102,9 @@ class Batch(Managed):
         told = found.get("status", {})
         state = str(told.get("state", "STATE_UNSPECIFIED"))
         counts = told.get("taskGroups", {}).get("group0", {}).get("counts", {})
-        waits = state in _PENDING or bool(state == "RUNNING" and counts and not int(counts.get("RUNNING", 0)))
+        # A job is RUNNING for a moment after its task has ended: that one waits for nothing.
+        tasks = {task for task, count in counts.items() if int(count)}
+        waits = state in _PENDING or (state == "RUNNING" and bool(tasks) and tasks <= _WAITING)
         reason = _last_words(told)
         if state == "FAILED":
             reason = self._why(spec, job) or reason

@@ -61,7 +61,7 @@ class Job:
         self.state = "QUEUED"
         self.codes: list[int] = []
         self.events: list[dict[str, Any]] = []
-        self.waiting = True
+        self.task = "PENDING"
         self.log = server.folder / f"{self.id}.log"
         self.log.touch()
         self.vm: Vm | None = None
@@ -76,7 +76,7 @@ class Job:
 
     def resource(self) -> dict[str, Any]:
         """Return it as the API does."""
-        counts = {} if self.state in ("QUEUED", "SCHEDULED") else {"PENDING" if self.waiting else "RUNNING": "1"}
+        counts = {} if self.state in ("QUEUED", "SCHEDULED") else {self.task: "1"}
         status = {"state": self.state, "statusEvents": self.events, "taskGroups": {"group0": {"counts": counts}}}
         return self.asked | {"name": self.name, "uid": self.uid, "createTime": self.created, "status": status}
 
@@ -106,12 +106,15 @@ class Job:
                 return self._to("CANCELLED")
             code = self._execute(spec, attempt)
             self.codes.append(code)
+            self.task = "FAILED" if code else "SUCCEEDED"
+            time.sleep(self.server.settle_s)
             if self.cancelled.is_set():
                 return self._to("CANCELLED")
             if code == 0:
                 return self._to("SUCCEEDED")
             if not self._retries(spec, code):
                 break
+            self.task = "PENDING"
         return self._to("FAILED", f"due to task failure with exit code {self.codes[-1]}")
 
     @staticmethod
@@ -132,7 +135,7 @@ class Job:
         until = time.monotonic() + (float(limit.rstrip("s")) if limit else float("inf"))
         try:
             running = self.server.executor.start(vm, self.log)
-            self.vm, self.container, self.waiting = vm, running, False
+            self.vm, self.container, self.task = vm, running, "RUNNING"
             while (code := running.wait(0.02)) is None:
                 if time.monotonic() > until:
                     vm.lost = TIMED_OUT
@@ -140,7 +143,7 @@ class Job:
             running.kill()  # what it left; a container has nothing when its PID 1 is gone
             return vm.lost or code
         finally:
-            self.vm, self.container, self.waiting = None, None, True
+            self.vm, self.container = None, None
             vm.close()
 
     def stop(self, grace_s: float, *, lost: int = 0) -> None:
@@ -210,6 +213,7 @@ class BatchServer:
         given: Environment of every container, beside what the job says: what leads it to the emulated bucket.
         executor: What runs containers.
         queue_s, boot_s: How long a job waits, and a VM takes to boot.
+        settle_s: How long a job is RUNNING after its task has ended.
         project: The one project that may be used.
     """
 
@@ -220,11 +224,12 @@ class BatchServer:
         executor: Executor | None = None,
         queue_s: float = 0.0,
         boot_s: float = 0.0,
+        settle_s: float = 0.0,
         project: str = "test-project",
     ) -> None:
         self.given = dict(given) | {"NO_GCE_CHECK": "false"}
         self.executor = executor or Processes()
-        self.queue_s, self.boot_s, self.project = queue_s, boot_s, project
+        self.queue_s, self.boot_s, self.settle_s, self.project = queue_s, boot_s, settle_s, project
         self.folder = Path(tempfile.mkdtemp(prefix="jobkit-test-batch-"))
         self.jobs: dict[str, Job] = {}
         self.secrets: dict[str, str] = {}

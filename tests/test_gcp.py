@@ -180,6 +180,7 @@ def test_restarts_that_are_used_up(desk: Desk, batch: BatchServer) -> None:
 
 def test_cancel(desk: Desk, batch: BatchServer) -> None:
     """A cancel is heard in the VM, which saves and stops; the job ends by itself and nothing comes back."""
+    batch.settle_s = 2.5  # longer than the pause between two looks
     desk.write("import time\ntime.sleep(60)\n")
     submit(desk, command=("python", "train.py"))
     desk.until(lambda told: told["attempt"] == 0)
