@@ -92,7 +92,7 @@ def test_the_last_boundary_is_saved(case: str, tmp_path: Path, undisturbed: dict
     count, hook = CASES[case]
     url = tmp_path / "run"
     grace = {contract.ENV_GRACE: f"{GRACE_S}"}
-    started = training.start_many(url, count, steps=STEPS, hook=hook, pause_s=0.03, environment=grace)
+    started = training.start_many(url, count, steps=STEPS, hook=hook, pause_s=0.1, environment=grace)
     assert training.join_many(started) == [75] * count, logs(url)
     store = Store(url)
     stopped = [event for event in read_events(store) if event["event"] == "stopped"]

@@ -180,7 +180,7 @@ with jobkit.Run(save_every="10 steps") as run:
     data = batches()
     for step in run.steps(40):
         state.total += next(data)
-        time.sleep(1.0 if step == 3 else 0.01)
+        time.sleep({3: 1.0, 24: 0.2}.get(step, 0.01))
         if attempt == 0 and step == 19:
             if how == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
