@@ -28,9 +28,10 @@ test: lint types $(SLURM) $(BROWSER)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 endif
 
-# With a container engine: CI installs and starts one where none answers (tests/engine.py).
+# With a container engine: CI installs and starts one where none answers (tests/engine.py). What fails beside other tests
+# is run once more, alone (tests/second_look.py).
 test-all: lint types $(SLURM) $(BROWSER)
-	$(BIN)/python -m tests.engine $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=20
+	$(BIN)/python -m tests.engine $(BIN)/python -m tests.second_look -n $(WORKERS) --dist worksteal --durations=30
 
 lint: $(READY)
 	$(BIN)/ruff check -q .
