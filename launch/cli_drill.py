@@ -28,6 +28,8 @@ from jobkit.errors import ConfigError
 @click.option("--on", type=click.Choice(["local", "slurm"]), default="local", help="Where to drill. [default: local]")
 @click.option("-p", "--partition", help="SLURM: partition.")
 @click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
+@click.option("--image", help="Drill in containers of this image, which has jobkit in it. local: Docker.")
+@click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="What to see in the container too.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the card to this file too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -44,6 +46,8 @@ def drill(
     on: str,
     partition: str | None,
     sbatch: tuple[str, ...],
+    image: str | None,
+    mount: tuple[str, ...],
     html: Path | None,
     as_json: bool,
     command: tuple[str, ...],
@@ -58,11 +62,13 @@ def drill(
       jobkit drill -- python train.py
       jobkit drill --quick --steps 200 -- python train.py --lr 1e-3
       jobkit drill --only kill-commit --keep --html drill.html -- python -m mypackage.train
+      jobkit drill --image jobkit -- python train.py
       jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
     from jobkit.units import duration_s
     from launch import drill as drill_
     from launch import drill_card, report
+    from launch.cli_where import container_of
 
     wanted = drill_.chosen(only, quick, on)
     if listing:
@@ -86,6 +92,7 @@ def drill(
         keep=keep,
         on=on,
         sbatch=_sbatch(partition, sbatch),
+        container=container_of(on, image, {"mount": mount, "container_runtime": None}, {}),
     )
     with drill_card.telling(as_json, wanted) as telling:
         result = drill_.drill(options, wanted, telling)

@@ -50,13 +50,13 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
-    from launch import backends, slurm, submission
+    from launch import backends, local, slurm
     from launch.managed import Managed
 
     spec, name = _spec(profile, given)
     backend = backends.named(name)
     if dry_run:
-        prepare = slurm.plan if name == slurm.BACKEND else submission.prepare
+        prepare = slurm.plan if name == slurm.BACKEND else local.plan
         _show_plan(backend.check(spec) if isinstance(backend, Managed) else prepare(spec), name, as_json)
         return
     store = backend.submit(spec)
@@ -121,6 +121,7 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     import msgspec
 
     from launch import backends, report, slurm, snapshot, submission, sweep
+    from launch.command import shown_in_container
     from launch.managed import Managed
 
     service = backends.named(backend)
@@ -146,5 +147,6 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
         print(f"linked       {', '.join(plan.tree.links)}")
     if backend == slurm.BACKEND:
         print(f"\n{slurm.script(plan.spec, plan.store)}", end="")
-        if spec.container is not None:
-            print(f"\n# of which each attempt is\n{shlex.join(slurm.step(plan.store, spec))}")
+    if spec.container is not None:
+        of_which = "of which each" if backend == slurm.BACKEND else "each"
+        print(f"\n# {of_which} attempt is\n{shlex.join(shown_in_container(plan.store, spec))}")

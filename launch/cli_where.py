@@ -1,7 +1,7 @@
 """Options that say where a run runs and on what: the same for `jobkit submit` and `jobkit resume --on`."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -27,9 +27,9 @@ _OPTIONS = (
     click.option("--time", help="SLURM: limit of one job; a run goes on in the next. gcp, aws: limit of the run."),
     click.option("--constraint", help="SLURM: features that nodes must have."),
     click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch."),
-    click.option("--image", help="Container image with jobkit in it, for gcp, aws and SLURM."),
-    click.option("--container-runtime", help="SLURM: of --image: singularity or pyxis. [default: apptainer]"),
-    click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="SLURM: what to see in the container too."),
+    click.option("--image", help="Container image with jobkit in it, on every backend."),
+    click.option("--container-runtime", help="Of --image. SLURM: apptainer, singularity, pyxis. local: docker."),
+    click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="Of --image: what to see inside too."),
     click.option("--project", help="gcp: project. [default: the credentials' own]"),
     click.option("--region", help="gcp, aws: region. [default: gcp: that of --zones]"),
     click.option("--zones", metavar="ZONE,...", help="gcp: zones to try. [default: all of the region]"),
@@ -98,7 +98,7 @@ def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
     plain = [name for name in cloud.OPTIONS if name not in tables]
     asked = {name: value for name in plain if (value := _choose(name, options, given)) is not None}
     asked |= {name: table for name, table in tables.items() if table}
-    container = _container(backend, asked.pop("image", None), options, given) if backend not in MANAGED else None
+    container = container_of(backend, asked.pop("image", None), given, options) if backend not in MANAGED else None
     if backend not in MANAGED and asked:
         raise ConfigError(f"--{next(iter(asked))} is for --on gcp or aws; this is --on {backend}")
     managed = cloud.from_options(asked, time=time) if backend in MANAGED else None
@@ -106,17 +106,17 @@ def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
     return Where(backend, sbatch, managed, container, _choose("price-per-hour", options, given), fields)
 
 
-def _container(backend: str, image: str | None, options: dict[str, Any], given: dict[str, Any]) -> "Container | None":
-    """Read what the processes of a SLURM job are in."""
-    from launch.container import Container
+def container_of(
+    backend: str, image: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> "Container | None":
+    """Read what the processes of an attempt are in, on this machine or in a SLURM job."""
+    from launch.container import DOCKER, Container
 
-    if image is not None and backend != "slurm":
-        raise ConfigError(f"--image is for --on gcp, aws or slurm; this is --on {backend}")
     if image is None:
-        if given["container_runtime"] or given["mount"]:
-            raise ConfigError("--container-runtime and --mount say how a SLURM job uses an image: give --image too")
+        if given.get("container_runtime") or given["mount"]:
+            raise ConfigError("--container-runtime and --mount say how an image is used: give --image too")
         return None
-    runtime = _choose("container-runtime", options, given) or "apptainer"
+    runtime = _choose("container-runtime", options, given) or ("apptainer" if backend == "slurm" else DOCKER)
     return Container(image=image, runtime=runtime, mounts=(*options.get("mount", ()), *given["mount"]))
 
 
@@ -130,7 +130,7 @@ _FIELDS = {
 """Options whose field has another name."""
 
 
-def _choose(name: str, options: dict[str, Any], given: dict[str, Any]) -> Any:
+def _choose(name: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     value = given[name.replace("-", "_")]
     return options.get(name) if value is None else value
 

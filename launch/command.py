@@ -7,7 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobkit import contract
 from jobkit.errors import ConfigError
+from jobkit.storage import Store
+from launch import container
 from launch.spec import JobSpec
 
 _PYTHON = re.compile(r"python(\d+(\.\d+)?)?")
@@ -86,3 +89,48 @@ def command_in(spec: JobSpec, top: Path) -> list[str]:
             if copy.exists() and not copy.is_dir():
                 words[index] = str(copy)
     return words
+
+
+def in_container(store: Store, spec: JobSpec, *, cwd: Path, environ: Mapping[str, str]) -> list[str]:
+    """Return the words that put a supervisor of a run into its container: on SLURM, srun gets them behind its options.
+
+    Args:
+        store: The run.
+        spec: What was submitted; with a container.
+        cwd: Where the command runs.
+        environ: The environment of the attempt.
+
+    Raises:
+        ConfigError: If a path cannot be written as a mount.
+    """
+    assert spec.container is not None
+    # Data is linked into the unpacked code: what is there has to be visible too.
+    data = [Path(os.path.realpath(Path(spec.root) / name)) for name in spec.links]
+    paths = [store.path, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
+    paths += [Store(spec.sweep_url).path] if spec.sweep_url else []  # its points share the code that is there
+    asked = any(name.startswith(("gpus", "gres")) for name in spec.sbatch)
+    gpus = os.path.exists(_GPU) if spec.container.runtime == container.DOCKER else asked
+    return container.words(spec.container, paths=paths, cwd=cwd, environ=environ, gpus=gpus)
+
+
+def shown_in_container(store: Store, spec: JobSpec) -> list[str]:
+    """Return the words of an attempt in a container, but for srun's own options, which depend on the job's nodes."""
+    top = store.file(f"{contract.CODE}/{spec.code}") if spec.code is not None else Path(spec.root)
+    cwd = top / os.path.relpath(spec.cwd, spec.root)
+    environ = dict.fromkeys((*_TOLD, *container.ENVIRONMENT), "")
+    words = in_container(store, spec, cwd=cwd, environ=environ)
+    supervise = ["python3", "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *spec.command]
+    docker = spec.container is not None and spec.container.runtime == container.DOCKER
+    return [*([] if docker else ["srun"]), *words, *supervise]
+
+
+_GPU = "/dev/nvidiactl"
+_TOLD = (
+    contract.ENV_RUN,
+    contract.ENV_ATTEMPT,
+    contract.ENV_GRACE,
+    contract.ENV_WARNED,
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+)
+"""What the environment of an attempt has for a supervisor."""

@@ -1,19 +1,27 @@
-"""A SLURM step in a container: the words of srun, by Apptainer or Pyxis.
+"""An attempt in a container: the words that start it by Docker on this machine, by Apptainer or Pyxis in a SLURM step.
 
-Only the supervisor and the program are inside. What requeues the run is the runner, in the batch script outside of it:
-an image needs neither scontrol nor a munge socket. The paths inside are those outside, so that what the run directory
-says of itself holds in both. /dev/shm is shared, where the runner reads how far the program is.
+Only the supervisor and the program are inside. What starts the run again is the runner, outside of it: an image needs
+neither scontrol nor a munge socket. The paths inside are those outside, so that what the run directory says of itself
+holds in both. /dev/shm is shared, where the runner reads how far the program is; and in Docker the processes have the
+numbers that they have outside, so that whoever looks after them need not know of containers.
 """
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from jobkit import contract
 from jobkit.errors import ConfigError
 
-RUNTIMES = ("apptainer", "singularity", "pyxis")
+DOCKER = "docker"
+ON_SLURM = ("apptainer", "singularity", "pyxis")
 _SHARED = "/dev/shm"
 
 
@@ -22,7 +30,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         image: Image with python3 and jobkit in it, as the runtime names it: a .sif file, docker://..., a name.
-        runtime: 'apptainer', 'singularity', or 'pyxis', which is a plugin of the cluster's.
+        runtime: 'docker', on this machine; on SLURM 'apptainer', 'singularity', or 'pyxis', a plugin of the cluster's.
         mounts: What is seen inside beside the run directory, the code and its data, as SOURCE[:TARGET[:ro]].
     """
 
@@ -37,8 +45,9 @@ def check(container: Container) -> None:
     Raises:
         ConfigError: With the value and the remedy.
     """
-    if container.runtime not in RUNTIMES:
-        raise ConfigError(f"the container runtime {container.runtime!r} is not known; give {', '.join(RUNTIMES)}")
+    if container.runtime not in (DOCKER, *ON_SLURM):
+        known = ", ".join((DOCKER, *ON_SLURM))
+        raise ConfigError(f"the container runtime {container.runtime!r} is not known; give {known}")
     if not re.fullmatch(r"[^\s,-][^\s,]*", container.image):
         raise ConfigError(f"--image {container.image!r} is no image: give a .sif file, docker://NAME or a name")
     for mount in container.mounts:
@@ -46,22 +55,60 @@ def check(container: Container) -> None:
             raise ConfigError(f"--mount {mount!r} is not SOURCE[:TARGET[:ro]] with absolute paths")
 
 
+def refuse_foreign(container: Container, runtimes: Sequence[str], backend: str) -> None:
+    """Raise ConfigError if a backend does not know a runtime."""
+    if container.runtime not in runtimes:
+        raise ConfigError(f"--on {backend} knows the container runtime {', '.join(runtimes)}, not {container.runtime}")
+
+
+def check_docker() -> None:
+    """See whether Docker can run attempts here.
+
+    Raises:
+        ConfigError: If it does not answer, runs elsewhere, or as another user.
+    """
+    host = os.environ.get("DOCKER_HOST", "")
+    if not sys.platform.startswith("linux") or (not host.startswith(("unix://", "/")) and host):
+        where = host or sys.platform
+        raise ConfigError(f"--image needs a docker daemon of this very machine, on Linux; this one is on {where}")
+    if shutil.which(DOCKER) is None:
+        raise ConfigError("--image needs docker, and there is none on PATH: install it, or leave --image out")
+    asked = [DOCKER, "info", "--format", "{{json .SecurityOptions}}"]
+    try:
+        done = subprocess.run(
+            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"docker has not answered within {_ANSWER_S:.0f} s: see 'docker info'") from None
+    if done.returncode:
+        raise ConfigError(f"docker does not answer: {(done.stderr.strip().splitlines() or ['see docker info'])[-1]}")
+    options = json.loads(done.stdout or "null") or []
+    if foreign := [name for name in ("rootless", "userns") if any(f"name={name}" in option for option in options)]:
+        raise ConfigError(
+            f"this docker daemon gives the users of containers other numbers ({foreign[0]}), and then they could not "
+            "write to your run directory: use a daemon of root's, or leave --image out"
+        )
+
+
 def words(
     container: Container, *, paths: Iterable[Path], cwd: Path, environ: Mapping[str, str], gpus: bool = False
 ) -> list[str]:
-    """Return what stands between srun's own options and the command in the container.
+    """Return what stands between what starts an attempt, srun on SLURM, and the command in the container.
 
     Args:
         container: The container.
         paths: Directories that the processes need: the run, the code, its data.
         cwd: Where the command runs.
-        environ: The environment of the step: the image may not overrule what is ours in it.
-        gpus: Whether the job has GPUs: Apptainer has to be told, Pyxis sees it.
+        environ: The environment of the attempt: the image may not overrule what is ours in it.
+        gpus: Whether there are GPUs to hand in: Pyxis sees it by itself.
 
     Raises:
         ConfigError: If a path cannot be written as a mount.
     """
-    mounts = ",".join([*_binds([*paths, Path(_SHARED)]), *map(_with_target, container.mounts)])
+    volumes = [*_binds([*paths, Path(_SHARED)]), *map(_with_target, container.mounts)]
+    if container.runtime == DOCKER:
+        return _docker(container, volumes, cwd=cwd, environ=environ, gpus=gpus)
+    mounts = ",".join(volumes)
     if container.runtime == "pyxis":
         # Our image's entry point is the supervisor; the step brings it along itself.
         options = [f"--container-image={container.image}", f"--container-mounts={mounts}"]
@@ -69,6 +116,20 @@ def words(
         return [*options, f"--container-env={','.join(sorted(ours(environ)))}"]
     nvidia = ["--nv"] if gpus else []
     return [container.runtime, "exec", *nvidia, f"--bind={mounts}", f"--pwd={cwd}", container.image]
+
+
+def _docker(
+    container: Container, volumes: Iterable[str], *, cwd: Path, environ: Mapping[str, str], gpus: bool
+) -> list[str]:
+    # Values of variables are in the client's environment, not on its command line, where everybody could read them.
+    names = sorted({name for name in environ if _NAME.fullmatch(name) and not _ITS_OWN.fullmatch(name)} | {*LATER})
+    return [
+        *(DOCKER, "run", "--rm", "--pid=host", "--network=host", f"--user={os.getuid()}:{os.getgid()}"),
+        *(["--gpus=all"] if gpus else []),
+        *(f"--volume={volume}" for volume in volumes),
+        *(f"--env={name}" for name in names),
+        *(f"--workdir={cwd}", "--entrypoint=", container.image),  # ours is the supervisor, which comes along
+    ]
 
 
 def command(supervise: Sequence[str]) -> list[str]:
@@ -85,6 +146,24 @@ def ours(environ: Mapping[str, str]) -> list[str]:
     return [name for name in environ if name.startswith("JOBKIT_") or name in _PYTHON]
 
 
+LATER = (
+    contract.ENV_RUN,
+    contract.ENV_ATTEMPT,
+    contract.ENV_GRACE,
+    contract.ENV_WARNED,
+    contract.ENV_PROCESS,
+    contract.ENV_PROCESSES,
+    contract.ENV_COORDINATOR,
+    contract.ENV_HOME,
+)
+"""Variables of ours that an attempt may have, though they are not known yet when its words are made."""
+_ANSWER_S = 20.0
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ITS_OWN = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|_|MAIL|TMPDIR|HOSTNAME|LD_.*|XDG_.*|VIRTUAL_ENV|CONDA_.*|PYTHONHOME"
+    "|DOCKER_.*|DISPLAY|DBUS_.*|SSH_.*|SSL_CERT_.*|(REQUESTS|CURL)_CA_BUNDLE|NVIDIA_.*|CUDA_(HOME|PATH)"
+)
+"""What says where things are on a machine, and is the image's to say."""
 _PYTHON = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONNOUSERSITE")
 
 

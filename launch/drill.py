@@ -27,6 +27,7 @@ from jobkit.storage import Store
 from jobkit.units import show_duration
 from launch import backends, diagnosis, drive, leftovers, local, lock, report, scenarios, scontrol
 from launch import spec as specs
+from launch.container import Container
 from launch.diagnosis import Diagnosis
 from launch.drive import Comparer, MissedError
 from launch.scenarios import Scenario, Shown, Stage, describe
@@ -61,12 +62,14 @@ class Options:
         keep: Keep the runs even if all went well.
         on: The backend.
         sbatch: Options of sbatch, on SLURM.
+        container: What the attempts are in; None for nothing.
     """
 
     command: tuple[str, ...]
     place: Path
     on: str = "local"
     sbatch: dict[str, str] = field(default_factory=dict)
+    container: Container | None = None
     steps: int | None = None
     jobs: int = 1
     timeout_s: float = 1800.0
@@ -184,6 +187,10 @@ class _Drill:
         }
         return {name: value for name, value in cache.items() if name not in os.environ} | more
 
+    def _mounted(self, container: Container) -> Container:
+        """Let the attempts of all runs see what they share, the compilations."""
+        return msgspec.structs.replace(container, mounts=(*container.mounts, str(self._options.place)))
+
     def submit(self, name: str, environ: dict[str, str], *, max_failures: int = 10) -> tuple[Store, JobSpec]:
         """Start a run of the user's program."""
         options, told = self._options, self._environ(**environ)
@@ -193,6 +200,7 @@ class _Drill:
             snapshot=options.snapshot,
             max_failures=max_failures,
             sbatch=options.sbatch,
+            container=options.container and self._mounted(options.container),
         )
         if self._local:
             store = local.submit(spec, environ=told)

@@ -12,7 +12,7 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.storage import Store
-from launch import backends, local, slurm, submission
+from launch import backends, container, local, slurm, submission
 from launch import spec as specs
 from launch.cli_where import Where
 from launch.managed import Managed
@@ -67,6 +67,11 @@ def _checked(store: Store, spec: JobSpec, name: str) -> JobSpec:
         return backend.completed(store, spec)
     if name == slurm.BACKEND:
         slurm.check(spec.sbatch, grace_s=spec.grace_s)
+    if spec.container is not None:
+        container.refuse_foreign(spec.container, _RUNTIMES[name], name)
     if name in (slurm.BACKEND, local.BACKEND) and spec.code is None and not os.path.isdir(spec.root):
         raise ConfigError(f"{spec.root} does not exist here, and run {store.url} has no snapshot of its code")
     return spec
+
+
+_RUNTIMES = {slurm.BACKEND: container.ON_SLURM, local.BACKEND: (container.DOCKER,)}

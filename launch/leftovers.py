@@ -166,7 +166,7 @@ def write_outcome(
         store: The run.
         attempt: Number of the attempt.
         program_code: Exit code of the program if it is known, 128+n for signal n.
-        reason: What happened to the supervisor.
+        reason: What happened to the supervisor, and to the program.
         preempted: Whether a scheduler ended the attempt to start it again: nobody's failure.
     """
     together = of_all_processes(store, attempt)
@@ -175,8 +175,6 @@ def write_outcome(
             _say_in_log(store, attempt, together)
         return
     code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
-    if program_code is not None:
-        reason = f"{reason}; the program ended with {contract.describe_exit(code)}"
     directory, link = store.file(contract.attempt_dir(attempt)), heartbeat_directory(store, attempt)
     events = attempt_events(store, attempt)
     value = {

@@ -12,17 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store, explain
 from jobkit.units import show_duration
-from launch import leftovers, report
+from launch import container, leftovers, report
 from launch import spec as specs
+from launch.command import in_container
 from launch.lock import RunLock, acquire, held, runner_alive
 from launch.spec import JobSpec
 from launch.submission import (
+    Plan,
     ask_to_cancel,
     cancel_content,
     make_point,
@@ -64,10 +67,24 @@ def submit(spec: JobSpec, *, environ: Mapping[str, str] | None = None) -> Store:
     Raises:
         ConfigError: If the specification cannot work or the directory is taken; nothing is left behind then.
     """
-    with new_run(prepare(spec), BACKEND) as (store, _, lock):
+    with new_run(plan(spec), BACKEND) as (store, _, lock):
         pass
     start(store, lock, environ)
     return store
+
+
+def plan(spec: JobSpec) -> Plan:
+    """Check a specification and fill in what it leaves open; writes nothing. In an image nothing here is looked for.
+
+    Raises:
+        ConfigError: If it cannot work.
+    """
+    found = prepare(spec, elsewhere=spec.container is not None)
+    if spec.container is not None:
+        container.refuse_foreign(spec.container, [container.DOCKER], BACKEND)
+        in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
+        container.check_docker()
+    return found
 
 
 def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None) -> None:

@@ -22,8 +22,8 @@ from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import JobkitError, StorageError, say
 from jobkit.ledger import Ledger, attempt_events
 from jobkit.storage import Store
-from launch import leftovers, notify, report, restart, snapshot
-from launch.command import command_in, search_path
+from launch import container, leftovers, notify, report, restart, snapshot
+from launch.command import command_in, in_container, search_path
 from launch.spec import JobSpec
 
 POLL_S = 0.1
@@ -33,6 +33,8 @@ _CLAIM_S = 20.0
 _FOLLOW_S = 6.0
 """How long the other processes of an attempt may go on when one of them has ended badly: without it they can commit
 nothing, and most hang in a collective."""
+_NOT_STARTED = (125, 126, 127)
+"""Of `docker run`: no container could be made of the image, or its python3 could not be started."""
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -56,6 +58,11 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
+
+
+def _end_with_us() -> None:
+    """Have the kernel tell a child when this process dies."""
+    processes.signal_on_parent_death(signal.SIGTERM)
 
 
 class Runner:
@@ -196,10 +203,13 @@ class Runner:
     def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """Make the code ready; return the supervisor's command and environment.
 
+        In a container the packages are the image's, whatever is on the path here.
+
         Args:
             environ: The environment of a runner.
         """
-        spec, old = self._spec, environ.get("PYTHONPATH", "")
+        spec = self._spec
+        old = environ.get("PYTHONPATH", "") if spec.container is None else ""
         if spec.code is None:
             top, path = Path(spec.root), old
         else:
@@ -212,7 +222,14 @@ class Runner:
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
         told = self._grace() if spec.stall_s is None else self._grace() | {contract.ENV_STALL: f"{spec.stall_s:g}"}
-        return supervise, environment(self._store, environ, path=path) | told
+        environ = environment(self._store, environ, path=path) | told
+        if spec.container is None:
+            return supervise, environ
+        environ |= container.ENVIRONMENT
+        if self._store.remote is not None:
+            environ[contract.ENV_HOME] = str(self._store.path.parent)
+        words = in_container(self._store, spec, cwd=cwd, environ=environ)
+        return [*words, *container.command(supervise)], environ
 
     def _grace(self) -> dict[str, str]:
         """Return how long an attempt has between being asked to stop and being killed."""
@@ -230,6 +247,7 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=self.output,
                     pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
+                    preexec_fn=_end_with_us if self._docker else None,
                 )
             except OSError as error:
                 raise JobkitError(f"cannot start the supervisor: {error}") from None
@@ -251,7 +269,20 @@ class Runner:
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         """Add to a supervisor's environment what ties it to this process."""
+        if self._docker:  # whose client hands on neither a parent nor a descriptor
+            return environ
         return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self._lock_fd)}
+
+    @property
+    def _docker(self) -> bool:
+        """Whether attempts are children of Docker's daemon, and what we start is its client."""
+        return self._spec.container is not None and self._spec.container.runtime == container.DOCKER
+
+    def _inside(self) -> tuple[set[int], set[int]]:
+        """Return the processes that are in containers, and which of them are at the top: their supervisors."""
+        found = set(leftovers.processes_of(self._store)) if self._docker else set()
+        below = {child for pid in found for child in processes.descendants(pid)}
+        return found | below, found - below
 
     def _while_running(self) -> None:
         """Do what is due while an attempt runs."""
@@ -281,9 +312,10 @@ class Runner:
             hang = bad not in (0, Exit.PREEMPTED)
             late = time.monotonic() - asked - (min(self._spec.grace_s, _FOLLOW_S) if hang else self._spec.grace_s)
             if late >= 0:
-                for pid in processes.descendants():
+                inside, tops = self._inside()
+                for pid in {*processes.descendants(), *inside}:
                     # A supervisor a little later: it still writes how the program ended.
-                    if pid not in started or late > 3:
+                    if pid not in {*started, *tops} or late > 3:
                         leftovers.send(pid, signal.SIGKILL)
         return bad or next((code for pid in started if (code := self._codes[pid]) != 0), 0)
 
@@ -308,7 +340,13 @@ class Runner:
         how = f"was killed ({contract.describe_exit(code)})" if killed else f"ended with {contract.describe_exit(code)}"
         if not killed and program_code is None:
             program_code = code
-        leftovers.write_outcome(self._store, attempt, program_code=program_code, reason=f"the supervisor {how}")
+        reason = f"the supervisor {how}"
+        if program_code is not None:
+            reason += f"; the program ended with {contract.describe_exit(program_code)}"
+        if self._docker and code in _NOT_STARTED and not programs:
+            where = self._store.file("runner.log")
+            reason = f"docker could not start the container ({contract.describe_exit(code)}): see {where}"
+        leftovers.write_outcome(self._store, attempt, program_code=program_code, reason=reason)
 
     def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
         """Return how an attempt ended, as its outcome says; by its exit code where that is not written."""

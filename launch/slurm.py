@@ -26,6 +26,7 @@ from jobkit.storage import Store
 from jobkit.units import show_duration
 from launch import container, leftovers, report, scontrol, sweep
 from launch import spec as specs
+from launch.command import in_container
 from launch.scontrol import Job, SlurmError
 from launch.spec import JobSpec
 from launch.submission import (
@@ -159,47 +160,9 @@ def plan(spec: JobSpec) -> Plan:
     """
     found = prepare(spec, elsewhere=spec.container is not None)
     if spec.container is not None:
+        container.refuse_foreign(spec.container, container.ON_SLURM, "slurm")
         in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
     return found
-
-
-def step(store: Store, spec: JobSpec) -> list[str]:
-    """Return the words of an attempt in a container, but for srun's own options, which depend on the job's nodes."""
-    top = store.file(f"{contract.CODE}/{spec.code}") if spec.code is not None else Path(spec.root)
-    cwd = top / os.path.relpath(spec.cwd, spec.root)
-    environ = dict.fromkeys((*_TOLD, *container.ENVIRONMENT), "")
-    words = in_container(store, spec, cwd=cwd, environ=environ)
-    supervise = ["python3", "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *spec.command]
-    return ["srun", *words, *supervise]
-
-
-_TOLD = (
-    contract.ENV_RUN,
-    contract.ENV_ATTEMPT,
-    contract.ENV_GRACE,
-    contract.ENV_WARNED,
-    "PYTHONPATH",
-    "PYTHONUNBUFFERED",
-)
-"""What the step's environment has for a supervisor."""
-
-
-def in_container(store: Store, spec: JobSpec, *, cwd: Path, environ: Mapping[str, str]) -> list[str]:
-    """Return the words that put a supervisor of a run's into its container: what srun gets between its options and it.
-
-    Args:
-        store: The run.
-        spec: What was submitted; with a container.
-        cwd: Where the command runs.
-        environ: The environment of the step.
-    """
-    assert spec.container is not None
-    # Data is linked into the unpacked code: what is there has to be visible too.
-    data = [Path(os.path.realpath(Path(spec.root) / name)) for name in spec.links]
-    paths = [store.path, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
-    paths += [Store(spec.sweep_url).path] if spec.sweep_url else []  # its points share the code that is there
-    gpus = any(name.startswith(("gpus", "gres")) for name in spec.sbatch)
-    return container.words(spec.container, paths=paths, cwd=cwd, environ=environ, gpus=gpus)
 
 
 def folder(store: Store) -> Path:

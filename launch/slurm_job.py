@@ -10,14 +10,13 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.slurm import parse_time
 from jobkit.storage import Store
-from launch import container, leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
+from launch import leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
 from launch.job_runner import JobRunner
 from launch.runner import free_port
@@ -235,16 +234,6 @@ class SlurmRunner(JobRunner):
 
     def _tasks(self) -> int:
         return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) * self._spec.tasks_per_node
-
-    def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-        """See `Runner`; in a container the packages are the image's, whatever is on the path here."""
-        if self._spec.container is None:
-            return super().prepare(environ)
-        supervise, environ = super().prepare({name: environ[name] for name in environ if name != "PYTHONPATH"})
-        environ |= container.ENVIRONMENT
-        cwd = Path(supervise[supervise.index("--cwd") + 1])
-        words = slurm.in_container(self._store, self._spec, cwd=cwd, environ=environ)
-        return [*words, *container.command(supervise)], environ
 
     def _launcher(self) -> list[str]:
         nodes, per_node = os.environ.get("SLURM_JOB_NUM_NODES") or "1", self._spec.tasks_per_node

@@ -36,7 +36,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
             does; None: what this run was seen to do, generously.
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
             `ntasks-per-node` alone.
-        container: For the SLURM backend: what the processes of the run are in; None for the node itself.
+        container: What the processes of the run are in, on this machine or on SLURM; None for neither.
         notify: Who is told what becomes of the run (see notify.py).
         sweep: Names in the command, written {name}, and their values: one run per combination; empty for a single run.
         parallel: At most so many points of a sweep at once; None for what the backend has room for, locally 1.

@@ -70,7 +70,7 @@ def test_apptainer() -> None:
     [
         (Container(image="a b"), "--image 'a b' is no image: give a .sif file, docker://NAME or a name"),
         (Container(image="--nv"), "--image '--nv' is no image: give a .sif file, docker://NAME or a name"),
-        (Container(image="a", runtime="podman"), "give apptainer, singularity, pyxis"),
+        (Container(image="a", runtime="podman"), "give docker, apptainer, singularity, pyxis"),
         (Container(image="a", mounts=("data:/data",)), "--mount 'data:/data' is not SOURCE"),
     ],
 )

@@ -1,0 +1,213 @@
+"""Attempts in containers on this machine: `jobkit submit --image IMAGE`, and a drill in one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobkit import contract, processes
+from jobkit.contract import State
+from jobkit.errors import ConfigError
+from jobkit.storage import Store
+from launch import container, drive, leftovers, local, lock, report
+from launch.container import Container
+from launch.spec import JobSpec
+from tests.engine import ROOT, Engine
+from tests.jobs import until
+from tests.test_drill import SCRIPTS, drill
+
+PROGRAM = """
+import os, pathlib, signal, sys, time
+from jobkit.heartbeat import Heartbeat, Phase
+how, beat = sys.argv[1], Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"]))
+noticed = []
+signal.signal(signal.SIGTERM, lambda *_: noticed.append(1))
+beat.enter(Phase.LISTENING)
+data, token = pathlib.Path("data/words").read_text(), os.environ["SOME_TOKEN"]
+print("prefix", sys.prefix, "data", data, "token", token, flush=True)
+beat.step = 0
+while os.environ["JOBKIT_ATTEMPT"] == "0" and (how == "deaf" or not noticed):
+    time.sleep(0.02)
+    beat.step += 1
+    beat.enter(Phase.STEPPING)
+if noticed:
+    beat.enter(Phase.STOPPED)
+    sys.exit(75)
+beat.enter(Phase.FINISHED)
+"""
+
+
+def test_words(tmp_path: Path) -> None:
+    """Same paths, user and process ids as outside; of variables the names alone, and not what is a machine's own."""
+    environ = {"JOBKIT_RUN": "/r", "WANDB_API_KEY": "secret", "PATH": "/bin", "LD_PRELOAD": "x", "BASH_FUNC_f%%": "()"}
+    told = Container(image="train:1", runtime="docker", mounts=("/scratch", "/a:/b:ro"))
+    words = container.words(
+        told, paths=[Path("/r"), Path("/r/code/1")], cwd=Path("/r/code/1"), environ=environ, gpus=True
+    )
+    assert words[:5] == ["docker", "run", "--rm", "--pid=host", "--network=host"]
+    assert words[5:7] == [f"--user={os.getuid()}:{os.getgid()}", "--gpus=all"]
+    assert [word for word in words if word.startswith("--volume")] == [
+        "--volume=/dev/shm:/dev/shm", "--volume=/r:/r", "--volume=/scratch:/scratch", "--volume=/a:/b:ro",
+    ]  # fmt: skip
+    names = {word.removeprefix("--env=") for word in words if word.startswith("--env")}
+    assert names == {"JOBKIT_RUN", "WANDB_API_KEY", *container.LATER}
+    assert not [word for word in words if "secret" in word]
+    assert words[-3:] == ["--workdir=/r/code/1", "--entrypoint=", "train:1"]
+
+
+def test_docker_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon of another machine does not see the run directory: refused, and so is a machine without docker."""
+    monkeypatch.setenv("DOCKER_HOST", "ssh://gpu.example")
+    with pytest.raises(ConfigError, match=r"this one is on ssh://gpu\.example"):
+        container.check_docker()
+    monkeypatch.setenv("DOCKER_HOST", "")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ConfigError, match="needs docker, and there is none on PATH"):
+        container.check_docker()
+
+
+def test_runtimes_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apptainer is for SLURM, Docker for this machine: what a backend does not know is refused before it writes."""
+    monkeypatch.chdir(tmp_path)
+    spec = JobSpec(command=("true",), run=str(tmp_path / "r"), container=Container(image="a.sif"))
+    with pytest.raises(ConfigError, match="--on local knows the container runtime docker, not apptainer"):
+        local.submit(spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Submitted:
+    """A run in containers, as a user of Docker has it."""
+
+    def __init__(self, place: Path, image: str, how: str) -> None:
+        (place / "code").mkdir()
+        (place / "code" / "train.py").write_text(PROGRAM)
+        (place / "code" / "data").mkdir()
+        (place / "code" / "data" / "words").write_text("there")
+        command = [
+            sys.executable,
+            "-m",
+            "launch",
+            "submit",
+            "--image",
+            image,
+            "--grace",
+            "4s",
+            "--run",
+            str(place / "run"),
+        ]
+        subprocess.run(
+            [*command, "--", "python3", "train.py", how],
+            cwd=place / "code",
+            env=os.environ | {"PYTHONPATH": str(ROOT), "SOME_TOKEN": "s3cr3t"},
+            check=True,
+        )
+        self.store = Store(place / "run")
+
+    @property
+    def status(self) -> report.Status:
+        """What it is doing."""
+        return report.status(self.store)
+
+    def steps(self) -> dict[str, int]:
+        """Wait until it steps; return the process ids of runner, docker's client, supervisor and program."""
+        until(lambda: (link := drive.living(self.store, 0)) and drive.beat_of(link).step > 0, "it steps", seconds=60)
+        link = drive.living(self.store, 0)
+        assert link is not None
+        runner = lock.holder(self.store)["pid"]
+        (client,) = processes.children(runner)
+        return {"runner": runner, "client": client, "supervisor": link["pid"], "program": drive.beat_of(link).pid}
+
+    def ends(self) -> report.Status:
+        """Wait until it is over and nothing of it is left."""
+        until(lambda: self.status.state.over and not leftovers.processes_of(self.store), "it is over", seconds=90)
+        return self.status
+
+
+@pytest.fixture
+def run(docker: Engine, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Submitted]:
+    """Submit a run."""
+    made = Submitted(tmp_path, docker.image(), getattr(request, "param", "polite"))
+    yield made
+    drive.end_now(made.store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["supervisor", "client"])
+def test_a_notice_reaches_the_program(run: Submitted, who: str) -> None:
+    """A SIGTERM to the supervisor, or docker's client, is a notice; Python is the image's, data and token are there."""
+    pids = run.steps()
+    told = Path(f"/proc/{pids['client']}/cmdline").read_text() + run.store.file("run.json").read_text()
+    assert "s3cr3t" not in told
+    os.kill(pids[who], signal.SIGTERM)
+    ended = run.ends()
+    assert (ended.state, [one.outcome for one in ended.endings]) == (State.DONE, ["preempted", "done"])
+    assert "prefix /opt/jobkit data there token s3cr3t" in run.store.file(contract.log_file(1)).read_text()
+
+
+@pytest.mark.slow
+def test_kills(run: Submitted) -> None:
+    """Docker's client killed, the container saves and goes, and the next one starts; never two at a time."""
+    pids = run.steps()
+    os.kill(pids["client"], signal.SIGKILL)
+    ended = run.ends()
+    assert (ended.state, [one.outcome for one in ended.endings]) == (State.DONE, ["preempted", "done"])
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_is_killed(run: Submitted) -> None:
+    """With the container's first process everything in it goes: killed, and the next one starts."""
+    os.kill(run.steps()["supervisor"], signal.SIGKILL)
+    ended = run.ends()
+    assert (ended.state, [one.outcome for one in ended.endings]) == (State.DONE, ["killed", "done"])
+
+
+@pytest.mark.slow
+def test_a_runner_that_is_killed(run: Submitted) -> None:
+    """Without its runner the container saves and goes; a resume goes on."""
+    pids = run.steps()
+    os.kill(pids["runner"], signal.SIGKILL)
+    until(lambda: not any(processes.alive(pid) for pid in pids.values()), "all are gone", seconds=30)
+    assert run.status.endings[0].outcome == "preempted"
+    local.resume(run.store.url, environ={"SOME_TOKEN": "again"})
+    assert run.ends().state is State.DONE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["deaf"], indirect=True)
+def test_a_cancel_insists(run: Submitted) -> None:
+    """A program that ignores the notice is killed when its grace is over, in its container too."""
+    pids = run.steps()
+    assert local.cancel(run.store.url) is State.CANCELLED
+    assert not any(processes.alive(pid) for pid in pids.values())
+    assert run.status.attempt == 0
+    assert run.ends().endings[0].outcome == "killed"
+
+
+@pytest.mark.slow
+def test_an_image_that_is_not_there(docker: Engine, tmp_path: Path) -> None:
+    """The run fails at once, and says where docker's own words are."""
+    made = Submitted(tmp_path, "jobkit-test:nobody-built-it", "polite")
+    ended = made.ends()
+    assert ended.state is State.FAILED
+    assert "docker could not start the container (exit code 125): see " in ended.endings[0].reason
+    assert "nobody-built-it" in made.store.file("runner.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_drill_in_a_container(docker: Engine, tmp_path: Path) -> None:
+    """A drill whose attempts are in containers: interrupted from outside, lost with their node, woken up again."""
+    image = docker.image("train,gcs,report")
+    only = [word for name in ("notice", "kill-commit", "node", "zombie-save") for word in ("--only", name)]
+    (tmp_path / "sound.py").write_bytes((SCRIPTS / "sound.py").read_bytes())
+    where = ["--image", image, "-j", "2", "--run", str(tmp_path / "d"), "--json"]
+    done = drill(*where, *only, "--", "python", "sound.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert [each["identical"] for each in told["scenarios"]] == [True] * 4
+    assert docker.docker("ps", "--quiet", "--filter", f"volume={tmp_path / 'd'}").stdout == ""
