@@ -163,6 +163,7 @@ class Run:
             self._control = Control.after_hearing(self._store) if self._group.first else None
             self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, python=sys.version.split()[0])
             if self._group.first:
+                self._store.tidy(contract.STRATEGY)
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
             compilecache.use(self._store)
             self._probe = self._new_probe()

@@ -208,6 +208,13 @@ class Store:
         except OSError as error:
             raise explain(error, f"cannot create a directory in {parent}") from None
 
+    def tidy(self, name: str) -> None:
+        """Remove what writers of a file that were killed have left beside it; nobody else may be writing it."""
+        path = self.file(name)
+        for left in path.parent.glob(_temporary(path.name, "*")):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
     def remove(self, name: str) -> None:
         """Remove a file if it is there, durably."""
         path = self.file(name)
@@ -220,12 +227,16 @@ class Store:
         sync_directory(path.parent)
 
 
+def _temporary(name: str, token: str) -> str:
+    return f".{name}.{token}.tmp"
+
+
 class _Writing:
     """Give a temporary name beside `path`, translate errors, and leave nothing behind."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._temporary = path.with_name(_temporary(path.name, secrets.token_hex(6)))
 
     def __enter__(self) -> Path:
         try:

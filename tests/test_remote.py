@@ -23,6 +23,7 @@ from jobkit.remote import Remote
 from jobkit.storage import Store
 from tests import training
 from tests.gcs_server import GcsServer
+from tests.jobs import until
 
 
 @dataclass
@@ -455,10 +456,8 @@ def test_a_dead_bucket_does_not_stop_the_training(gs: Place, gcs: GcsServer) -> 
     """While the bucket is down training goes on and saves stay here, loudly; when it is back everything lands."""
     log = gs.homes / "log"
     process = training.start(_plain, gs.url, log=log, environment=gs.node("a"), steps=400)
-    deadline = time.monotonic() + 60
-    while not any("checkpoints/0/commit.json" in name for name in gcs.names()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: any("checkpoints/0/commit.json" in name for name in gcs.names()), "step 0 is there", seconds=90)
+    deadline = time.monotonic() + 90
     gcs.faults.down = "503"
     (home,) = (gs.homes / "a").iterdir()
     begun = max(commits.steps(Store(home)))

@@ -290,3 +290,13 @@ def test_a_tree_is_listed_summed_and_removed(tmp_path: Path) -> None:
     assert not root.exists()
     remove_tree(root)
     assert free_bytes(root / "not" / "there") > 0
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """What lies beside a file because its writer was killed goes; the file itself and what is another's stay."""
+    store = Store(tmp_path)
+    store.write("strategy.json", "{}")
+    for name in (".strategy.json.0123456789ab.tmp", ".strategy.json.ba9876543210.tmp", ".run.json.0123456789ab.tmp"):
+        store.file(name).touch()
+    store.tidy("strategy.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.json.0123456789ab.tmp", "strategy.json"]

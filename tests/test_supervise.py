@@ -138,10 +138,10 @@ def test_the_program_learns_what_is_known_of_a_notice(tmp_path: Path) -> None:
         "    state = run.resume(total=0, optimizer=None)\n"
         "    print('listening', flush=True)\n"
         "    for step in run.steps(100_000):\n"
-        "        time.sleep(0.01)\n"
         "        state.total += 1\n"
-        "        if run.notice is not None:\n"
-        "            print(run.notice.source, run.notice.reason, round(run.notice.deadline_s), flush=True)\n"
+        "        while run.notice is None:\n"
+        "            time.sleep(0.01)\n"
+        "        print(run.notice.source, run.notice.reason, round(run.notice.deadline_s), flush=True)\n"
     )
     grace = {contract.ENV_GRACE: "25", contract.ENV_WARNED: "70"}
     for number, expected in (signal.SIGTERM, "SIGTERM signal 25"), (signal.SIGUSR2, "SIGUSR2 signal 70"):
