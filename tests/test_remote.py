@@ -456,7 +456,7 @@ def test_a_dead_bucket_does_not_stop_the_training(gs: Place, gcs: GcsServer) -> 
     """While the bucket is down training goes on and saves stay here, loudly; when it is back everything lands."""
     log = gs.homes / "log"
     process = training.start(_plain, gs.url, log=log, environment=gs.node("a"), steps=400)
-    until(lambda: any("checkpoints/0/commit.json" in name for name in gcs.names()), "step 0 is there", seconds=90)
+    until(lambda: mirror.remote_steps(Remote(gs.url)), "a step is in the bucket", seconds=90)
     deadline = time.monotonic() + 90
     gcs.faults.down = "503"
     (home,) = (gs.homes / "a").iterdir()
