@@ -513,7 +513,8 @@ def main(url: str | None, cwd: Path | None, command: tuple[str, ...]) -> None:
     runner = os.environ.get(contract.ENV_RUNNER, "")
     if runner.isdigit():  # told to stop when the local runner dies; the lock it handed down stays held until we end
         processes.signal_on_parent_death(signal.SIGTERM)
-        if os.getppid() != int(runner):
+        # In a container the parent is the engine's; what it was started with, docker's client, tells it then.
+        if os.getppid() != int(runner) and not processes.alive(int(runner)):
             os.kill(os.getpid(), signal.SIGTERM)
     try:
         if not url:

@@ -46,6 +46,7 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit -- python train.py
       jobkit submit --run runs/mnist --wait -- python train.py --lr 1e-3
       jobkit submit --profile long --dry-run -- python -m mypackage.train
+      jobkit submit --image train:1 -- python train.py
       jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py

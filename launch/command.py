@@ -109,7 +109,9 @@ def in_container(store: Store, spec: JobSpec, *, cwd: Path, environ: Mapping[str
     paths = [store.path, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
     paths += [Store(spec.sweep_url).path] if spec.sweep_url else []  # its points share the code that is there
     asked = any(name.startswith(("gpus", "gres")) for name in spec.sbatch)
-    gpus = os.path.exists(_GPU) if spec.container.runtime == container.DOCKER else asked
+    # Docker hands in GPUs only where NVIDIA's toolkit is, and does not start at all where it is not.
+    there = os.path.exists(_GPU) and shutil.which("nvidia-container-cli") is not None
+    gpus = there if spec.container.runtime == container.DOCKER else asked
     return container.words(spec.container, paths=paths, cwd=cwd, environ=environ, gpus=gpus)
 
 

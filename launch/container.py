@@ -6,6 +6,7 @@ holds in both. /dev/shm is shared, where the runner reads how far the program is
 numbers that they have outside, so that whoever looks after them need not know of containers.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -53,6 +54,18 @@ def check(container: Container) -> None:
     for mount in container.mounts:
         if not re.fullmatch(r"/[^:,\s]*(:/[^:,\s]*(:(ro|rw))?)?", mount):
             raise ConfigError(f"--mount {mount!r} is not SOURCE[:TARGET[:ro]] with absolute paths")
+
+
+def remove(url: str) -> None:
+    """Remove the containers of a run that has no attempt just now, started or not; at best, for Docker may be down."""
+    listed = [DOCKER, "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={_LABEL}={url}"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            listed, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=True
+        )
+        if names := found.stdout.split():
+            gone = [DOCKER, "rm", "--force", *names]
+            subprocess.run(gone, stdin=subprocess.DEVNULL, capture_output=True, timeout=_ANSWER_S, check=False)
 
 
 def refuse_foreign(container: Container, runtimes: Sequence[str], backend: str) -> None:
@@ -125,6 +138,7 @@ def _docker(
     names = sorted({name for name in environ if _NAME.fullmatch(name) and not _ITS_OWN.fullmatch(name)} | {*LATER})
     return [
         *(DOCKER, "run", "--rm", "--pid=host", "--network=host", f"--user={os.getuid()}:{os.getgid()}"),
+        f"--label={_LABEL}={environ.get(contract.ENV_RUN, '')}",
         *(["--gpus=all"] if gpus else []),
         *(f"--volume={volume}" for volume in volumes),
         *(f"--env={name}" for name in names),
@@ -155,9 +169,11 @@ LATER = (
     contract.ENV_PROCESSES,
     contract.ENV_COORDINATOR,
     contract.ENV_HOME,
+    contract.ENV_RUNNER,
 )
 """Variables of ours that an attempt may have, though they are not known yet when its words are made."""
 _ANSWER_S = 20.0
+_LABEL = "jobkit.run"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ITS_OWN = re.compile(
     "PATH|HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|_|MAIL|TMPDIR|HOSTNAME|LD_.*|XDG_.*|VIRTUAL_ENV|CONDA_.*|PYTHONHOME"

@@ -184,6 +184,8 @@ class Runner:
         self._newest_attempt = attempt
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
+        if self._docker and code != 0:  # its client may have been killed while it was making one
+            container.remove(self._store.url)
         self._write_down(lambda: self._close(attempt, code))
         return self._ended(attempt, time.monotonic() - started, code)
 
@@ -209,7 +211,9 @@ class Runner:
             environ: The environment of a runner.
         """
         spec = self._spec
-        old = environ.get("PYTHONPATH", "") if spec.container is None else ""
+        if spec.container is not None:
+            environ = {name: environ[name] for name in environ if name != "PYTHONPATH"}
+        old = environ.get("PYTHONPATH", "")
         if spec.code is None:
             top, path = Path(spec.root), old
         else:
@@ -226,7 +230,7 @@ class Runner:
         if spec.container is None:
             return supervise, environ
         environ |= container.ENVIRONMENT
-        if self._store.remote is not None:
+        if self._docker and self._store.remote is not None:
             environ[contract.ENV_HOME] = str(self._store.path.parent)
         words = in_container(self._store, spec, cwd=cwd, environ=environ)
         return [*words, *container.command(supervise)], environ
@@ -269,9 +273,8 @@ class Runner:
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         """Add to a supervisor's environment what ties it to this process."""
-        if self._docker:  # whose client hands on neither a parent nor a descriptor
-            return environ
-        return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self._lock_fd)}
+        told = environ | {contract.ENV_RUNNER: str(os.getpid())}
+        return told if self._docker else told | {contract.ENV_LOCK: str(self._lock_fd)}  # its client holds the lock
 
     @property
     def _docker(self) -> bool:

@@ -50,7 +50,7 @@ def test_words(tmp_path: Path) -> None:
         told, paths=[Path("/r"), Path("/r/code/1")], cwd=Path("/r/code/1"), environ=environ, gpus=True
     )
     assert words[:5] == ["docker", "run", "--rm", "--pid=host", "--network=host"]
-    assert words[5:7] == [f"--user={os.getuid()}:{os.getgid()}", "--gpus=all"]
+    assert words[5:8] == [f"--user={os.getuid()}:{os.getgid()}", "--label=jobkit.run=/r", "--gpus=all"]
     assert [word for word in words if word.startswith("--volume")] == [
         "--volume=/dev/shm:/dev/shm", "--volume=/r:/r", "--volume=/scratch:/scratch", "--volume=/a:/b:ro",
     ]  # fmt: skip
@@ -175,6 +175,32 @@ def test_a_runner_that_is_killed(run: Submitted) -> None:
     assert run.status.endings[0].outcome == "preempted"
     local.resume(run.store.url, environ={"SOME_TOKEN": "again"})
     assert run.ends().state is State.DONE
+
+
+@pytest.mark.slow
+def test_a_runner_that_is_killed_before_the_container_is_there(
+    docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docker's client hears before it has started a container it passes on to nobody: the supervisor looks."""
+    image, programs = docker.image(), tmp_path / "bin"
+    programs.mkdir()
+    slow = f"""#!/bin/sh
+    if [ "$1" = run ]; then
+        touch {tmp_path}/asked
+        trap '' TERM
+        while ! [ -e {tmp_path}/go ]; do sleep 0.05; done
+    fi
+    exec {docker.program} "$@"
+    """
+    (programs / "docker").write_text(slow)
+    (programs / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    made = Submitted(tmp_path, image, "deaf")
+    until((tmp_path / "asked").exists, "docker is asked for a container")
+    os.kill(lock.holder(made.store)["pid"], signal.SIGKILL)
+    (tmp_path / "go").touch()
+    until(lambda: not leftovers.processes_of(made.store), "nothing of the run is left", seconds=30)
+    assert report.status(made.store).step is None
 
 
 @pytest.mark.slow

@@ -107,8 +107,6 @@ def test_dry_run_shows_the_step(login: Login) -> None:
     )
     assert code.startswith(f"{run}/code/")
     assert "give --image too" in login.jobkit("submit", "--mount", "/a", "--", "python", "train.py", code=2)
-    refused = login.jobkit("submit", "--image", "a", "--", "python", "train.py", code=2)
-    assert "--image is for --on gcp, aws or slurm; this is --on local" in refused
 
 
 @pytest.fixture
