@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -501,6 +502,13 @@ def _json(**values: object) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
+def _outlive(runner: int) -> None:
+    """Take the end of a runner that is not this process's parent for a SIGTERM."""
+    while processes.alive(runner):
+        time.sleep(_TICK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--run", "url", envvar=contract.ENV_RUN, help="The run directory; JOBKIT_RUN by default.")
 @click.option("--cwd", type=click.Path(path_type=Path), help="Directory in which CMD runs.")
@@ -513,9 +521,8 @@ def main(url: str | None, cwd: Path | None, command: tuple[str, ...]) -> None:
     runner = os.environ.get(contract.ENV_RUNNER, "")
     if runner.isdigit():  # told to stop when the local runner dies; the lock it handed down stays held until we end
         processes.signal_on_parent_death(signal.SIGTERM)
-        # In a container the parent is the engine's; what it was started with, docker's client, tells it then.
-        if os.getppid() != int(runner) and not processes.alive(int(runner)):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if os.getppid() != int(runner):  # gone already; or the parent is the engine's, in a container
+            threading.Thread(target=_outlive, args=(int(runner),), daemon=True).start()
     try:
         if not url:
             raise ConfigError(f"no run directory: set {contract.ENV_RUN} or give --run")

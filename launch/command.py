@@ -106,12 +106,15 @@ def in_container(store: Store, spec: JobSpec, *, cwd: Path, environ: Mapping[str
     assert spec.container is not None
     # Data is linked into the unpacked code: what is there has to be visible too.
     data = [Path(os.path.realpath(Path(spec.root) / name)) for name in spec.links]
-    paths = [store.path, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
+    # A home's directory has to be its owner's, in the container too; Docker would make it root's.
+    docker = spec.container.runtime == container.DOCKER
+    own = store.path.parent if docker and store.remote is not None else store.path
+    paths = [own, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
     paths += [Store(spec.sweep_url).path] if spec.sweep_url else []  # its points share the code that is there
     asked = any(name.startswith(("gpus", "gres")) for name in spec.sbatch)
     # Docker hands in GPUs only where NVIDIA's toolkit is, and does not start at all where it is not.
     there = os.path.exists(_GPU) and shutil.which("nvidia-container-cli") is not None
-    gpus = there if spec.container.runtime == container.DOCKER else asked
+    gpus = there if docker else asked
     return container.words(spec.container, paths=paths, cwd=cwd, environ=environ, gpus=gpus)
 
 

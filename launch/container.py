@@ -8,6 +8,7 @@ numbers that they have outside, so that whoever looks after them need not know o
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -118,8 +119,11 @@ def words(
     Raises:
         ConfigError: If a path cannot be written as a mount.
     """
-    volumes = [*_binds([*paths, Path(_SHARED)]), *map(_with_target, container.mounts)]
-    if container.runtime == DOCKER:
+    binds, mounted = _binds([*paths, Path(_SHARED)]), [_with_target(mount) for mount in container.mounts]
+    volumes = [*binds, *mounted]
+    if container.runtime == DOCKER:  # takes no place twice; what was asked for wins
+        taken = {mount.split(":")[1] for mount in mounted}
+        volumes = [*(bind for bind in binds if bind.split(":")[1] not in taken), *mounted]
         return _docker(container, volumes, cwd=cwd, environ=environ, gpus=gpus)
     mounts = ",".join(volumes)
     if container.runtime == "pyxis":
@@ -134,11 +138,14 @@ def words(
 def _docker(
     container: Container, volumes: Iterable[str], *, cwd: Path, environ: Mapping[str, str], gpus: bool
 ) -> list[str]:
+    stop_s = math.ceil(float(environ.get(contract.ENV_GRACE) or 30)) + 5
     # Values of variables are in the client's environment, not on its command line, where everybody could read them.
     names = sorted({name for name in environ if _NAME.fullmatch(name) and not _ITS_OWN.fullmatch(name)} | {*LATER})
     return [
         *(DOCKER, "run", "--rm", "--pid=host", "--network=host", f"--user={os.getuid()}:{os.getgid()}"),
         f"--label={_LABEL}={environ.get(contract.ENV_RUN, '')}",
+        *(f"--group-add={number}" for number in sorted(os.getgroups())),
+        *(f"--stop-timeout={stop_s}", "--log-driver=none"),  # the attempt's log has what it prints
         *(["--gpus=all"] if gpus else []),
         *(f"--volume={volume}" for volume in volumes),
         *(f"--env={name}" for name in names),
@@ -177,7 +184,8 @@ _LABEL = "jobkit.run"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ITS_OWN = re.compile(
     "PATH|HOME|USER|LOGNAME|SHELL|PWD|OLDPWD|SHLVL|_|MAIL|TMPDIR|HOSTNAME|LD_.*|XDG_.*|VIRTUAL_ENV|CONDA_.*|PYTHONHOME"
-    "|DOCKER_.*|DISPLAY|DBUS_.*|SSH_.*|SSL_CERT_.*|(REQUESTS|CURL)_CA_BUNDLE|NVIDIA_.*|CUDA_(HOME|PATH)"
+    "|DOCKER_.*|DISPLAY|DBUS_.*|SSH_.*|SSL_CERT_.*|.*_CA_(BUNDLE|CERTS?)|GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
+    "|NVIDIA_(VISIBLE_DEVICES|DRIVER_.*)|CUDA_(HOME|PATH)"
 )
 """What says where things are on a machine, and is the image's to say."""
 _PYTHON = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONNOUSERSITE")

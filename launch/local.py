@@ -165,7 +165,7 @@ def resume(
 
 def refuse_alive(store: Store) -> None:
     """Raise ConfigError if a run has a runner, or may have one on another machine, whose lock nobody sees here."""
-    if _has_runner(store) or held(store):
+    if _has_runner(store) or held(store) or leftovers.processes_of(store):
         raise ConfigError(says_alive(store))
     begun = [event for event in report.events(store) if event["event"] in ("submitted", "resumed")]
     host = str(begun[-1].get("by", "")).rpartition("@")[2] if begun else ""
@@ -238,6 +238,8 @@ def bury(store: Store, spec: JobSpec, state: State, reason: str) -> None:
     if status.ended:
         return
     leftovers.clear(store, grace_s=spec.grace_s)
+    if spec.container is not None:
+        container.remove(store.url)
     leftovers.close_attempts(store, "the supervisor was killed")
     record(store, "ended", state=state, reason=reason)
 

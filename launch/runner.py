@@ -33,6 +33,8 @@ _CLAIM_S = 20.0
 _FOLLOW_S = 6.0
 """How long the other processes of an attempt may go on when one of them has ended badly: without it they can commit
 nothing, and most hang in a collective."""
+_DAEMON_S = 300.0
+"""How long Docker may be down between two attempts, for an upgrade."""
 _NOT_STARTED = (125, 126, 127)
 """Of `docker run`: no container could be made of the image, or its python3 could not be started."""
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -124,6 +126,8 @@ class Runner:
 
     def _attempts(self) -> tuple[State, str]:
         self._clear()
+        if self._docker:  # made for an attempt whose runner was killed, and never started
+            container.remove(self._store.url)
         self._write_down(lambda: leftovers.close_attempts(self._store, "the runner and the supervisor were killed"))
         policy = restart.Policy(
             max_failures=self._spec.max_failures, committed_at_start=leftovers.committed_step(self._store)
@@ -173,6 +177,8 @@ class Runner:
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
         started = time.monotonic()
+        if self._docker:
+            self._until_docker()
         command, environ = self.prepare(dict(os.environ))
         try:
             self._pay()
@@ -281,6 +287,19 @@ class Runner:
         """Whether attempts are children of Docker's daemon, and what we start is its client."""
         return self._spec.container is not None and self._spec.container.runtime == container.DOCKER
 
+    def _until_docker(self) -> None:
+        """Wait for a daemon that is just being started again, a few minutes at most."""
+        deadline, told = time.monotonic() + _DAEMON_S, False
+        while self._over() is None and time.monotonic() < deadline:
+            try:
+                container.check_docker()
+                break
+            except JobkitError as error:
+                if not told:
+                    say(f"{error}; waiting for it")
+                told = True
+            self._nap(1.0)
+
     def _inside(self) -> tuple[set[int], set[int]]:
         """Return the processes that are in containers, and which of them are at the top: their supervisors."""
         found = set(leftovers.processes_of(self._store)) if self._docker else set()
@@ -291,7 +310,8 @@ class Runner:
         """Do what is due while an attempt runs."""
 
     def _ask_to_stop(self, started: list[int]) -> None:
-        for pid in started:
+        # Those in a container too: Docker's client tells nobody while the daemon hangs.
+        for pid in [*started, *self._inside()[1]]:
             if pid not in self._codes:
                 leftovers.send(pid, signal.SIGTERM)
 
@@ -349,6 +369,10 @@ class Runner:
         if self._docker and code in _NOT_STARTED and not programs:
             where = self._store.file("runner.log")
             reason = f"docker could not start the container ({contract.describe_exit(code)}): see {where}"
+            try:
+                container.check_docker()
+            except JobkitError:  # it was interrupted too: nobody's failure
+                program_code = None
         leftovers.write_outcome(self._store, attempt, program_code=program_code, reason=reason)
 
     def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:

@@ -50,7 +50,7 @@ def test_words(tmp_path: Path) -> None:
         told, paths=[Path("/r"), Path("/r/code/1")], cwd=Path("/r/code/1"), environ=environ, gpus=True
     )
     assert words[:5] == ["docker", "run", "--rm", "--pid=host", "--network=host"]
-    assert words[5:8] == [f"--user={os.getuid()}:{os.getgid()}", "--label=jobkit.run=/r", "--gpus=all"]
+    assert words[5:7] == [f"--user={os.getuid()}:{os.getgid()}", "--label=jobkit.run=/r"]
     assert [word for word in words if word.startswith("--volume")] == [
         "--volume=/dev/shm:/dev/shm", "--volume=/r:/r", "--volume=/scratch:/scratch", "--volume=/a:/b:ro",
     ]  # fmt: skip
@@ -167,10 +167,12 @@ def test_a_supervisor_that_is_killed(run: Submitted) -> None:
 
 
 @pytest.mark.slow
-def test_a_runner_that_is_killed(run: Submitted) -> None:
-    """Without its runner the container saves and goes; a resume goes on."""
+@pytest.mark.parametrize("killed", [("runner",), ("runner", "client")])
+def test_a_runner_that_is_killed(run: Submitted, killed: tuple[str, ...]) -> None:
+    """Without its runner, and docker's client too, the container saves and goes; a resume goes on."""
     pids = run.steps()
-    os.kill(pids["runner"], signal.SIGKILL)
+    for who in killed:
+        os.kill(pids[who], signal.SIGKILL)
     until(lambda: not any(processes.alive(pid) for pid in pids.values()), "all are gone", seconds=30)
     assert run.status.endings[0].outcome == "preempted"
     local.resume(run.store.url, environ={"SOME_TOKEN": "again"})
