@@ -110,13 +110,13 @@ def container_of(
     backend: str, image: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> "Container | None":
     """Read what the processes of an attempt are in, on this machine or in a SLURM job."""
-    from launch.container import DOCKER, Container
+    from launch.container import DOCKER, RUNTIMES, Container
 
     if image is None:
-        if given.get("container_runtime") or given["mount"]:
+        if given["container_runtime"] or given["mount"]:
             raise ConfigError("--container-runtime and --mount say how an image is used: give --image too")
         return None
-    runtime = _choose("container-runtime", options, given) or ("apptainer" if backend == "slurm" else DOCKER)
+    runtime = _choose("container-runtime", options, given) or RUNTIMES.get(backend, (DOCKER,))[0]
     return Container(image=image, runtime=runtime, mounts=(*options.get("mount", ()), *given["mount"]))
 
 

@@ -23,7 +23,8 @@ from jobkit import contract
 from jobkit.errors import ConfigError
 
 DOCKER = "docker"
-ON_SLURM = ("apptainer", "singularity", "pyxis")
+RUNTIMES = {"local": (DOCKER,), "slurm": ("apptainer", "singularity", "pyxis")}
+"""What a backend knows, its default first."""
 _SHARED = "/dev/shm"
 
 
@@ -47,9 +48,9 @@ def check(container: Container) -> None:
     Raises:
         ConfigError: With the value and the remedy.
     """
-    if container.runtime not in (DOCKER, *ON_SLURM):
-        known = ", ".join((DOCKER, *ON_SLURM))
-        raise ConfigError(f"the container runtime {container.runtime!r} is not known; give {known}")
+    known = [runtime for runtimes in RUNTIMES.values() for runtime in runtimes]
+    if container.runtime not in known:
+        raise ConfigError(f"the container runtime {container.runtime!r} is not known; give {', '.join(known)}")
     if not re.fullmatch(r"[^\s,-][^\s,]*", container.image):
         raise ConfigError(f"--image {container.image!r} is no image: give a .sif file, docker://NAME or a name")
     for mount in container.mounts:
@@ -69,10 +70,11 @@ def remove(url: str) -> None:
             subprocess.run(gone, stdin=subprocess.DEVNULL, capture_output=True, timeout=_ANSWER_S, check=False)
 
 
-def refuse_foreign(container: Container, runtimes: Sequence[str], backend: str) -> None:
+def refuse_foreign(container: Container, backend: str) -> None:
     """Raise ConfigError if a backend does not know a runtime."""
-    if container.runtime not in runtimes:
-        raise ConfigError(f"--on {backend} knows the container runtime {', '.join(runtimes)}, not {container.runtime}")
+    known = RUNTIMES[backend]
+    if container.runtime not in known:
+        raise ConfigError(f"--on {backend} knows the container runtime {', '.join(known)}, not {container.runtime}")
 
 
 def check_docker() -> None:

@@ -68,12 +68,9 @@ def _checked(store: Store, spec: JobSpec, name: str) -> JobSpec:
     if name == slurm.BACKEND:
         slurm.check(spec.sbatch, grace_s=spec.grace_s)
     if spec.container is not None:
-        container.refuse_foreign(spec.container, _RUNTIMES[name], name)
+        container.refuse_foreign(spec.container, name)
         if name == local.BACKEND:
             container.check_docker()
     if name in (slurm.BACKEND, local.BACKEND) and spec.code is None and not os.path.isdir(spec.root):
         raise ConfigError(f"{spec.root} does not exist here, and run {store.url} has no snapshot of its code")
     return spec
-
-
-_RUNTIMES = {slurm.BACKEND: container.ON_SLURM, local.BACKEND: (container.DOCKER,)}

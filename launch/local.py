@@ -81,7 +81,7 @@ def plan(spec: JobSpec) -> Plan:
     """
     found = prepare(spec, elsewhere=spec.container is not None)
     if spec.container is not None:
-        container.refuse_foreign(spec.container, [container.DOCKER], BACKEND)
+        container.refuse_foreign(spec.container, BACKEND)
         in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
         container.check_docker()
     return found

@@ -160,7 +160,7 @@ def plan(spec: JobSpec) -> Plan:
     """
     found = prepare(spec, elsewhere=spec.container is not None)
     if spec.container is not None:
-        container.refuse_foreign(spec.container, container.ON_SLURM, "slurm")
+        container.refuse_foreign(spec.container, BACKEND)
         in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
     return found
 

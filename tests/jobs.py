@@ -195,3 +195,25 @@ def project(path: Path) -> Iterator[Project]:
         yield made
     finally:
         made.close()
+
+
+IN_A_CONTAINER = """
+import os, pathlib, shutil, signal, sys, time
+from jobkit.heartbeat import Heartbeat, Phase
+beat, deaf = Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"])), sys.argv[1:] == ["deaf"]
+noticed = []
+signal.signal(signal.SIGTERM, lambda *_: noticed.append(1))
+beat.enter(Phase.LISTENING)
+data, token = pathlib.Path("data/words").read_text(), os.environ.get("SOME_TOKEN")
+print("scontrol", shutil.which("scontrol"), "prefix", sys.prefix, "data", data, "token", token, flush=True)
+beat.step = 0
+while os.environ["JOBKIT_ATTEMPT"] == "0" and (deaf or not noticed):
+    time.sleep(0.02)
+    beat.step += 1
+    beat.enter(Phase.STEPPING)
+if noticed:
+    beat.enter(Phase.STOPPED)
+    sys.exit(75)
+beat.enter(Phase.FINISHED)
+"""
+"""A program without jax that steps until it is told to stop, and ends in its second attempt; `deaf`, it goes on."""

@@ -16,7 +16,7 @@ MOST = 3
 
 
 def failed(report: Path) -> list[str]:
-    """Return which tests a JUnit report says have failed, as pytest takes them; 'file' if one could not be read."""
+    """Return which tests a JUnit report says have failed, as pytest takes them."""
     cases = ElementTree.parse(report).getroot().iter("testcase")
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     return sorted({f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}" for case in bad})

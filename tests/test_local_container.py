@@ -18,28 +18,8 @@ from launch import container, drive, leftovers, local, lock, report
 from launch.container import Container
 from launch.spec import JobSpec
 from tests.engine import ROOT, Engine
-from tests.jobs import until
+from tests.jobs import IN_A_CONTAINER, until
 from tests.test_drill import SCRIPTS, drill
-
-PROGRAM = """
-import os, pathlib, signal, sys, time
-from jobkit.heartbeat import Heartbeat, Phase
-how, beat = sys.argv[1], Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"]))
-noticed = []
-signal.signal(signal.SIGTERM, lambda *_: noticed.append(1))
-beat.enter(Phase.LISTENING)
-data, token = pathlib.Path("data/words").read_text(), os.environ["SOME_TOKEN"]
-print("prefix", sys.prefix, "data", data, "token", token, flush=True)
-beat.step = 0
-while os.environ["JOBKIT_ATTEMPT"] == "0" and (how == "deaf" or not noticed):
-    time.sleep(0.02)
-    beat.step += 1
-    beat.enter(Phase.STEPPING)
-if noticed:
-    beat.enter(Phase.STOPPED)
-    sys.exit(75)
-beat.enter(Phase.FINISHED)
-"""
 
 
 def test_words(tmp_path: Path) -> None:
@@ -85,7 +65,7 @@ class Submitted:
 
     def __init__(self, place: Path, image: str, how: str) -> None:
         (place / "code").mkdir()
-        (place / "code" / "train.py").write_text(PROGRAM)
+        (place / "code" / "train.py").write_text(IN_A_CONTAINER)
         (place / "code" / "data").mkdir()
         (place / "code" / "data" / "words").write_text("there")
         command = [

@@ -12,27 +12,9 @@ from launch import container
 from launch.container import Container
 from tests import apptainer
 from tests.engine import Engine
+from tests.jobs import IN_A_CONTAINER
 from tests.login import Login
 from tests.slurm import Cluster
-
-PROGRAM = """
-import os, pathlib, shutil, signal, sys, time
-from jobkit.heartbeat import Heartbeat, Phase
-beat = Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"]))
-noticed = []
-signal.signal(signal.SIGTERM, lambda *_: noticed.append(1))
-beat.enter(Phase.LISTENING)
-print("scontrol", shutil.which("scontrol"), "prefix", sys.prefix, "data", pathlib.Path("data/words").read_text())
-beat.step = 0
-while os.environ["JOBKIT_ATTEMPT"] == "0" and not noticed:
-    time.sleep(0.02)
-    beat.step += 1
-    beat.enter(Phase.STEPPING)
-if noticed:
-    beat.enter(Phase.STOPPED)
-    sys.exit(75)
-beat.enter(Phase.FINISHED)
-"""
 
 
 def words(told: Container, **more: bool) -> list[str]:
@@ -133,7 +115,7 @@ def image(docker: Engine, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.timeout(600)  # the image may have to be made first
 def test_a_preempted_run_in_a_container_goes_on(login: Login, image: Path) -> None:
     """The notice reaches the program inside, its supervisor's word comes out, and the job is requeued from outside."""
-    (login.home / "train.py").write_text(PROGRAM)
+    (login.home / "train.py").write_text(IN_A_CONTAINER)
     (login.home / "data").mkdir()
     (login.home / "data" / "words").write_text("linked")
     options = ["-p", "low", "--image", str(image), "--container-runtime", "apptainer"]
