@@ -5,16 +5,21 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 SLURM := .venv/.slurm
+NEWER := 24.11 26.05
+NEWER_SLURMS := $(NEWER:%=.venv/.slurm-%)
+LIBRARIES := lowest newest
 BROWSER := .venv/.browser
 # pytest's workers; each one starts trainings of its own. The slow tests mostly wait.
 WORKERS ?= $(if $(CI),3,2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-all lint format types bench clean
+.PHONY: help demo test test-all $(LIBRARIES:%=test-%) lint format types bench clean
 help:
 	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
 	@echo "make test-all   the slow tests too"
+	@echo "make test-lowest, make test-newest"
+	@echo "                training, storage and the demo on the lowest libraries allowed and on the newest"
 	@echo "make bench      what a step and a save cost"
 	@echo "make clean      remove .venv and everything generated"
 
@@ -30,8 +35,20 @@ endif
 
 # With a container engine: CI installs and starts one where none answers (tests/engine.py). What fails beside other tests
 # is run once more, alone (tests/second_look.py).
-test-all: lint types $(SLURM) $(BROWSER)
+test-all: lint types $(SLURM) $(BROWSER) $(NEWER_SLURMS)
 	$(BIN)/python -m tests.engine $(BIN)/python -m tests.second_look -n $(WORKERS) --dist worksteal --durations=30
+	$(MAKE) -s $(NEWER:%=test-slurm-%) $(LIBRARIES:%=test-%)
+
+# On the SLURM of a later Debian: the tests that its version can change.
+test-slurm-%: .venv/.slurm-%
+	@echo "on SLURM $*:"
+	JOBKIT_SLURM=.venv/slurm-$* $(BIN)/python -m tests.second_look -n $(WORKERS) --dist worksteal @tests/slurm_versions.txt
+
+# On another set of libraries: what a version of them can change, and the demo.
+$(LIBRARIES:%=test-%): test-%: .venv/.libraries-%
+	@echo "on the $* libraries:"
+	.venv/$*/bin/python -m tests.second_look -n $(WORKERS) --dist worksteal -m "not slow" @tests/libraries.txt
+	.venv/$*/bin/jobkit demo --steps 100
 
 lint: $(READY)
 	$(BIN)/ruff check -q .
@@ -59,8 +76,14 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # SLURM for the tests, unpacked below .venv where it is not installed; made again while there is none.
-$(SLURM): $(READY) tests/slurm_packages.py
+$(SLURM): $(READY) tests/slurm_packages.py tests/debian.py
 	@$(BIN)/python -m tests.slurm_packages $@
+
+.venv/.slurm-%: $(READY) tests/slurm_packages.py tests/debian.py
+	@$(BIN)/python -m tests.slurm_packages $@ $*
+
+.venv/.libraries-%: $(READY) constraints-%.txt tests/libraries.py tests/debian.py
+	@$(BIN)/python -m tests.libraries $* $@
 
 # Chromium for the tests that look at the report; on CI it is installed where it is missing.
 $(BROWSER): $(READY) tests/browser.py

@@ -43,9 +43,17 @@ if "jax" in sys.modules and "JOBKIT_SUPERVISOR" in os.environ:
 
 
 def __getattr__(name: str) -> Any:
-    """Load the heavy names on first use."""
+    """Load the heavy names on first use; a package that is too old is named before its import fails."""
     if name not in _HOMES:
         raise AttributeError(f"module 'jobkit' has no attribute {name!r}")
     import importlib
 
+    from jobkit import errors, versions
+
+    if _HOMES[name] not in sys.modules:
+        try:
+            versions.check()
+        except ConfigError:
+            errors.end_in_words()
+            raise
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import sys
 import time
@@ -99,10 +100,11 @@ class WandB:
         import wandb
 
         known = dict(opening.known)
-        if "id" not in known:
+        if not re.fullmatch("[0-9a-f]{16}", known.get("id", "")):  # it becomes a part of paths
             known["id"] = secrets.token_hex(8)
             opening.remember(known)
         root = opening.store.path
+        opening.store.file("wandb")  # which W&B makes, or goes on in
         offline = list(_offline_steps(root, known["id"]))
         hooks = sys.exit, sys.excepthook
         try:
@@ -153,6 +155,8 @@ def _offline_steps(root: Path, run_id: str) -> Iterator[int]:
     from wandb.proto import wandb_internal_pb2
 
     for path in sorted(root.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")):
+        if path.is_symlink() or path.parent.is_symlink():
+            continue  # as W&B makes for itself; another could lead anywhere
         for content in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             with contextlib.suppress(Exception):  # a torn record
@@ -268,6 +272,6 @@ def resolve(given: Sequence[str | Tracker] | None) -> list[Tracker]:
         if one not in NEEDS:
             raise ConfigError(f"trackers: {one!r} is unknown; known are {', '.join(NEEDS)}")
         if importlib.util.find_spec(NEEDS[one]) is None:
-            raise ConfigError(f"trackers: {one!r} needs a package: pip install 'jobkit[{one}]'")
+            raise ConfigError(f"trackers: {one!r} needs a package: pip install {NEEDS[one]}")
         made.append(KNOWN[one]())
     return made

@@ -5,9 +5,12 @@ barriers of JAX's coordination service: Orbax is told who they are, since it wou
 """
 
 import contextlib
+import errno
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jobkit import contract, state
-from jobkit.errors import JobkitError, StorageError
+from jobkit import contract
+from jobkit.errors import JobkitError, PackageError, StorageError
+from jobkit.leaves import Record, stored_args
 from jobkit.memory import Memory
 from jobkit.storage import explain
 
@@ -100,7 +104,7 @@ def read(
     item: Path,
     wanted: Mapping[tuple[str, ...], Any],
     *,
-    records: Mapping[Any, state.Record] | None = None,
+    records: Mapping[Any, Record] | None = None,
     alone: bool = False,
 ) -> dict[tuple[str, ...], Any]:
     """Read arrays by quoted path.
@@ -114,7 +118,7 @@ def read(
     if not wanted:
         return {}
     args = {
-        path: state.stored_args(records[path], live) if records else ocp.RestoreArgs(restore_type=np.ndarray)
+        path: stored_args(records[path], live) if records else ocp.RestoreArgs(restore_type=np.ndarray)
         for path, live in wanted.items()
     }
     readers = _only(jax.process_index()) if alone else _everyone()
@@ -146,38 +150,99 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def batches(paths: Mapping[tuple[str, ...], state.Record]) -> Iterator[dict[tuple[str, ...], state.Record]]:
-    """Group arrays so that one group is a few hundred MB at most."""
-    batch: dict[tuple[str, ...], state.Record] = {}
+def batches(
+    paths: Mapping[tuple[str, ...], Record], nbytes: int = _BATCH_BYTES
+) -> Iterator[dict[tuple[str, ...], Record]]:
+    """Group arrays so that one group is a few hundred MB at most, or one array."""
+    batch: dict[tuple[str, ...], Record] = {}
     size = 0
     for path, record in paths.items():
-        width = 16 if record["is"] == "key" else np.dtype(record["dtype"]).itemsize
-        nbytes = width * int(np.prod(record["shape"], dtype=np.int64))
-        if batch and size + nbytes > _BATCH_BYTES:
+        own = size_of(record)
+        if batch and size + own > nbytes:
             yield batch
             batch, size = {}, 0
         batch[path] = record
-        size += nbytes
+        size += own
     if batch:
         yield batch
 
 
-_SYSTEM_TEXTS = {"No space left": 28, "Disk quota exceeded": 122, "Read-only file system": 30, "Permission denied": 13}
+def size_of(record: Record) -> int:
+    """Return the bytes of an array by its record; a key's are not written down, and few."""
+    width = 16 if record["is"] == "key" else np.dtype(record["dtype"]).itemsize
+    return width * int(np.prod(record["shape"], dtype=np.int64))
 
 
-def storage_error(error: BaseException, doing: str) -> JobkitError:
-    """Translate what Orbax and tensorstore raise; they wrap the system's error in text of their own."""
+_SYSTEM_TEXTS = {
+    "No space left": errno.ENOSPC,
+    "Disk quota exceeded": errno.EDQUOT,
+    "Read-only file system": errno.EROFS,
+    "Permission denied": errno.EACCES,
+    "Stale file handle": errno.ESTALE,
+    "Input/output error": errno.EIO,
+    "Too many open files": errno.EMFILE,
+}
+_MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError)
+"""What a storage never answers, and a package of another version than the one that is called does."""
+TESTED = "0.12.8"
+"""The orbax-checkpoint of the tests; one that is known to be too old is refused before (versions.py)."""
+
+
+def failure(error: BaseException, doing: str) -> JobkitError:
+    """Say why Orbax failed: what the storage answered, or what no storage answers.
+
+    Args:
+        error: What Orbax and tensorstore raised; they wrap the system's error in text of their own.
+        doing: What was tried, as the start of a sentence.
+    """
     if isinstance(error, JobkitError):
         return error
+    if (said := system_error(error)) is not None:
+        return explain(said, doing)
+    first = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if any(isinstance(cause, _MISTAKES) for cause in _causes(error)):
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+        return PackageError(
+            f"{doing}: {_version_of(error)} failed as no storage makes it fail ({first}): "
+            f"its traceback is in the log; jobkit is tested with {TESTED}: pip install 'orbax-checkpoint=={TESTED}'"
+        )
+    return StorageError(f"{doing}: {first}")
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return what the system said behind an error of Orbax's, None if it said nothing."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno:
-            return explain(cause, doing)
+            return cause
         for text, number in _SYSTEM_TEXTS.items():
             if text in str(cause):
-                return explain(OSError(number, text), doing)
+                return OSError(number, text)
         cause = cause.__cause__ or cause.__context__
-    return StorageError(f"{doing}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from; not what was handled meanwhile, which may be anything."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _version_of(error: BaseException) -> str:
+    """Name Orbax, and the package that it had called where the error comes from there, with their versions."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inner = frames[-1].partition(".")[0] if frames else ""
+    where = f" (in {inner} {_installed(inner)})" if inner in ("tensorstore", "jax", "jaxlib", "numpy") else ""
+    return f"orbax-checkpoint {_installed('orbax-checkpoint')}{where}"
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of unknown version"
 
 
 def _upload_bytes(nbytes: int) -> int:

@@ -1,22 +1,40 @@
-"""Did the program train what it resumed? A program that trains a copy would save the same state for ever."""
+"""Did the program train what it resumed? A program that trains a copy would save the same state for ever.
 
+After the first step the parts that it left as they were are named, since that costs nothing to see. What is proof is a
+committed step that holds the same as the one before; it is looked for until there is a difference, and no longer.
+"""
+
+import random
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jobkit import state
-from jobkit.errors import ConfigError
+from jobkit import arrays, commits, contract, state
+from jobkit.kinds import Part
+from jobkit.leaves import Record
+from jobkit.storage import Store
+from jobkit.table import table_of
+
+_FEW = 64
+"""So many of the smallest leaves are read first: in a program that trains one of them differs, mostly a counter."""
+_AT_ONCE_BYTES = 1 << 24
+"""Of each of the two steps, or one array: a program that trains is through after the first read."""
+_OFTEN = 4
+"""So many saves are looked at one by one; of a program that keeps arrays it never changes, ever fewer."""
 
 
-class Changes:
+class FirstStep:
     """Weak references to the arrays that a run resumed with: by the first boundary training must have replaced some.
 
     Args:
         parts: The run's parts, as they were resumed.
     """
 
-    def __init__(self, parts: Mapping[str, state.Part]) -> None:
+    def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
         self._leaves = {
             name: [weakref.ref(slot.value) for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
@@ -25,11 +43,7 @@ class Changes:
         }
 
     def warning(self) -> str:
-        """Say, once after the first step, which parts it left as they were; '' if all changed.
-
-        Raises:
-            ConfigError: If it changed none: nothing of the training would ever be saved.
-        """
+        """Say, once after the first step, which parts it left as they were; '' if all changed."""
         same = []
         leaves, self._leaves = self._leaves, {}
         for name, before in leaves.items():
@@ -42,8 +56,175 @@ class Changes:
                 same.append(name)
         if not same:
             return ""
-        told = f"the first step changed nothing in {', '.join(same)}: the program trains a copy of it"
-        remedy = "assign the new values, run.state.NAME = ..., or update the NNX object itself"
-        if len(same) == sum(1 for before in leaves.values() if before):
-            raise ConfigError(f"{told}, which would never be saved: {remedy}")
-        return f"warning: {told}? If so {remedy}"
+        return f"warning: the first step changed nothing in {', '.join(same)}: {_REMEDY}"
+
+
+_REMEDY = (
+    "if the program trains a copy, assign the new values in each step, run.state.NAME = ..., or update the NNX object "
+    "that was given to resume()"
+)
+
+
+class Repeated(NamedTuple):
+    """Why a step holds what the one before holds, with the remedy; perhaps but for plain numbers, a counter say."""
+
+    reason: str
+    but_numbers: bool = False
+
+
+class Changes:
+    """Compares each committed step with the one before, until they differ: from then on nothing is computed.
+
+    What counts is every leaf outside of data iterators and generators. Both steps are read back, on the thread that
+    saves, since the program may have given the arrays themselves away by then.
+
+    Args:
+        store: The run directory.
+        given: What the program gave as parts, by name.
+        busy: Tells that there is no time for it now.
+    """
+
+    def __init__(self, store: Store, given: Mapping[str, Any], *, busy: Callable[[], bool]) -> None:
+        self._store, self._busy = store, busy
+        self._sources = frozenset(name for name, value in given.items() if _is_source(value))
+        self.seen = False
+        """Whether there was a difference."""
+        self._looks = 0
+
+    def repeated(self, step: int) -> Repeated | None:
+        """Say that a step that was just committed holds what the one before holds; None where it does not, or unknown.
+
+        Args:
+            step: The newest committed step; the one before it must not have been removed.
+        """
+        if self.seen or self._busy():
+            return None
+        try:
+            before = max((known for known in commits.steps(self._store) if known < step), default=None)
+            if before is None:
+                return None
+            self._looks += 1
+            if self._looks > _OFTEN and self._looks & (self._looks - 1):
+                return None
+            one, other = self._read(before), self._read(step)
+            if not other.leaves or len(one.tables) != len(other.tables):
+                return None
+            self.seen = one.arrays != other.arrays or not self._same_arrays(before, step, other.trained)
+            different = self.seen or one.words != other.words or not self._same_arrays(before, step, other.numbers)
+            self.seen |= different and not other.trained  # where there is no array, numbers are all there is to train
+        except Exception:  # whoever restores will say what is wrong with a step; here it is no proof of anything
+            return None
+        if self.seen or self._busy():
+            return None
+        if different:
+            reason = (
+                f"no array differs between steps {before} and {step}, though numbers do (of "
+                f"{', '.join(sorted(other.tables[0]))}): {_REMEDY}; if it does not train the arrays, leave them out of "
+                "resume()"
+            )
+            return Repeated(reason, but_numbers=True)
+        reason = (
+            f"step {step} holds the same as step {before} in all {other.leaves} leaves of "
+            f"{', '.join(sorted(other.tables[0]))}: {_REMEDY}; if it only evaluates, leave the model out of resume()"
+        )
+        return Repeated(reason)
+
+    def _read(self, step: int) -> "_Written":
+        """Read what counts of a step, but for the arrays that the processes share."""
+        count = int(commits.read(self._store, step).topology.get("process_count", 1))
+        tables: list[dict[str, Any]] = []
+        held: list[dict[str, dict[str, Record]]] = []
+        words: list[Any] = []
+        own_arrays: list[Any] = []
+        for process in range(count):
+            table = {
+                name: entry | {"leaves": {key: one for key, one in entry["leaves"].items() if not _is_key(key, one)}}
+                for name, entry in table_of(self._store, step, process).items()
+                if name not in self._sources and name not in _KEYS
+            }
+            # What an object holds besides its arrays is in its skeleton.
+            tables.append({name: one for name, one in table.items() if one["leaves"] or one["kind"] == "object"})
+            file = f"{contract.step_dir(step)}/{contract.of_process(contract.LOCAL, process)}"
+            own = self._store.read(file) if self._store.exists(file) else b""
+            held.append({name: _without_numbers(entry["leaves"]) for name, entry in tables[-1].items()})
+            words.append([tables[-1], _local(tables[-1], own)])
+            own_arrays.append([_leaves(held[-1]), _local(_leaves(held[-1]), own)])
+        numbers = {
+            name: {key: one for key, one in entry["leaves"].items() if key not in held[0][name]}
+            for name, entry in tables[0].items()
+        }
+        leaves = sum(len(entry["leaves"]) or 1 for entry in tables[0].values())
+        return _Written(tables, words, own_arrays, _leaves(held[0]), _leaves(numbers), leaves)
+
+    def _same_arrays(self, one: int, other: int, table: Mapping[str, Any]) -> bool:
+        """Compare the arrays that Orbax holds, the smallest first; tell whether there was no difference."""
+        paths = state.stored_paths(table)
+        ordered = sorted(paths, key=lambda path: arrays.size_of(paths[path]))
+        for some in (ordered[:_FEW], ordered[_FEW:]):
+            for batch in arrays.batches({path: paths[path] for path in some}, _AT_ONCE_BYTES):
+                if self._busy():
+                    return True
+                left, right = (
+                    arrays.read(self._store.file(contract.step_dir(step)) / contract.ORBAX_ITEM, batch, alone=True)
+                    for step in (one, other)
+                )
+                if any(left[path].tobytes() != right[path].tobytes() for path in batch):
+                    return False
+        return True
+
+
+@dataclass
+class _Written:
+    """What counts of a step.
+
+    Args:
+        tables: The leaf table of each process.
+        words: All that is compared before any array is read.
+        arrays: What of it is about arrays.
+        trained: The leaf table of process 0's arrays alone.
+        numbers: Of all but those.
+        leaves: How many leaves there are.
+    """
+
+    tables: list[dict[str, Any]]
+    words: list[Any]
+    arrays: list[Any]
+    trained: dict[str, Any]
+    numbers: dict[str, Any]
+    leaves: int
+
+
+_KEYS = frozenset(["rng", "rngs"])
+
+
+def _is_source(value: Any) -> bool:
+    """Tell whether a part goes on by itself: a data iterator or loader, a generator of random numbers."""
+    kind = type(value)
+    if isinstance(value, np.random.Generator | np.random.BitGenerator | random.Random):
+        return True
+    has_position = any(hasattr(kind, name) for name in ("get_state", "state_dict"))
+    return hasattr(kind, "__next__") or (has_position and hasattr(kind, "__iter__"))
+
+
+def _local(table: Mapping[str, Any], own: bytes) -> dict[Any, bytes]:
+    return {path: one.tobytes() for path, one in state.local_arrays(table, own).items()}
+
+
+def _leaves(parts: Mapping[str, Mapping[str, Record]]) -> dict[str, Any]:
+    """Make a leaf table, without the parts that have no leaf."""
+    return {name: {"leaves": leaves} for name, leaves in parts.items() if leaves}
+
+
+def _without_numbers(leaves: Mapping[str, Record]) -> dict[str, Record]:
+    """Leave out plain numbers and words, and an integer that is a part by itself: they change in no training alone."""
+    arrays = {key: one for key, one in leaves.items() if one["is"] not in ("scalar", "numpy_scalar")}
+    if len(leaves) == 1 and all(not one["shape"] and "int" in one["dtype"] for one in arrays.values()):
+        return {}
+    return arrays
+
+
+def _is_key(key: str, record: Record) -> bool:
+    """Tell whether a leaf is the key or the counter of a random number generator."""
+    if record["is"] == "key" or record.get("role", "").startswith("Rng") or _KEYS & {*key.split("/")}:
+        return True
+    return record.get("dtype") == "uint32" and record.get("shape", [])[-1:] in ([2], [4])

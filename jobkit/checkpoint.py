@@ -11,27 +11,31 @@ process 0 commits when it has heard of all, and the others hear from it whether 
 import contextlib
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 import msgspec
 
-from jobkit import arrays, commits, contract, faults, state
+from jobkit import arrays, commits, contract, faults, state, versions
+from jobkit.changes import Changes
 from jobkit.commits import Commit, FileRecord, Keep
-from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError, say
-from jobkit.group import Group
+from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
+from jobkit.group import Group, raise_told, told_error
+from jobkit.heartbeat import Heartbeat
+from jobkit.kinds import Part
+from jobkit.leaving import Loops
 from jobkit.ledger import Ledger
 from jobkit.plan import Rates
-from jobkit.restore import restore, table_of
+from jobkit.restore import restore
 from jobkit.storage import Store, explain, files_below, free_bytes, remove_tree
+from jobkit.table import table_of
 from jobkit.units import show_size
+from jobkit.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 
 _ORBAX_TMP = ".orbax-checkpoint-tmp"
 _SAVE_S = 1800.0
@@ -60,7 +64,8 @@ class Checkpoints:
         store: The run directory.
         attempt: Number of this attempt; an attempt that is not the newest cannot commit.
         keep: What retention leaves.
-        ledger: Where saves, failures and removals are written.
+        ledger: Where saves and removals are written.
+        unsaved: Told of saves that fail, and of those that hold nothing new.
         busy: Tells whether retention has to wait: a notice is being served.
         before_commit: Called with the step on the saving thread before each commit, so that what was logged up to the
             step is safe when the step is.
@@ -74,11 +79,13 @@ class Checkpoints:
         attempt: int,
         keep: Keep,
         ledger: Ledger,
+        unsaved: Unsaved | None = None,
         busy: Callable[[], bool] = lambda: False,
         before_commit: Callable[[int], None] = lambda step: None,
         group: Group | None = None,
     ) -> None:
         self._store, self._attempt, self._keep, self._ledger = store, attempt, keep, ledger
+        self._unsaved = unsaved or Unsaved(ledger, Heartbeat(None))
         self._busy, self._before_commit = busy, before_commit
         self._group = group or Group("")
         self._count = 0
@@ -88,6 +95,10 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
         self._rehearsed = False
+        self.loops = Loops()
+        """Which loops were left early; every commit from there on knows."""
+        self.changes: Changes | None = None
+        """Compares what is committed with the step before, until there is a difference."""
         self.elsewhere: dict[int, dict[str, float]] = {}
         """Metrics of steps on the run's URL that are not in this home."""
         self.saving_step: int | None = None
@@ -139,7 +150,8 @@ class Checkpoints:
             files={},
             metrics=dict(metrics),
             topology=_topology(),
-            versions=_versions(),
+            versions=versions.found(),
+            early_stops=[stop for stop in self.loops.early if stop.step <= step],
         )
         blocking_s = time.monotonic() - begun
         self.saving_step, self.saving_asked = step, reason == "asked" or bool(metrics)
@@ -153,6 +165,16 @@ class Checkpoints:
         commits.score(self._store, step, metrics, attempt=self._attempt)
         self._ledger.append("scored", durable=True, step=step, metrics=dict(metrics))
         self._retain()  # it may have become the best
+
+    def mark(self) -> None:
+        """Keep beside the newest commit what has become of the loops since.
+
+        Raises:
+            JobkitError: If it cannot be written.
+        """
+        if self._group.first:
+            early = self.loops.early
+            commits.score(self._store, self.committed_step, {}, attempt=self._attempt, early_stops=early)
 
     def _new_stage(self, step: int) -> Path:
         stage = commits.new_stage(self._store, step, self._attempt)
@@ -192,10 +214,12 @@ class Checkpoints:
             bytes=snapshot.nbytes,
             metrics=dict(commit.metrics),
         )
+        self._unsaved.saved()
         if not self._group.first:
             return
         try:
             self._rehearse(commit.step)
+            self._compare(commit)
             self._retain()
         except JobkitError as error:
             self._fail(self._reason(error, "", commit.step), commit)
@@ -207,15 +231,29 @@ class Checkpoints:
                 commits.check_newest(self._store, self._attempt, f"save step {step}")
             except SupersededError as superseded:
                 return superseded
-            except OSError:
+            except JobkitError:
                 pass
-        return arrays.storage_error(error, doing)
+        return arrays.failure(error, doing)
 
     def _fail(self, error: JobkitError, commit: Commit) -> None:
         """Write down, and keep for `take_error`, why a save failed; to be superseded is none of the storage's doing."""
-        event = "superseded" if isinstance(error, SupersededError) else "save_failed"
-        self._ledger.append(event, step=commit.step, reason=str(error))
+        if isinstance(error, SupersededError):
+            self._ledger.append("superseded", step=commit.step, reason=str(error))
+        else:
+            self._unsaved.failed(commit.step, STORAGE, str(error), committed_step=self.committed_step)
         self._error = error
+
+    def _compare(self, commit: Commit) -> None:
+        """Look whether a step holds anything new, as long as none did; retention waits, the step before is needed."""
+        if self.changes is None:
+            return
+        if (repeated := self.changes.repeated(commit.step)) is not None:
+            kind, known = NUMBERS if repeated.but_numbers else UNCHANGED, self._unsaved.stands(NUMBERS)
+            self._error = self._unsaved.failed(commit.step, kind, repeated.reason, committed_step=commit.step)
+            if self._error is None and not known:
+                say(f"warning: {repeated.reason}")
+        elif self.changes.seen:
+            self._unsaved.changed(commit.step)
 
     def _commit(self, stage: Path, snapshot: state.Snapshot, commit: Commit) -> bool:
         """Commit what every process has written; tell whether the step is new."""
@@ -231,13 +269,12 @@ class Checkpoints:
             self._wait_for_data(commit.step)
             own: dict[str, Any] = msgspec.to_builtins(_own_files(stage, snapshot, self._group.index))
         except Exception as error:
-            own = {"error": str(arrays.storage_error(error, f"process {self._group.index} cannot write its part"))}
+            own = told_error(arrays.failure(error, f"process {self._group.index} cannot write its part"))
         told = self._group.gather(f"written/{self._count}", own, _SAVE_S)
 
         def publish() -> bool:
             for files in told:
-                if "error" in files:
-                    raise StorageError(files["error"])
+                raise_told(files)
             stage.mkdir(exist_ok=True)
             for path in _beside(stage).iterdir():
                 os.rename(path, stage / path.name)
@@ -324,6 +361,9 @@ class Checkpoints:
                     ):
                         wrong.append(f"{'/'.join(path)} reads as {array.dtype} {array.shape}")
         except Exception as error:
+            said = arrays.failure(error, f"cannot read step {step} of {self._store.url} back")
+            if isinstance(said, PackageError) or arrays.system_error(error) is not None:
+                raise said from error  # its bytes are as they were written
             wrong.append(str(error))
         if wrong:
             commits.check_newest(self._store, self._attempt, f"set step {step} aside")  # it may have removed the step
@@ -391,9 +431,7 @@ class Checkpoints:
         new = max(known, default=0) + 1
         return self._keep.best_of(known | {new: dict(metrics)}) == new
 
-    def restore_newest(
-        self, parts: Mapping[str, state.Part], *, prepare: Callable[[], None] = lambda: None
-    ) -> int | None:
+    def restore_newest(self, parts: Mapping[str, Part], *, prepare: Callable[[], None] = lambda: None) -> int | None:
         """Restore the newest committed step that is whole; damaged ones are set aside on the way.
 
         Args:
@@ -518,11 +556,3 @@ def _topology() -> dict[str, int | str]:
         "device_count": jax.device_count(),
         "platform": jax.default_backend(),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("jobkit", "jax", "flax", "optax", "orbax-checkpoint", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

@@ -15,24 +15,43 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import google_crc32c
 import msgspec
 
-from jobkit import contract, faults
-from jobkit.errors import ConfigError, StorageError, SupersededError
+from jobkit import contract, decode, faults, names, versions
+from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError
+from jobkit.patience import Patience
 from jobkit.storage import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
 
 _UNSEALED = "00000000"
+_EARLY_STOPS = "early stops"
+"""Among the metrics beside a commit; `save` takes keywords as metrics, and this is none."""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
     """Size in bytes and crc32c (eight hexadecimal digits) of one file."""
 
-    size: int
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
     crc32c: str
+
+
+class EarlyStop(msgspec.Struct, frozen=True, kw_only=True):
+    """A loop that the program left before its end (see leaving.py).
+
+    Args:
+        kind: 'steps' or 'through'.
+        total: What it was to reach.
+        step: Completed steps when it was left.
+        again: Whether the program has entered it again: leaving it is no end of the training.
+    """
+
+    kind: str
+    total: int
+    step: int
+    again: bool = False
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +66,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         metrics: Named values given to `save`; those that came after the commit are in a file beside it.
         topology: Process and device counts and platform.
         versions: Of jobkit, jax, flax, orbax-checkpoint, numpy, python.
+        early_stops: The loops that were left early by then.
         seal: crc32c of commit.json itself, computed with this value at zeros.
     """
 
@@ -59,6 +79,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     topology: dict[str, int | str] = {}
     versions: dict[str, str] = {}
+    early_stops: list[EarlyStop] = []
     seal: str = _UNSEALED
 
     @property
@@ -84,16 +105,17 @@ def read(store: Store, step: int) -> Commit:
     """Read a step's commit.json.
 
     Raises:
-        StorageError: If it is absent or damaged.
+        DamagedError: If it is absent or damaged.
+        StorageError: If the storage does not answer.
         ConfigError: If a newer jobkit wrote it.
     """
     name = f"{contract.step_dir(step)}/{contract.COMMIT}"
     try:
         content = store.read(name)
     except FileNotFoundError:
-        raise StorageError(f"step {step} of {store.url} is not committed: it has no {contract.COMMIT}") from None
-    except OSError as error:
-        raise StorageError(f"{store.file(name)} cannot be read: {error.strerror}") from None
+        raise DamagedError(f"step {step} of {store.url} is not committed: it has no {contract.COMMIT}") from None
+    except ConfigError as error:  # nobody may read it, or it is a directory or a link
+        raise DamagedError(str(error)) from None
     return with_scores(store, parse(content, step, where=str(store.file(name))))
 
 
@@ -101,7 +123,7 @@ def with_scores(store: Store, commit: Commit) -> Commit:
     """Add to a commit the metrics that came after it, as far as the home has them."""
     try:
         return scored(commit, store.read(score_file(commit)))
-    except OSError:
+    except (FileNotFoundError, JobkitError):
         return commit
 
 
@@ -111,15 +133,26 @@ def score_file(commit: Commit) -> str:
 
 
 def scored(commit: Commit, content: bytes) -> Commit:
-    """Add to a commit the metrics that came after it; a file that cannot be read adds none."""
-    with contextlib.suppress(ValueError, AttributeError, TypeError):
-        later = {name: float(value) for name, value in json.loads(content).items()}
-        return msgspec.structs.replace(commit, metrics=commit.metrics | later)
+    """Add to a commit what came after it; a file that cannot be read adds nothing."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError, msgspec.ValidationError):
+        told = decode.json_object(content) or {}
+        early = msgspec.convert(told.pop(_EARLY_STOPS, commit.early_stops), list[EarlyStop])
+        later = {name: float(value) for name, value in told.items()}
+        return msgspec.structs.replace(commit, metrics=commit.metrics | later, early_stops=early)
     return commit
 
 
-def score(store: Store, step: int, later: Mapping[str, float], *, attempt: int) -> None:
-    """Keep metrics of a committed step beside its commit, which is never changed; `read` puts the two together.
+def score(
+    store: Store,
+    step: int,
+    later: Mapping[str, float],
+    *,
+    attempt: int,
+    early_stops: Iterable[EarlyStop] | None = None,
+) -> None:
+    """Keep metrics of a committed step, and that a loop was left there, beside its commit.
+
+    The commit itself is never changed; `read` puts the two together.
 
     Durability: on storage on return.
 
@@ -129,7 +162,11 @@ def score(store: Store, step: int, later: Mapping[str, float], *, attempt: int) 
     """
     commit = read(store, step)
     check_newest(store, attempt, f"add metrics to step {step}")
-    store.write(score_file(commit), json.dumps(_told({**commit.metrics, **later}), indent=1))
+    told: dict[str, Any] = {**_told({**commit.metrics, **later})}
+    early = commit.early_stops if early_stops is None else list(early_stops)
+    if early:
+        told[_EARLY_STOPS] = msgspec.to_builtins(early)
+    store.write(score_file(commit), json.dumps(told, indent=1))
 
 
 def parse(content: bytes, step: int, *, where: str) -> Commit:
@@ -141,27 +178,26 @@ def parse(content: bytes, step: int, *, where: str) -> Commit:
         where: Its place, for messages.
 
     Raises:
-        StorageError: If it is damaged.
+        DamagedError: If it is damaged.
         ConfigError: If a newer jobkit wrote it.
     """
     try:
         envelope = msgspec.json.decode(content, type=_Envelope)
         unsealed = content.replace(f'"seal": "{envelope.seal}"'.encode(), f'"seal": "{_UNSEALED}"'.encode())
-        if content != _sealed(unsealed):
-            raise StorageError(f"{where} is damaged: its content does not match its own crc32c")
+        if content != _sealed(unsealed) or envelope.seal != f"{google_crc32c.value(unsealed):08x}":
+            raise DamagedError(f"{where} is damaged: its content does not match its own crc32c")
         # Only a version whose seal fits is believed: a flipped bit there is damage, not a newer jobkit.
-        if envelope.version > contract.RUN_VERSION:
-            raise ConfigError(
-                f"{where} has format {envelope.version}, this jobkit reads up to {contract.RUN_VERSION}: "
-                "install the jobkit that wrote it or a newer one"
-            )
-        told = msgspec.json.decode(content)
+        versions.check_format(envelope.version, where)
+        told = decode.json_object(content) or {}
         told["metrics"] = {name: float(value) for name, value in told.get("metrics", {}).items()}
         commit = msgspec.convert(told, Commit)
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise StorageError(f"{where} is damaged: {error}") from None
+    except (msgspec.MsgspecError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedError(f"{where} is damaged: {error}") from None
     if commit.step != step:
-        raise StorageError(f"{where} is of step {commit.step}: the directory was renamed")
+        raise DamagedError(f"{where} is of step {commit.step}: the directory was renamed")
+    directories = {str(above) for name in commit.files for above in PurePosixPath(name).parents}
+    if strange := [name for name in commit.files if not names.inside(name) or name in {contract.COMMIT, *directories}]:
+        raise DamagedError(f"{where} lists {strange[0]!a}, which is no file of its step: jobkit did not write it")
     return commit
 
 
@@ -187,13 +223,21 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
 
     Returns:
         What is wrong, one sentence each; empty if the step is whole.
+
+    Raises:
+        StorageError: If the storage does not answer, which says nothing of the step.
     """
     try:
         commit = read(store, step)
-    except StorageError as error:
+    except DamagedError as error:
         return [str(error)]
     root = store.file(contract.step_dir(step))
-    found = set(files_below(root)) - {contract.COMMIT}
+    try:
+        found = set(files_below(root)) - {contract.COMMIT}
+    except OSError as error:
+        raise explain(error, f"cannot list {root}") from None
+    last_s = time.monotonic() + _BAD_SECTOR_S
+    asking = Patience(over=lambda: time.monotonic() >= last_s or stop())
     wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - found)]
     wrong += [f"{name} does not belong there" for name in sorted(found - commit.files.keys())]
     for name in sorted(found & commit.files.keys()):
@@ -201,15 +245,50 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
         if stop():
             break
         try:
-            size, crc = checksum(root / name)
+            size, crc = _measured(root / name, asking)
         except OSError as error:
-            wrong.append(f"{name} cannot be read: {error.strerror}")
+            linked = error.errno == errno.ELOOP
+            wrong.append(f"{name} is a symbolic link" if linked else f"{name} cannot be read: {error.strerror}")
             continue
         if size != expected.size:
             wrong.append(f"{name} has {size} bytes instead of {expected.size}")
         elif crc != expected.crc32c:
             wrong.append(f"{name} has crc32c {crc} instead of {expected.crc32c}")
     return wrong
+
+
+_BAD_SECTOR_S = 5.0
+"""A file system that is failing over answers EIO for a while, a bad sector for ever."""
+_LOST = (
+    errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM,
+    errno.ELOOP, errno.ENXIO,
+)  # fmt: skip
+"""What the system says of a file that nobody can read any more; anything else passes, and is no damage."""
+
+
+def _measured(path: Path, asking: Patience) -> tuple[int, str]:
+    """Return a file's size and checksum.
+
+    Raises:
+        OSError: If the file is lost.
+        StorageError: If the storage does not answer.
+    """
+    failed: OSError | None = None
+
+    def once() -> tuple[int, str]:
+        nonlocal failed
+        try:
+            return checksum(path)
+        except OSError as error:
+            failed = error
+            raise explain(error, f"cannot read {path}") from None
+
+    try:
+        return asking(once)
+    except JobkitError:
+        if failed is not None and failed.errno in _LOST:
+            raise failed from None
+        raise
 
 
 def _written(commit: Commit) -> bytes:
@@ -253,14 +332,14 @@ def new_stage(store: Store, step: int, attempt: int) -> Path:
     return stage / f"{attempt}-{step}-{secrets.token_hex(4)}"
 
 
-def measure(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+def measure(root: Path, files: Iterable[str]) -> dict[str, FileRecord]:
     """Read files for their sizes and checksums.
 
     Args:
         root: Their directory.
-        names: The files, relative to it.
+        files: Their names, relative to it.
     """
-    return {name: FileRecord(*checksum(root / name)) for name in names}
+    return {name: FileRecord(*checksum(root / name)) for name in files}
 
 
 def publish(
@@ -390,8 +469,8 @@ def sweep(store: Store, *, attempt: int) -> None:
     """
     stage, trash = store.file(contract.STAGE), store.file(contract.TRASH)
     for name in store.names(contract.STAGE):
-        number = name.partition("-")[0]
-        if number.isdecimal() and int(number) < attempt:
+        number = names.number(name.partition("-")[0])
+        if number is not None and number < attempt:
             with contextlib.suppress(OSError):
                 trash.mkdir(exist_ok=True)
                 os.rename(stage / name, trash / f"{name}-{secrets.token_hex(4)}")

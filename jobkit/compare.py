@@ -16,8 +16,9 @@ import click
 
 from jobkit import commits, contract
 from jobkit.contract import Exit
-from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Series, read_json, read_metrics
+from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.ledger import Series, read_metrics
+from jobkit.printable import printable
 from jobkit.storage import Store
 
 
@@ -51,6 +52,7 @@ class Comparison:
         difference: The first one by step, None if equal.
         leaf: The first leaf of the newest committed step that differs, None if all are the same.
         metric: The first logged value that differs, None if all are the same.
+        metrics: The names of all metrics with a value that differs.
     """
 
     equal: bool
@@ -61,6 +63,7 @@ class Comparison:
     difference: Difference | None = None
     leaf: Difference | None = None
     metric: Difference | None = None
+    metrics: tuple[str, ...] = ()
 
 
 def compare(a: str, b: str) -> Comparison:
@@ -78,7 +81,8 @@ def compare(a: str, b: str) -> Comparison:
             restore.fetch(store, "latest")
     steps = [_newest(store) for store in stores]
     logged = [read_metrics(store) for store in stores]
-    metrics = list(_metric_differences(*logged))
+    differing = list(_metric_differences(*logged))
+    metrics = [difference for _, difference in differing]
     leaves = 0
     if steps[0] != steps[1]:
         state = [Difference("the newest committed step", min(steps), str(steps[0]), str(steps[1]))]
@@ -96,6 +100,7 @@ def compare(a: str, b: str) -> Comparison:
         difference=_first(differences),
         leaf=_first(state),
         metric=_first(metrics),
+        metrics=tuple(sorted({name for name, _ in differing})),
     )
 
 
@@ -110,18 +115,19 @@ def _newest(store: Store) -> int:
     return known[-1]
 
 
-def _metric_differences(a: Series, b: Series) -> Iterator[Difference]:
-    """Yield every logged value that differs between the runs, or between two passes over one step."""
+def _metric_differences(a: Series, b: Series) -> Iterator[tuple[str, Difference]]:
+    """Yield every logged value that differs between the runs, or between two passes over one step, by metric."""
     for name in sorted(a.values.keys() | b.values.keys()):
         left, right = a.values.get(name, {}), b.values.get(name, {})
         for step in sorted(left.keys() | right.keys()):
             if step not in left or step not in right or _bits(left[step]) != _bits(right[step]):
-                yield Difference(name, step, repr(left.get(step, "absent")), repr(right.get(step, "absent")))
+                yield name, Difference(name, step, repr(left.get(step, "absent")), repr(right.get(step, "absent")))
     for series in (a, b):
         for name, line in series.repeated.items():
             for step, values in line.items():
                 if len({_bits(value) for value in values}) > 1:
-                    yield Difference(f"{name}, logged twice by one run", step, repr(values[0]), repr(values[-1]))
+                    told = f"{name}, logged twice by one run"
+                    yield name, Difference(told, step, repr(values[0]), repr(values[-1]))
 
 
 def _bits(value: float) -> bytes:
@@ -158,9 +164,10 @@ def _leaves(store: Store, step: int) -> dict[str, tuple[str, Any]]:
     """
     from jobkit.restore import find_step
     from jobkit.state import stored_paths
+    from jobkit.table import table_of
 
     find_step(store, step)  # verifies every byte
-    table = (read_json(store, f"{contract.step_dir(step)}/{contract.STATE}") or {})["parts"]
+    table = table_of(store, step)
     arrays = _arrays(store, step, list(stored_paths(table)))
     leaves: dict[str, tuple[str, Any]] = {}
     for part, entry in table.items():
@@ -218,7 +225,7 @@ def main(run_a: str, run_b: str, as_json: bool) -> None:
     try:
         result = compare(run_a, run_b)
     except JobkitError as error:
-        print(f"jobkit: {error}", file=sys.stderr)
+        say(str(error))
         sys.exit(int(Exit.USAGE))
     if as_json:
         print(json.dumps(asdict(result)))
@@ -229,7 +236,8 @@ def main(run_a: str, run_b: str, as_json: bool) -> None:
         )
     else:
         first = result.difference
-        print(f"different: first at step {first.step}, {first.name}\n  {run_a}: {first.a}\n  {run_b}: {first.b}")
+        told = f"different: first at step {first.step}, {first.name}\n  {run_a}: {first.a}\n  {run_b}: {first.b}"
+        print(printable(told))
     sys.exit(0 if result.equal else 1)
 
 

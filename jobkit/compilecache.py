@@ -51,7 +51,7 @@ def directory(store: Store) -> Path:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     kind = google_crc32c.value(f"{platform.machine()} {features}".encode())
-    return store.file(contract.CACHE) / f"{platform.machine()}-{kind:08x}"
+    return store.file(f"{contract.CACHE}/{platform.machine()}-{kind:08x}")
 
 
 def environment(store: Store, environ: Mapping[str, str]) -> dict[str, str]:
@@ -121,7 +121,7 @@ class Counter:
             self.seconds += duration_secs
 
 
-counter = Counter()
+counter: Counter = Counter()
 """Of this process: JAX has one set of listeners."""
 
 
@@ -166,7 +166,7 @@ def report(store: Store, attempt: int) -> dict[str, Any] | None:
     earlier = [e for one in range(attempt) for e in attempt_events(store, one) if e["event"] == "compiled"]
     before: Counts[int] = Counts()
     for event in earlier:
-        before[event["attempt"]] += int(event.get("misses", 0))
+        before[event["attempt"]] += event.get("misses", 0)
     # A restart runs a few tiny programs that no start does; compiled again is what takes as much as before.
     if before and new["misses"] and counter.misses > max(before.values()) / 2:
         told["again"] = sorted(_compiled_again())[:20]

@@ -151,6 +151,8 @@ ORBAX_ITEM = "default"
 SCORES = "scores"
 """Metrics that came after their step was committed; a commit itself is never changed."""
 ATTEMPTS = "attempts"
+LEASES = "leases"
+"""Who may run attempts, one file a runner, newest number first (see launch/lease.py)."""
 OUTCOME = "outcome.json"
 REPORT = "report"
 CACHE = "cache"
@@ -158,6 +160,17 @@ TRACKERS = "trackers.json"
 """By which names W&B and MLflow know the run."""
 TENSORBOARD = "tensorboard"
 TENSORBOARD_MARK = "tensorboard/.written"
+RUNNER_LOG = "runner.log"
+LAYOUT = (
+    RUN_JSON, ID, README, CANCEL, SAVE, EVENTS, LOCK, CODE, CHECKPOINTS, SCORES, ATTEMPTS, LEASES, REPORT, CACHE,
+    TENSORBOARD, RUNNER_LOG,
+)  # fmt: skip
+"""What the launching side leaves at the top of a run directory, and what it has the program leave there."""
+
+
+def is_own(name: str) -> bool:
+    """Tell whether something at the top of a run directory is jobkit's, rather than the program's."""
+    return name in LAYOUT or name in (STRATEGY, TRACKERS) or name.startswith(".")
 
 
 def attempt_dir(attempt: int) -> str:

@@ -4,21 +4,20 @@
     save.json       commit the step in progress, and go on
 
 `jobkit stop`, `cancel` and `save` write them, on the run's URL where it has one; the mirror brings them into the home
-of the node that trains. Each is served once, by the attempt that lived when it came: what an attempt finds at its start
-was said to an earlier one, which has served it or died of it. So a SIGKILL at any instant drops a request or has served
-it, and no request is served twice.
+of the node that trains. Each is served once, by the attempt that lived when it came: what was there before an attempt
+was claimed was said to an earlier one, which has served it or died of it. So a SIGKILL at any instant drops a request
+or has served it, and no request is served twice. A launcher claims none while there is a cancel: one that its attempt
+finds has come since.
 """
 
-import contextlib
-import json
 from typing import Any, Self
 
-from jobkit import contract, mirror
+from jobkit import contract, decode, mirror
 from jobkit.errors import JobkitError
 from jobkit.storage import Store
 
 _HEAR_S = 10.0
-"""How long a bucket may take to tell what was asked before."""
+"""How long a bucket may take to tell a launched attempt what was asked before."""
 
 
 class Control:
@@ -35,12 +34,26 @@ class Control:
             self._seen[name] = self._read(name)
 
     @classmethod
-    def after_hearing(cls, store: Store) -> Self:
-        """Hear what is asked from now on; what lies on the run's URL already was said to an earlier attempt."""
+    def of_attempt(cls, store: Store, given: int | None) -> Self:
+        """Hear what is asked of an attempt; made before it is claimed, since as soon as it is somebody may ask.
+
+        Args:
+            store: The run directory.
+            given: Its number, if a launcher has claimed it; such an attempt need not wait for a bucket.
+
+        Raises:
+            JobkitError: If the run's URL, on which the attempt is to be claimed, cannot be read.
+        """
         for name in (contract.CANCEL, contract.SAVE):
-            with contextlib.suppress(JobkitError, OSError):  # a bucket that does not answer just now
-                mirror.hear(store.with_deadline(_HEAR_S), name)
-        return cls(store)
+            try:
+                mirror.hear(store if given is None else store.with_deadline(_HEAR_S), name)
+            except JobkitError:
+                if given is None:
+                    raise
+        control = cls(store)
+        if given is not None:
+            control._seen[contract.CANCEL] = None
+        return control
 
     def new(self, name: str) -> dict[str, Any] | None:
         """Return a request that nobody has heard before, once; None if there is none.
@@ -54,18 +67,14 @@ class Control:
         self._seen[name] = content
         if content is None:
             return None
-        try:
-            told = json.loads(content)
-        except ValueError:
-            told = None
-        return told if isinstance(told, dict) else {}  # made by hand: `touch save.json`
+        return decode.fields(decode.json_object(content) or {})  # made by hand: `touch save.json`
 
     def _read(self, name: str) -> bytes | None:
         try:
             return self._store.read(name)
         except FileNotFoundError:
             return None
-        except OSError:
+        except JobkitError:
             return self._seen.get(name)  # a shared disk that does not answer just now
 
 

@@ -3,12 +3,13 @@
 The training thread comes here at the boundary where it stops, and the guard where the training thread cannot.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 
 from jobkit import contract, plan, state
 from jobkit.checkpoint import Checkpoints
 from jobkit.errors import JobkitError, SupersededError
-from jobkit.ledger import Ledger, tail_events
+from jobkit.ledger import Event, Ledger, tail_events
 from jobkit.notice import Listener
 from jobkit.plan import Choice, Plan, Rates, Situation
 from jobkit.storage import Store
@@ -31,10 +32,8 @@ class Emergency:
     ) -> None:
         self._checkpoints, self._ledger, self._listener, self._alone = checkpoints, ledger, listener, alone
         self._remote = store.remote is not None
-        self._uploads = Rates.from_events(
-            tail_events(store, contract.events_file(attempt - 1, "supervisor"), "uploaded")
-        )
-        earlier = Rates.from_events(tail_events(store, contract.events_file(attempt - 1, 0), "saved"))
+        self._uploads = Rates.from_events(_told(store, attempt - 1, "supervisor", "uploaded"))
+        earlier = Rates.from_events(_told(store, attempt - 1, 0, "saved"))
         checkpoints.rates.saves[:0], checkpoints.rates.first[:0] = earlier.saves, earlier.first
 
     def left_s(self) -> float | None:
@@ -155,3 +154,10 @@ class Emergency:
             by=by,
         )
         return planned
+
+
+def _told(store: Store, attempt: int, writer: int | str, event: str) -> list[Event]:
+    """Read what an earlier attempt tells of what saves cost; nothing that cannot be had now is worth waiting for."""
+    with contextlib.suppress(JobkitError):
+        return tail_events(store, contract.events_file(attempt, writer), event)
+    return []

@@ -5,10 +5,13 @@ without a traceback.
 """
 
 import contextlib
+import os
 import sys
 from types import TracebackType
+from typing import NoReturn
 
 from jobkit.contract import Exit
+from jobkit.printable import printable
 
 
 class JobkitError(Exception):
@@ -27,10 +30,26 @@ class SupersededError(ConfigError):
     """A newer attempt of the run has begun: this one is a leftover and may neither commit nor remove anything."""
 
 
+class OutsideError(ConfigError):
+    """A name leads out of the run it is used in, by itself or through a symbolic link (see names.py)."""
+
+
+class PackageError(ConfigError):
+    """A package that reads and writes for us failed as no storage makes it fail: another version of it is needed."""
+
+
+class UnsavedError(ConfigError):
+    """What is trained cannot be saved, at two intervals in a row: to train on would be lost."""
+
+
 class StorageError(JobkitError):
     """A checkpoint could not be committed or read; a later attempt may succeed (exit code 74)."""
 
     exit_code = Exit.STORAGE
+
+
+class DamagedError(StorageError):
+    """What the storage holds is not what was committed; asking it again changes nothing."""
 
 
 DONATED = "the program gave it away"
@@ -77,7 +96,27 @@ def end_in_words() -> None:
     sys.excepthook = hook
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with a code that nothing which cannot be printed any more changes."""
+    flush()
+    sys.exit(code)
+
+
+def flush() -> None:
+    """Print what waits to be, or give it up: Python ends a process that cannot with a code of its own, 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+
+
 def say(message: str) -> None:
     """Tell the person reading the log; nothing that happens to the log is an error."""
-    with contextlib.suppress(OSError):  # it may lie on the disk that is full
-        print(f"jobkit: {message}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed; `print` would take standard output instead
+        with contextlib.suppress(OSError, ValueError):  # it may lie on the disk that is full, or be closed by now
+            print(f"jobkit: {printable(message)}", file=sys.stderr, flush=True)

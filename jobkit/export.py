@@ -5,7 +5,8 @@ import os
 import sys
 
 from jobkit.contract import Exit
-from jobkit.errors import JobkitError
+from jobkit.errors import JobkitError, say
+from jobkit.printable import printable
 from jobkit.restore import export_params
 
 
@@ -20,10 +21,11 @@ def main(arguments: list[str]) -> int:
     try:
         leaves = export_params(run, out, step=int(step) if step.isdecimal() else step)
     except JobkitError as error:
-        print(f"jobkit: {error}", file=sys.stderr)
+        say(str(error))
         return Exit.USAGE
     try:
-        print(json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves))
+        told = json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves)
+        print(printable(told))
         sys.stdout.flush()
     except BrokenPipeError:  # `... | head`: the parameters are written all the same
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's last flush fail

@@ -1,14 +1,15 @@
 """Named points at which a drill or a test sends this process a signal.
 
 `JOBKIT_FAULT=before_rename:2` sends SIGKILL to the process the second time it passes `before_rename`;
-`during_write:3@0=TERM` sends SIGTERM the third time, in attempt 0 alone. Without the variable a point costs one
-dictionary look-up. The points lie where a real signal hurts most; keeping them in the product lets `jobkit drill`
-certify a user's own script with the same means as our tests.
+`during_write:3@0=TERM` sends SIGTERM the third time, in attempt 0 alone; `finished@0=KILL+0.5` half a second after it
+was passed. Without the variable a point costs one dictionary look-up. The points lie where a real signal hurts most;
+keeping them in the product lets `jobkit drill` certify a user's own script with the same means as our tests.
 """
 
 import os
 import re
 import signal
+import threading
 from collections import Counter
 
 from jobkit.contract import ENV_ATTEMPT, ENV_FAULT
@@ -22,13 +23,15 @@ POINTS = (
     "before_retention",
     "during_retention",
     "during_restore",
+    "resumed",
+    "finished",
     "before_create",
     "after_create",
 )
 """The last two are passed by a submit to a batch service. In a drill there is `step`, too: the beginning of each."""
 
-FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?")
-"""POINT[:COUNT][@ATTEMPT][=SIGNAL]"""
+FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?(?:\+(\d+\.?\d*))?")
+"""POINT[:COUNT][@ATTEMPT][=SIGNAL][+SECONDS]"""
 _passes: Counter[str] = Counter()
 
 
@@ -43,4 +46,10 @@ def reach(point: str) -> None:
     _passes[point] += 1
     if _passes[point] != int(fault[2] or 1) or fault[3] not in (None, os.environ.get(ENV_ATTEMPT)):
         return
-    os.kill(os.getpid(), signal.Signals[f"SIG{fault[4] or 'KILL'}"])
+    number = signal.Signals[f"SIG{fault[4] or 'KILL'}"]
+    if fault[5] is None:
+        os.kill(os.getpid(), number)
+        return
+    later = threading.Timer(float(fault[5]), os.kill, (os.getpid(), number))
+    later.daemon = True
+    later.start()

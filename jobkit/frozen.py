@@ -3,7 +3,9 @@
 Durations (`time.monotonic`, `time.perf_counter`) go on, so that nothing waits for ever.
 """
 
+import ctypes
 import datetime
+import gc
 import time
 from typing import Any
 
@@ -19,18 +21,17 @@ def freeze(at_s: float) -> None:
     }
     for name, function in replaced.items():
         setattr(time, name, function)
+    _put(datetime.date, "today", lambda cls: cls.fromtimestamp(at_s))
+    _put(datetime.datetime, "now", lambda cls, tz=None: cls.fromtimestamp(at_s, tz))
+    _put(datetime.datetime, "utcnow", lambda cls: cls.fromtimestamp(at_s, datetime.UTC).replace(tzinfo=None))
 
-    class Frozen(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> "Frozen":
-            return cls.fromtimestamp(at_s, tz)
 
-        @classmethod
-        def today(cls) -> "Frozen":
-            return cls.fromtimestamp(at_s)
+def _put(kind: type, name: str, function: Any) -> None:
+    """Replace a class method of a type of C in place.
 
-        @classmethod
-        def utcnow(cls) -> "Frozen":
-            return cls.fromtimestamp(at_s, datetime.UTC).replace(tzinfo=None)
-
-    datetime.datetime = Frozen  # type: ignore[misc]
+    A subclass in its place would be another type than the one that tensorflow, pandas and scikit-learn were compiled
+    against: they end with a segmentation fault.
+    """
+    (namespace,) = gc.get_referents(vars(kind))
+    namespace[name] = classmethod(function)
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(kind))

@@ -8,14 +8,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from jobkit import contract
 from jobkit.contract import Exit
-from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.errors import ConfigError, JobkitError, OutsideError, PackageError, StorageError, SupersededError
 from jobkit.ledger import read_json
 from jobkit.storage import Store
 
@@ -120,13 +120,12 @@ class Group:
             try:
                 value = make()
             except JobkitError as error:
-                self.tell(key, {"error": str(error), "kind": type(error).__name__})
+                self.tell(key, told_error(error))
                 raise
             self.tell(key, {"value": value})
             return value
         told = self.hear(key, timeout_s)
-        if "error" in told:
-            raise (ConfigError if told["kind"] == "ConfigError" else StorageError)(told["error"])
+        raise_told(told)
         return told["value"]
 
     def gather(self, key: str, value: Any, timeout_s: float = _EVER_S) -> list[Any]:
@@ -160,6 +159,20 @@ class Group:
             time.sleep(_LAST_BREATH_S)
 
 
+_KINDS = {kind.__name__: kind for kind in (ConfigError, OutsideError, PackageError, SupersededError)}
+
+
+def told_error(error: JobkitError) -> dict[str, str]:
+    """Write an error of ours down for another process."""
+    return {"error": str(error), "kind": type(error).__name__}
+
+
+def raise_told(told: Mapping[str, Any]) -> None:
+    """Raise the error that another process wrote down, if it did; of a kind that ends every process alike."""
+    if "error" in told:
+        raise _KINDS.get(told["kind"], StorageError)(told["error"])
+
+
 def open_group(number: int) -> Group:
     """Return the group of the Run that is opened as the `number`-th in this process.
 
@@ -185,14 +198,12 @@ def lost_process(store: Store, attempt: int) -> str:
 
     A shared disk that does not answer just now names nobody.
     """
-    names: list[str] = []
-    with contextlib.suppress(JobkitError, OSError):
-        names = store.names(contract.attempt_dir(attempt))
-    for name in names:
-        if name.startswith("process-"):
-            told = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}
-            if told.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED):
-                return f"process {name.removeprefix('process-').removesuffix('.json')} ended: {told.get('reason')}"
+    with contextlib.suppress(JobkitError):
+        for name in store.names(contract.attempt_dir(attempt)):
+            if name.startswith("process-"):
+                told = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}
+                if told.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED):
+                    return f"process {name.removeprefix('process-').removesuffix('.json')} ended: {told.get('reason')}"
     return ""
 
 

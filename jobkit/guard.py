@@ -22,6 +22,7 @@ from jobkit import arrays, state
 from jobkit.emergency import Emergency
 from jobkit.errors import StorageError
 from jobkit.group import Group
+from jobkit.kinds import Held, Part
 from jobkit.notice import Listener
 from jobkit.plan import MARGIN, UNKNOWN_S
 
@@ -36,7 +37,7 @@ _ROOM_BYTES = 1 << 30
 process may be stuck."""
 _SPARE = 0.5
 """How much of the memory that has never been used one boundary of a larger state may take."""
-_RUNGS = (1, 4, 16, 64)
+_RUNGS = tuple(4**power for power in range(7))
 """Of the multiples of each, several processes go on holding the last two."""
 _TICK_S = 0.2
 _ANSWER_S = 5.0
@@ -71,9 +72,11 @@ class Guard:
         self._take, self._begin, self._leave, self._lost = take, begin, leave, lost
         self.lock = threading.Condition()
         """Held by the training thread at a boundary where something is due, and by the guard while it acts."""
-        self.held: dict[int, Mapping[str, state.Held]] = {}
+        self.held: dict[int, Mapping[str, Held]] = {}
         """Completed steps -> the parts as they were then: of the newest boundary, and of those before it that the
         device has not got past, or another process perhaps."""
+        self.begun = 0
+        """Where the loop began, which every process holds, however few of the others."""
         self.from_s = 0.0
         """A boundary is held when the last one that was is so long ago; more often would cost too much."""
         self.held_s = 0.0
@@ -99,7 +102,15 @@ class Guard:
 
     # The training thread.
 
-    def hold(self, step: int, parts: Mapping[str, state.Part]) -> None:
+    def enter(self, step: int, parts: Mapping[str, Part]) -> None:
+        """Come to the beginning of a loop, from which on the boundaries are known."""
+        self.look_around()
+        self.begun = step
+        for _ in range(2):  # the first time tells nothing about the cost
+            self.hold(step, parts)
+        self.watching = True
+
+    def hold(self, step: int, parts: Mapping[str, Part]) -> None:
         """Hold the parts as they are at this boundary."""
         begun = time.thread_time()  # of the clock on the wall a busy machine takes more than holding costs
         before = self.held
@@ -110,7 +121,7 @@ class Guard:
             room = self._room
             keep: list[int] = []
             if self._group.count > 1:
-                keep = kept(before, room)
+                keep = kept(before, room, self.begun)
             elif self._listener.noticed and room:
                 keep = sorted(before)[-1:]
             if before and room and not _ready(now):
@@ -144,7 +155,7 @@ class Guard:
         if self.held and not self._room:
             self.held = {}
 
-    def settle(self, step: int, parts: Mapping[str, state.Part]) -> None:
+    def settle(self, step: int, parts: Mapping[str, Part]) -> None:
         """Wait until the device has computed this boundary; meanwhile the guard may save one that is."""
         self.hold(step, parts)
         for leaf in _arrays(self.held.get(step, {})):
@@ -287,7 +298,7 @@ class Guard:
                     self._leave(told)
             return
 
-    def _save(self, step: int, held: Mapping[int, Mapping[str, state.Held]]) -> str:
+    def _save(self, step: int, held: Mapping[int, Mapping[str, Held]]) -> str:
         """Commit a step that is held, or wait for what is in flight; return what went wrong, '' if nothing did."""
         self._begin()
         told = "" if step >= 0 or self.idle or not self.watching else self._why
@@ -303,7 +314,7 @@ class Guard:
         self.saved_at = time.monotonic()
         return told
 
-    def _usable(self, held: Mapping[int, Mapping[str, state.Held]]) -> list[int]:
+    def _usable(self, held: Mapping[int, Mapping[str, Held]]) -> list[int]:
         """Return the steps that can be saved: those that are computed, or the newest if none is."""
         whole = [step for step in held if not any(leaf.is_deleted() for leaf in _arrays(held[step]))]
         if held and not whole:
@@ -391,26 +402,29 @@ class Guard:
         return True
 
 
-def kept(steps: Iterable[int], room: int) -> list[int]:
+def kept(steps: Iterable[int], room: int, begun: int) -> list[int]:
     """Return which of the boundaries that one of several processes holds it goes on holding, with the newest one.
 
     Another process may be stuck a step behind, and hold fewer: every second one, every fourth, ... Of what both could
-    hold one is among these.
+    hold one is among these, as far as there is room.
 
     Args:
         steps: The boundaries.
         room: For how many there is room.
+        begun: Where the loop began: held by all, it counts as a multiple of everything.
     """
     held = sorted(steps)
-    found = {step for rung in _RUNGS for step in [step for step in held if step % rung == 0][-2:]}
+    found: set[int] = set()
+    for rung in _RUNGS:
+        found.update([step for step in held if step % rung == 0 or step == begun][-2:])
     return sorted(found)[-room:] if room else []
 
 
-def _arrays(held: Mapping[str, state.Held]) -> list[Any]:
+def _arrays(held: Mapping[str, Held]) -> list[Any]:
     leaves = (getattr(leaf, "_base_array", leaf) for part in held.values() for leaf in part.leaves)  # of a typed key
     return [leaf for leaf in leaves if hasattr(leaf, "is_ready")]
 
 
-def _ready(held: Mapping[str, state.Held]) -> bool:
+def _ready(held: Mapping[str, Held]) -> bool:
     """Tell whether the device has computed what is held; the newest first, since that fails soonest."""
     return all(leaf.is_deleted() or leaf.is_ready() for leaf in reversed(_arrays(held)))

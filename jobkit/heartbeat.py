@@ -3,10 +3,12 @@
 The supervisor makes a small node-local directory and names it in `JOBKIT_SUPERVISOR`. A path rather than an inherited
 descriptor, since launchers in between (`subprocess.run`, a shell, srun) close descriptors but pass the environment on.
 It holds
-    heartbeat   one record, rewritten in place by the program: pid, phase, step, committed step, time
-    notice.json what is known of a notice, before the program is signalled: source, reason, deadline
-    stacks      the program's Python stacks, written on SIGQUIT (see stacks.py)
-    alive       a named pipe whose write end the supervisor keeps open: it hangs up when the supervisor is gone
+    heartbeat     one record, rewritten in place by the program: pid, phase, step, committed step, time
+    notice.json   what is known of a notice, before the program is signalled: source, reason, deadline
+    unsaved.json  by the program, while what it trains is not saved: the event that says so (see unsaved.py)
+    stacks        the program's Python stacks, written on SIGQUIT (see stacks.py)
+    owner         whose it is: the number of the attempt and the run directory
+    alive         a named pipe whose write end the supervisor keeps open: it hangs up when the supervisor is gone
 """
 
 import contextlib
@@ -15,15 +17,20 @@ import json
 import mmap
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from jobkit import names
 
 _RECORD = struct.Struct("<IIqqqq")  # version, pid, phase, step, committed step, time (CLOCK_MONOTONIC, ns)
 _VERSION = 2
+_UNSAVED = "unsaved.json"
 
 
 class Phase(enum.IntEnum):
@@ -124,21 +131,57 @@ class Heartbeat:
         finally:
             self.enter(before)
 
+    def tell_unsaved(self, told: Mapping[str, Any] | None) -> None:
+        """Show the event that says which step is not saved, and why; None once one is."""
+        if self._directory is None:
+            return
+        with contextlib.suppress(OSError):  # a full /dev/shm, or a supervisor that is gone
+            if told is None:
+                (self._directory / _UNSAVED).unlink()
+            else:
+                _replace(self._directory / _UNSAVED, told)
+
     def bury(self) -> None:
         """Remove the directory of a supervisor that is gone."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class Link:
-    """The supervisor's end: makes the directory, reads the heartbeat, is the write end of the alive pipe."""
+SHARED = Path("/dev/shm")
 
-    def __init__(self) -> None:
-        shared = Path("/dev/shm")
-        root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-        self.directory = Path(tempfile.mkdtemp(prefix="jobkit-", dir=root))
-        (self.directory / "heartbeat").write_bytes(bytes(_RECORD.size))
-        os.mkfifo(self.directory / "alive", 0o600)
+
+def _made_in(root: Path | None, owner: bytes) -> Path:
+    """Make a supervisor's directory; on an error nothing is left behind."""
+    directory = None
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="jobkit-", dir=root))
+        (directory / "heartbeat").write_bytes(bytes(_RECORD.size))
+        (directory / "owner").write_bytes(owner)
+        os.mkfifo(directory / "alive", 0o600)
+    except OSError:
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return directory
+
+
+class Link:
+    """The supervisor's end: makes the directory, reads the heartbeat, is the write end of the alive pipe.
+
+    Args:
+        run: The run directory on this node.
+        attempt: Number of the attempt.
+
+    Raises:
+        OSError: If neither memory nor the system's directory for temporary files has room for it.
+    """
+
+    def __init__(self, run: Path, attempt: int) -> None:
+        owner = f"{attempt} ".encode() + os.fsencode(run)
+        try:
+            self.directory = _made_in(SHARED, owner)
+        except OSError:  # absent, read-only, or full: Docker gives a container 64 MB
+            self.directory = _made_in(None, owner)
         # Read and write, so that opening does not wait for a reader. Not inherited by children, or the pipe would
         # never hang up.
         self._alive = os.open(self.directory / "alive", os.O_RDWR | os.O_CLOEXEC)
@@ -156,15 +199,31 @@ class Link:
             deadline_at: When the program is killed, on the clock of `time.monotonic`; None where nobody said.
         """
         told = {"source": source, "reason": reason, "deadline_at": deadline_at}
-        new = self.directory / "notice.new"
         with contextlib.suppress(OSError):  # a full /dev/shm: the signal alone is a notice too
-            new.write_text(json.dumps(told))
-            os.rename(new, self.directory / "notice.json")
+            _replace(self.directory / "notice.json", told)
 
     def close(self) -> None:
         """Remove the directory."""
         os.close(self._alive)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def belongs(directory: Path, run: Path, attempt: int) -> bool:
+    """Tell whether a supervisor's directory is that of an attempt, whatever a file of the run calls it.
+
+    Args:
+        directory: What may be it.
+        run: The run directory on this node.
+        attempt: Number of the attempt.
+    """
+    try:
+        if not stat.S_ISDIR(os.lstat(directory).st_mode):
+            return False
+        with open(directory / "owner", "rb", opener=names.opener) as file:
+            number, _, path = file.read(1 << 13).partition(b" ")
+        return number == str(attempt).encode() and os.path.samefile(path, run)
+    except (OSError, ValueError):
+        return False
 
 
 def read_beat(directory: Path) -> Beat:
@@ -176,6 +235,21 @@ def read_beat(directory: Path) -> Beat:
     except (OSError, ValueError, struct.error):
         pass
     return Beat()
+
+
+def read_unsaved(directory: Path) -> dict[str, Any] | None:
+    """Return what the program says that it could not save, None if it says nothing."""
+    try:
+        told = json.loads((directory / _UNSAVED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def _replace(path: Path, told: Mapping[str, Any]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(told))
+    os.rename(new, path)
 
 
 def read_told(directory: Path) -> Told | None:
@@ -195,6 +269,10 @@ def open_alive(directory: Path) -> int | None:
         A descriptor on which `select.poll` reports POLLHUP once the supervisor is gone.
     """
     try:
-        return os.open(directory / "alive", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        pipe = os.open(directory / "alive", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
+    # A pipe hangs up only if it had a writer since it was opened: else one that is gone already would not be missed.
+    with contextlib.suppress(OSError):
+        os.close(os.open(directory / "alive", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    return pipe

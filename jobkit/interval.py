@@ -200,7 +200,7 @@ def _exposure(events: Iterable[Event]) -> tuple[float, bool]:
         if event["event"] in ("fresh", "restored"):
             began = event["t"]
         stepped |= event["event"] == "first_step"
-        whole |= event["event"] in ("stopped", "finished")
+        whole = event["event"] in ("stopped", "finished") or (whole and event["event"] != "goes_on")
         ended = max(ended, event["t"])
     if began is None or not stepped:  # it had nothing to lose yet
         return 0.0, False

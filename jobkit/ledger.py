@@ -6,31 +6,41 @@ the reader drops a torn line. The events, by who writes them:
     submitted, resumed, cancelled, stopped, decision, ended, job (id, backend), job_started,
     moved (source, target)                                  by the launching side, in events.jsonl
     started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
+    silent (step, waited_s, usual_s, budget_s), heard_again (after_s): no step for far longer than any before,
     put_off (deadline_s: a preemption on SLURM leaves longer), exited (longest_s: the longest without progress by
-    phase)                                                  by the supervisor of an attempt
+    phase, longest_step_s)                                  by the supervisor of an attempt
     metadata (source, kind, reason)                         by it: what a cloud says beside notices
     uploaded, upload_failed, upload_back, superseded        by whoever carries the run to its URL
-    opened, fresh, restored, first_step, saved, scored (step, metrics: after its commit), skipped, save_failed,
-    superseded, abandoned, set_aside, rehearsed, removed, interval, save_asked (id, by, step), notice, plan, stopped,
-    finished, metrics, compiled, unsaved (it ended without one step of the run)
-                                                            by the program
+    opened, fresh, restored, first_step, own_loop (no steps(): from its second round or first save on), saved,
+    scored (step, metrics: after its commit), skipped, save_failed (step, kind, count, reason, committed_step),
+    unchanged (the same: what is saved holds nothing new), changed, superseded, abandoned, set_aside, rehearsed,
+    removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, goes_on (with another loop, after it
+    had finished), metrics, compiled,
+    unsaved (it ended without one step of the run)          by the program
     probed, donated (step, leaves)                          by it, in a drill
 """
 
+import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from jobkit import contract
-from jobkit.errors import JobkitError
+from jobkit import contract, decode, names
+from jobkit.errors import DamagedError
 from jobkit.storage import Store, explain
 
 Event = dict[str, Any]
 """One line: at least `t` (seconds since the epoch, of the writer's clock) and `event`."""
+
+
+_MOST_OWED_BYTES = 16 << 20
+"""Lines that wait for a disk that is full or does not answer; of more than that the oldest go."""
 
 
 class Ledger:
@@ -42,49 +52,93 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+        self._clock, self.path = clock, path
+        self._lock = threading.Lock()
+        self._owed = bytearray()
+        """Whole lines that are not in the file yet."""
+        self._synced = True
+        self._closed = False
+        self._descriptor: int | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._descriptor = self._open()
+            # A torn last line, of an earlier writer or of a disk that was full for a while, must not swallow the next.
+            self._torn = False
+            if os.fstat(self._descriptor).st_size:
+                with open(path, "rb", opener=names.opener) as file:
+                    file.seek(-1, os.SEEK_END)
+                    self._torn = file.read() != b"\n"
         except OSError as error:
+            self.close()
             raise explain(error, f"cannot write {path}") from None
-        self._path = path
-        # A torn last line, of an earlier writer or of a disk that was full for a while, must not swallow the next one.
-        self._torn = False
-        if os.fstat(self._descriptor).st_size:
-            with open(path, "rb") as file:
-                file.seek(-1, os.SEEK_END)
-                self._torn = file.read() != b"\n"
+
+    def _open(self) -> int:
+        return names.opener(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def append(self, event: str, *, durable: bool = False, **fields: Any) -> None:
         """Write one event.
 
-        A ledger that cannot be written never stops a training: the failure is dropped here and shows itself where
-        it matters, at the next commit to the same storage.
+        A ledger that cannot be written never stops a training: its lines wait for the next event or for `settle`, and
+        the failure shows itself where it matters, at the next commit to the same storage.
 
-        Durability: after return the line survives a SIGKILL; with `durable` a power cut too.
+        Durability: after return the line survives a SIGKILL, if the storage answers; with `durable` a power cut too.
         """
         self.append_all([{"t": self._clock(), "event": event, **fields}], durable=durable)
 
     def append_all(self, events: list[Event], *, durable: bool = False) -> None:
         """Write several events with one system call; they carry their own `t`."""
-        if self._descriptor is None or not events:
+        if self._closed or not events:
             return
         lines = "".join(json.dumps(event, separators=(",", ":"), default=str) + "\n" for event in events).encode()
-        if self._torn:
-            lines = b"\n" + lines
+        with self._lock:
+            self._owed += lines
+            with contextlib.suppress(OSError):
+                self._pay(durable)
+
+    def settle(self) -> None:
+        """Write what waits, durably.
+
+        Raises:
+            JobkitError: If it cannot be written.
+        """
+        with self._lock:
+            try:
+                self._pay(True)
+            except OSError as error:
+                raise explain(error, f"cannot write {self.path}") from None
+
+    def _pay(self, durable: bool) -> None:
+        """Write the lines that are owed; one that was torn off is written again as a whole."""
         try:
-            self._torn = os.write(self._descriptor, lines) < len(lines)
-            if durable:
+            if self._descriptor is None:  # a handle that went stale stays so
+                self._descriptor = self._open()
+            while self._owed:
+                head = b"\n" if self._torn else b""
+                written = os.write(self._descriptor, head + self._owed) - len(head)
+                whole = self._owed.rfind(b"\n", 0, written) + 1
+                del self._owed[:whole]
+                self._torn, self._synced = written > whole, False
+            if durable and not self._synced:
                 os.fsync(self._descriptor)
+                self._synced = True
         except OSError:
-            pass
+            if len(self._owed) > _MOST_OWED_BYTES:
+                del self._owed[: self._owed.find(b"\n", len(self._owed) - _MOST_OWED_BYTES) + 1]
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+            raise
 
     def close(self) -> None:
-        """Close the file; later appends are dropped."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """Write what waits, if that can be, and close the file; later appends are dropped."""
+        with self._lock:
+            if self._owed and not self._closed:
+                with contextlib.suppress(OSError):
+                    self._pay(False)
+            self._closed = True
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def read_events(store: Store) -> list[Event]:
@@ -114,6 +168,15 @@ def writer_events(store: Store, attempt: int, writer: str) -> list[Event]:
     return [event | extra for event in read_lines(store, contract.events_file(attempt, writer))]
 
 
+def last_word(events: Sequence[Event]) -> str:
+    """Return how the program of an attempt came to its end by itself: 'stopped', 'finished' or 'raised'; '' if it has
+    not, as far as its events tell, which are in the order written.
+    """
+    words = (event["event"] for event in reversed(events))
+    word = next((word for word in words if word in ("stopped", "finished", "raised", "goes_on")), "")
+    return "" if word == "goes_on" else word
+
+
 _METRICS = b'"event":"metrics"'
 
 
@@ -125,16 +188,28 @@ def life_events(store: Store, attempt: int, writers: tuple[int | str, ...] = (0,
     return sorted(events, key=lambda event: event["t"])
 
 
-def read_lines(store: Store, name: str, *, but: bytes | None = None) -> list[Event]:
-    """Read one ledger file in the order written, without lines that contain `but`.
+def read_lines(store: Store, name: str, *, but: bytes | None = None, logged: int | None = None) -> list[Event]:
+    """Read one ledger file in the order written; torn lines are left out, and an absent file has none.
 
-    Torn lines are left out, and an absent file has none.
+    Args:
+        store: The run.
+        name: The file.
+        but: Without lines that contain this.
+        logged: Of logged values, of which there may be millions, so many lines at most, evenly, and the last one.
     """
     try:
         content = store.read(name)
     except FileNotFoundError:
         return []
-    return _parsed(content, but)
+    return _parsed(content if logged is None else b"\n".join(_thinned(content.splitlines(), logged)), but)
+
+
+def _thinned(lines: list[bytes], most: int) -> list[bytes]:
+    logged = [index for index, line in enumerate(lines) if _METRICS in line]
+    if len(logged) <= most:
+        return lines
+    kept = {*logged[:: -(-len(logged) // most)], logged[-1]}
+    return [line for index, line in enumerate(lines) if index in kept or _METRICS not in line]
 
 
 def _parsed(content: bytes, but: bytes | None = None) -> list[Event]:
@@ -142,24 +217,45 @@ def _parsed(content: bytes, but: bytes | None = None) -> list[Event]:
     for line in content.splitlines():
         if but is not None and but in line:
             continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # torn by a SIGKILL or a full disk: normal input
-        if isinstance(event, dict) and isinstance(event.get("t"), int | float) and "event" in event:
+        event = decode.event(line)
+        if event is not None:  # torn by a SIGKILL or a full disk: normal input
             events.append(event)
     return events
+
+
+def newest_event(store: Store, name: str, events: Collection[str]) -> Event:
+    """Return the newest event of some kinds in one file, {} if there is none.
+
+    It reads backwards, so that what it costs is how much was written since, not how long the file is.
+    """
+    wanted = [f'"event":"{event}"'.encode() for event in events]
+    rest = b""
+    with contextlib.suppress(OSError), open(store.file(name), "rb", opener=names.opener) as file:
+        at = file.seek(0, os.SEEK_END)
+        while at > 0:
+            size = min(at, _BLOCK_BYTES)
+            at = file.seek(at - size)
+            first, newline, whole = (file.read(size) + rest).partition(b"\n")
+            rest = first + newline
+            if at == 0:
+                whole = rest + whole
+            for line in reversed(whole.splitlines()):
+                if any(mark in line for mark in wanted) and (found := _parsed(line)) and found[0]["event"] in events:
+                    return found[0]
+    return {}
+
+
+_BLOCK_BYTES = 1 << 18
 
 
 def tail_events(store: Store, name: str, event: str, nbytes: int = 1 << 20) -> list[Event]:
     """Read the newest events of one kind in one file, oldest first: what its last bytes hold; none without a file."""
     try:
-        with open(store.file(name), "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - nbytes))
-            lines = [line for line in file.read().splitlines() if f'"{event}"'.encode() in line]
-            return [found for found in _parsed(b"\n".join(lines)) if found["event"] == event]
-    except OSError:
+        content = store.read(name, last_bytes=nbytes)
+    except FileNotFoundError:
         return []
+    lines = [line for line in content.splitlines() if f'"{event}"'.encode() in line]
+    return [found for found in _parsed(b"\n".join(lines)) if found["event"] == event]
 
 
 @dataclass
@@ -175,8 +271,13 @@ class Series:
     """Metric name -> step -> every value recorded for a step that ran more than once, oldest first."""
 
 
-def read_metrics(store: Store) -> Series:
-    """Read every logged metric of process 0, rewound at each resume: what lay beyond the restored step is gone."""
+def read_metrics(store: Store, *, only: Callable[[Collection[str]], Collection[str]] = lambda names: names) -> Series:
+    """Read the logged metrics of process 0, rewound at each resume: what lay beyond the restored step is gone.
+
+    Args:
+        store: The run.
+        only: Chooses among the names of the metrics that are known so far; the others are forgotten.
+    """
     series = Series()
     earlier: dict[str, dict[int, list[float]]] = {}  # what was logged for steps that a resume took back
     for attempt in store.numbers(contract.ATTEMPTS):
@@ -187,38 +288,49 @@ def read_metrics(store: Store) -> Series:
                 continue
             if event["event"] in ("fresh", "restored"):
                 for name, line in series.values.items():
-                    for taken_back in [logged_at for logged_at in line if logged_at >= step]:
+                    for taken_back in _from(line, step):
                         earlier.setdefault(name, {}).setdefault(taken_back, []).append(line.pop(taken_back))
             elif event["event"] == "metrics" and isinstance(values, Mapping):
                 for name, value in values.items():
                     logged.setdefault(name, {})[step] = value
+        wanted = only({*series.values, *logged})
+        for name in series.values.keys() - wanted:
+            del series.values[name]
+            series.repeated.pop(name, None)
+            earlier.pop(name, None)
         for name, line in logged.items():
+            if name not in wanted:
+                continue
             known = series.values.setdefault(name, {})
-            for step, value in line.items():
+            last = next(reversed(known), -1)
+            for step, value in sorted(line.items()):
                 before = [*earlier.get(name, {}).get(step, []), *([known[step]] if step in known else [])]
                 if before:
                     series.repeated.setdefault(name, {})[step] = [*before, value]
                 known[step] = value
+            if min(line) < last:  # steps must rise: what a resume takes back is looked for from the end
+                series.values[name] = dict(sorted(known.items()))
     series.values = {name: line for name, line in series.values.items() if line}
     return series
+
+
+def _from(line: dict[int, float], step: int) -> list[int]:
+    """Return the steps of a metric from one on, the last one first; they rise."""
+    return list(takewhile(lambda logged_at: logged_at >= step, reversed(line)))
 
 
 def read_json(store: Store, name: str) -> dict[str, Any] | None:
     """Read one small JSON object of a run directory, None if it is absent.
 
     Raises:
-        JobkitError: If it is there but is not a JSON object.
+        DamagedError: If it is there but is not a JSON object.
+        JobkitError: If the storage does not answer.
     """
     try:
         content = store.read(name)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise explain(error, f"cannot read {store.file(name)}") from None
-    try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise JobkitError(f"{store.file(name)} is damaged: it is not a JSON object")
+    value = decode.json_object(content)
+    if value is None:
+        raise DamagedError(f"{store.file(name)} is damaged: it is not a JSON object")
     return value

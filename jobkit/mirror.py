@@ -1,9 +1,10 @@
 """Carry a run directory between its node-local home and its URL.
 
 For a run on an object store everything is written to a home on this node first, which is a whole run directory: a save
-is committed there in the time a local disk takes, and a restart on the same node restores from it. The mirror, a thread
+is committed there in the time a local disk takes, and a restart on the same node restores from it. The mirror, threads
 of the supervisor, carries what is new to the URL: a step's files in parallel, each created only if it is not there yet,
-and commit.json last. A program that is killed right after its local commit still gets its save into the bucket.
+and commit.json last. A program that is killed right after its local commit still gets its save into the bucket. Logs
+and ledgers (outbox.py), and what is asked of the run, have threads of their own: neither keeps a checkpoint waiting.
 
 Under a dead bucket the training goes on; saves wait in the home, as many as retention keeps, until the bucket is back.
 """
@@ -11,29 +12,31 @@ Under a dead bucket the training goes on; saves wait in the home, as many as ret
 import contextlib
 import os
 import secrets
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import google_crc32c
 import msgspec
 
-from jobkit import commits, contract
+from jobkit import commits, contract, names, parts
 from jobkit.commits import Commit
-from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError, say
+from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError, say
 from jobkit.ledger import Ledger
+from jobkit.outbox import Outbox
 from jobkit.progress import transfer
 from jobkit.remote import Remote, each
-from jobkit.storage import Store, checksum, remove_tree, sync_tree
+from jobkit.storage import Store, checksum, in_words, remove_tree, sync_tree
 
 _TICK_S = 0.5
 _TELL_S = 10.0
 _FILES_S = 2.0
 """Logs and ledgers of a running attempt reach the URL this often."""
+_REST_S = 10.0
+"""How long logs and ledgers may take once everything else is there."""
 _CANCEL_S = 2.0
 """A cancel that was written on another machine is seen after this long."""
 _ROOT_FILES = (contract.RUN_JSON, contract.README, contract.EVENTS, contract.STRATEGY)
@@ -54,18 +57,29 @@ class Mirror:
         self._attempt, self._ledger = attempt, ledger
         self._since = time.time() - 0.05  # file systems keep coarse times
         self._done: set[int] = set()
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._files_at = self._cancel_at = 0.0
-        self._failing_since: float | None = None
+        self._old_uploads = True
+        self._outbox = Outbox(self._store, attempt, self._check_newest)
+        self._failing: dict[str, float] = {}
+        """What fails, and since when."""
+        self._failing_lock = threading.Lock()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="jobkit-mirror", daemon=True)
+        # A log of any size, or a bucket that is slow to take a step, must not keep the others waiting.
+        self._threads = [
+            threading.Thread(target=self._go_on, args=(name, every_s, work), name=f"jobkit-{name}", daemon=True)
+            for name, every_s, work in (
+                ("steps", _TICK_S, self._carry_steps),
+                ("files", _FILES_S, self._carry_files_on),
+                ("requests", _CANCEL_S, self._hear_requests),
+            )
+        ]
         self.superseded: SupersededError | None = None
         """Says which newer attempt has taken over, once one has; nothing is carried from then on."""
 
     def start(self) -> None:
-        """Begin carrying, in a thread."""
+        """Begin carrying, in threads."""
         if self._store.remote is not None:
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
 
     def close(self, *, deadline_s: float) -> None:
         """Carry everything that is left and end.
@@ -76,59 +90,78 @@ class Mirror:
         if self._store.remote is None:
             return
         self._closing.set()
-        self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
         end = time.monotonic() + deadline_s
         while True:
             try:
-                self._carry(final=True)
+                self._carry(until=max(end, time.monotonic() + _REST_S))
                 return
             except SupersededError:
                 raise
             except JobkitError as error:
                 if time.monotonic() >= end:
                     raise StorageError(f"{error}; the newest saves wait in {self._store.path}") from error
-                self._hear(error)
+                self._fails("the rest", error)
                 time.sleep(_TICK_S)
 
-    def _run(self) -> None:
-        assert self._store.remote is not None
-        with contextlib.suppress(JobkitError):
-            # Of dead attempts: this one has claimed its number, so that no older one can commit any more.
-            self._store.remote.abort_uploads()
-        while not self._closing.wait(_TICK_S):
+    def _go_on(self, name: str, every_s: float, work: Callable[[], None]) -> None:
+        while not self._closing.wait(every_s) and self.superseded is None:
             try:
-                self._carry(final=False)
+                work()
             except SupersededError as error:
+                self._give_way(error)
+            except JobkitError as error:
+                self._fails(name, error)
+            except Exception as error:  # whatever it is, saves must go on being carried
+                self._fails(name, StorageError(f"cannot upload to {self._store.url}: {type(error).__name__}: {error}"))
+            else:
+                self._works(name)
+
+    def _give_way(self, error: SupersededError) -> None:
+        with self._failing_lock:
+            if self.superseded is None:
                 self.superseded = error
                 self._ledger.append("superseded", reason=str(error))
-                return
-            except JobkitError as error:
-                self._hear(error)
-            except Exception as error:  # whatever it is, saves must go on being carried
-                self._hear(StorageError(f"cannot upload to {self._store.url}: {type(error).__name__}: {error}"))
-            else:
-                if self._failing_since is not None:
-                    self._ledger.append("upload_back", after_s=round(time.monotonic() - self._failing_since, 3))
-                    self._failing_since = None
 
-    def _hear(self, error: JobkitError) -> None:
-        if self._failing_since is None:
-            self._failing_since = time.monotonic()
-            self._ledger.append("upload_failed", reason=str(error))
-            say(f"{error}; saves wait in {self._store.path} meanwhile")
+    def _fails(self, name: str, error: JobkitError) -> None:
+        with self._failing_lock:
+            if not self._failing:
+                self._ledger.append("upload_failed", reason=str(error))
+                say(f"{error}; saves wait in {self._store.path} meanwhile")
+            self._failing.setdefault(name, time.monotonic())
 
-    def _carry(self, *, final: bool) -> None:
-        """Carry what is new: steps first, newest before older; one that cannot be carried holds up no other."""
+    def _works(self, name: str) -> None:
+        with self._failing_lock:
+            since = min(self._failing.values(), default=0.0)
+            if self._failing.pop(name, None) is not None and not self._failing:
+                self._ledger.append("upload_back", after_s=round(time.monotonic() - since, 3))
+
+    def _carry(self, *, until: float) -> None:
+        """Carry everything that is left, steps first."""
         # At the end in any case: who decides whether the run goes on looks into the home.
-        if final or time.monotonic() - self._cancel_at >= _CANCEL_S:
-            self._cancel_at = time.monotonic()
-            hear(self._store, contract.CANCEL)
-            hear(self._store, contract.SAVE)
+        self._hear_requests()
+        self._carry_steps(shown=True)
+        self.carry_files(until=until)
+
+    def _hear_requests(self) -> None:
+        hear(self._store, contract.CANCEL)
+        hear(self._store, contract.SAVE)
+
+    def _carry_steps(self, *, shown: bool = False) -> None:
+        """Carry new steps, newest before older; one that cannot be carried holds up no other."""
+        assert self._store.remote is not None
+        if self._old_uploads:
+            self._old_uploads = False
+            with contextlib.suppress(JobkitError):
+                # Of dead attempts: this one has claimed its number, so that no older one can commit any more.
+                self._store.remote.abort_uploads()
         failed: JobkitError | None = None
         waiting = [step for step in reversed(commits.steps(self._store)) if step not in self._done]
         for step in waiting:
             try:
-                if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=final):
+                if push_step(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=shown):
                     self._done.add(step)
             except SupersededError:
                 raise
@@ -136,44 +169,53 @@ class Mirror:
                 failed = failed or error
         if waiting and failed is None and self._said_what_to_keep():
             self._retain()
-        if final or time.monotonic() - self._files_at >= _FILES_S:
-            self._files_at = time.monotonic()
-            self.carry_files()
         if failed is not None:
             raise failed
 
     def _said_what_to_keep(self) -> bool:
         """Tell whether the program of this attempt has said what to keep; what is in the home may be old."""
-        try:
-            return self._store.file(contract.STRATEGY).stat().st_mtime >= self._since
-        except OSError:
-            return False
+        found = self._store.stat(contract.STRATEGY)
+        return found is not None and found.st_mtime >= self._since
 
-    def carry_files(self) -> None:
-        """Carry logs, ledgers and what describes the run, as far as they have grown.
+    def carry_files(self, *, until: float | None = None) -> None:
+        """Carry the rest of logs, ledgers and what describes the run; what is not up in time waits in the home.
+
+        Args:
+            until: No further part of a log is sent then, on the clock of `time.monotonic`; by default in a few seconds.
 
         Raises:
             JobkitError: If the URL cannot be written.
         """
         if self._store.remote is None:
             return
-        own = contract.attempt_dir(self._attempt)
-        mine = [f"{place}/{name}" for place in (own, contract.SCORES) for name in self._store.names(place)]
-        for name in [*described(self._store), *(name for name in mine if "/." not in name)]:
-            if name == contract.RUN_JSON or (name == contract.STRATEGY and not self._said_what_to_keep()):
-                continue  # run.json is the launching side's
-            info = self._store.file(name).stat()
-            stamp = (info.st_size, info.st_mtime_ns)
-            if self._sizes.get(name) != stamp:
-                self._store.remote.write(name, self._store.read(name))
-                self._sizes[name] = stamp
+        end = time.monotonic() + _REST_S if until is None else until
+        if not self._outbox.carry(self._described(), final=True, go_on=lambda: time.monotonic() < end):
+            say(f"not all logs of {self._store.url} are there yet; the rest waits in {self._store.path}")
+
+    def _carry_files_on(self) -> None:
+        self._outbox.carry(
+            self._described(), final=False, go_on=lambda: not self._closing.is_set() and self.superseded is None
+        )
+
+    def _described(self) -> list[str]:
+        """List what describes the run and is the running side's to say."""
+        saying = self._said_what_to_keep()
+        return [
+            name
+            for name in described(self._store)
+            if name != contract.RUN_JSON and (name != contract.STRATEGY or saying)
+        ]
+
+    def _check_newest(self) -> None:
+        assert self._store.remote is not None
+        check_newest(self._store.remote, self._attempt)
 
     def _retain(self) -> None:
         """Remove remote steps that retention does not keep, and what dead attempts left unfinished."""
         remote, strategy = self._store.remote, keep_of(self._store)
         assert remote is not None
         by_step = group(remote.find(contract.CHECKPOINTS))
-        committed = {step for step, names in by_step.items() if _commit_name(step) in names}
+        committed = {step for step, found in by_step.items() if _commit_name(step) in found}
         scores = remote.find(contract.SCORES)
         known = {step: metrics_of(remote, step, scores) for step in committed}
         newest, local = max(committed, default=-1), commits.steps(self._store)
@@ -234,43 +276,87 @@ def carry_described(store: Store) -> None:
                 store.remote.write(name, store.read(name))
 
 
+_NOT_BROUGHT = tuple(f"{place}/" for place in (contract.CHECKPOINTS, contract.CACHE, contract.LEASES))
+"""What each who needs it fetches, or reads on the URL alone."""
+
+
 def refresh(store: Store) -> None:
-    """Bring what the URL knows of a run into the home: all but checkpoints; for a home that nobody writes to just now.
+    """Bring what the URL knows of a run into the home: all but checkpoints and logs (see `fetch_logs`).
+
+    For a home that nobody writes to just now.
 
     Ledgers and logs only grow, so that the longer one is the newer. The launching side's ledger is read before the rest
-    is listed, and written after it: where it says that the run has ended, the logs are whole.
+    is listed, and written after it: where it says that the run has ended, the logs are whole. Lines of it that are only
+    here stay, unless another machine has taken the run over meanwhile and gone on from lines before them.
     """
     remote = store.remote
     if remote is None:
         return
     found = remote.find()
     ledger = None
-    if contract.EVENTS in found and _size(store, contract.EVENTS) < found[contract.EVENTS]:
-        ledger = remote.read(contract.EVENTS)
+    if _size(store, contract.EVENTS) != found.get(contract.EVENTS, -1):
+        ledger = _newer(store, remote)
         found = remote.find()
-    for name, size in found.items():
-        if name.startswith(contract.CHECKPOINTS + "/") or name == contract.EVENTS:
-            continue
-        have = _size(store, name)
-        if have < 0 or (have < size and name != contract.LOCK):
-            store.write(name, remote.read(name))
-        elif _is_rewritten(name) and store.read(name) != (content := remote.read(name)):
-            store.write(name, content)
+    _bring(store, found, lambda name: not name.startswith(_NOT_BROUGHT) and not parts.is_log(name))
     if ledger is not None:
         store.write(contract.EVENTS, ledger)
     if contract.CANCEL not in found:
         store.remove(contract.CANCEL)
 
 
+def _bring(store: Store, found: Mapping[str, int], wanted: Callable[[str], bool]) -> None:
+    """Bring files of a listing into the home, as far as they are not there; what is gone meanwhile stays as it is."""
+    for name, pieces in parts.grouped(found).items():
+        if name != contract.EVENTS and wanted(name):
+            with contextlib.suppress(FileNotFoundError):
+                _bring_one(store, name, pieces)
+
+
+def _bring_one(store: Store, name: str, pieces: parts.Parts) -> None:
+    remote = store.remote
+    assert remote is not None
+    have, size = _size(store, name), parts.size_of(pieces)
+    if parts.is_growing(name):
+        if have < size:
+            parts.fetch(store, name, pieces)
+    elif have < 0 or (have < size and name != contract.LOCK):
+        store.write(name, remote.read(name))
+    elif _is_rewritten(name) and store.read(name) != (content := remote.read(name)):
+        store.write(name, content)
+
+
+def fetch_logs(store: Store, attempt: int | None = None) -> None:
+    """Bring what the programs of an attempt, or of all, have printed into the home, as far as the URL has it.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    if store.remote is not None:
+        place = contract.ATTEMPTS if attempt is None else contract.attempt_dir(attempt)
+        _bring(store, store.remote.find(place), parts.is_log)
+
+
+def _newer(store: Store, remote: Remote) -> bytes | None:
+    """Return the launching side's ledger on the URL; None if it is the beginning of the home's, or is not there."""
+    try:
+        content = remote.read(contract.EVENTS)
+    except FileNotFoundError:
+        return None
+    have = store.read(contract.EVENTS) if store.exists(contract.EVENTS) else b""
+    return None if have.startswith(content) else content
+
+
 def _is_rewritten(name: str) -> bool:
-    """Tell whether a file changes without growing: run.json when the run moves to another backend, and metrics."""
-    return name == contract.RUN_JSON or name.startswith(contract.SCORES + "/")
+    """Tell whether a file changes without growing: run.json when the run moves to another backend, what is asked of the
+    run, and metrics.
+    """
+    return name in (contract.RUN_JSON, contract.CANCEL, contract.SAVE) or name.startswith(contract.SCORES + "/")
 
 
 def _size(store: Store, name: str) -> int:
     """Return the size of a file in the home, -1 if it is not there."""
-    path = store.file(name)
-    return path.stat().st_size if path.exists() else -1
+    found = store.stat(name)
+    return -1 if found is None else found.st_size
 
 
 def fetch_ledgers(store: Store, attempt: int) -> None:
@@ -281,22 +367,33 @@ def fetch_ledgers(store: Store, attempt: int) -> None:
     """
     if store.remote is None:
         return
-    for name, size in store.remote.find(contract.ATTEMPTS).items():
+
+    def wanted(name: str) -> bool:
         earlier, _, file = name.removeprefix(contract.ATTEMPTS + "/").partition("/")
-        of_earlier = earlier.isdecimal() and int(earlier) < attempt and file.startswith("events-")
-        if of_earlier and _size(store, name) < size:
-            store.write(name, store.remote.read(name))
+        number = names.number(earlier)
+        return number is not None and number < attempt and file.startswith("events-")
+
+    _bring(store, store.remote.find(contract.ATTEMPTS), wanted)
 
 
 def keep_of(store: Store) -> commits.Keep:
     """Return what the program's `Run` keeps; everything while it has not said."""
     from jobkit.ledger import read_json
 
-    strategy = read_json(store, contract.STRATEGY)
-    if strategy is None:
-        return commits.Keep(newest=1 << 30)
-    best = strategy.get("keep_best")
-    return commits.Keep(int(strategy["keep"]), (best[0], best[1]) if best else None)
+    with contextlib.suppress(DamagedError):  # of what is not written by a Run nothing is removed
+        if (told := read_json(store, contract.STRATEGY)) is not None and (keep := _keep(told)) is not None:
+            return keep
+    return commits.Keep(newest=1 << 30)
+
+
+def _keep(strategy: Mapping[str, Any]) -> commits.Keep | None:
+    newest, best = strategy.get("keep", 1 << 30), strategy.get("keep_best")
+    if type(newest) is not int or newest < 1:
+        return None
+    if best is None:
+        return commits.Keep(newest)
+    named = isinstance(best, list) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("min", "max")
+    return commits.Keep(newest, (best[0], best[1])) if named else None
 
 
 def _commit_name(step: int) -> str:
@@ -307,9 +404,9 @@ def group(found: Mapping[str, int]) -> dict[int, list[str]]:
     """Group object names below checkpoints/ by step."""
     steps: dict[int, list[str]] = {}
     for name in found:
-        part = name.split("/")[1]
-        if part.isdecimal():
-            steps.setdefault(int(part), []).append(name)
+        step = names.number(name.removeprefix(contract.CHECKPOINTS + "/").partition("/")[0])
+        if step is not None:
+            steps.setdefault(step, []).append(name)
     return steps
 
 
@@ -318,13 +415,13 @@ def read_remote(remote: Remote, step: int) -> Commit:
     try:
         return commits.parse(remote.read(_commit_name(step)), step, where=f"{remote.url}/{_commit_name(step)}")
     except FileNotFoundError:
-        raise StorageError(f"step {step} of {remote.url} is not committed") from None
+        raise DamagedError(f"step {step} of {remote.url} is not committed") from None
 
 
 def remote_steps(remote: Remote) -> list[int]:
     """List the committed steps on a URL, in rising order, with one request per thousand objects."""
     steps = group(remote.find(contract.CHECKPOINTS))
-    return sorted(step for step, names in steps.items() if _commit_name(step) in names)
+    return sorted(step for step, found in steps.items() if _commit_name(step) in found)
 
 
 def remote_metrics(remote: Remote) -> dict[int, dict[str, float]]:
@@ -374,12 +471,16 @@ def push_step(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: b
         ledger.append("skipped", step=step, reason="committed on the URL before")
         return True
     with contextlib.ExitStack() as stack:
+        stack.enter_context(in_words(f"cannot read step {step} of {store.path}"))
         try:
             # Opened all at once, so that retention in the program may remove the step while it is being uploaded.
             content = store.read(_commit_name(step))
             commit = commits.parse(content, step, where=str(store.file(_commit_name(step))))
-            root = store.file(contract.step_dir(step))
-            files = {name: stack.enter_context((root / name).open("rb")) for name in commit.files}
+            root = contract.step_dir(step)
+            files = {
+                name: stack.enter_context(open(store.file(f"{root}/{name}"), "rb", opener=names.opener))
+                for name in commit.files
+            }
         except FileNotFoundError:
             return False
         with transfer(f"uploading step {step}", commit.nbytes, shown=shown) as advance:
@@ -430,8 +531,8 @@ def check_newest(remote: Remote, attempt: int) -> None:
 
 def remote_attempts(remote: Remote) -> list[int]:
     """List the attempts that claimed a number on a URL."""
-    numbers = {name.split("/")[1] for name in remote.find(contract.ATTEMPTS)}
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    claimed = {name.removeprefix(contract.ATTEMPTS + "/").partition("/")[0] for name in remote.find(contract.ATTEMPTS)}
+    return sorted(number for text in claimed if (number := names.number(text)) is not None)
 
 
 def claim(store: Store) -> int:
@@ -458,13 +559,39 @@ def _identify(store: Store) -> None:
     if store.exists(contract.ID) and store.read(contract.ID) == identity:
         return
     if store.exists(contract.ID) or store.names(contract.CHECKPOINTS):
-        aside = store.file(f".old-{time.time_ns()}")
+        _set_home_aside(store, contract.CHECKPOINTS, contract.ATTEMPTS, contract.SCORES, contract.STRATEGY)
+    store.write(contract.ID, identity)
+
+
+def is_deleted(store: Store) -> bool:
+    """Tell whether this is the home of a run of which nothing is left on its URL.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    return store.remote is not None and store.exists(contract.RUN_JSON) and not store.remote.find()
+
+
+def set_deleted_aside(store: Store) -> None:
+    """Set aside what a home holds of a run that is deleted; nothing of it may be running.
+
+    Raises:
+        JobkitError: If the URL cannot be read, or the home cannot be written.
+    """
+    if is_deleted(store):
+        stays = (contract.LOCK, contract.CACHE)
+        _set_home_aside(store, *(name for name in store.names("") if name[0] != "." and name not in stays))
+
+
+def _set_home_aside(store: Store, *names: str) -> None:
+    """Move what a home holds out of the way; what makes it be done goes last, so that after a kill it is done again."""
+    aside = store.file(f".old-{time.time_ns()}")
+    with in_words(f"cannot move what {store.path} holds of another run"):
         aside.mkdir()
-        for name in (contract.CHECKPOINTS, contract.ATTEMPTS, contract.STRATEGY):
+        for name in sorted(names, key=(contract.ID, contract.RUN_JSON).__contains__):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(store.file(name), aside / name)
-        print(f"jobkit: {store.path} held another run of the same URL; it lies in {aside} now", file=sys.stderr)
-    store.write(contract.ID, identity)
+    say(f"{store.path} held another run of the same URL; it lies in {aside} now")
 
 
 def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
@@ -497,19 +624,21 @@ def fetch_step(store: Store, step: int, *, attempt: int) -> list[str]:
     try:
         content = remote.read(_commit_name(step))
         commit = commits.parse(content, step, where=f"{remote.url}/{_commit_name(step)}")
-    except StorageError as error:
+    except DamagedError as error:
         return [str(error)]
     stage = commits.new_stage(store, step, attempt)
     try:
-        wrong = _fetch_files(remote, commit, f"downloading step {step}", stage)
-        if wrong:
-            return wrong
-        (stage / contract.COMMIT).write_bytes(content)
-        sync_tree(stage)
-        final = store.file(contract.step_dir(step))
-        if final.exists():  # damaged here: the home's own copy gives way to the URL's
-            commits.set_aside(store, step, commits.problems(store, step))
-        os.rename(stage, final)
+        with in_words(f"cannot write step {step} into {store.path}"):
+            wrong = _fetch_files(remote, commit, f"downloading step {step}", stage)
+            if wrong:
+                return wrong
+            stage.mkdir(exist_ok=True)
+            (stage / contract.COMMIT).write_bytes(content)
+            sync_tree(stage)
+            final = store.file(contract.step_dir(step))
+            if final.exists():  # damaged here: the home's own copy gives way to the URL's
+                commits.set_aside(store, step, commits.problems(store, step))
+            os.rename(stage, final)
         with contextlib.suppress(FileNotFoundError, JobkitError):
             store.write(commits.score_file(commit), remote.read(commits.score_file(commit)))
         return []
@@ -548,7 +677,7 @@ def problems(store: Store, step: int) -> list[str]:
     assert remote is not None
     try:
         commit = read_remote(remote, step)
-    except StorageError as error:
+    except DamagedError as error:
         return [str(error)]
     with tempfile.TemporaryDirectory(prefix="jobkit-verify-") as scratch:
         wrong = _fetch_files(remote, commit, f"verifying step {step}", Path(scratch), keep=False)
@@ -560,16 +689,16 @@ def problems(store: Store, step: int) -> list[str]:
 
 def remove(remote: Remote, step: int) -> None:
     """Remove a step from a URL; commit.json first, so that no reader takes a half-removed step for whole."""
-    names = remote.find(contract.step_dir(step))
-    remote.remove([name for name in names if name == _commit_name(step)])
-    remote.remove([name for name in names if name != _commit_name(step)])
+    found = remote.find(contract.step_dir(step))
+    remote.remove([name for name in found if name == _commit_name(step)])
+    remote.remove([name for name in found if name != _commit_name(step)])
 
 
 def set_aside(remote: Remote, step: int, reasons: list[str]) -> None:
     """Move a damaged step on the URL out of the way, with the reason; commit.json goes first."""
     target = f"{contract.SET_ASIDE}/{step}-{int(time.time())}"
-    names = sorted(remote.find(contract.step_dir(step)), key=lambda name: not name.endswith(contract.COMMIT))
+    found = sorted(remote.find(contract.step_dir(step)), key=lambda name: not name.endswith(contract.COMMIT))
     remote.write(f"{target}.reason.txt", "\n".join(reasons).encode())
-    for name in names:
+    for name in found:
         remote.write(name.replace(contract.step_dir(step), target, 1), remote.read(name))
         remote.remove([name])

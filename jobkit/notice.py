@@ -3,8 +3,12 @@
 A handler sets a flag and nothing else; the flag is a level that stays set, and the first notice wins. While the main
 thread is inside a long XLA call Python runs no handler, but the C half writes the signal's number to the wakeup
 descriptor at once, so that a thread of ours knows within a millisecond.
+
+Libraries install handlers, too, and one that does so later than we silences all of this without a word. `look` sees it,
+takes the signals back, and from then on calls what the library wanted called.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -17,7 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobkit import contract
+from jobkit import contract, handlers
+from jobkit.errors import say
+from jobkit.handlers import CHandler
 from jobkit.heartbeat import open_alive, read_told
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -87,7 +93,10 @@ class Listener:
         self._interrupts = 0
         self._insist = False
         self._earlier: dict[signal.Signals, Any] = {}
-        self._earlier_wakeup = -1
+        self._earlier_wakeup: tuple[int, Any] = (-1, None)
+        self._ours: dict[int, int] = {}
+        self._others: dict[int, Any] = {}
+        self._calling = False
         self._alive: int | None = None
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
@@ -114,12 +123,22 @@ class Listener:
         if self._supervisor is not None:
             self._alive = open_alive(self._supervisor)
         if threading.current_thread() is threading.main_thread():
-            self._earlier_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            self._wake_up()
             for number in SIGNALS:
                 self._earlier[number] = signal.signal(number, self._handle)
+                self._ours[number] = handlers.address(handlers.installed(number))
         self._thread = threading.Thread(target=self._watch, name="jobkit-notice", daemon=True)
         self._thread.start()
         _listening.add(self)
+
+    def hear_earlier(self) -> None:
+        """Take the notice that the supervisor has given already: whoever it signalled then may have kept it to itself,
+        such as a shell that waits for this program. Called once the supervisor can see that somebody listens; from then
+        on it signals this process.
+        """
+        told = read_told(self._supervisor) if self._supervisor is not None else None
+        if told is not None:
+            self.note(told.source, told.reason)
 
     def close(self) -> None:
         """Stop listening and put earlier handlers back."""
@@ -135,24 +154,77 @@ class Listener:
             if descriptor is not None:
                 os.close(descriptor)
 
+    @property
+    def shared(self) -> bool:
+        """Whether a library hears of the signals as well, and may have the program stop in its own way."""
+        return any(callable(other) for other in self._others.values())
+
     def retake(self) -> None:
         """Install the handlers again: something has replaced them since `open`. Earlier ones still come back."""
         if self._earlier and threading.current_thread() is threading.main_thread():
             for number in self._earlier:
                 signal.signal(number, self._handle)
 
+    def look(self) -> None:
+        """Take back the signals that something has taken since; what it installed is called from now on after ours.
+
+        What is not seen: C code's doing elsewhere than on Linux, signals that are blocked to be read with `sigwait` or
+        `signalfd`, and a notice that came before this.
+
+        Signals: on the main thread; elsewhere there is nothing to do.
+        """
+        if not self._earlier or threading.current_thread() is not threading.main_thread():
+            return
+        self._wake_up()
+        for number in self._earlier:
+            action, found = handlers.installed(number), signal.getsignal(number)
+            in_c = handlers.address(action) != self._ours[number]
+            if found == self._handle and not in_c:
+                continue
+            other = CHandler(action) if in_c and found == self._handle else found
+            if handlers.address(action) == 1:
+                other = signal.SIG_IGN
+            signal.signal(number, self._handle)
+            if other != self._others.get(number, self._handle):
+                say(f"{_name(other)} has taken {number.name} from the run: taken back, {_then(other)}")
+            self._earlier[number] = self._others[number] = other
+
+    def _wake_up(self) -> None:
+        """Have the numbers of signals written to our pipe; who had them before hears of them from us."""
+        assert self._pipe is not None
+        writer = self._pipe[1]
+        earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if earlier != writer:
+            self._earlier_wakeup = (earlier, _identity(earlier))
+
     def let_go(self) -> None:
         """Put earlier handlers back; elsewhere than on the main thread there is nothing to do."""
         if not self._earlier or threading.current_thread() is not threading.main_thread():
             return
-        signal.set_wakeup_fd(self._earlier_wakeup)
+        earlier, identity = self._earlier_wakeup
+        signal.set_wakeup_fd(earlier if identity is not None and _identity(earlier) == identity else -1)
         for number, handler in self._earlier.items():
-            # None stands for a handler that C code installed, which Python cannot put back.
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if isinstance(handler, CHandler):
+                signal.signal(number, signal.SIG_DFL)
+                handlers.put(number, handler.action)
+            else:
+                # None stands for a handler that C code installed before, which Python cannot put back.
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._earlier.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._calling:  # the library's calls what it found, which is this
+            return
         self._note_signal(number)
+        other = self._others.get(number)
+        if callable(other) and other is not signal.default_int_handler:
+            self._calling = True
+            try:
+                # One that ends the program would do so in the middle of a step.
+                with contextlib.suppress(BaseException):
+                    other(number, frame)
+            finally:
+                self._calling = False
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts >= 3 and self._insist:
@@ -195,11 +267,38 @@ class Listener:
                     if number in SIGNALS:
                         self._note_signal(number)
                         self._pass_on()
-                if self._earlier_wakeup != -1:
-                    os.write(self._earlier_wakeup, numbers)
+                earlier, identity = self._earlier_wakeup
+                # It may have been closed since, and its number be a file's now.
+                if identity is not None and _identity(earlier) == identity:
+                    with contextlib.suppress(OSError):
+                        os.write(earlier, numbers)
 
     def _pass_on(self) -> None:
         """Tell the notice once; here, since a handler may not talk to anybody."""
         tell, self.on_notice = self.on_notice, None
         if tell is not None and self.notice is not None:
             tell(self.notice)
+
+
+def _identity(descriptor: int) -> Any:
+    """Tell an open file from one that has its number later; None for none."""
+    with contextlib.suppress(OSError):
+        found = os.fstat(descriptor)
+        return found.st_dev, found.st_ino, found.st_mode
+    return None
+
+
+def _name(handler: Any) -> str:
+    if isinstance(handler, CHandler):
+        return "C code"
+    if callable(handler):
+        return f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', type(handler).__name__)}"
+    return "something"
+
+
+def _then(handler: Any) -> str:
+    if not callable(handler):
+        return "where it was to be ignored or to end the program"
+    if handler is signal.default_int_handler or (isinstance(handler, CHandler) and not handler.callable):
+        return "and its handler is not called"
+    return "and its handler is still called"

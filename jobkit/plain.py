@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 
 from jobkit import contract, state
 from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.kinds import Part
+from jobkit.leaves import Record, names, quoted, record_of, value_of
 from jobkit.progress import transfer
 from jobkit.remote import Remote, each
 from jobkit.storage import files_below, is_remote, local_path
@@ -45,7 +47,7 @@ class Start:
     fresh: tuple[str, ...]
 
 
-def start(url: str | os.PathLike[str], parts: Mapping[str, state.Part]) -> Start:
+def start(url: str | os.PathLike[str], parts: Mapping[str, Part]) -> Start:
     """Put a plain Orbax checkpoint into a program's parts.
 
     Args:
@@ -68,9 +70,9 @@ def start(url: str | os.PathLike[str], parts: Mapping[str, state.Part]) -> Start
             key = "/".join(path)
             record = entry["leaves"][key]
             if record["is"] == "scalar":
-                entry["leaves"][key] = state.record_of(type(state.value_of(record, None))(value))[0]
+                entry["leaves"][key] = record_of(type(value_of(record, None))(value))[0]
             else:
-                arrays[(*state.quoted(name, ()), *path)] = value
+                arrays[(*quoted(name, ()), *path)] = value
         table[name] = entry
     state.give_back({name: parts[name] for name in found}, table, arrays)
     whole = all(name in found for name, part in parts.items() if part.kind != "object")
@@ -78,15 +80,17 @@ def start(url: str | os.PathLike[str], parts: Mapping[str, state.Part]) -> Start
 
 
 def _fit(
-    name: str, part: state.Part, records: Mapping[str, state.Record], leaves: Leaves, *, where: str
+    name: str, part: Part, records: Mapping[str, Record], leaves: Leaves, *, where: str
 ) -> tuple[Leaves, list[str]]:
     """Find each leaf of a part among the stored ones; return (quoted path -> stored value, leaves that stay fresh)."""
-    left = {tuple(state.quoted("", path)[1:]): value for path, value in leaves.items()}
+    left = {tuple(quoted("", path)[1:]): value for path, value in leaves.items()}
     given: Leaves = {}
     fresh, problems = [], []
     for slot in part.slots()[0]:
-        path = state.quoted("", slot.path)[1:]
+        path = quoted("", slot.path)[1:]
         record = records["/".join(path)]
+        if record.get("type") == "function":  # code, which stays as the program made it
+            continue
         stored = left.pop(path, left.pop((*path, "value"), None))  # an nnx.State writes each variable's value below it
         if stored is None and slot.role.startswith("Rng"):
             given[path] = _plain(slot.value)
@@ -113,7 +117,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _difference(record: state.Record, stored: Any) -> str | None:
+def _difference(record: Record, stored: Any) -> str | None:
     """Say how a stored value differs from what the program has, None if it fits."""
     shape, dtype = list(np.shape(stored)), np.asarray(stored).dtype
     if record["is"] == "scalar":
@@ -130,7 +134,7 @@ def _difference(record: state.Record, stored: Any) -> str | None:
     return None
 
 
-def _assign(items: Mapping[str, Leaves], parts: Mapping[str, state.Part]) -> dict[str, Leaves]:
+def _assign(items: Mapping[str, Leaves], parts: Mapping[str, Part]) -> dict[str, Leaves]:
     """Choose the stored leaves of each part that has some."""
     able = {name: part for name, part in parts.items() if part.kind != "object"}
     whole = items.get("", {})
@@ -215,7 +219,7 @@ def _load(path: Path) -> Leaves:
     except Exception as error:
         told = str(error).splitlines()[0] if str(error) else ""
         raise StorageError(f"cannot read the checkpoint {path}: {type(error).__name__}: {told}") from error
-    return {state.names(path): _plain(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {names(path): _plain(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _restore_args(leaf: Any) -> Any:

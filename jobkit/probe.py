@@ -1,15 +1,23 @@
 """A drill's eyes inside the program: fingerprints of all that the next step may depend on, saved or not.
 
 At a step boundary it looks at the parts, at Python's and numpy's global generators, and at what the training loop
-holds: the variables of the frame that iterates over `steps()`, of those around it, and the globals of the program's own
-modules. Two runs that differ can then be told apart by the first thing in which they do.
+holds: the variables of the frame that iterates over `steps()`, of those around it, the globals of the program's own
+modules, what its classes and functions hold; at the files that it reads and writes, and at its threads. Two runs that
+differ can then be told apart by the first thing in which they do.
 """
 
+import collections
+import os
 import random
+import statistics
 import sys
+import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jobkit import faults, state
+from jobkit import contract, faults, liveness, state
 from jobkit.drilled import Drill
 from jobkit.errors import ConfigError
+from jobkit.kinds import Part, Slot, is_iterator, part_of
 from jobkit.ledger import Ledger
 
 _DEPTH = 4
@@ -28,6 +37,10 @@ _DEPTH = 4
 _LARGE = 1 << 28
 """Arrays above this many bytes are fingerprinted by a part of them."""
 _MAX_ITEMS = 10_000
+_FEW = 100
+"""Of a longer list so many items at each end are looked at."""
+_LONG_S = 0.1
+"""A step is a long one if it takes that much longer than the usual, and four times as long."""
 _LIBRARIES = ("site-packages", "dist-packages")
 
 
@@ -41,11 +54,30 @@ class Probe:
 
     def __init__(self, drill: Drill, ledger: Ledger) -> None:
         self._drill, self._ledger = drill, ledger
-        self._wanted = frozenset(drill.probe)
-        self._found_donated = False
+        self._wanted = set(drill.probe)
+        self._looked: set[int] = set()
+        self._begun = self._found_donated = False
+        self._files = _Files(ledger.path.parents[2]) if drill.probe else None
+        self._first_step, self._step_began = 0, 0.0
+        self._took = array("d")
 
-    def begin_step(self, step: int, parts: Mapping[str, state.Part], given: Mapping[str, Any]) -> None:
-        """Do what is due before a step.
+    def begin_loop(self, total: int) -> int:
+        """Begin a `steps()` loop of `total` steps, of the whole run; return at which step it ends in this drill."""
+        self._ledger.append("loop", total=total)
+        return self._drill.ends(total)
+
+    def saved(self, step: int) -> None:
+        """Look at a step that is being saved and at the two after it: the next attempt may begin there."""
+        if self._drill.probe:
+            self._wanted |= {step, step + 1, step + 2}
+
+    def stopped(self, step: int, parts: Mapping[str, Part], given: Mapping[str, Any]) -> None:
+        """Look at the step after which an attempt ends on a notice."""
+        if self._drill.probe:
+            self._look_once(step, parts, given)
+
+    def begin_step(self, step: int, parts: Mapping[str, Part], given: Mapping[str, Any]) -> None:
+        """Do what is due before a step of `steps()`.
 
         Args:
             step: Completed steps.
@@ -54,39 +86,158 @@ class Probe:
         """
         if not self._found_donated:
             self._look_for_donated(step, parts)
-        if step in self._wanted:
-            self.look(step, parts, given)
+        self.begin_round(step, parts, given)
         if self._drill.pace_s:
             time.sleep(self._drill.pace_s)
         faults.reach("step")
+        if not self._took:
+            self._first_step = step
+        self._step_began = time.monotonic()
 
-    def _look_for_donated(self, step: int, parts: Mapping[str, state.Part]) -> None:
+    def end_step(self) -> None:
+        """Measure what the program did in a step."""
+        self._took.append(time.monotonic() - self._step_began)
+
+    def close(self) -> None:
+        """Write down which steps took much longer than usual, an evaluation, say; the first one compiles."""
+        took = list(enumerate(self._took, self._first_step))[1:]
+        if took:
+            usual_s = statistics.median(seconds for _, seconds in took)
+            slow = [
+                (step, round(seconds, 3)) for step, seconds in took if seconds > usual_s + max(3 * usual_s, _LONG_S)
+            ]
+            self._ledger.append("step_times", usual_s=round(usual_s, 6), slow=slow[-9:])
+
+    def begin_round(self, step: int, parts: Mapping[str, Part], given: Mapping[str, Any]) -> None:
+        """Look if it is due, before a step, or before a round of a loop of the program's own."""
+        if not self._begun:
+            self._begun = True
+            self.saved(step)
+        if step in self._wanted:
+            self._look_once(step, parts, given)
+
+    def _look_for_donated(self, step: int, parts: Mapping[str, Part]) -> None:
         """Write down the first boundary that cannot be saved, whether or not something is due there."""
         if gone := state.donated(parts):
             self._found_donated = True
             self._ledger.append("donated", durable=True, step=step, leaves=gone[:9])
 
-    def look(self, step: int, parts: Mapping[str, state.Part], given: Mapping[str, Any]) -> None:
-        """Write down fingerprints of all there is."""
+    def _look_once(self, step: int, parts: Mapping[str, Part], given: Mapping[str, Any]) -> None:
+        if step in self._looked:
+            return
+        self._looked.add(step)
+        try:
+            self.look(step, parts, given)
+        except Exception as error:  # whatever the program's own objects raise: it must not end the training
+            self._ledger.append("probe_failed", step=step, error=f"{type(error).__name__}: {error}"[:300])
+
+    def look(self, step: int, parts: Mapping[str, Part], given: Mapping[str, Any]) -> None:
+        """Write down fingerprints of all there is.
+
+        Of what is outside of the parts: its kind, its fingerprint, the line that writes it, whether it is read again
+        before it is written, and whether all arrays in it are the parts' own as well.
+        """
         # A pytree lives in `run.state`: what the program calls by the same name is another thing after the first step.
         seen = {id(value) for name, value in given.items() if parts[name].kind != "value"}
-        outside = {name: [kind, crc] for name, kind, crc in _outside(sys._getframe(1), seen)}
+        leaves = {name: list(_leaves(part)) for name, part in parts.items()}
+        saved = {crc for each in leaves.values() for _, crc in each}
+        outside = {
+            one.name: [one.kind, one.crc, one.line, one.live, bool(one.arrays) and one.arrays <= saved]
+            for one in _outside(sys._getframe(1), seen)
+        }
         self._ledger.append(
             "probed",
             step=step,
-            parts={f"{name}/{key}".rstrip("/"): crc for name, part in parts.items() for key, crc in _leaves(part)},
+            parts={f"{name}/{key}".rstrip("/"): crc for name, each in leaves.items() for key, crc in each},
             outside=outside,
             rngs=[name for name, part in parts.items() if _kind(name, given.get(name), part, part.slots()[0]) == "rng"],
             random=_crc(repr(random.getstate())),
             numpy=_crc(repr(np.random.get_state())),
+            drawn=_drawn_from(),
+            files=self._files.used() if self._files is not None else {},
+            threads=_threads(),
         )
+
+
+class _Files:
+    """What files the program has opened, for reading and for writing, from here on: an audit hook tells.
+
+    Args:
+        run: The run directory.
+    """
+
+    _NOT = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", f"{sys.prefix}/", f"{sys.base_prefix}/")
+    _MOST = 1000
+
+    def __init__(self, run: Path) -> None:
+        self._run = f"{run}/"
+        self._opened: dict[str, set[str]] = {}
+        sys.addaudithook(self._hear)
+
+    def used(self) -> dict[str, str]:
+        """Return by name how each was opened: 'r', 'w' or 'rw'; below the run directory the name is relative."""
+        found = {}
+        for path, ways in list(self._opened.items()):
+            name = path.removeprefix(self._run)
+            if not os.path.isabs(name):
+                parts = name.split("/")
+                if parts[0] == contract.CODE:
+                    name = "/".join(parts[2:])
+                elif contract.is_own(parts[0]):
+                    continue
+            if name:
+                found[name] = "".join(sorted(ways))
+        return found
+
+    def _hear(self, event: str, told: tuple[Any, ...]) -> None:
+        if event != "open" or len(self._opened) >= self._MOST:
+            return
+        path, mode, flags = told
+        if not isinstance(path, str | bytes) or threading.current_thread().name.startswith("jobkit"):
+            return
+        name = os.path.abspath(os.fsdecode(path))
+        if (
+            name.startswith(self._NOT)
+            or name.endswith((".py", ".pyc", ".so"))
+            or any(part in name for part in _LIBRARIES)
+        ):
+            return
+        ways = self._opened.setdefault(name, set())
+        if isinstance(mode, str):
+            ways |= {"r"} if "r" in mode and "+" not in mode else {"w"} if "+" not in mode else {"r", "w"}
+        else:
+            kind = flags & os.O_ACCMODE
+            ways |= {os.O_RDONLY: {"r"}, os.O_WRONLY: {"w"}}.get(kind, {"r", "w"})
+
+
+def _drawn_from() -> list[str]:
+    """Name the global generators that have been drawn from: where they are seeded, they stand at the end of a block."""
+    ends = (623, 624)  # numpy begins at 623 where nobody has seeded it
+    positions = {"random": random.getstate()[1][-1], "numpy": np.random.get_state()[2]}  # type: ignore[index]
+    return [name for name, position in positions.items() if position not in ends]
+
+
+def _threads() -> list[str]:
+    """Name the program's own functions that run in threads."""
+    found = []
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        if thread is threading.main_thread():
+            continue
+        frame, own = frames.get(thread.ident or 0), ""
+        while frame is not None:
+            if _own(frame.f_code.co_filename):
+                own = f"{frame.f_code.co_name} in {Path(frame.f_code.co_filename).name}"
+            frame = frame.f_back
+        found += [own] if own else []
+    return sorted(set(found))
 
 
 def _crc(content: str | bytes) -> str:
     return f"{google_crc32c.value(content.encode() if isinstance(content, str) else content):08x}"
 
 
-def _leaves(part: state.Part) -> Iterator[tuple[str, str]]:
+def _leaves(part: Part) -> Iterator[tuple[str, str]]:
     """Yield each leaf of a part by name, with its fingerprint."""
     slots, skeleton = part.slots()
     for slot in slots:
@@ -114,95 +265,188 @@ def _of_leaf(value: Any) -> str:
 # What the program holds outside of its parts.
 
 
-def _outside(frame: types.FrameType | None, seen: set[int]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, kind, fingerprint) of what the program's own frames and modules hold."""
+@dataclass(frozen=True)
+class _Held:
+    """What the program holds by one name.
+
+    Args:
+        kind: 'rng', 'iterator', 'array' or 'number'.
+        crc: Its fingerprint.
+        line: Which line writes it, if one does.
+        live: Whether it is read again before it is written.
+        arrays: The fingerprints of the arrays in it.
+    """
+
+    name: str
+    kind: str
+    crc: str
+    line: int | None
+    live: bool
+    arrays: frozenset[str] = frozenset()
+
+
+def _outside(frame: types.FrameType | None, seen: set[int]) -> Iterator[_Held]:
+    """Yield what the program's own frames and modules hold."""
     modules: dict[int, types.ModuleType] = {
         id(vars(module)): module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)
     }
-    done: set[int] = set()
+    done: dict[int, tuple[types.CodeType, frozenset[str]] | None] = {}
+    frames = []
     while frame is not None:
         if _own(frame.f_code.co_filename):
-            where = Path(frame.f_code.co_filename).name
+            frames.append(frame)
             at_top = frame.f_locals is frame.f_globals or frame.f_code.co_name == "<module>"
-            if not at_top:
-                for name, value in list(frame.f_locals.items()):
-                    yield from _look_at(f"{name} in {where}:{frame.f_code.co_name}", value, seen, _DEPTH)
-            done.add(id(frame.f_globals))
-            modules.setdefault(id(frame.f_globals), types.ModuleType("__main__"))
-            for name, value in list(frame.f_globals.items()):
-                yield from _look_at(f"{name} in {where}", value, seen, _DEPTH)
+            done.setdefault(id(frame.f_globals), None)
+            if at_top:
+                done[id(frame.f_globals)] = frame.f_code, liveness.live(frame)
         frame = frame.f_back
+    told = set()
+    for frame in frames:
+        where, code = Path(frame.f_code.co_filename).name, frame.f_code
+        if not (frame.f_locals is frame.f_globals or code.co_name == "<module>"):
+            live = liveness.live(frame)
+            for name, value in list(frame.f_locals.items()):
+                line = liveness.line_of(code, name)
+                yield from _look_at(f"{name} in {where}:{code.co_name}", value, seen, _DEPTH, line, name in live)
+        if id(frame.f_globals) in told:
+            continue
+        told.add(id(frame.f_globals))
+        top = done[id(frame.f_globals)]
+        for name, value in list(frame.f_globals.items()):
+            line = liveness.line_of(top[0], name) if top else _line_in(frame.f_code.co_filename, name)
+            is_live = top is None or name in top[1]
+            yield from _look_at(f"{name} in {where}", value, seen, _DEPTH, line, is_live)
     for identity, module in modules.items():
         file = getattr(module, "__file__", None)
         if identity not in done and file and _own(file):
             for name, value in list(vars(module).items()):
-                yield from _look_at(f"{name} in {Path(file).name}", value, seen, _DEPTH)
+                yield from _look_at(f"{name} in {Path(file).name}", value, seen, _DEPTH, _line_in(file, name), True)
 
 
+def _line_in(file: str, name: str, *, attribute: bool = False) -> int | None:
+    code = _code_of(file)
+    return liveness.line_of(code, name, attribute=attribute) if code is not None else None
+
+
+@lru_cache(maxsize=64)
+def _code_of(file: str) -> types.CodeType | None:
+    try:
+        return compile(Path(file).read_bytes(), file, "exec")
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=4096)
 def _own(file: str) -> bool:
     """Tell whether a file is the program's own: neither a library's, nor Python's, nor ours (but our examples)."""
     path = Path(file)
     if any(part in _LIBRARIES for part in path.parts) or file.startswith("<"):
         return False
-    here = Path(__file__).parent
-    if path.is_relative_to(here):
+    if path.is_relative_to(_HERE):
         return path.parent.name == "examples"
     return not path.is_relative_to(Path(types.__file__).parent)
 
 
-def _look_at(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[str, str, str]]:
-    if name.startswith("_") or id(value) in seen or depth == 0:
+_HERE = Path(__file__).parent
+
+
+def _ours(file: str) -> bool:
+    """Tell whether a file is jobkit's own."""
+    return Path(file).is_relative_to(_HERE) and not _own(file)
+
+
+def _look_at(name: str, value: Any, seen: set[int], depth: int, line: int | None, live: bool) -> Iterator[_Held]:
+    if name.startswith(("__", "_ ")) or id(value) in seen or depth == 0:
         return
-    if isinstance(value, types.ModuleType | type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        return
+    word, _, place = name.partition(" in ")
+
+    def inner(items: Iterable[tuple[str, Any]], prefix: str, line_of_: Any) -> Iterator[_Held]:
+        for key, item in items:
+            yield from _look_at(f"{prefix}{key} in {place}", item, seen, depth - 1, line_of_(key), live)
+
+    if isinstance(value, type | types.FunctionType) or (callable(value) and hasattr(value, "__wrapped__")):
+        yield from inner(_held_by(value), f"{word}.", lambda key: line)
+        return
+    if isinstance(value, types.MethodType):
         return
     module = type(value).__module__
     if module.startswith("jobkit.") and not module.startswith("jobkit.examples"):
         return
-    kind, crc = _fingerprint(name, value)
-    if crc:
-        yield name, kind, crc
+    if (found := _fingerprint(name, value)) is not None:
+        yield _Held(name, *found[:2], line, live, found[2])
         return
     seen.add(id(value))
-    word, _, place = name.partition(" in ")
     if isinstance(value, types.GeneratorType):
-        if value.gi_frame is not None:
-            inner = [_of_any(item, depth - 1) for item in value.gi_frame.f_locals.values()]
-            yield name, "iterator", _crc(repr((value.gi_frame.f_lasti, inner)))
-    elif hasattr(value, "__next__"):
+        if value.gi_frame is not None and not _ours(value.gi_code.co_filename):
+            held = [_of_any(item, depth - 1) for item in value.gi_frame.f_locals.values()]
+            yield _Held(name, "iterator", _crc(repr((value.gi_frame.f_lasti, held))), line, live)
+    elif is_iterator(value):
         try:
             reduced = value.__reduce__()
         except Exception:
             return  # it hides its position: what it yields will tell
-        yield name, "iterator", _crc(_of_any(reduced, depth - 1))
-    elif isinstance(getattr(value, "__dict__", None), dict) and _own(_file_of(type(value))):
-        for key, item in list(vars(value).items()):
-            yield from _look_at(f"{word}.{key} in {place}", item, seen, depth - 1)
+        yield _Held(name, "iterator", _crc(_of_any(reduced, depth - 1)), line, live)
+    elif isinstance(getattr(value, "__dict__", None), dict) and _own(file := _file_of(type(value))):
+        yield from inner(list(vars(value).items()), f"{word}.", lambda key: _line_in(file, key, attribute=True))
+
+
+def _held_by(value: Any) -> list[tuple[str, Any]]:
+    """Return what a class or a function of the program's own holds, by name: attributes, closures, defaults."""
+    while hasattr(value, "__wrapped__"):  # jax.jit and decorators
+        value = value.__wrapped__
+    if isinstance(value, type):
+        own = vars(value).items() if _own(_file_of(value)) else ()
+        return [(key, item) for key, item in own if not callable(item) and not hasattr(type(item), "__get__")]
+    if not isinstance(value, types.FunctionType) or not _own(value.__code__.co_filename):
+        return []
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    defaults = [*enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
+    held = [*vars(value).items(), *((f"default {key}", item) for key, item in defaults)]
+    for key, cell in cells:
+        try:
+            held.append((key, cell.cell_contents))
+        except ValueError:  # not filled yet
+            continue
+    return [(key, item) for key, item in held if not isinstance(item, types.FunctionType | type)]
 
 
 def _file_of(kind: type) -> str:
     return getattr(sys.modules.get(kind.__module__), "__file__", None) or "<none>"
 
 
-def _fingerprint(name: str, value: Any) -> tuple[str, str]:
-    """Return (kind, fingerprint) of what could have been a part; an empty fingerprint for anything else."""
-    if isinstance(value, list | tuple | dict | set) and len(value) > _MAX_ITEMS:
-        return "", ""
+def _fingerprint(name: str, value: Any) -> tuple[str, str, frozenset[str]] | None:
+    """Return (kind, fingerprint, those of the arrays in it) of what could have been a part; None for anything else."""
+    none: frozenset[str] = frozenset()
+    if value is None:  # a best model before there is one
+        return "number", "none", none
+    if isinstance(value, collections.deque):
+        value = list(value)
+    if isinstance(value, list | tuple | dict | set | frozenset):
+        if not value:
+            return "number", "empty", none
+        if isinstance(value, list) and len(value) > _MAX_ITEMS:
+            value = [len(value), *value[:_FEW], *value[-_FEW:]]
+        elif len(value) > _MAX_ITEMS:
+            return None
     if isinstance(value, set | frozenset):
-        return "number", _crc(repr(sorted(map(repr, value))))
+        return "number", _crc(repr(sorted(map(repr, value)))), none
     try:
-        part = state.part_of("it", value)
+        part = part_of("it", value)
         leaves = list(_leaves(part))
         slots = part.slots()[0]
     except (ConfigError, TypeError, ValueError, RuntimeError):
-        return "", ""
+        return ("number", _of_items(value, _DEPTH), none) if isinstance(value, list | tuple | dict) else None
     if not leaves:
-        return "", ""
-    return _kind(name, value, part, slots), _crc(repr(leaves))
+        return None
+    arrays = (crc for slot, (_, crc) in zip(slots, leaves, strict=False) if getattr(slot.value, "ndim", 0))
+    return _kind(name, value, part, slots), _crc(repr(leaves)), frozenset(arrays)
 
 
-def _kind(name: str, value: Any, part: state.Part, slots: list[state.Slot]) -> str:
+def _kind(name: str, value: Any, part: Part, slots: list[Slot]) -> str:
     """Say what a value is to a training: 'rng', 'iterator', 'array' or 'number'."""
-    generators = np.random.Generator | np.random.BitGenerator | random.Random
+    generators = np.random.Generator | np.random.BitGenerator | np.random.RandomState | random.Random
     roles = [slot.role for slot in slots]
     keys = [
         isinstance(slot.value, jax.Array) and jnp.issubdtype(slot.value.dtype, jax.dtypes.prng_key) for slot in slots
@@ -226,12 +470,13 @@ def _of_any(value: Any, depth: int) -> str:
     """Return a fingerprint of anything, as good as it gets."""
     if depth == 0 or value is None or isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return type(value).__name__
-    _, crc = _fingerprint("", value)
-    if crc:
-        return crc
-    if isinstance(value, list | tuple):
-        return _crc(repr([_of_any(item, depth - 1) for item in value[:_MAX_ITEMS]]))
+    if (found := _fingerprint("", value)) is not None:
+        return found[1]
+    if isinstance(value, list | tuple | dict):
+        return _of_items(value, depth)
     if isinstance(value, types.GeneratorType):
+        if _ours(value.gi_code.co_filename):
+            return type(value).__name__
         frame = value.gi_frame
         held = [_of_any(item, depth - 1) for item in frame.f_locals.values()] if frame is not None else []
         return _crc(repr((frame.f_lasti if frame is not None else -1, held)))
@@ -239,3 +484,8 @@ def _of_any(value: Any, depth: int) -> str:
         return _crc(_of_any(value.__reduce__(), depth - 1))
     except Exception:
         return type(value).__name__
+
+
+def _of_items(value: list[Any] | tuple[Any, ...] | dict[Any, Any], depth: int) -> str:
+    items = [*value.keys(), *value.values()] if isinstance(value, dict) else value[:_MAX_ITEMS]
+    return _crc(repr([len(items), *(_of_any(item, depth - 1) for item in items)]))

@@ -6,6 +6,7 @@ credentials) is a `ConfigError` that says so.
 """
 
 import asyncio
+import datetime
 import functools
 import logging
 import os
@@ -17,18 +18,22 @@ from typing import Any
 
 import tenacity
 
-from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit import names, versions
+from jobkit.errors import ConfigError, JobkitError, OutsideError, StorageError
 
 PARALLEL = 16
 """Transfers at a time; one stream gets a small part of what a bucket gives (measured: 16 streams 1.3x the wire)."""
+_NEEDS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
+"""The package that fsspec reaches a store with, by the scheme of its URL."""
+_BELOW = {"s3fs": ("botocore",)}
+"""What decides below it whether an object is created only once."""
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "gcs": {"requests_timeout": 120.0},
-    "aws": {"config_kwargs": {"connect_timeout": 20, "read_timeout": 120, "retries": {"total_max_attempts": 1}}},
+    "gcsfs": {"requests_timeout": 120.0},
+    "s3fs": {"config_kwargs": {"connect_timeout": 20, "read_timeout": 120, "retries": {"total_max_attempts": 1}}},
 }
 """No single request may hang for ever; a part of 64 MiB at 1 MB/s must still get through."""
 _CALL_S = 120.0
 """How long one try of one call may take, whatever the client does meanwhile."""
-_EXTRA = {"gs": "gcs", "gcs": "gcs", "s3": "aws", "s3a": "aws"}
 
 
 class Remote:
@@ -53,17 +58,16 @@ class Remote:
                 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
                 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs each retry as an error; we say it once
                 scheme = self.url.partition("://")[0]
+                needed = _NEEDS.get(scheme, "")
+                versions.check(("fsspec", needed, *_BELOW.get(needed, ())))
                 if scheme in ("http", "https", "data"):
                     raise ConfigError(f"{self.url} cannot be written to: give a path, or a URL such as gs://bucket/run")
                 try:
                     import fsspec
 
-                    fs, root = fsspec.core.url_to_fs(
-                        self.url, use_listings_cache=False, **_OPTIONS.get(_EXTRA.get(scheme, ""), {})
-                    )
+                    fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **_OPTIONS.get(needed, {}))
                 except ImportError as error:
-                    extra = _EXTRA.get(scheme)
-                    remedy = f"pip install 'jobkit[{extra}]'" if extra else str(error)
+                    remedy = f"pip install {_NEEDS[scheme]}" if scheme in _NEEDS else str(error)
                     raise ConfigError(f"{self.url} needs a package that is not installed: {remedy}") from None
                 except ValueError as error:
                     raise ConfigError(f"{self.url} is not a URL that fsspec knows: {error}") from None
@@ -74,6 +78,8 @@ class Remote:
             return self._opened
 
     def _call(self, doing: str, method: str, name: str, *arguments: Any, **named: Any) -> Any:
+        if name and not names.inside(name):
+            raise OutsideError(f"{name!a} is no name inside {self.url}")
         fs, root = self._fs()
         path = f"{root}/{name}" if name else root
         if getattr(fs, "async_impl", False):
@@ -121,17 +127,41 @@ class Remote:
         return True
 
     def find(self, name: str = "") -> dict[str, int]:
-        """List every object below a name, with its size in bytes; names are relative to the URL."""
+        """List every object below a name, with its size in bytes; names are relative to the URL.
+
+        Whoever may write there chooses the names: those that are not one's inside are left out (see names.py).
+        """
         try:
             found = self._call("list", "find", name, detail=True)
         except FileNotFoundError:
             return {}
         _, root = self._fs()
         # s3fs names the place itself, as a directory, if its first object appears between two of its own requests.
-        files = {path: info for path, info in found.items() if info.get("type") == "file"}
-        return {path.removeprefix(root + "/"): int(info["size"] or 0) for path, info in files.items()}
+        sizes = {
+            path.removeprefix(root + "/"): int(info["size"] or 0)
+            for path, info in found.items()
+            if info.get("type") == "file" and path.startswith(root + "/")
+        }
+        # Consoles show folders by empty objects whose name ends in a slash.
+        objects = (path for path, size in sizes.items() if size or (path and not path.endswith("/")))
+        return {path: sizes[path] for path in names.sift(objects, where=self.url)}
 
-    def remove(self, names: Iterable[str]) -> None:
+    def modified(self, name: str) -> float:
+        """Return when an object was last written, in seconds since the epoch by the store's clock, not by ours.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            StorageError: If the store does not tell.
+        """
+        info = self._call("look at", "info", name)
+        for key in ("LastModified", "mtime", "last_modified", "created"):  # of S3, Google's and files, Azure, memory
+            if isinstance(found := info.get(key), datetime.datetime):
+                return found.timestamp()
+            if isinstance(found, int | float):
+                return float(found)
+        raise StorageError(f"{self.url} does not tell when {name} was written")
+
+    def remove(self, objects: Iterable[str]) -> None:
         """Remove objects, in parallel; absent ones are no error."""
 
         def one(name: str) -> None:
@@ -140,7 +170,7 @@ class Remote:
             except FileNotFoundError:
                 pass
 
-        for _ in each(one, names):
+        for _ in each(one, objects):
             pass
 
     def abort_uploads(self) -> int:

@@ -10,13 +10,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from jobkit import arrays, commits, contract, faults, mirror, state
-from jobkit.commits import Keep
 from jobkit.errors import ConfigError, StorageError, end_in_words
-from jobkit.ledger import read_json
+from jobkit.kinds import Part, ValuePart, part_of
+from jobkit.leaves import Record, quoted
 from jobkit.storage import Store
+from jobkit.table import table_of
 
 
-def restore(store: Store, step: int, parts: Mapping[str, state.Part], *, partial: bool = False) -> None:
+def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False) -> None:
     """Put a committed, verified step into a program's parts.
 
     Args:
@@ -31,20 +32,16 @@ def restore(store: Store, step: int, parts: Mapping[str, state.Part], *, partial
         StorageError: If Orbax cannot read it although its bytes are as committed.
     """
     table, found = _own(store, step, parts if partial else None)
-    state.check(
-        state.take(parts).table,
-        table,
-        where=f"from the checkpoint of step {step}",
-    )
+    state.check(parts, table, where=f"from the checkpoint of step {step}")
     live: dict[tuple[str, ...], Any] = {}
     for name, part in parts.items():
         if part.kind != "object":
-            live |= {state.quoted(name, slot.path): slot.value for slot in part.slots()[0]}
+            live |= {quoted(name, slot.path): slot.value for slot in part.slots()[0]}
     wanted = {path: live.get(path) for path in state.stored_paths(table)}
     try:
         found |= arrays.read(_item(store, step), wanted, records=state.stored_paths(table))
     except Exception as error:
-        raise arrays.storage_error(error, f"cannot read step {step} of {store.url}") from error
+        raise arrays.failure(error, f"cannot read step {step} of {store.url}") from error
     faults.reach("during_restore")
     state.give_back(parts, table, found)
 
@@ -96,7 +93,7 @@ def _plain(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(part: str, one: Mapping[tuple[str, ...], Any], other: Mapping[tuple[str, ...], Any]) -> bool:
-    prefix = state.quoted(part, ())
+    prefix = quoted(part, ())
     return all(array.tobytes() == other[path].tobytes() for path, array in one.items() if path[:1] == prefix)
 
 
@@ -118,11 +115,11 @@ def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts:
     store = Store(url)
     fetch(store, step)
     number = find_step(store, step)
-    made = {name: state.part_of(name, value) for name, value in parts.items()}
+    made = {name: part_of(name, value) for name, value in parts.items()}
     restore(store, number, made, partial=True)
     from types import SimpleNamespace
 
-    return SimpleNamespace(**{name: part.value for name, part in made.items() if isinstance(part, state.ValuePart)})
+    return SimpleNamespace(**{name: part.value for name, part in made.items() if isinstance(part, ValuePart)})
 
 
 def fetch(store: Store, step: int | str) -> None:
@@ -165,13 +162,12 @@ def find_step(store: Store, step: int | str) -> int:
     if step == "latest":
         number = known[-1]
     elif step == "best":
-        strategy = (read_json(store, contract.STRATEGY) or {}).get("keep_best")
-        if not strategy:
+        keep = mirror.keep_of(store)
+        if keep.best is None:
             raise ConfigError(f"{store.url} has no best step: its Run was given no keep_best=('metric', 'min')")
-        keep = Keep(best=(strategy[0], strategy[1]))
         number = keep.best_of(commits.metrics(store))
         if number is None:
-            raise ConfigError(f"no committed step of {store.url} has the metric {strategy[0]!r} yet")
+            raise ConfigError(f"no committed step of {store.url} has the metric {keep.best[0]!r} yet")
     elif isinstance(step, int) and not isinstance(step, bool):
         number = step
     else:
@@ -227,25 +223,15 @@ def export_params(
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(target, args=ocp.args.StandardSave(arrays.nested(params)))
     except Exception as error:
-        raise arrays.storage_error(error, f"cannot write {target}") from error
+        raise arrays.failure(error, f"cannot write {target}") from error
     return ["/".join(path) for path in wanted]
 
 
-def _is_param(path: tuple[str, ...], record: state.Record) -> bool:
+def _is_param(path: tuple[str, ...], record: Record) -> bool:
     role = record.get("role")
     if role is None:
         return record["is"] != "key" and bool({"params", "batch_stats"} & set(path)) and "opt_state" not in path
     return not role.startswith(("Opt", "Rng", "MetricState"))
-
-
-def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
-    """Return the leaf table that one process wrote, of a step whose bytes were checked."""
-    name = contract.of_process(contract.STATE, process)
-    content = read_json(store, f"{contract.step_dir(step)}/{name}")
-    if content is None:
-        raise StorageError(f"step {step} of {store.url} has no {name}")
-    table: dict[str, Any] = content["parts"]
-    return table
 
 
 def _item(store: Store, step: int) -> Path:

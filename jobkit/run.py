@@ -10,37 +10,67 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 import jax
+import msgspec
 
-from jobkit import adapters, commits, compilecache, contract, interval, mirror, plain, stacks, state
+from jobkit import (
+    adapters,
+    commits,
+    compilecache,
+    contract,
+    faults,
+    interval,
+    mirror,
+    names,
+    plain,
+    stacks,
+    state,
+    unsaved,
+    versions,
+)
 from jobkit.agreement import SAVE, STOP, Agreement
-from jobkit.changes import Changes
+from jobkit.changes import Changes, FirstStep
 from jobkit.checkpoint import Checkpoints
-from jobkit.commits import Keep, check_newest, sweep
+from jobkit.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
 from jobkit.emergency import Emergency
-from jobkit.errors import ConfigError, DonatedError, JobkitError, Preempted, StorageError, SupersededError, say
+from jobkit.errors import (
+    ConfigError,
+    JobkitError,
+    PackageError,
+    Preempted,
+    StorageError,
+    SupersededError,
+    UnsavedError,
+    flush,
+    say,
+)
 from jobkit.group import lost_process, open_group
 from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.kinds import Held, Part, ValuePart, part_of
+from jobkit.leaving import Leaving, Loops, by_break
 from jobkit.ledger import Ledger
 from jobkit.logged import EVERYTHING, Logged
 from jobkit.notice import Listener, Notice
+from jobkit.optimizer import has_optimizer
 from jobkit.restore import bring, find_step, restore
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
 from jobkit.trackers import Following, Tracker
+from jobkit.unsaved import Unsaved
 from jobkit.values import Values
 
 if TYPE_CHECKING:
     from jobkit.probe import Probe
 
+_Item = TypeVar("_Item")
 _LOOK_S = 2.0
 """How often an attempt looks whether a newer one has taken over, and whether somebody asks something of it."""
 _UPLOAD_S = 600.0
@@ -78,6 +108,7 @@ class Run:
         ConfigError: If an argument makes no sense or the run directory cannot be used.
 
     Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices; earlier handlers come back.
+        Where a library takes one later, the loop sees and says so within 2 s, and both hear of it from then on.
     """
 
     _opened_here = 0
@@ -101,6 +132,8 @@ class Run:
                 "Run() has no run directory: give one, Run('runs/mnist'), or start the program with jobkit submit"
             )
         self._store = Store(launched or url or "")
+        if "\\" in self._store.url:  # as no submit lets through: what follows would take every checkpoint for damaged
+            names.check_place(self._store.url)
         if launched and url is not None and Store(url).path != self._store.path:
             if Run._opened_here:
                 raise ConfigError(
@@ -117,16 +150,18 @@ class Run:
         self._keep = Keep(keep, keep_best)
         self._start_from = start_from
         self._trackers = adapters.resolve(trackers)
-        self._parts: dict[str, state.Part] | None = None
+        self._parts: dict[str, Part] | None = None
         self._opened = False
         self._logged = Logged()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
-        self._broken = False
+        self._leaving = Leaving()
+        self._depth = self._saved_by_hand = 0
+        self._said = False
         self._looping = self._finished = self._stepped_by_hand = self._stepped = self._stopping = self._save_wanted = (
             self._told
-        ) = False
-        self._looks = self._asks = 0
+        ) = self._own = False
+        self._looks = self._asks = self._rounds = 0
         self.step = 0
         """Completed steps (optimizer updates) of the run."""
         self.attempt = 0
@@ -151,27 +186,29 @@ class Run:
             self._heartbeat = Heartbeat(directory)
             self._end_stacks = stacks.answer(directory)
             self._heartbeat.enter(Phase.LISTENING)
+            self._listener.hear_earlier()
             given = contract.attempt_from()
-            claim = (lambda: mirror.claim(self._store)) if given is None else (lambda: given)
-            self.attempt = self._group.share("attempt", claim)
+            self._control = Control.of_attempt(self._store, given) if self._group.first else None
+            self.attempt = self._group.share("attempt", lambda: self._claim(given))
             self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, self._group.index)))
             # Under a supervisor the uploads are its own, so that they survive this process.
             alone = given is None and self._group.first
             self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if alone else None
             if self._carrier is not None:
                 self._carrier.start()
-            self._control = Control.after_hearing(self._store) if self._group.first else None
-            self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, python=sys.version.split()[0])
+            self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, versions=versions.found())
             if self._group.first:
                 self._store.tidy(contract.STRATEGY)
                 self._store.write(contract.STRATEGY, self._strategy.to_json(self._keep))
             compilecache.use(self._store)
             self._probe = self._new_probe()
+            self._unsaved = Unsaved(self._ledger, self._heartbeat)
             self._checkpoints = Checkpoints(
                 self._store,
                 attempt=self.attempt,
                 keep=self._keep,
                 ledger=self._ledger,
+                unsaved=self._unsaved,
                 busy=lambda: self._listener.noticed,
                 before_commit=lambda step: self._logged.flush(self._ledger, below=step),
                 group=self._group,
@@ -187,6 +224,14 @@ class Run:
             self._listener.close()
             raise
         return self
+
+    def _claim(self, given: int | None) -> int:
+        """Return the attempt's number; an attempt of an older jobkit than the run's ends none that is alive."""
+        place = self._store if given is not None else self._store.remote or self._store
+        # Without a run.json it was started by hand; a damaged one is for the launching side to tell.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            versions.check_run(place.read(contract.RUN_JSON), f"{self._store.url}/{contract.RUN_JSON}")
+        return mirror.claim(self._store) if given is None else given
 
     def _watch(self) -> Guard:
         """Make what saves where the training thread cannot."""
@@ -254,7 +299,10 @@ class Run:
             if error is None:
                 self._end()
         finally:
+            self._leaving.close()
             self._guard.close()
+            if self._probe is not None:
+                self._probe.close()
             alone = error is not None and not isinstance(error, SystemExit) and self._group.count > 1
             try:
                 if alone:  # the others may be dead: nothing that needs them can be waited for
@@ -294,18 +342,19 @@ class Run:
 
     def _end(self) -> None:
         """End normally: commit what a loop that was left early, or a loop of the user's own, still holds."""
-        if self._parts is None:
-            return
-        if self._looping:  # left with `break`: the step in progress counts as completed
+        self._leaving.settle()
+        if self._looping:  # a variable holds what was left with `break`
             self._break()
         elif not self._finished and (self._stopping or (self._agreement is None and self._listener.noticed)):
             self._stop()
-        else:
+        elif self._parts is not None:
             self._checkpoints.wait()
             self._raise_failure()
             # Where an earlier attempt has saved steps the program knows how; perhaps there was nothing left to do.
             if self.step == 0 and not (self._stepped or self._finished or self._stepped_by_hand):
                 self._tell_unsaved()
+            elif self._stepped_by_hand and not self._finished:
+                self._tell_finished()
 
     def _tell_unsaved(self) -> None:
         """Say that the run saw nothing of what the program did: a loop of its own, or no training at all."""
@@ -318,12 +367,44 @@ class Run:
             "steps; to evaluate only, jobkit.load(...) takes no part in the run"
         )
 
-    def _break(self) -> None:
-        """Serve a `break`: the end of the training, except where a notice is the likelier reason."""
+    # Leaving a loop early.
+
+    def _told_to_stop(self) -> bool:
+        """Tell whether a notice may be the reason for leaving a loop: only if the program knew of it, from a library
+        perhaps that hears of signals as well.
+        """
+        return self._said or (self._agreement is None and self._listener.noticed and self._listener.shared)
+
+    def _break(self, another: bool = False) -> None:
+        """Serve a `break` in `steps()`: the step in progress counts as completed, and the training has ended."""
         self.step = self._heartbeat.step = self.step + 1
-        if self._look.noticed and (self._agreement is None or STOP in self._meet()):
+        if self._told_to_stop():
             self._stop()
+        if not another:
+            self._checkpoints.loops.stop(self.step)
         self._finish()
+
+    def _break_through(self, another: bool) -> None:
+        """Serve a `break` in `through()`: the training has ended with the last save."""
+        if self._told_to_stop():
+            self._stop()
+        self._finish_by_hand()
+        if not another and self._checkpoints.committed_step == self.step:
+            self._checkpoints.loops.stop(self.step)
+            self._checkpoints.mark()
+
+    def _stopped_early(self, kind: str, total: int) -> bool:
+        """Begin a loop; return whether an earlier attempt has left it early, so that nothing of it is left."""
+        stop = self._checkpoints.loops.begin(kind, total)
+        if stop is None:
+            return False
+        if stop.again:
+            with contextlib.suppress(StorageError):  # every later commit tells as well
+                self._checkpoints.mark()
+            return False
+        if self._group.first:
+            say(f"the training was stopped early after step {stop.step}; to train on, give {kind}() another end")
+        return True
 
     # The state.
 
@@ -331,7 +412,8 @@ class Run:
         """Take the run's parts, and restore them if there is a checkpoint.
 
         NNX objects, iterators and generators are changed in place; pytrees and numbers live in `run.state` from here
-        on. A damaged checkpoint is set aside, loudly, and the next older one is used.
+        on, and may become something else as training goes on (another dtype, a list that grows): give what they are at
+        the start, in every attempt. A damaged checkpoint is set aside, loudly, and the next older one is used.
 
         Args:
             parts: Everything the next step depends on, by name: model, optimizer, RNGs, data iterator, ... Give
@@ -350,20 +432,24 @@ class Run:
             raise ConfigError("open the run first: with jobkit.Run(...) as run: run.resume(...)")
         if self._parts is not None:
             raise ConfigError("resume() was called twice: give all parts in one call")
-        self._needs_no_training = "optimizer" in parts and parts["optimizer"] is None
-        if self._needs_no_training:
+        without = "optimizer" in parts and parts["optimizer"] is None
+        if without:
             parts = {name: value for name, value in parts.items() if name != "optimizer"}
-        elif "optax" in sys.modules and not state.has_optimizer(parts):
+        made = {name: part_of(name, value) for name, value in parts.items()}
+        if not without and "optax" in sys.modules and not has_optimizer(parts):
             raise ConfigError(
                 "resume() was given no optimizer state, without which a resumed training goes another way: "
                 "resume(..., optimizer=optimizer), or optimizer=None if this run has none"
             )
         if "step" in parts:
             raise ConfigError("no part can be named 'step': that is load()'s own word; choose another name")
-        made = {name: state.part_of(name, value) for name, value in parts.items()}
         self._given = parts if self._drill is not None else {}
-        values = {name: part for name, part in made.items() if isinstance(part, state.ValuePart)}
+        values = {name: part for name, part in made.items() if isinstance(part, ValuePart)}
         self._heartbeat.enter(Phase.RESTORING)
+        # A drill has to know it of its last step too.
+        self._checkpoints.changes = Changes(
+            self._store, parts, busy=lambda: self._listener.noticed and self._drill is None
+        )
         begun = time.monotonic()
         snapshot = self._take(made)
         self._checkpoints.check_space(snapshot.nbytes)
@@ -373,7 +459,7 @@ class Run:
             started = plain.start(self._start_from, made)
             snapshot = self._take(made)
         seconds = round(time.monotonic() - begun, 6)
-        self._table, self._parts = snapshot.table, made
+        self._parts = made
         self.state = Values(values)
         self.step = restored if restored is not None else started.step if started is not None else 0
         self._heartbeat.step, self._heartbeat.committed_step = self.step, self._checkpoints.committed_step
@@ -390,11 +476,22 @@ class Run:
         else:
             self._ledger.append("restored", step=restored, seconds=seconds, bytes=snapshot.nbytes)
             say(f"attempt {self.attempt} resumes at step {restored} of {self._store.url}")
-        self._changes = Changes(made)
+            self._checkpoints.loops = Loops(self._early_stops(restored))
+            self._unsaved.go_on(self._store, self.attempt, restored)
+        self._started_with = None if without else FirstStep(made)
         if self._group.first:
             self._following.start(self.step)
         self._guard.nbytes, self._guard.watching = snapshot.nbytes, False  # the loop may be one of the user's own
+        faults.reach("resumed")
         return self.state
+
+    def _early_stops(self, step: int) -> list[EarlyStop]:
+        """Return the early stops that a restored step knows of, the same in all processes."""
+
+        def read() -> Any:
+            return msgspec.to_builtins(commits.read(self._store, step).early_stops)
+
+        return msgspec.convert(self._group.share("early_stops", read), list[EarlyStop])
 
     def _bring_newest(self) -> None:
         """Bring the newest step into the home, after tidying up there."""
@@ -403,7 +500,7 @@ class Run:
             mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
             self._checkpoints.elsewhere = mirror.remote_metrics(self._store.remote)
 
-    def _take(self, parts: Mapping[str, state.Part | state.Held]) -> state.Snapshot:
+    def _take(self, parts: Mapping[str, Part | Held]) -> state.Snapshot:
         return state.take(parts, shared=self._group.count > 1)
 
     def _tell_start(self, started: plain.Start) -> None:
@@ -422,12 +519,19 @@ class Run:
             The step that was restored. `run.step` stays: nothing of this is saved.
 
         Raises:
+            Preempted: If the training has not come to its end and a stop was said: what is committed goes on later.
             ConfigError: Inside `steps()`, or if there is no such step.
             StorageError: If the step is damaged.
         """
         parts = self._resumed()
+        self._leaving.settle()
         if self._looping:
-            raise ConfigError("restore() would change the state under the loop: call it after steps() has ended")
+            raise ConfigError(
+                "restore() would change the state under the loop: call it after steps() has ended; where a variable or "
+                "a progress bar holds what was left with `break`, close it: loop = run.steps(...), loop.close()"
+            )
+        if not self._finished and self.should_stop:
+            self._stop()
         self._checkpoints.wait()
         self._asks += 1
         number: int = self._group.share(f"find/{self._asks}", lambda: self._find(step))
@@ -443,7 +547,7 @@ class Run:
             bring(self._store, int(wanted), attempt=self.attempt)
         return find_step(self._store, step)
 
-    def _resumed(self) -> dict[str, state.Part]:
+    def _resumed(self) -> dict[str, Part]:
         if self._parts is None:
             raise ConfigError("call run.resume(model=..., optimizer=..., data=...) before the first step")
         return self._parts
@@ -453,14 +557,35 @@ class Run:
     @property
     def notice(self) -> Notice | None:
         """The preemption notice, None while there is none."""
-        return self._listener.notice
+        found = self._listener.notice
+        self._said |= found is not None and self._agreement is None
+        return found
 
     @property
     def should_stop(self) -> bool:
-        """Whether the loop is to end because of a notice; for loops of one's own, which look once a step.
+        """Whether the loop is to end because of a notice; for what takes long between two looks of `through`.
+
+        Once it was True, the next `save` commits and raises `Preempted`; `restore` and the end of the `with` raise it
+        as well, so that what follows a training is not done with half of one.
 
         In a run of several processes the answer is the same in all of them at the same look, if all look equally often.
         """
+        found = self._shall_stop()
+        self._said |= found
+        if not self._looping and self._parts is not None:
+            self._rounds += 1
+            if self._probe is not None and not self._depth and not found:
+                self._probe.begin_round(self.step, self._parts, self._given)
+            if self._rounds == 2:  # what lies between two looks is a round
+                self._own_loop()
+            self._heartbeat.beat()
+        return found
+
+    def _shall_stop(self) -> bool:
+        if not self._looping and time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + _LOOK_S
+            self._look_at_signals()
+            self._hear_control()
         if self._agreement is None:
             return self._listener.noticed
         if not self._looping:  # steps() looks by itself
@@ -493,28 +618,33 @@ class Run:
         """Count the run's steps: `for step in run.steps(10_000)` yields what is left of 0..9999.
 
         Between two steps the run saves when a save is due, and on a notice commits and leaves. After the last one the
-        final state is committed before the loop ends. Leaving with `break` ends the training: the step in progress
-        counts as completed and is committed when the run closes.
+        final state is committed before the loop ends.
+
+        Leaving with `break` ends the training: the step in progress counts as completed and is committed, and the run
+        remembers it. Whatever ends the attempt afterwards, and after `jobkit resume`, the loop yields nothing. To train
+        on, give it another total.
 
         Args:
             total: Steps of the whole run, over all attempts.
 
         Raises:
             Preempted: On a notice, once the state is committed: SystemExit with code 75.
-            ConfigError: If `resume` was not called, or nothing the run knows of changed in the first step.
+            ConfigError: If `resume` was not called; if a part became what could not be put back after a restart; at the
+                second interval in a row whose state cannot be saved, or is the same as before (data positions and
+                generators aside), since training on would be lost.
             DonatedError: If the program gave the state away in the first step, or in the one after which it stops.
             StorageError: If the state could not be committed on notice or at the end.
         """
         self._resumed()
         if isinstance(total, bool) or not isinstance(total, int) or total < 0:
             raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
-        if self._looping and self._broken:  # an earlier loop was left with `break`
-            self._break()
-        self._broken = False
+        self._leaving.settle(another=True)
         if self._looping:
             raise ConfigError("steps() is already running: one loop at a time")
-        if self._drill is not None:
-            total = self._drill.ends(total)
+        if self.step < total and self._stopped_early("steps", total):
+            total = self.step
+        elif self._probe is not None:
+            total = self._probe.begin_loop(total)
         probe, given = self._probe, self._given
         look, heartbeat, strategy, checkpoints = self._look, self._heartbeat, self._strategy, self._checkpoints
         if self.step < total and (
@@ -522,20 +652,18 @@ class Run:
         ):
             self._stop()
         self._looping, self._finished = True, self._finished and self.step >= total
-        if self._heartbeat.phase == Phase.FINISHED and not self._finished:
-            self._heartbeat.enter(Phase.STEPPING)
-        if _take_over(said=True):  # JAX starts only before it computes, which resume() has done
-            self._listener.retake()
+        if not self._finished:
+            self._go_on()
+        self._look_at_signals()
         guard, parts = self._guard, self._resumed()
-        guard.look_around()
-        for _ in range(2):  # the first time tells nothing about the cost
-            guard.hold(self.step, parts)
-        guard.watching = True
+        guard.enter(self.step, parts)
         try:
             while self.step < total:
                 if probe is not None:
                     probe.begin_step(self.step, self._resumed(), given)
                 yield self.step
+                if probe is not None:
+                    probe.end_step()
                 # The work per step when nothing is due: keep it under a microsecond or two.
                 self.step = heartbeat.step = self.step + 1
                 heartbeat.beat()
@@ -555,16 +683,65 @@ class Run:
                 else:
                     guard.skip()
         except GeneratorExit:
-            self._broken = True
+            self._leaving.leave(self._break, sure=by_break())
             raise
         self._finish()
+
+    def through(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Go through a loop of one's own, which saves by itself: `for epoch in run.through(range(state.epoch, 40))`.
+
+        Before each item it looks whether to stop, and then leaves with `Preempted`; so does `save`, after its commit:
+        end each round with `run.save(epoch + 1)`. After the last item what is being saved is committed.
+
+        Leaving a `range` with `break` ends the training, as in `steps`, with what was saved last; to train on, give one
+        that ends elsewhere. Inside another `through`, of batches in epochs, it ends nothing. What was not saved when
+        it stops is done again.
+
+        Args:
+            items: What to go through: what is left of the run's epochs, say.
+
+        Raises:
+            Preempted: On a notice: SystemExit with code 75.
+            ConfigError: If `resume` was not called, or inside `steps()`.
+            StorageError: If the last save could not be committed.
+        """
+        self._resumed()
+        self._leaving.settle(another=True)
+        if self._looping:
+            raise ConfigError(
+                "through() inside steps(), which looks for notices and saves by itself: loop as usual there"
+            )
+        training, saved, none = not self._depth, self._saved_by_hand, True
+        if training and isinstance(items, range) and items and self._stopped_early("through", items.stop):
+            items = ()
+        self._depth += 1
+        try:
+            for item in items:
+                if self.should_stop:
+                    self._stop()
+                if self._probe is not None:
+                    self._probe.begin_round(self.step, self._resumed(), self._given)
+                none, self._finished = False, self._finished and not training
+                if training:
+                    self._go_on()
+                yield item
+        except GeneratorExit:
+            if training and isinstance(items, range) and self._saved_by_hand > saved:
+                self._leaving.leave(self._break_through, sure=by_break())
+            raise
+        finally:
+            self._depth -= 1
+        if training and (none or self._saved_by_hand > saved):
+            self._finish_by_hand()
 
     def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
         """Save now, whatever `save_every` says.
 
         Inside `steps()` the save is made at the boundary that ends this step, where the state is whole. In a loop of
-        one's own, give the number of completed steps. Of a step that is committed already the metrics are kept beside
-        the commit, which is never changed: after the last step, `run.save(val_loss=...)` scores it.
+        one's own, give the number of completed steps; on a notice they are committed, and it leaves.
+
+        Of a step that is committed already the metrics are kept beside the commit, which is never changed: after the
+        last step, `run.save(val_loss=...)` scores it.
 
         Args:
             step: Completed steps; only in a loop of one's own.
@@ -572,6 +749,7 @@ class Run:
             metrics: Named numbers kept with the checkpoint; `keep_best` chooses by one of them.
 
         Raises:
+            Preempted: In a loop of one's own, on a notice, once the step is committed: SystemExit with code 75.
             ConfigError: If called before `resume`, or with a step inside `steps()`.
             StorageError: With `wait`, if the save could not be committed.
         """
@@ -581,6 +759,7 @@ class Run:
         if self._strategy.only_best and best is not None and best[0] not in values:
             given = f"it was given {', '.join(values)}" if values else "it was given none"
             raise ConfigError(f"save() needs the metric {best[0]!r}, by which keep_best chooses; {given}")
+        self._leaving.settle()
         if self._looping:
             if step is not None or wait:
                 raise ConfigError("inside steps() call save() without step and wait: it saves when this step ends")
@@ -591,12 +770,18 @@ class Run:
                 raise ConfigError(f"save({step!r}): the run has completed {self.step} steps; give as many or more")
             self.step = self._heartbeat.step = step
             self._finished, self._stepped_by_hand = False, True
+            self._saved_by_hand += 1
+            self._own_loop()
+            self._go_on()
             self._heartbeat.enter(Phase.STEPPING)
         elif not (self._finished or self._stepped_by_hand or self._stepped):
             raise ConfigError(
                 "save() before any step that the run knows of: loop with `for step in run.steps(n)`, or, in a loop of "
                 "your own, give the number of completed steps, save(step)"
             )
+        if not self._finished and self.should_stop:
+            self._asked = values
+            self._stop(at_save=True)
         if (agreed := self._agreed(values)) is not None:
             self._save("asked", agreed)
         if wait:
@@ -613,11 +798,15 @@ class Run:
             values: Numbers or 0-d arrays.
 
         Raises:
-            ConfigError: If a value is not a number.
+            ConfigError: If a value is not a number; never after a notice, when nothing may keep a step from its commit.
         """
-        for name, value in values.items():
-            if getattr(value, "shape", ()) != () or not hasattr(value, "__float__"):
-                raise ConfigError(f"log({name}=...) takes a number or a 0-d array, not {_kind(value)}")
+        for name, value in list(values.items()):
+            if not hasattr(type(value), "__float__") or getattr(value, "shape", ()) != ():
+                wrong = f"log({name}=...) takes a number or a 0-d array, not {_kind(value)}"
+                if not self._listener.noticed:
+                    raise ConfigError(wrong)
+                say(wrong)
+                del values[name]
         if not self._group.first:
             return
         if self._logged.add(self.step, values):
@@ -638,8 +827,13 @@ class Run:
             self._first_step()
         if time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + _LOOK_S
-            with contextlib.suppress(OSError):  # a shared disk that does not answer just now
+            self._look_at_signals()
+            try:
                 check_newest(self._store, self.attempt, "go on")
+            except SupersededError:
+                raise
+            except JobkitError:
+                pass  # a shared disk that does not answer just now
             self._adapt_interval()
             self._hear_control()
         self._hear_failure()
@@ -656,12 +850,19 @@ class Run:
             self._save(reason, {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
 
+    def _look_at_signals(self) -> None:
+        """Take back the signals that JAX or a library have taken since the run was opened."""
+        if _take_over(said=True):
+            self._listener.retake()
+        self._listener.look()
+
     def _hear_control(self) -> None:
         """Hear what is asked from outside, in process 0: the others hear it from there."""
         if self._control is None:
             return
         if (told := self._control.new(contract.SAVE)) is not None:
-            self._ledger.append("save_asked", durable=True, id=told.get("id"), by=told.get("by"), step=self.step)
+            step = self.step if self._looping else self.step + 1  # in a loop of its own the next save is the program's
+            self._ledger.append("save_asked", durable=True, id=told.get("id"), by=told.get("by"), step=step)
             self._save_wanted = True
             if self._agreement is not None:
                 self._agreement.ask(SAVE)
@@ -753,10 +954,17 @@ class Run:
         self._heartbeat.enter(Phase.STEPPING)
         self._ledger.append("first_step", step=self.step)
         self._tell_compiled()
-        if gone := state.donated(self._resumed()):
-            raise DonatedError(gone[0])
-        if not self._needs_no_training and (warning := self._changes.warning()):
+        state.check_savable(self._resumed())
+        if self._started_with is not None and (warning := self._started_with.warning()):
             say(warning)
+
+    def _own_loop(self) -> None:
+        """Write down, once, that the program trains in a loop of its own, whose steps only its saves tell."""
+        if not (self._own or self._stepped or self._finished):
+            self._own = True
+            self._heartbeat.enter(Phase.STEPPING)
+            self._ledger.append("own_loop", step=self.step)
+            self._tell_compiled()
 
     def _tell_compiled(self) -> None:
         if (told := compilecache.report(self._store, self.attempt)) is not None:
@@ -766,25 +974,29 @@ class Run:
         """Start a save; training goes on if it fails, loudly."""
         self._guard.look_around()
         self._guard.wait_while(lambda: self._checkpoints.saving)
+        at_fault = unsaved.STATE
         try:
             with self._heartbeat.during(Phase.SAVING):
-                self._checkpoints.save(self._snapshot(), self.step, reason=reason, metrics=metrics)
+                snapshot = self._snapshot()
+                at_fault = unsaved.STORAGE
+                self._checkpoints.save(snapshot, self.step, reason=reason, metrics=metrics)
         except SupersededError:
             raise
         except JobkitError as error:
             if self._group.count > 1:  # the others may have begun it
                 raise
-            say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
-            self._ledger.append("save_failed", step=self.step, reason=str(error))
+            committed = self._checkpoints.committed_step
+            self._bear(self._unsaved.failed(self.step, at_fault, str(error), committed_step=committed) or error)
         self._begin_interval()
 
     def _snapshot(self) -> state.Snapshot:
+        if self._probe is not None:
+            self._probe.saved(self.step)
         return self._checked(self._resumed())
 
-    def _checked(self, parts: Mapping[str, state.Part | state.Held]) -> state.Snapshot:
+    def _checked(self, parts: Mapping[str, Part | Held]) -> state.Snapshot:
         snapshot = self._take(parts)
         snapshot.check_whole()
-        state.check(snapshot.table, self._table, where=f"at step {self.step} from what resume() was given")
         return snapshot
 
     def _commit(self) -> None:
@@ -803,24 +1015,30 @@ class Run:
         self._heartbeat.committed_step = self._checkpoints.committed_step
         self._heartbeat.beat()
 
-    def _stop(self) -> None:
-        """Serve the notice: commit the completed steps and leave."""
+    def _stop(self, *, at_save: bool = False) -> NoReturn:
+        """Serve the notice: commit the completed steps and leave.
+
+        Args:
+            at_save: In a loop of the program's own, whether its state is that of the completed steps.
+        """
         with self._guard.lock:
             self._begin_stop()
             served = self._guard.arrive()
             asked, self._asked = self._asked or {}, None
-            if not self._looping and self._stepped_by_hand:
-                # Which step the live state belongs to, only who counts the steps knows: what was asked for counts.
+            if not (self._looping or at_save):
+                # Which step the live state belongs to, only who counts the steps knows: what was begun counts.
                 self._checkpoints.wait()
                 self._raise_failure()
             elif served and (self._checkpoints.committed_step >= self.step or not self._guard.lands()):
                 pass  # what the guard has committed is what can be
-            elif self.step > 0 or self._checkpoints.saving:
+            else:
                 self._guard.emergency.commit(
                     self.step, self._snapshot, by="boundary", metrics=asked, hear=self._hear_failure
                 )
             told = self._tell_stopped()
             self._looping = False
+        if self._probe is not None:
+            self._probe.stopped(self.step, self._resumed(), self._given)
         raise Preempted(told)
 
     def _leave(self, why: str) -> None:
@@ -886,21 +1104,45 @@ class Run:
                 ) from None
             self._guard.watching = self._looping = False
             self._commit()
+        self._tell_finished()
+
+    def _finish_by_hand(self) -> None:
+        """Wait for the last save of a loop of the program's own."""
+        self._checkpoints.wait()
+        self._raise_failure()
+        self._heartbeat.committed_step = self._checkpoints.committed_step
+        if self.step > 0:  # else it was no training
+            self._tell_finished()
+
+    def _tell_finished(self) -> None:
         self._finished = True
         self._begin_interval()  # if another loop follows
         self._heartbeat.enter(Phase.FINISHED)
         self._logged.flush(self._ledger, below=EVERYTHING)
         self._ledger.append("finished", durable=True, step=self.step)
+        faults.reach("finished")
+
+    def _go_on(self) -> None:
+        """Take back that the run has come to its end, where another loop follows the last one."""
+        if self._heartbeat.phase == Phase.FINISHED:
+            self._heartbeat.enter(Phase.STEPPING)
+            self._ledger.append("goes_on", step=self.step)
 
     def _hear_failure(self) -> None:
-        """Say what went wrong with a save in the background; only a newer attempt's take-over ends the training."""
+        """Say what went wrong with a save in the background; a take-over by a newer attempt ends the training, too."""
         error = self._checkpoints.take_error()
         if isinstance(error, SupersededError):
             raise error
         if self._carrier is not None and self._carrier.superseded is not None:
             raise self._carrier.superseded
         if error is not None:
-            say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
+            self._bear(error)
+
+    def _bear(self, error: JobkitError) -> None:
+        """Say why a save failed: training goes on, unless no save of this program can do better."""
+        if isinstance(error, UnsavedError) or (isinstance(error, PackageError) and self._checkpoints.last is None):
+            raise error
+        say(f"{error}; training goes on, the newest committed step is {self._checkpoints.committed_step}")
 
     def _raise_failure(self) -> None:
         error = self._checkpoints.take_error()
@@ -929,7 +1171,7 @@ def _take_over(*, said: bool) -> bool:
 
 
 def _kind(value: Any) -> str:
-    shape = getattr(value, "shape", None)
+    shape = value.shape if hasattr(type(value), "shape") else None
     return f"an array of shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"
 
 
@@ -942,8 +1184,7 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     else:
         _earlier_hook(kind, error, trace)
     if Run._left_alone:  # JAX and Orbax would wait for the others for minutes
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(code)
     if ours:
         raise SystemExit(code)

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobkit import contract, processes, stacks
+from jobkit import contract, names, processes, stacks
 from jobkit.heartbeat import Beat, Phase
 from jobkit.ledger import Ledger
+from jobkit.pace import Silence
 from jobkit.watchdog import Known, Stall, Watchdog
 
 _ASKED_S = 30.0
@@ -33,6 +34,7 @@ class Sentry:
         self._directory, self._ledger, self._log = directory, ledger, log
         self._kill_at = 0.0
         self._silent_since = 0.0
+        self._silence: Silence | None = None
         self.stall: Stall | None = None
         """What was noticed; it stays."""
         self.reason = ""
@@ -54,6 +56,7 @@ class Sentry:
         # In "t" a debugger holds it: somebody is looking already.
         counts = processes.state(beat.pid) not in ("", "Z", "X", "t")
         self.stall = self._dog.look(beat, time.monotonic(), counts=counts)
+        self._tell_silence()
         if self.stall is None:
             return None
         self._write_down(self.stall, beat.pid)
@@ -64,6 +67,21 @@ class Sentry:
         self._kill_at = time.monotonic() + patience_s
         return patience_s
 
+    def _tell_silence(self) -> None:
+        """Write down once that the program makes no step any more, and once that it does again."""
+        before, self._silence = self._silence, self._dog.silence()
+        if self._silence is not None and before is None:
+            budget_s = self._dog.budget_s(Phase.STEPPING, self._silence.step)
+            self._ledger.append(
+                "silent",
+                step=self._silence.step,
+                waited_s=round(self._silence.waited_s, 3),
+                usual_s=round(self._silence.usual_s, 6),
+                budget_s=None if budget_s is None else round(budget_s, 3),
+            )
+        elif before is not None and self._silence is None:
+            self._ledger.append("heard_again", after_s=round(before.waited_s, 3))
+
     def _write_down(self, stall: Stall, pid: int) -> None:
         """Find out where a stalled program hangs, and say so in the log and in the ledger."""
         self._silent_since = time.time() - stall.waited_s
@@ -72,7 +90,7 @@ class Sentry:
         frame = stacks.innermost(text)
         how = {"T": "stopped by a signal", "D": "hanging in the kernel, on a disk or device"}.get(state, "")
         self.reason = ", ".join(word for word in (str(stall), frame and f"in {frame}", how) if word)
-        with contextlib.suppress(OSError), open(self._log, "ab", buffering=0) as log:
+        with contextlib.suppress(OSError), open(self._log, "ab", buffering=0, opener=names.opener) as log:
             log.write(f"jobkit: {self.reason}; its Python stacks:\n{text or 'it does not answer'}\n".encode())
         self._ledger.append(
             "stalled",
@@ -92,6 +110,12 @@ class Sentry:
         return {} if self.stall is None else {"silent_since": self._silent_since}
 
     @property
-    def longest_s(self) -> dict[str, float]:
-        """The longest time without progress in each phase that ended well, for later attempts to learn from."""
-        return {phase.name.lower(): round(seconds, 3) for phase, seconds in self._dog.longest_s.items() if seconds >= 1}
+    def longest(self) -> dict[str, Any]:
+        """What `exited` says for later attempts to learn from.
+
+        That is the longest time without progress in each phase that ended well, and the longest step.
+        """
+        phases = {
+            phase.name.lower(): round(seconds, 3) for phase, seconds in self._dog.longest_s.items() if seconds >= 1
+        }
+        return {"longest_s": phases, "longest_step_s": round(self._dog.pace.longest_s, 3)}

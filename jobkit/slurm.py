@@ -25,9 +25,13 @@ _SAFE_S = 1.0
 
 
 def parse_pairs(printed: str) -> dict[str, str]:
-    """Read one line of `Name=value Name=value`; values with spaces end before the next name."""
+    """Read one line of `Name=value Name=value`; values with spaces end before the next name.
+
+    The first of equal names counts: what SLURM itself says of a job comes before the user's own text, such as the
+    SubmitLine that 26.05 prints, which may hold anything.
+    """
     found = re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][A-Za-z0-9/:_-]*=|\s*$)", printed.splitlines()[0] if printed else "")
-    return dict(found)
+    return dict(reversed(found))
 
 
 def parse_time(text: str) -> float | None:
@@ -94,17 +98,24 @@ class Respite:
         came_at = time.monotonic()
         time.sleep(least_s * _SHARE)
         told = _show("job", job)
-        left_s = preemption_s(told, lambda: _show("partition", told.get("Partition", "")))
+        left_s = preemption_s(told, lambda: _graces(told.get("Partition", "")))
         if left_s is not None and left_s <= _LONGEST_S:
             self._answers.put(came_at + left_s + least_s - _SAFE_S)
 
 
+def _graces(partition: str) -> dict[str, str]:
+    """Return what SLURM says of a partition; nothing where its QOS decides how a job is preempted."""
+    return {} if "preempt/qos" in _ask("show", "config") else _show("partition", partition)
+
+
 def _show(kind: str, name: str) -> dict[str, str]:
-    """Return what `scontrol -o show` says; nothing where it does not answer."""
+    return parse_pairs(_ask("-o", "show", kind, name))
+
+
+def _ask(*words: str) -> str:
+    """Return what scontrol says; nothing where it does not answer."""
     try:
-        done = subprocess.run(
-            ["scontrol", "-o", "show", kind, name], capture_output=True, text=True, check=True, timeout=_ANSWER_S
-        )
+        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=_ANSWER_S)
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return parse_pairs(done.stdout)
+        return ""
+    return done.stdout

@@ -8,22 +8,28 @@ looks at.
 import contextlib
 import copy
 import errno
+import functools
 import hashlib
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import google_crc32c
 
-from jobkit import contract
+from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.patience import Insist, at_once
 from jobkit.remote import Remote
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _FULL = {
     errno.ENOSPC: "the disk is full: free space there, or run elsewhere",
@@ -32,9 +38,11 @@ _FULL = {
 """Somebody else's files may be what fills it: a later attempt may find room again."""
 _HOPELESS = {
     errno.EROFS: "the file system is read-only: choose another run directory",
-    errno.EACCES: "permission denied: make it writable for this user, or choose another run directory",
-    errno.EPERM: "not permitted: make it writable for this user, or choose another run directory",
+    errno.EACCES: "permission denied: make it readable and writable for this user, or choose another run directory",
+    errno.EPERM: "not permitted: make it readable and writable for this user, or choose another run directory",
     errno.ENOTDIR: "a part of that path is a file: choose another run directory",
+    errno.ELOOP: f"there is a symbolic link: {names.NO_LINKS}",
+    errno.ENXIO: "there is a pipe, a socket or a device of that name: choose another run directory",
     errno.EISDIR: "there is a directory of that name: choose another run directory",
 }
 """No restart mends these: a person has to change permissions or remount."""
@@ -51,6 +59,17 @@ def explain(error: OSError, doing: str) -> JobkitError:
     if error.errno in _HOPELESS:
         return ConfigError(f"{doing}{where}: {_HOPELESS[error.errno]}")
     return StorageError(f"{doing}{where}: {_FULL.get(error.errno or 0) or error.strerror or error}")
+
+
+@contextlib.contextmanager
+def in_words(doing: str) -> Iterator[None]:
+    """Turn the system's errors inside into ours, but that something is absent, which is an answer; see `explain`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise explain(error, doing) from None
 
 
 def local_path(url: str | os.PathLike[str]) -> Path:
@@ -73,8 +92,10 @@ def local_path(url: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{text!r} is not on a file system: give a path or a file:// URL")
     elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # pathlib's gs://bucket; here it would be a directory 'gs:'
         raise ConfigError(f"{text!r} has lost a slash of its '://': give the URL as text, not as a Path")
-    if not text or "\0" in text:
-        raise ConfigError(f"{os.fspath(url)!r} names no path; give a path or a URL")
+    elif re.match(r"(?:gs|gcs|s3|az|abfs|file)(?://|:)", text):
+        raise ConfigError(f"{text!r} looks like a URL without its '://': write that, or ./{text} for a directory")
+    if not text or "\0" in text or not names.is_text(text):
+        raise ConfigError(f"{os.fspath(url)!a} names no path, in UTF-8; give a path or a URL")
     try:
         return (Path(text) if parts.scheme == "file" else Path(text).expanduser()).absolute()
     except RuntimeError as error:
@@ -96,21 +117,90 @@ def home_of(url: str) -> Path:
     Raises:
         ConfigError: If it cannot be made, or somebody else made it.
     """
-    root = Path(os.environ.get(contract.ENV_HOME) or Path(tempfile.gettempdir()) / f"jobkit-{os.getuid()}")
+    given = os.environ.get(contract.ENV_HOME)
+    root = Path(given or Path(tempfile.gettempdir()) / f"jobkit-{os.getuid()}")
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     home = root / f"{url.rstrip('/').rpartition('/')[2]}-{digest}"
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.stat().st_uid != os.getuid():
-            raise ConfigError(f"{root} belongs to somebody else: set {contract.ENV_HOME} to a directory of yours")
-        home.mkdir(exist_ok=True)
+        if given:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if root.stat().st_uid != os.getuid():
+                raise ConfigError(f"{root} belongs to somebody else: set {contract.ENV_HOME} to a directory of yours")
+        else:  # where everybody may make one of that name
+            _own(root)
+        _own(home)
     except OSError as error:
         raise explain(error, f"cannot create {home}") from None
     return home
 
 
+def _own(path: Path) -> None:
+    """Make a directory that is this user's alone, or make sure that it is.
+
+    Raises:
+        ConfigError: If it is anything else: what lies there may be somebody else's work.
+        OSError: If it cannot be made.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    wrong = ""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EACCES):
+            raise
+        wrong = "is no directory of yours but a symbolic link, a file or somebody else's"
+    else:
+        try:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.getuid():
+                wrong = "belongs to somebody else"
+            elif status.st_mode & 0o022:
+                wrong = f"can be written by others (mode {status.st_mode & 0o7777:04o})"
+            elif status.st_mode & 0o077:
+                os.fchmod(descriptor, 0o700)
+        finally:
+            os.close(descriptor)
+    if wrong:
+        raise ConfigError(
+            f"{path} {wrong}: runs on an object store are kept there on this node, and it has to be yours alone: look "
+            f"who made it and remove it, or set {contract.ENV_HOME} to a directory of yours"
+        )
+
+
+def _answered(
+    doing: str, *, absent: bool = False
+) -> Callable[[Callable[Concatenate["Store", str, P], R]], Callable[Concatenate["Store", str, P], R]]:
+    """Have a method of a Store speak in errors of ours, and ask again for as long as the store has patience.
+
+    Args:
+        doing: What the method does, for messages.
+        absent: Whether FileNotFoundError is its answer.
+    """
+
+    def decorate(method: Callable[Concatenate["Store", str, P], R]) -> Callable[Concatenate["Store", str, P], R]:
+        @functools.wraps(method)
+        def answered(self: "Store", name: str, /, *args: P.args, **named: P.kwargs) -> R:
+            def once() -> R:
+                try:
+                    return method(self, name, *args, **named)
+                except OSError as error:
+                    if absent and isinstance(error, FileNotFoundError):
+                        raise
+                    raise explain(error, f"cannot {doing} {self.file(name)}") from None
+
+            return self.insist(once)
+
+        return answered
+
+    return decorate
+
+
 class Store:
     """A run directory: small whole files in, whole files out.
+
+    What the system says becomes an error of ours, as `explain` has it; that a file is absent is an answer and no error,
+    but for `read`, which raises FileNotFoundError.
 
     Args:
         url: A path or a file:// URL, need not exist yet; or a URL of an object store, whose home on this node is what
@@ -119,9 +209,13 @@ class Store:
     """
 
     def __init__(self, url: str | os.PathLike[str], *, deadline_s: float = 120.0) -> None:
+        self.insist: Insist = at_once
+        """Calls what needs the storage; again, while that does not answer, if the store is a patient one."""
         self.remote: Remote | None = None
         """The object store behind a home; None if the run directory is on a file system."""
         if is_remote(url):
+            if "\0" in os.fspath(url) or not names.is_text(os.fspath(url)):
+                raise ConfigError(f"{os.fspath(url)!a} is no URL, in UTF-8; give the run's")
             self.url = os.fspath(url).rstrip("/")
             self.path = home_of(self.url)
             self.remote = Remote(self.url, deadline_s=deadline_s)
@@ -139,28 +233,79 @@ class Store:
             other.remote = Remote(self.url, deadline_s=deadline_s)
         return other
 
+    def make(self, *, shared: bool = False) -> None:
+        """Make the run directory, unless it is there: then its own mode says who may look into it.
+
+        A new one is its owner's alone, and what is inside is protected by it. Below a directory that is meant for a
+        group (setgid, or with a default ACL) it is that group's too, as far as the umask lets it.
+
+        Args:
+            shared: Whether it is everybody's, as far as the umask lets it.
+
+        Raises:
+            JobkitError: If it cannot be made.
+        """
+        try:
+            if self.path.exists():
+                return
+            mode = 0o777 if shared else 0o770 if _for_a_group(self.path.parent) else 0o700
+            self.path.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain(error, f"cannot create {self.path}") from None
+
     def file(self, name: str) -> Path:
-        """Return the path of a name inside the run directory."""
-        return self.path / name
+        """Return the path of a name inside the run directory.
+
+        Raises:
+            OutsideError: If it leads out of it, by itself or through a symbolic link.
+        """
+        return names.below(self.path, name)
+
+    def patient(self, insist: Insist) -> "Store":
+        """Return the same run directory, whose looks and writes are tried again while the storage does not answer."""
+        other = copy.copy(self)
+        other.insist = insist
+        return other
+
+    def at(self, url: str) -> "Store":
+        """Return another run directory, looked at with the same patience."""
+        return Store(url).patient(self.insist)
 
     def exists(self, name: str) -> bool:
         """Tell whether a file or directory of that name is there."""
-        return self.file(name).exists()
+        return self.stat(name) is not None
 
-    def names(self, name: str) -> list[str]:
-        """List a directory in sorted order; an absent one is empty."""
+    @_answered("look at")
+    def stat(self, name: str) -> os.stat_result | None:
+        """Return what the file system knows of a name, None if it is absent."""
         try:
-            return sorted(os.listdir(self.file(name)))
+            return self.file(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @_answered("list")
+    def names(self, name: str) -> list[str]:
+        """List a directory in sorted order, without names that are not one's inside; an absent one is empty."""
+        path = self.file(name)
+        try:
+            return sorted(names.sift(os.listdir(path), where=str(path)))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def numbers(self, name: str) -> list[int]:
         """List the entries of a directory whose names are numbers, in rising order."""
-        return sorted(int(entry) for entry in self.names(name) if re.fullmatch("0|[1-9][0-9]{0,17}", entry))
+        return sorted(number for entry in self.names(name) if (number := names.number(entry)) is not None)
 
-    def read(self, name: str) -> bytes:
-        """Return a file's content; raises FileNotFoundError if it is absent."""
-        return self.file(name).read_bytes()
+    @_answered("read", absent=True)
+    def read(self, name: str, *, first_bytes: int = -1, last_bytes: int | None = None) -> bytes:
+        """Return a file's content, or its first or last bytes; raises FileNotFoundError if it is absent."""
+        try:
+            with open(self.file(name), "rb", opener=names.opener) as file:
+                if last_bytes is not None:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+                return file.read(first_bytes)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
 
     def write(self, name: str, content: bytes | str) -> None:
         """Replace a file as a whole.
@@ -172,10 +317,14 @@ class Store:
             StorageError: For any other failure, a full disk among them.
         """
         path = self.file(name)
-        with _Writing(path) as temporary:
-            _fill(temporary, content)
-            os.replace(temporary, path)
-            sync_directory(path.parent)
+
+        def once() -> None:
+            with _Writing(path) as temporary:
+                _fill(temporary, content)
+                os.replace(temporary, path)
+                sync_directory(path.parent)
+
+        self.insist(once)
 
     def create(self, name: str, content: bytes | str) -> bool:
         """Create a file as a whole if none of that name exists; tell whether this call made it.
@@ -183,38 +332,47 @@ class Store:
         Durability: on storage on return. Of several callers exactly one gets True.
         """
         path = self.file(name)
-        with _Writing(path) as temporary:
-            _fill(temporary, content)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            sync_directory(path.parent)
-        return True
+        made = False
 
+        def once() -> bool:
+            nonlocal made
+            with _Writing(path) as temporary:
+                if not made:  # tried again: it is there and may not be durable yet
+                    _fill(temporary, content)
+                    try:
+                        os.link(temporary, path)
+                    except FileExistsError:
+                        return False
+                    made = True
+                sync_directory(path.parent)
+            return True
+
+        return self.insist(once)
+
+    @_answered("create a directory in")
     def claim(self, name: str) -> int:
         """Create the next numbered directory below `name`; of several callers each gets a number of its own."""
+        self.make()
         parent = self.file(name)
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                number = max(self.numbers(name), default=-1) + 1
-                try:
-                    (parent / str(number)).mkdir()
-                except FileExistsError:
-                    continue
-                sync_directory(parent)
-                return number
-        except OSError as error:
-            raise explain(error, f"cannot create a directory in {parent}") from None
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = max(self.numbers(name), default=-1) + 1
+            try:
+                (parent / str(number)).mkdir()
+            except FileExistsError:
+                continue
+            sync_directory(parent)
+            return number
 
     def tidy(self, name: str) -> None:
         """Remove what writers of a file that were killed have left beside it; nobody else may be writing it."""
-        path = self.file(name)
-        for left in path.parent.glob(_temporary(path.name, "*")):
+        directory, _, last = name.rpartition("/")
+        before, after = _temporary(last, "*").split("*")
+        for found in (one for one in self.names(directory) if one.startswith(before) and one.endswith(after)):
             with contextlib.suppress(OSError):
-                left.unlink()
+                (self.file(directory) / found).unlink()
 
+    @_answered("remove")
     def remove(self, name: str) -> None:
         """Remove a file if it is there, durably."""
         path = self.file(name)
@@ -222,9 +380,19 @@ class Store:
             path.unlink()
         except FileNotFoundError:
             return
-        except OSError as error:
-            raise explain(error, f"cannot remove {path}") from None
         sync_directory(path.parent)
+
+
+def _for_a_group(path: Path) -> bool:
+    """Tell whether what is made in a directory is meant for more people than who makes it."""
+    while not path.exists():
+        path = path.parent
+    if path.stat().st_mode & stat.S_ISGID:
+        return True
+    try:
+        return bool(os.getxattr(path, "system.posix_acl_default"))
+    except (OSError, AttributeError):  # there is none; or the system has no such thing
+        return False
 
 
 def _temporary(name: str, token: str) -> str:
@@ -270,7 +438,7 @@ def sync_directory(path: Path) -> None:
 
 def sync_tree(root: Path) -> None:
     """Make every file and directory below `root`, and `root` itself, durable."""
-    for directory, _, files in os.walk(root, topdown=False):
+    for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
         for name in files:
             descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
             try:
@@ -280,13 +448,19 @@ def sync_tree(root: Path) -> None:
         sync_directory(Path(directory))
 
 
+def raise_unlisted(error: OSError) -> None:
+    """Have `os.walk` leave out only what is not there: by itself it takes a directory it cannot list for empty."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 def files_below(root: Path) -> Iterator[str]:
     """Yield every file below `root`, relative to it, with forward slashes, in sorted order.
 
     A symbolic link is yielded as a file: nothing of ours makes one, so a checker should see it.
     """
     found = []
-    for directory, subdirectories, files in os.walk(root):
+    for directory, subdirectories, files in os.walk(root, onerror=raise_unlisted):
         linked = [name for name in subdirectories if os.path.islink(os.path.join(directory, name))]
         found += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *linked]]
     yield from sorted(name.replace(os.sep, "/") for name in found)
@@ -298,7 +472,7 @@ def checksum(path: Path) -> tuple[int, str]:
     crc32c because object stores keep the same one beside every object.
     """
     value, size = 0, 0
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=names.opener) as file:
         while chunk := file.read(1 << 22):
             value = google_crc32c.extend(value, chunk)
             size += len(chunk)

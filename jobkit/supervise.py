@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -23,13 +24,14 @@ from typing import IO
 
 import click
 
-from jobkit import commits, compilecache, contract, metadata, mirror, processes, watchdog
+from jobkit import commits, compilecache, contract, metadata, mirror, names, processes, watchdog
 from jobkit.contract import Exit, Outcome
 from jobkit.control import Control, says_stop
-from jobkit.errors import ConfigError, JobkitError, say
-from jobkit.heartbeat import Beat, Link, Phase
+from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.heartbeat import SHARED, Beat, Link, Phase
 from jobkit.ledger import Ledger, tail_events
 from jobkit.memory import Memory
+from jobkit.patience import Patience
 from jobkit.sentry import Sentry
 from jobkit.slurm import Respite
 from jobkit.storage import Store, explain
@@ -42,6 +44,8 @@ _SAVING_S = 60.0
 _TICK_S = 0.25
 _UPLOAD_S, _UPLOAD_NOTICED_S = 600.0, 120.0
 """How long the last uploads may take; what is not up by then waits on this node for the next attempt."""
+_OUTAGE_S = 60.0
+"""How long a storage may not answer before the program begins, and after it has ended."""
 _STAY_S = 15.0
 """A machine that is still there so long after its cloud was to take it away stays."""
 
@@ -69,8 +73,8 @@ class Attempt:
     notice_reason: str = "signal"
     deadline_at: float | None = None
     """When the program is killed, as far as anybody said; on the clock of `time.monotonic`."""
-    machine_until: float = float("inf")
-    """When a cloud takes the machine away, which nothing puts off."""
+    until: float = float("inf")
+    """When a cloud takes the machine away, or the grace of a cancel is over: nothing puts that off."""
     asked: bool = False
     """Whether a signal has asked us to stop, whatever a cloud says of it before or after."""
     going: bool = False
@@ -110,34 +114,39 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     Signals: must be called on the main thread; takes over all signals that stand for a notice.
     """
     processes.become_subreaper()
-    wakeup = _listen()
+    asked: list[int] = []
+    wakeup = _listen(asked)
+    # What is read and written before and after the program waits for the storage a while; whoever started us goes on.
+    patient = store.patient(Patience(over=lambda: bool(asked), deadline_s=_OUTAGE_S))
     watch = metadata.Watch(metadata.cloud_of())
     given, (index, count) = contract.attempt_from(), contract.process_from()
     if given is None and count > 1:
         raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
-    attempt = Attempt(store, mirror.claim(store) if given is None else given, (index, count), command, cwd)
-    ledger = Ledger(store.file(contract.events_file(attempt.number, attempt.writer)))
-    attempt.control = Control.after_hearing(store) if index == 0 else None
+    control = Control.of_attempt(store, given) if index == 0 else None
+    attempt = Attempt(patient, mirror.claim(patient) if given is None else given, (index, count), command, cwd)
+    attempt.control = control
+    ledger = patient.insist(lambda: Ledger(store.file(contract.events_file(attempt.number, attempt.writer))))
     carrier = mirror.Mirror(store, attempt.number, ledger)
-    link = Link()
-    known = watchdog.learn(store, attempt.number, attempt.writer)
+    link = _link(attempt)
+    known = watchdog.learn(patient, attempt.number, attempt.writer)
     sentry = Sentry(known, link.directory, ledger, attempt.log)
     try:
         watch.start()
         if index == 0:
             carrier.start()
-        store.write(
+        patient.write(
             f"{contract.attempt_dir(attempt.number)}/{contract.of_process('supervisor.json', index)}",
             _json(pid=os.getpid(), started=attempt.started, heartbeat=str(link.directory)),
         )
         if index == 0:
             compilecache.share(store)
-        with open(attempt.log, "ab", buffering=0) as log:
+        with patient.insist(lambda: _open_log(attempt)) as log:
             try:
                 attempt.child = _start(attempt, link, log)
             except ConfigError as error:
                 attempt.hint = str(error)
-                log.write(f"jobkit: {error}\n".encode())
+                with contextlib.suppress(OSError):
+                    log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
             code = _watch(attempt, link, ledger, wakeup, carrier, watch, sentry)
@@ -161,12 +170,29 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
         ledger.close()
 
 
-def _listen() -> int:
-    """Install handlers that do nothing but wake the main loop; return the descriptor it waits on."""
+def _link(attempt: Attempt) -> Link:
+    try:
+        return Link(attempt.store.path, attempt.number)
+    except OSError as error:
+        places = f"{SHARED} nor in the directory for temporary files (TMPDIR)"
+        told = f"there is room for what supervisor and program share on this node neither in {places}"
+        raise explain(error, told) from None
+
+
+def _open_log(attempt: Attempt) -> IO[bytes]:
+    try:
+        return open(attempt.log, "ab", buffering=0, opener=names.opener)
+    except OSError as error:
+        raise explain(error, f"cannot write {attempt.log}") from None
+
+
+def _listen(asked: list[int]) -> int:
+    """Install handlers that only wake the main loop and write down what they heard; return what that waits on."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (*_FORWARDED, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for number in _FORWARDED:
+        signal.signal(number, lambda number, _: asked.append(number))
     # Who starts us may have held signals back until we can listen: for a PID 1 they would be lost (docker/Dockerfile).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     return reader
@@ -262,6 +288,7 @@ def _watch(
             give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
         if attempt.control is not None and (told := attempt.control.new(contract.CANCEL)) is not None:
             grace_s = contract.grace_s_from(signal.SIGTERM)
+            attempt.until = min(attempt.until, float("inf") if grace_s is None else time.monotonic() + grace_s)
             give_notice(attempt, link, ledger, source="stop", reason=says_stop(told), deadline_s=grace_s)
         if (patience_s := sentry.look(link.read())) is not None:
             attempt.hint = sentry.reason
@@ -282,7 +309,7 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> 
     """Act on what a cloud says of this machine."""
     if said.kind is metadata.Kind.NOTICE:
         left_s = None if said.deadline_at is None else max(0.0, said.deadline_at - time.monotonic())
-        attempt.machine_until = min(attempt.machine_until, said.deadline_at or float("inf"))
+        attempt.until = min(attempt.until, said.deadline_at or float("inf"))
         give_notice(attempt, link, ledger, source=said.source, reason=said.reason, deadline_s=left_s)
     else:
         ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
@@ -292,7 +319,7 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> 
 
 def _put_off(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -> None:
     """Move the deadline of the notice to where SLURM has told that it is, if nothing else ends the program before."""
-    deadline_at = min(deadline_at, attempt.machine_until)
+    deadline_at = min(deadline_at, attempt.until)
     if attempt.notice is not None and attempt.deadline_at is not None and deadline_at > attempt.deadline_at:
         attempt.deadline_at = deadline_at
         link.tell(attempt.notice, attempt.notice_reason, deadline_at)
@@ -416,8 +443,10 @@ def _exit_code(attempt: Attempt, beat: Beat, stall: watchdog.Stall | None) -> in
     if code == 0 and beat.phase not in (Phase.STARTING, Phase.FINISHED):
         attempt.hint = f"the command exited 0 but the run inside it had not finished (step {beat.step})"
         return int(Exit.FAILED)
-    asked = -code in {int(number) for number in _FORWARDED}
-    # Died of a notice before it could listen, or cannot listen at all: nothing was lost that a restart does not redo.
+    shot = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    asked = -code in {int(number) for number in _FORWARDED} or (attempt.notice is not None and not shot)
+    # Ended on a notice before it could listen, or cannot listen at all: nothing was lost that a restart does not redo.
+    # Whatever it makes of that in its exit code: it was not through, and has not failed by itself.
     if asked and beat.phase == Phase.STARTING:
         attempt.notice = attempt.notice or signal.Signals(-code).name
         return int(Exit.PREEMPTED)
@@ -425,8 +454,10 @@ def _exit_code(attempt: Attempt, beat: Beat, stall: watchdog.Stall | None) -> in
 
 
 def _copy_log(attempt: Attempt, tail: _Tail) -> None:
-    """Copy what the log has grown by to our own output."""
-    with contextlib.suppress(OSError), open(attempt.log, "rb") as log:
+    """Copy what the log has grown by to our own output, unless that is closed."""
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(OSError), open(attempt.log, "rb", opener=names.opener) as log:
         log.seek(tail.offset)
         while chunk := log.read(1 << 16):
             tail.offset += len(chunk)
@@ -437,9 +468,13 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
 def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
-    if outcome is Outcome.DONE and tail_events(attempt.store, contract.events_file(attempt.number, 0), "unsaved"):
-        attempt.hint = attempt.hint or "finished without one step of the run: what it trained is not saved"
-    committed = max(commits.steps(attempt.store), default=-1)
+    committed = beat.committed_step
+    try:
+        committed = max(commits.steps(attempt.store), default=-1)
+        if outcome is Outcome.DONE and tail_events(attempt.store, contract.events_file(attempt.number, 0), "unsaved"):
+            attempt.hint = attempt.hint or "finished without one step of the run: what it trained is not saved"
+    except JobkitError as error:
+        say(str(error))
     reason = (attempt.hint or _reason(attempt, outcome, code)) + _memory(attempt, outcome)
     told = {
         "attempt": attempt.number,
@@ -455,7 +490,9 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
     } | sentry.outcome
-    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, longest_s=sentry.longest_s)
+    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, **sentry.longest)
+    with contextlib.suppress(JobkitError):
+        attempt.store.insist(ledger.settle)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
         # What became of several processes together is written by who started them.
@@ -488,12 +525,17 @@ def _memory(attempt: Attempt, outcome: Outcome) -> str:
 
 def _last_line(attempt: Attempt) -> str:
     try:
-        with open(attempt.log, "rb") as log:
+        with open(attempt.log, "rb", opener=names.opener) as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             lines = log.read().decode(errors="replace").split("\n")
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+    told = (line.strip() for line in reversed(lines))
+    return textwrap.shorten(next((line for line in told if line.strip("-") and _JAX not in line), ""), 500)
+
+
+_JAX = "JAX has removed its internal frames from the traceback"
+"""JAX ends an error that was raised below its own functions with this, after a line of dashes."""
 
 
 def _json(**values: object) -> str:
@@ -528,13 +570,13 @@ def main(url: str | None, cwd: Path | None, command: tuple[str, ...]) -> None:
             raise ConfigError(f"no run directory: set {contract.ENV_RUN} or give --run")
         code = supervise(Store(url), command, cwd=cwd)
     except JobkitError as error:
-        print(f"jobkit: {error}", file=sys.stderr)
+        say(str(error))
         code = error.exit_code
     except OSError as error:
         told = explain(error, f"cannot supervise an attempt in {url}")
-        print(f"jobkit: {told}", file=sys.stderr)
+        say(str(told))
         code = told.exit_code
-    sys.exit(code)
+    leave(int(code))
 
 
 if __name__ == "__main__":

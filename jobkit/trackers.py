@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobkit import contract, mirror
+from jobkit import contract, decode, mirror, names
 from jobkit.errors import JobkitError, say
 from jobkit.ledger import life_events, read_json, read_lines
 from jobkit.storage import Store
@@ -183,7 +183,12 @@ class Following:
         remote = self._store.remote
         if remote is not None and not self._store.exists(contract.TRACKERS) and remote.find(contract.TRACKERS):
             self._store.write(contract.TRACKERS, remote.read(contract.TRACKERS))
-        return read_json(self._store, contract.TRACKERS) or {}
+        told = read_json(self._store, contract.TRACKERS) or {}
+        return {
+            name: {key: text for key, text in known.items() if isinstance(text, str)}
+            for name, known in told.items()
+            if isinstance(known, dict)
+        }
 
     def _remember(self, name: str, known: dict[str, str]) -> None:
         with self._known_lock:
@@ -201,14 +206,14 @@ class Tail:
 
     def read(self) -> Iterator[Point]:
         """Yield what was logged since the last call; a line that is being written waits for the next."""
-        with open(self._path, "rb") as file:
+        with open(self._path, "rb", opener=names.opener) as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                with contextlib.suppress(ValueError):
-                    yield from _points([json.loads(line)])
+                if (event := decode.event(line)) is not None:
+                    yield from _points([event])
 
 
 def logged_before(store: Store, attempt: int, step: int) -> list[Point]:

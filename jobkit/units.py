@@ -60,7 +60,9 @@ def size_bytes(text: str | int) -> int:
 
 
 def show_duration(seconds: float) -> str:
-    """Write a duration for a person: '0.4 s', '12 s', '3 min 20 s', '2 h 5 min'."""
+    """Write a duration for a person: '25 ms', '0.4 s', '12 s', '3 min 20 s', '2 h 5 min'."""
+    if 0.0005 < seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from jobkit import state
 from jobkit.errors import ConfigError
+from jobkit.kinds import ValuePart
 
 
 class Values:
@@ -12,7 +12,7 @@ class Values:
     `run.state.train, metrics = train_step(run.state.train, batch)`
     """
 
-    def __init__(self, parts: dict[str, state.ValuePart]) -> None:
+    def __init__(self, parts: dict[str, ValuePart]) -> None:
         object.__setattr__(self, "_parts", parts)
 
     def __getattr__(self, name: str) -> Any:
@@ -24,8 +24,8 @@ class Values:
     def __dir__(self) -> list[str]:
         return sorted(self._parts)
 
-    def _part(self, name: str) -> state.ValuePart:
-        parts: dict[str, state.ValuePart] = object.__getattribute__(self, "_parts")
+    def _part(self, name: str) -> ValuePart:
+        parts: dict[str, ValuePart] = object.__getattribute__(self, "_parts")
         if name not in parts:
             known = ", ".join(sorted(parts)) or "none; NNX objects and iterators are changed in place"
             raise ConfigError(f"run.state has no value part {name!r} (it has: {known}): give it to resume({name}=...)")

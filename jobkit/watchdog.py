@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from jobkit import contract
 from jobkit.heartbeat import Beat, Phase
 from jobkit.ledger import writer_events
+from jobkit.pace import Pace, Silence
 from jobkit.storage import Store
 from jobkit.units import show_duration
 
@@ -51,10 +52,12 @@ class Known:
     Args:
         longest_s: Phase -> longest time without a sign of progress that ended well.
         stalled_s: Phase and step -> how long was waited there before it counted as a stall.
+        longest_step_s: The longest step, those that compile left out.
     """
 
     longest_s: Mapping[Phase, float] = field(default_factory=dict)
     stalled_s: Mapping[tuple[Phase, int], float] = field(default_factory=dict)
+    longest_step_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,28 @@ class Watchdog:
         self._warm_at: int | None = None
         self.longest_s: dict[Phase, float] = {}
         """Phase -> longest time without a sign of progress in this attempt, of those that ended well."""
+        self.pace = Pace(self._known.longest_step_s)
+        """How fast the program steps."""
 
     def budget_s(self, phase: Phase, step: int) -> float | None:
         """Return how long a phase may show no progress; None where it is not watched."""
         if self._stall_s == 0 or phase not in UNSEEN_S:
             return None
         again_s = 2 * self._known.stalled_s.get((phase, step), 0.0)
-        if phase is Phase.STEPPING and (self._warm_at is None or step < self._warm_at):
+        if phase is Phase.STEPPING and not self._warm(step):
             phase = Phase.FIRST_STEP
         if self._stall_s is not None and phase is Phase.STEPPING:
             return max(self._stall_s, again_s)
         longest_s = max(self.longest_s.get(phase, 0.0), self._known.longest_s.get(phase, 0.0))
         learned_s = max(FLOOR_S[phase], FACTOR * longest_s) if longest_s else UNSEEN_S[phase]
         return max(learned_s, self._stall_s or 0.0, again_s)
+
+    def _warm(self, step: int) -> bool:
+        return self._warm_at is not None and step >= self._warm_at
+
+    def silence(self) -> Silence | None:
+        """Return for how long the program has made no step though it usually is much faster; None if it does."""
+        return self.pace.silence(self._beat)
 
     def look(self, beat: Beat, now_s: float, *, counts: bool = True) -> Stall | None:
         """Look at the newest heartbeat.
@@ -123,10 +135,12 @@ class Watchdog:
         passed_s = 0.0 if self._looked_s is None else min(max(now_s - self._looked_s, 0.0), _TICK_S)
         self._looked_s = now_s
         if beat != self._beat:
+            self.pace.progress(self._beat, beat, passed_s, warm=self._warm(self._beat.step))
             self._progress(beat)
             return None
         if counts:
             self._waited_s += passed_s
+            self.pace.wait(passed_s)
         budget_s = self.budget_s(beat.phase, beat.step)
         if budget_s is None or self._waited_s <= budget_s:
             return None
@@ -154,6 +168,7 @@ def learn(store: Store, before: int, writer: str) -> Known:
     """
     longest: dict[Phase, float] = {}
     stalled: dict[tuple[Phase, int], float] = {}
+    longest_step_s = 0.0
     numbers = [number for number in store.numbers(contract.ATTEMPTS) if number < before]
     for attempt in numbers[-_ATTEMPTS:]:
         for event in writer_events(store, attempt, writer):
@@ -162,9 +177,10 @@ def learn(store: Store, before: int, writer: str) -> Known:
                     for name, seconds in event.get("longest_s", {}).items():
                         phase = Phase[name.upper()]
                         longest[phase] = max(longest.get(phase, 0.0), float(seconds))
+                    longest_step_s = max(longest_step_s, float(event.get("longest_step_s", 0.0)))
                 elif event["event"] == "stalled":
                     where = Phase[event["phase"].upper()], int(event["step"])
                     stalled[where] = max(stalled.get(where, 0.0), float(event["waited_s"]))
             except (KeyError, ValueError, TypeError, AttributeError):
                 continue  # written by another version
-    return Known(longest, stalled)
+    return Known(longest, stalled, longest_step_s)

@@ -43,13 +43,19 @@ def status(run: str | os.PathLike[str]) -> Status:
     return backends.status(submission.open_run(run))
 
 
-def resume(run: str | os.PathLike[str], *, wait: bool = False) -> Status:
+def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool = False) -> Status:
     """Continue a run that is not done and not alive, from its newest committed step; takes back a cancel.
+
+    Args:
+        run: URL of the run directory.
+        wait: Whether to follow the run until it is over.
+        take_over: Whether to take it from the local runner of another machine without waiting until that counts as
+            dead; should it live, it stops.
 
     Raises:
         ConfigError: If the run is alive.
     """
-    state = backends.resume(run)
+    state = backends.resume(run, take_over=take_over)
     if wait and state is not State.DONE:
         from launch import watch
 

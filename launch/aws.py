@@ -150,7 +150,7 @@ def _call(spec: JobSpec, service: str, method: str, **arguments: Any) -> Any:
         import boto3
         import botocore.exceptions
     except ImportError:
-        raise ConfigError("--on aws needs a package that is not installed: pip install 'jobkit[aws]'") from None
+        raise ConfigError("--on aws needs a package that is not installed: pip install boto3") from None
     try:
         client = boto3.client(service, region_name=_cloud(spec).region or None)
         return getattr(client, method)(**arguments)

@@ -101,9 +101,21 @@ def _jobs(stores: Sequence[Store]) -> dict[str, Job]:
     return found
 
 
-def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
-    """Continue a run; see the backend's own `resume`."""
-    return _verbs(submission.open_run(run)).resume(run, clear_cancel=clear_cancel)
+def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True, take_over: bool = False) -> State:
+    """Continue a run; see the backend's own `resume`.
+
+    Raises:
+        ConfigError: If it is to be taken over from a scheduler, which knows itself whether its job lives.
+    """
+    store = submission.open_run(run)
+    if not take_over:
+        return _verbs(store).resume(run, clear_cancel=clear_cancel)
+    if of(store) is not local:
+        name = specs.read_backend(store)[0]
+        raise ConfigError(f"only a local runner is taken over; of {store.url} {name} tells whether it lives: resume it")
+    if specs.read(store).sweep:
+        return local_sweep.resume(run, clear_cancel=clear_cancel, take_over=True)
+    return local.resume(run, clear_cancel=clear_cancel, take_over=True)
 
 
 def cancel(
@@ -123,6 +135,7 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
     for store in stores:
         try:
             of(store)
+            report.events(store)
             readable.append(store)
         except JobkitError as error:
             tell(str(error))

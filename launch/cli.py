@@ -10,6 +10,7 @@ from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
 from launch import cli_checkpoints, cli_control, cli_drill, cli_ls, cli_report, cli_resume, cli_submit
 from launch.printed import aligned, print_status
+from launch.terminal import guard
 
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
 
@@ -59,7 +60,7 @@ def status(run: str, as_json: bool) -> None:
 
     told = launch.status(run)
     for name, value in rows(told):
-        print(f"{name:<15} {value}")
+        print(f"{name:<15} " + value.replace("\n", "\n" + 16 * " "))
     if told.points:
         print(f"\n{aligned(point_table(told))}")
 
@@ -137,7 +138,7 @@ cli.add_command(cli_checkpoints.checkpoints)
 @click.option("--run", metavar="URL", help="Where runs are to lie; needed by --probe.")
 @click.option("--grace", metavar="DURATION", default="30s", help="How long a save may take. [default: 30s]")
 @click.option("--probe", is_flag=True, help="Submit a one-minute job that writes to the URL and must answer a signal.")
-@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="--probe: an option of sbatch.")
+@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="An option of sbatch, as runs have it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def doctor(
     on: str, partition: str | None, run: str | None, grace: str, probe: bool, sbatch: tuple[str, ...], as_json: bool
@@ -157,10 +158,10 @@ def doctor(
         raise ConfigError(f"--on {on!r}: doctor examines slurm")
     if probe and not run:
         raise ConfigError("--probe writes to the place where runs will lie: give --run URL")
-    found = doctor_.examine(partition, grace_s=duration_s(grace))
+    options = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in sbatch)}
+    found = doctor_.examine(partition, qos=options.get("qos"), grace_s=duration_s(grace))
     if probe and run:
-        pairs = (text.lstrip("-").partition("=") for text in sbatch)
-        found += doctor_.probe(run, partition, {name: value for name, _, value in pairs})
+        found += doctor_.probe(run, partition, options)
     if as_json:
         print(report.to_json(found))
     else:
@@ -196,6 +197,7 @@ cli.add_command(cli_drill.drill)
 
 def main() -> None:
     """Run the command line and exit."""
+    guard()
     try:
         result = cli.main(prog_name="jobkit", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)

@@ -3,21 +3,33 @@
 
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
+from launch.cli_where import Launching
 
 
 @click.command(
+    cls=Launching,
     short_help="Interrupt COMMAND in every awkward way, and compare.",
     context_settings={"allow_interspersed_args": False},
 )
 @click.option("--only", multiple=True, metavar="NAME", help="Only this scenario; may be given several times.")
-@click.option("--quick", is_flag=True, help="The four scenarios that find most.")
+@click.option("--quick", is_flag=True, help="The five scenarios that find most.")
 @click.option("--list", "listing", is_flag=True, help="List the scenarios and do nothing.")
-@click.option("--steps", metavar="N", help="Drill the first N steps, or 'all'. [default: as many as 3 seconds hold]")
+@click.option(
+    "--steps",
+    type=click.IntRange(6),
+    metavar="N",
+    help="Drill the first N steps. [default: as many as 3 seconds hold; all, if its end is near]",
+)
+@click.option("--full", is_flag=True, help="Drill all of the program's steps.")
+@click.option(
+    "--at", type=click.IntRange(1), metavar="STEP", help="Interrupt it at this step. [default: in the middle]"
+)
 @click.option(
     "-j", "--jobs", type=click.IntRange(1, 64), help="Scenarios at a time. [default: by the CPUs, 1 on a GPU]"
 )
@@ -30,14 +42,17 @@ from jobkit.errors import ConfigError
 @click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch.")
 @click.option("--image", help="Drill in containers of this image, which has jobkit in it. local: Docker.")
 @click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="What to see in the container too.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the card to this file too.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the card as a page too.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Write it as a picture (with matplotlib).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def drill(
     only: tuple[str, ...],
     quick: bool,
     listing: bool,
-    steps: str | None,
+    steps: int | None,
+    full: bool,
+    at: int | None,
     jobs: int | None,
     timeout: str,
     run: str | None,
@@ -49,25 +64,29 @@ def drill(
     image: str | None,
     mount: tuple[str, ...],
     html: Path | None,
+    png: Path | None,
     as_json: bool,
     command: tuple[str, ...],
 ) -> None:
     """Interrupt COMMAND in every awkward way and compare each run with an undisturbed one.
 
-    Exit 0 only if every promise held: it went on by itself, lost no step on a notice and at most a save interval on a
-    kill, and ended with the same bits. If the bits differ it says why.
+    Exit 0 if every promise held: it went on by itself, lost no step on a notice, and on a kill at most the save
+    interval and what was trained while a save was in flight, and ended with the same bits. Exit 1 if one did not: if
+    the bits differ it says why. Exit 2 if it could not judge. Only what the drilled steps do is seen: choose them with
+    --steps, --at and --full.
 
     \b
     Examples:
       jobkit drill -- python train.py
       jobkit drill --quick --steps 200 -- python train.py --lr 1e-3
-      jobkit drill --only kill-commit --keep --html drill.html -- python -m mypackage.train
+      jobkit drill --quick --at 5000 -- python train.py
+      jobkit drill --only kill-commit --keep --html drill.html --png drill.png -- python -m mypackage.train
       jobkit drill --image jobkit -- python train.py
       jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
     from jobkit.units import duration_s
     from launch import drill as drill_
-    from launch import drill_card, report
+    from launch import drill_card, drill_page, report
     from launch.cli_where import container_of
 
     wanted = drill_.chosen(only, quick, on)
@@ -76,16 +95,25 @@ def drill(
         return
     if not command:
         raise ConfigError("no command to drill; write it after '--': jobkit drill -- python train.py")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ConfigError(f"--html {html}: there is no directory {html.absolute().parent}")
+    written = {what: path for what, path in (("html", html), ("png", png)) if path is not None}
+    for what, path in written.items():
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{what} {path}: there is no directory {path.absolute().parent}")
+    if png is not None and find_spec("matplotlib") is None:
+        raise ConfigError("--png draws with matplotlib: pip install matplotlib")
     if on == "local" and (partition or sbatch):
         raise ConfigError("--partition and --sbatch are for --on slurm")
-    if on == "slurm" and steps is None:
+    if full and steps is not None:
+        raise ConfigError(f"--full and --steps {steps}: give one of them")
+    if at is not None and steps is not None and at >= steps - 1:
+        raise ConfigError(f"--at {at} with --steps {steps}: interrupt it before step {steps - 1}")
+    if on == "slurm" and not (full or steps or at):
         raise ConfigError("on a cluster say how much to drill, since a job cannot be watched from here: --steps 200")
     options = drill_.Options(
         command=command,
         place=Path(run).absolute() if run else _fresh_place(),
-        steps=_steps(steps),
+        steps=0 if full else steps,
+        at=at,
         jobs=jobs or drill_.default_jobs(),
         timeout_s=duration_s(timeout),
         snapshot=not no_snapshot,
@@ -94,30 +122,27 @@ def drill(
         sbatch=_sbatch(partition, sbatch),
         container=container_of(on, image, {"mount": mount, "container_runtime": None}, {}),
     )
-    with drill_card.telling(as_json, wanted) as telling:
-        result = drill_.drill(options, wanted, telling)
+    try:
+        with drill_card.telling(as_json, wanted) as telling:
+            result = drill_.drill(options, wanted, telling)
+    except JobkitError as error:
+        if as_json:
+            print(report.to_json(drill_card.not_judged(command, str(error))))
+        raise
     if html is not None:
-        html.write_text(drill_card.page(result), encoding="utf-8")
+        html.write_text(drill_page.page(result), encoding="utf-8")
+    if png is not None:
+        drill_page.write_card(png, result)
     if as_json:
         print(report.to_json(drill_card.document(result)))
     else:
-        drill_card.show(result, kept=options.place.exists(), html=html)
-    sys.exit(0 if result.passed else 1)
+        drill_card.show(result, written, kept=options.place.exists())
+    sys.exit(result.verdict.exit_code)
 
 
 def _sbatch(partition: str | None, given: tuple[str, ...]) -> dict[str, str]:
     pairs = (text.lstrip("-").partition("=") for text in given)
     return {name: value for name, _, value in pairs} | ({"partition": partition} if partition else {})
-
-
-def _steps(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if text == "all":
-        return 0
-    if not text.isdecimal() or int(text) < 6:
-        raise ConfigError(f"--steps {text!r}: give a number of steps, 6 or more, or 'all'")
-    return int(text)
 
 
 def _fresh_place() -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
 from launch.printed import aligned
 
 if TYPE_CHECKING:
@@ -34,9 +34,17 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
     if on is not None and on != "gcp":
         raise ConfigError(f"ls --on {on!r}: only gcp lists runs; give a directory or a bucket's URL instead")
     top, urls = backends.runs_of_gcp(project, region) if on else backends.runs_below(directory)
-    listed = backends.listed(
-        [submission.open_run(url) for url in urls], lambda text: print(f"jobkit: {text}", file=sys.stderr)
-    )
+
+    def tell(text: str) -> None:
+        print(f"jobkit: {text}", file=sys.stderr)
+
+    stores = []
+    for url in urls:
+        try:
+            stores.append(submission.open_run(url))
+        except JobkitError as error:  # one run that cannot be read hides no other
+            tell(str(error))
+    listed = backends.listed(stores, tell)
     if as_json:
         print(report.to_json(listed))
         return
@@ -52,5 +60,6 @@ def _table(top: str, listed: "list[Status]") -> str:
     for status in listed:
         name = status.run.rpartition("/")[2] if status.run == top else status.run.removeprefix(f"{top}/")
         counts = (str(status.attempts), number(status.step), number(status.committed_step))
-        lines.append((name, str(status.state), *counts, status.reason))
+        words = [status.place.strip(), status.reason, *(trouble.text for trouble in status.troubles)]
+        lines.append((name, str(status.state), *counts, "; ".join(filter(None, words))))
     return aligned(lines)

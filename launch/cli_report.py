@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Say what the time of RUNS was spent on.")
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--html", metavar="PATH", type=click.Path(path_type=Path), help="Write one self-contained page.")
-@click.option("--png", metavar="PATH", type=click.Path(path_type=Path), help="Write a picture (extra: report).")
+@click.option("--png", metavar="PATH", type=click.Path(path_type=Path), help="Write a picture (with matplotlib).")
 @click.option("--live", is_flag=True, help="Refresh while the run is alive; Ctrl-C ends the view alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document: an object for one run, else a list.")
 def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: bool, as_json: bool) -> None:
@@ -47,7 +47,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
     if live:
         _watch(stores)
         return
-    histories = _read(stores)
+    histories = _read(stores, curves=html is not None or png is not None)
     if html is not None:
         from launch.page import write_page
 
@@ -94,12 +94,12 @@ def explain(run: str, as_json: bool) -> None:
 
 
 def _print(histories: "Sequence[History]") -> None:
-    from rich.console import Console
 
+    from launch.console import Console
     from launch.goodput import measure
     from launch.shown import overview, shown
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     found = [measure(history) for history in histories]
     console.print(shown(found[0]) if len(found) == 1 else overview(found))
 
@@ -108,14 +108,14 @@ def _watch(stores: "Sequence[Store]") -> None:
     """Show the report anew every two seconds until every run is over."""
     import time
 
-    from rich.console import Console
     from rich.live import Live
 
     from launch import submission
+    from launch.console import Console
     from launch.goodput import measure
     from launch.shown import overview, shown
 
-    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as view:
+    with Live(console=Console(highlight=False, markup=False), auto_refresh=False, vertical_overflow="visible") as view:
         while True:
             histories = _read(stores, curves=False)
             found = [measure(history) for history in histories]
@@ -139,8 +139,22 @@ def _open(run: str) -> "Store":
 
 
 def _stores(runs: Sequence[str]) -> "list[Store]":
-    """Return the runs and sweeps that are meant, each once."""
-    return list({store.url: store for run in runs for store in _below(run)}.values())
+    """Return the runs and sweeps that are meant, each once; of those below a directory the ones this jobkit reads."""
+    from launch import spec as specs
+
+    found = list({store.url: store for run in runs for store in _below(run)}.values())
+    readable = []
+    for store in found:
+        try:
+            specs.check_format(store)
+            readable.append(store)
+        except ConfigError as error:
+            if len(found) == 1:
+                raise
+            _warn(str(error))
+    if not readable:
+        raise ConfigError(f"none of these {len(found)} runs can be read here")
+    return readable
 
 
 def _below(run: str) -> "Iterator[Store]":

@@ -17,12 +17,16 @@ from launch.printed import follow, print_status
 @click.option("--on", help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
 @where_options
+@click.option("--take-over", is_flag=True, help="Though another machine's runner gave a sign less than 10 min ago.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def resume(run: str, profile: str | None, wait: bool, as_json: bool, **given: Any) -> None:
+def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: bool, **given: Any) -> None:
     """Continue RUN from its newest committed step; takes back a cancel.
 
     It goes on with the code as it was at the submit; changed code is another run.
+
+    A run of another machine's local runner is refused while that gives signs of life; with --take-over it is not, and
+    should that runner live, it stops.
 
     With --on it moves to another backend, once its job is over where it was. Options of a backend replace what the run
     had.
@@ -39,9 +43,9 @@ def resume(run: str, profile: str | None, wait: bool, as_json: bool, **given: An
     if profile or any(value not in (None, ()) for value in given.values()):
         old = specs.read_backend(submission.open_run(run))[0]
         options = specs.read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
-        state = handover.resume(run, where({"on": old} | options, given))
+        state = handover.resume(run, where({"on": old} | options, given), take_over=take_over)
     else:
-        state = backends.resume(run)
+        state = backends.resume(run, take_over=take_over)
     if state is State.DONE:
         print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
     elif not as_json:

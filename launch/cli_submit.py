@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobkit.errors import ConfigError
-from launch.cli_where import where, where_options
+from jobkit.errors import ConfigError, say
+from launch.cli_where import Launching, where, where_options
 from launch.printed import follow, print_status
 
 if TYPE_CHECKING:
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from launch.submission import Plan
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+@click.command(cls=Launching, context_settings={"allow_interspersed_args": False})
 @click.option("--on", help="Backend: local, slurm, gcp, aws. [default: local]")
 @click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
 @click.option("--name", help="Name of the run. [default: that of the run directory]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
 @click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
+@click.option("--shared", is_flag=True, help="Let others read the new run directory, as your umask has it.")
 @click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
 @click.option("--max-failures", type=int, metavar="N", help="The program's own failures to survive. [default: 10]")
 @click.option("--stall", metavar="DURATION|off", help="Restart it when a step takes longer. [default: learned, 1h+]")
-@click.option("--notify", multiple=True, metavar="TARGET", help="Tell https://..., env:NAME or a command of its fate.")
+@click.option("--notify", multiple=True, metavar="TARGET", help="Tell the URL or command in env:NAME or file:PATH.")
 @click.option("--sweep", multiple=True, metavar="NAME=VALUES", help="One run for each value; {NAME} in COMMAND has it.")
 @click.option(
     "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
@@ -78,10 +79,13 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     from launch.spec import JobSpec, read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
+    if given["run"] == "":
+        raise ConfigError("--run is empty (of a variable that is not set?): name the run directory, or leave --run out")
     flags = {"run": given["run"], "name": given["name"], "grace": given["grace"]}
     flags |= {"max-failures": given["max_failures"], "stall": given["stall"]}
     flags["array-parallelism"] = given["array_parallelism"]
     flags["snapshot"] = False if given["no_snapshot"] else None
+    flags["shared"] = given["shared"] or None
     options |= {name: value for name, value in flags.items() if value is not None}
     axes = sweep.parse(given["sweep"])
     place = where(options, given)
@@ -92,6 +96,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         run=options.get("run", ""),
         name=options.get("name", ""),
         snapshot=options.get("snapshot", True),
+        shared=options.get("shared", False),
         grace_s=duration_s(options.get("grace", 30.0)),
         max_failures=options.get("max-failures", 10),
         stall_s=_stall_s(options.get("stall")),
@@ -126,6 +131,8 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     from launch.managed import Managed
 
     service = backends.named(backend)
+    for line in submission.remarks(plan):
+        say(line)
     if isinstance(service, Managed):
         service.refuse_taken(plan)
         print(service.shown(plan))

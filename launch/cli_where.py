@@ -51,6 +51,29 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+class Launching(click.Command):
+    """A command whose last argument is COMMAND: an option of ours behind that, without `--`, is asked about."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; refuse what would go to the program though it is spelled as ours."""
+        given = list(args)
+        rest = super().parse_args(ctx, args)
+        command: tuple[str, ...] = ctx.params.get("command") or ()
+        before = len(given) - len(command) - 1
+        if not command or (before >= 0 and given[before] == "--"):
+            return rest
+        own = {name for option in self.params for name in option.opts + option.secondary_opts if name.startswith("--")}
+        for word in command:
+            if word == "--":
+                break
+            if (name := word.partition("=")[0]) in own:
+                raise ConfigError(
+                    f"{name} stands behind the command, which would get it: write it before {command[0]}; if it is the "
+                    f"program's own, write -- before the command: jobkit {ctx.info_name} -- {command[0]} ..."
+                )
+        return rest
+
+
 def where_options(function: F) -> F:
     """Add the options to a command."""
     for option in reversed(_OPTIONS):

@@ -11,6 +11,7 @@ from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.storage import Store
 from launch import container
+from launch import spec as specs
 from launch.spec import JobSpec
 
 _PYTHON = re.compile(r"python(\d+(\.\d+)?)?")
@@ -110,7 +111,7 @@ def in_container(store: Store, spec: JobSpec, *, cwd: Path, environ: Mapping[str
     docker = spec.container.runtime == container.DOCKER
     own = store.path.parent if docker and store.remote is not None else store.path
     paths = [own, cwd, *data, *([Path(spec.root)] if spec.code is None else [])]
-    paths += [Store(spec.sweep_url).path] if spec.sweep_url else []  # its points share the code that is there
+    paths += [specs.code_store(store, spec).path] if spec.sweep_url else []  # its points share the code that is there
     asked = any(name.startswith(("gpus", "gres")) for name in spec.sbatch)
     # Docker hands in GPUs only where NVIDIA's toolkit is, and does not start at all where it is not.
     there = os.path.exists(_GPU) and shutil.which("nvidia-container-cli") is not None

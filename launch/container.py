@@ -20,12 +20,14 @@ from pathlib import Path
 import msgspec
 
 from jobkit import contract
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, say
 
-DOCKER = "docker"
-RUNTIMES = {"local": (DOCKER,), "slurm": ("apptainer", "singularity", "pyxis")}
+DOCKER, PYXIS = "docker", "pyxis"
+RUNTIMES = {"local": (DOCKER,), "slurm": ("apptainer", "singularity", PYXIS)}
 """What a backend knows, its default first."""
 _SHARED = "/dev/shm"
+_ANSWER_S, _LONG_S = 20.0, 120.0
+"""How long the daemon may take to answer, and to start a container."""
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,16 +60,72 @@ def check(container: Container) -> None:
             raise ConfigError(f"--mount {mount!r} is not SOURCE[:TARGET[:ro]] with absolute paths")
 
 
+def in_full(container: Container, cwd: str) -> Container:
+    """Name an image that is a file by its whole path: a job begins elsewhere.
+
+    A directory that is not seen here is taken to be on the nodes.
+
+    Args:
+        container: For Apptainer, Singularity or Pyxis.
+        cwd: The directory of the submit.
+
+    Raises:
+        ConfigError: If there is no such file: a program in it would be blamed for that.
+    """
+    image = container.image
+    is_file = container.runtime != PYXIS or image.startswith((".", "/")) or image.endswith(".sqsh")
+    if "://" in image or not is_file:
+        return container
+    path = Path(cwd, image)
+    if not path.exists() and (path.parent.is_dir() or not os.path.isabs(image)):
+        registry = "REGISTRY#NAME" if container.runtime == PYXIS else "docker://NAME"
+        raise ConfigError(f"there is no image {path} here: give the path of one, or {registry}")
+    return msgspec.structs.replace(container, image=str(path))
+
+
+def check_image(container: Container) -> None:
+    """See whether Docker has an image, or gets it, with a jobkit in it, and what is to be mounted.
+
+    Raises:
+        ConfigError: If not; a program in it would be blamed for that.
+    """
+    for mount in container.mounts:
+        source = mount.split(":")[0]
+        if not os.path.exists(source):  # Docker would make it, a directory of root's
+            raise ConfigError(f"--mount {mount}: there is no {source} here; make it, or name what is there")
+    if _run_docker("image", "inspect", "--format", "{{.Id}}", container.image).returncode:
+        say(f"image {container.image} is not here yet: docker pull ...")
+        done = _run_docker("pull", "--quiet", container.image, timeout_s=None)
+        if done.returncode:
+            raise ConfigError(f"there is no image {container.image} here, and docker pull says: {_last(done.stderr)}")
+    probe = [f"--user={os.getuid()}:{os.getgid()}", "--entrypoint=", container.image]
+    done = _run_docker("run", "--rm", "--network=none", *probe, "python3", "-P", "-c", "import jobkit.supervise")
+    if done.returncode:
+        raise ConfigError(
+            f"the image {container.image} has no jobkit that python3 finds ({_last(done.stderr)}): install the "
+            "checkout in it, as docker/Dockerfile does"
+        )
+
+
+def _run_docker(*words: str, timeout_s: float | None = _LONG_S) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(
+            [DOCKER, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"docker has not answered within {timeout_s:.0f} s: see 'docker info'") from None
+
+
+def _last(said: str) -> str:
+    return (said.strip().splitlines() or [""])[-1][:300]
+
+
 def remove(url: str) -> None:
     """Remove the containers of a run that has no attempt just now, started or not; at best, for Docker may be down."""
-    listed = [DOCKER, "ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={_LABEL}={url}"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(
-            listed, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=True
-        )
-        if names := found.stdout.split():
-            gone = [DOCKER, "rm", "--force", *names]
-            subprocess.run(gone, stdin=subprocess.DEVNULL, capture_output=True, timeout=_ANSWER_S, check=False)
+    listed = ("ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={_LABEL}={url}")
+    with contextlib.suppress(OSError, ConfigError):
+        if found := _run_docker(*listed, timeout_s=_ANSWER_S).stdout.split():
+            _run_docker("rm", "--force", *found, timeout_s=_ANSWER_S)
 
 
 def refuse_foreign(container: Container, backend: str) -> None:
@@ -89,15 +147,9 @@ def check_docker() -> None:
         raise ConfigError(f"--image needs a docker daemon of this very machine, on Linux; this one is on {where}")
     if shutil.which(DOCKER) is None:
         raise ConfigError("--image needs docker, and there is none on PATH: install it, or leave --image out")
-    asked = [DOCKER, "info", "--format", "{{json .SecurityOptions}}"]
-    try:
-        done = subprocess.run(
-            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"docker has not answered within {_ANSWER_S:.0f} s: see 'docker info'") from None
+    done = _run_docker("info", "--format", "{{json .SecurityOptions}}", timeout_s=_ANSWER_S)
     if done.returncode:
-        raise ConfigError(f"docker does not answer: {(done.stderr.strip().splitlines() or ['see docker info'])[-1]}")
+        raise ConfigError(f"docker does not answer: {_last(done.stderr) or 'see docker info'}")
     options = json.loads(done.stdout or "null") or []
     if foreign := [name for name in ("rootless", "userns") if any(f"name={name}" in option for option in options)]:
         raise ConfigError(
@@ -128,7 +180,7 @@ def words(
         volumes = [*(bind for bind in binds if bind.split(":")[1] not in taken), *mounted]
         return _docker(container, volumes, cwd=cwd, environ=environ, gpus=gpus)
     mounts = ",".join(volumes)
-    if container.runtime == "pyxis":
+    if container.runtime == PYXIS:
         # Our image's entry point is the supervisor; the step brings it along itself.
         options = [f"--container-image={container.image}", f"--container-mounts={mounts}"]
         options += [f"--container-workdir={cwd}", "--no-container-entrypoint"]
@@ -181,7 +233,6 @@ LATER = (
     contract.ENV_RUNNER,
 )
 """Variables of ours that an attempt may have, though they are not known yet when its words are made."""
-_ANSWER_S = 20.0
 _LABEL = "jobkit.run"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ITS_OWN = re.compile(

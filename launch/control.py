@@ -15,10 +15,10 @@ import msgspec
 from jobkit import commits, contract, mirror, processes
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Event, read_json, writer_events
+from jobkit.ledger import Event, last_word, read_json, writer_events
 from jobkit.storage import Store
 from jobkit.units import show_duration
-from launch import backends, leftovers, lock, report
+from launch import backends, leftovers, report
 from launch import spec as specs
 from launch.submission import ask, ask_to_cancel, open_run, refresh
 
@@ -80,7 +80,7 @@ def save(
     while True:
         _nap(store)
         # First whether it is over: what it did until then is written.
-        over = _over(store, attempt) or bool(_said(store, attempt, "finished", "stopped"))
+        over = _over(store, attempt) or last_word(writer_events(store, attempt, "0")) in ("finished", "stopped")
         taken = [event for event in _said(store, attempt, "save_asked") if event.get("id") == identity]
         committed = _committed(store)
         if (taken and committed >= taken[0]["step"]) or (over and committed > before):
@@ -119,7 +119,7 @@ def stop(
         JobkitError: If a run that was not submitted does not stop in time.
     """
     store = open_run(url)
-    if _submitted(store) and not _lives_elsewhere(store):
+    if _submitted(store):
         state = backends.cancel(url, wait=wait, word="stopped", progress=progress)
         attempts = store.numbers(contract.ATTEMPTS)
         return Answer(store.url, attempts[-1] if attempts else None, state.over, _count(_committed(store)))
@@ -149,7 +149,7 @@ def _running(store: Store) -> int:
         if specs.read(store).sweep:
             raise ConfigError(f"{store.url} is a sweep: name one of its points")
         status = backends.status(store)
-        if status.state is not State.RUNNING and not _lives_elsewhere(store):
+        if status.state is not State.RUNNING:
             why = f"{status.state}: {status.reason}" if status.reason else str(status.state)
             raise ConfigError(f"nothing of {store.url} trains just now ({why}); {_newest(_committed(store))}")
     elif not attempts and not store.exists(contract.STRATEGY):
@@ -164,22 +164,13 @@ def _submitted(store: Store) -> bool:
     return specs.exists(store) or specs.sweep_of(store) is not None
 
 
-def _lives_elsewhere(store: Store) -> bool:
-    """Tell whether a run in a bucket may well be trained by the runner of another machine, unseen from here."""
-    attempts = store.numbers(contract.ATTEMPTS)
-    if store.remote is None or not attempts or specs.read(store).sweep or lock.holder(store).get("host") == _here():
-        return False
-    status = backends.status(store)
-    return status.runner == "gone" and status.job is None and not _over(store, attempts[-1])
-
-
 def _over(store: Store, attempt: int) -> bool:
     """Tell whether an attempt has ended."""
     if leftovers.read_outcome(store, attempt) is not None or store.numbers(contract.ATTEMPTS)[-1] != attempt:
         return True
     pids = [int(event.get("pid", 0)) for event in _said(store, attempt, "opened") if event.get("host") == _here()]
     supervisor = read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json")
-    if supervisor is None and _said(store, attempt, "stopped", "finished", "raised"):
+    if supervisor is None and last_word(writer_events(store, attempt, "0")):
         return True  # nobody but the program itself could write down more
     if specs.exists(store) and report.last_life_event(store).get("event") == "ended":
         return True

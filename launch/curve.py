@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from jobkit.contract import Outcome
 from launch.goodput import Goodput
-from launch.history import History
+from launch.history import History, drawn
 
 _POINTS = 600
 """More are not seen on a page; of each stretch the lowest and the highest value are kept."""
@@ -54,9 +54,9 @@ class Curve:
 def curve_of(history: History, found: Goodput) -> Curve | None:
     """Return the curve of the loss, of another metric where there is none of that name, None without any."""
     values = history.series.values if history.series is not None else {}
-    name = "loss" if "loss" in values else min(values, default=None)
-    if history.series is None or name is None:
+    if history.series is None or not values:
         return None
+    name, _ = drawn(values)
     line = _finite(values[name])
     if len(line) < 2:
         return None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -29,6 +29,7 @@ from jobkit.remote import Remote
 from jobkit.storage import Store, is_remote, local_path
 from jobkit.units import show_duration
 from launch import drive, local, report
+from launch.console import Console
 from launch.history import read_history
 from launch.page import write_page
 from launch.spec import JobSpec
@@ -163,7 +164,7 @@ def main(run: str | None = None, seed: int | None = None, *, steps: int = STEPS,
     console = Console(stderr=json)
     plan = draw(seed, steps)
     console.print(
-        f"[bold]jobkit demo[/bold]  run {base if is_remote(base) else _short(place)}  seed {seed}",
+        f"[bold]jobkit demo[/bold]  run {escape(base if is_remote(base) else _short(place))}  seed {seed}",
         highlight=False,
         soft_wrap=True,
     )
@@ -204,7 +205,8 @@ def _check_installed() -> None:
 
     missing = [name for name in ("jax", "flax", "optax", "orbax", "grain", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"the demo needs {', '.join(missing)}: pip install 'jobkit[train,report]'")
+        remedy = "pip install -e '.[train,report]' in jobkit's checkout"
+        raise ConfigError(f"the demo needs {', '.join(missing)}: {remedy}")
 
 
 def _check_free(base: str, place: Path) -> None:

@@ -1,23 +1,25 @@
 """Why a resumed run differs: evidence from more runs of the same program, not guesses.
 
 Two runs that nobody interrupts tell whether the program repeats itself at all. If it does, the fingerprints that an
-interrupted run and an undisturbed one leave at the same steps (jobkit/probe.py) tell what was carried over and what was
-not; if it does not, runs with a wall clock that stands still and with a fixed hash seed tell what it depends on.
+interrupted run leaves at the same step before and after its restart (jobkit/probe.py) tell what was carried over and
+what was not; if it does not, runs with a wall clock that stands still and with a fixed hash seed tell what it depends
+on.
 """
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jobkit import contract
-from jobkit.contract import ENV_DRILL, ENV_FAULT
+from jobkit.contract import ENV_DRILL, ENV_FAULT, Outcome
 from jobkit.drilled import Drill
-from jobkit.errors import DONATED
+from jobkit.errors import DONATED, JobkitError
 from jobkit.ledger import read_events
 from jobkit.storage import Store
+from launch import leftovers
 from launch.scenarios import Shown
 
 _DONATED = re.compile(rf"{DONATED}|[Aa]rray has been deleted|deleted or donated")
@@ -39,9 +41,12 @@ CAUSES = {
     "donated": "donated buffer",
     "clock": "wall-clock dependence",
     "hash": "hash order",
+    "file": "state in a file",
+    "start": "a value that is another one in each attempt",
     "unseeded": "unseeded RNG",
     "nondeterministic": "nondeterministic operation",
     "unknown": "unknown",
+    "failed": "the diagnosis failed",
 }
 """What a drill can tell apart."""
 
@@ -65,17 +70,33 @@ class Diagnosis:
     evidence: list[str] = field(default_factory=list)
     step: int | None = None
     tensor: str | None = None
+    line: int | None = None
+    """Where the program writes the thing, if it is a variable."""
 
     @property
     def name(self) -> str:
         """What a person reads: 'unsaved RNG: key in train.py:main'."""
         return CAUSES[self.cause] + (f": {self.what}" if self.what else "")
 
+    def names(self, warning: str) -> bool:
+        """Tell whether it is of the same thing as a warning."""
+        return bool(self.what) and warning.startswith(self.what)
+
 
 def tell(comparison: Mapping[str, Any]) -> str:
-    """Say the first difference of a comparison: the metric and its step, the tensor."""
-    differences = [each for each in (comparison.get("metric"), comparison.get("leaf")) if each]
-    return "; ".join(f"{each['name']} at step {each['step']}: {each['a']} / {each['b']}" for each in differences)
+    """Say the first difference of a comparison: of the state if there is one, else of a metric."""
+    each = comparison.get("leaf") or comparison.get("metric")
+    return f"{each['name']} at step {each['step']}: {each['a']} / {each['b']}" if each else ""
+
+
+def same(comparison: Mapping[str, Any], aside: Collection[str] = ()) -> bool:
+    """Tell whether two runs have the same state, and the same metrics but for some."""
+    return bool(comparison["equal"]) or (comparison["leaf"] is None and {*comparison["metrics"]} <= {*aside})
+
+
+def varying(comparison: Mapping[str, Any]) -> frozenset[str]:
+    """Return the metrics that differ between two undisturbed runs of equal state: times, memory, the host's name."""
+    return frozenset(comparison["metrics"]) if comparison["leaf"] is None else frozenset()
 
 
 Compare = Callable[[str, str], Mapping[str, Any]]
@@ -83,6 +104,14 @@ Start = Callable[[str, dict[str, str]], Callable[[], Store]]
 """Start a run by name, with variables in its environment; what it returns waits for the end."""
 Seen = dict[int, dict[str, Any]]
 """`probed` events by step."""
+
+
+FIRST = (0, 1, 2, 5, 10, 20)
+"""Where a drill looks into the reference and into one interrupted run, besides where that is interrupted."""
+
+
+class AskedError(JobkitError):
+    """A run that was to tell something did not come to its end."""
 
 
 def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosis:
@@ -93,31 +122,75 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
         shown: The reference.
         compare: Compares two runs.
         start: Starts more runs.
+
+    Raises:
+        JobkitError: If it cannot: a run that was to tell something came to nothing.
     """
     if (found := _donated(run, shown.run)) is not None:
         return found
     at = shown.middle
-    drill = Drill(until=shown.steps, save_every=shown.save_every, probe=(0, 1, 2, at, at + 1, at + 2))
-    probed = {ENV_DRILL: drill.to_json()}
-    stopped = probed | {ENV_FAULT: f"step:{at}@0=TERM"}
+    probed = {ENV_DRILL: Drill(shown.until, shown.save_every, probe=(*FIRST, at, at + 1, at + 2)).to_json()}
+    paced = {ENV_DRILL: Drill(shown.until, shown.save_every, shown.pace_s, (*FIRST, at, at + 1, at + 2)).to_json()}
+    ways = {
+        "notice": probed | {ENV_FAULT: notice(shown)},
+        "kill": paced | {ENV_FAULT: f"{_point(shown)}@0"},
+    }
+    if (leftovers.read_outcome(Store(run), 0) or {}).get("outcome") == Outcome.KILLED:
+        ways = dict(reversed(ways.items()))
     ask = _Ask(start, Path(shown.run).parent)
-    again, interrupted = ask({"again": probed, "again-interrupted": stopped})
+    (way, stopped), other = ways.items()
+    again, interrupted = ask({"again": probed, f"again-{way}": stopped}, whole=("again",))
     if (found := _donated(again.url, interrupted.url)) is not None:
         return found
     repeated = compare(shown.run, again.url)
-    if not repeated["equal"]:
-        return _unrepeatable(repeated, probed, compare, ask)
+    aside = varying(repeated)
+
+    def compare_rest(one: str, other: str) -> Mapping[str, Any]:
+        told = compare(one, other)
+        return {**told, "equal": same(told, aside)}
+
+    if not same(repeated, aside):
+        return _unrepeatable(repeated, again, probed, compare_rest, ask)
+    must_end(interrupted)
     evidence = ["two runs that nobody interrupted are equal to the last bit: the interruption makes the difference"]
-    undisturbed, resumed = _seen(again, 0), _seen(interrupted, 1)
-    found = _lost(undisturbed, resumed, at)
-    if found is None or found.cause == "counter":
-        found = _clock(found, stopped, probed, compare, ask) or found
+    if compare_rest(again.url, interrupted.url)["equal"]:
+        told = {"notice": "on a notice nothing is lost", "kill": "after that kill nothing was lost"}[way]
+        way, stopped = other
+        (interrupted,) = ask({f"again-{way}": stopped})
+        if compare_rest(again.url, interrupted.url)["equal"]:
+            return Diagnosis("unknown", "", _ALL, [*evidence, "interrupted for the diagnosis, it was the same"])
+        evidence.append(f"{told}: only a {way} makes it")
+    undisturbed, resumed = seen(interrupted, 0), seen(interrupted, 1)
+    usual = seen(again, 0)
+    found = _lost(undisturbed, resumed, usual)
+    if found is None or found.cause in ("counter", "start"):
+        try:
+            found = _clock(found, stopped, probed, compare_rest, ask) or found
+        except AskedError as error:
+            evidence.append(f"whether it depends on the time of day is not known: {error}")
     if found is None:
-        remedy = "give resume() everything that the next step depends on"
-        found = Diagnosis("unknown", "", remedy, ["nothing that the drill can see differs when the run resumes"])
+        found = Diagnosis("unknown", "", _ALL, ["nothing that the drill can see differs when the run resumes"])
     found.evidence[:0] = evidence
-    found.step, found.tensor = _first_tensor(undisturbed, resumed, [at, at + 1, at + 2])
+    found.step, found.tensor = _first_tensor({**usual, **undisturbed}, resumed)
     return found
+
+
+def notice(shown: Shown) -> str:
+    """Return the fault that has a program preempted in its middle."""
+    return f"{_point(shown)}@0=TERM"
+
+
+def _point(shown: Shown) -> str:
+    """Name a point some steps after a save, so that a kill there costs some; after a save where steps are not ours."""
+    return f"step:{shown.middle}" if shown.total is not None else f"after_rename:{shown.hit_save}"
+
+
+_ALL = "give resume() everything that the next step depends on"
+
+
+def failed(why: str) -> Diagnosis:
+    """Say that the reason was not found, since the diagnosis came to nothing; the verdict stands."""
+    return Diagnosis("failed", "", "run the drill again with --keep and compare the runs: jobkit.compare", [why])
 
 
 def given_away(store: Store) -> dict[str, Any]:
@@ -144,11 +217,12 @@ def _told_donated(store: Store) -> str:
     told = [str(event.get("reason") or event.get("error") or "") for event in read_events(store)]
     for attempt in store.numbers(contract.ATTEMPTS):
         log = store.file(contract.log_file(attempt))
-        told += log.read_text(errors="replace").splitlines() if log.exists() else []
+        told += store.read(contract.log_file(attempt)).decode(errors="replace").splitlines() if log.exists() else []
     return next((line for line in told if _DONATED.search(line)), "")
 
 
-def _seen(store: Store, attempt: int) -> Seen:
+def seen(store: Store, attempt: int) -> Seen:
+    """Return what the probe saw in an attempt."""
     events = [event for event in read_events(store) if event["event"] == "probed" and event.get("attempt") == attempt]
     return {event["step"]: event for event in events}
 
@@ -156,8 +230,68 @@ def _seen(store: Store, attempt: int) -> Seen:
 # The interruption makes the difference.
 
 
-def _lost(undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
+def carried(undisturbed: Seen, resumed: Seen, usual: Seen) -> list[Diagnosis]:
+    """Return the variables that go on changing, are no parts, and are others when a resumed run begins its first step.
+
+    Args:
+        undisturbed: What was seen before the interruption, at that step too.
+        resumed: What was seen after it.
+        usual: What was seen in another run, which nobody interrupted: what differs there as well (a time, a name) is
+            none of them.
+    """
+    at = min(resumed, default=-1)
+    if at not in undisturbed:
+        return []
+    names = undisturbed[at]["outside"]
+    suspects = (_variable(name, undisturbed, resumed, at) for name in names if not _varies(name, undisturbed, usual))
+    return sorted((one for one in suspects if one is not None), key=lambda one: _ORDER.index(one.cause))
+
+
+def warnings(interrupted: Store, reference: Store) -> list[str]:
+    """Say, of one run that was interrupted and probed, which variables its restart has not brought back."""
+    undisturbed, resumed = seen(interrupted, 0), seen(interrupted, 1)
+    if min(resumed, default=-1) not in undisturbed:
+        return ["which variables a restart does not bring back could not be seen"]
+    return [
+        f"{one.what}{f', line {one.line}' if one.line else ''}: changes from step to step, is no part, and is another "
+        f"after the restart"
+        for one in carried(undisturbed, resumed, seen(reference, 0))
+    ]
+
+
+def of_files(names: Collection[str], interrupted: Store, reference: Store) -> Diagnosis:
+    """Say why the files of a run differ whose state is the same: a variable that its restart has not brought back.
+
+    Args:
+        names: The files.
+        interrupted: A run that was interrupted and probed.
+        reference: The reference.
+    """
+    undisturbed, resumed = seen(interrupted, 0), seen(interrupted, 1)
+    evidence = [f"the state is the same to the last bit, and {', '.join(sorted(names)[:5])} is another"]
+    likely = carried(undisturbed, resumed, seen(reference, 0))
+    found = likely[0] if likely else _in_file(undisturbed, resumed, None)
+    found = found or Diagnosis("file", min(names), "write it from what resume() is given alone")
+    found.evidence[:0] = evidence
+    if likely[1:]:
+        found.evidence.append(f"also another after the restart: {', '.join(one.what for one in likely[1:6])}")
+    return found
+
+
+def _varies(name: str, one: Seen, two: Seen) -> bool:
+    """Tell whether a variable, or a global generator, differs between two runs that nobody has interrupted yet."""
+    return any(_value(one[step], name) != _value(two[step], name) for step in one.keys() & two.keys())
+
+
+def _value(look: dict[str, Any], name: str) -> Any:
+    """Return the fingerprint of a variable, or of a global generator, None if there is none."""
+    told = look["outside"].get(name)
+    return told[1] if told is not None else look.get(name)
+
+
+def _lost(undisturbed: Seen, resumed: Seen, usual: Seen) -> Diagnosis | None:
     """Compare what both had when the resumed run began its first step, and after it."""
+    at = min(resumed, default=-1)
     then, now = undisturbed.get(at), resumed.get(at)
     if then is None or now is None:
         return None
@@ -168,11 +302,21 @@ def _lost(undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
             [f"at step {at}, restored and before the first step, {len(wrong)} leaves are not as they were saved"],
         )  # fmt: skip
     # The program's own generators first: a library may draw from a global one without any effect on the training.
-    suspects = [_variable(name, undisturbed, resumed, at) for name in then["outside"]]
-    suspects += [_global(name, title, undisturbed, resumed, at) for name, title in _GLOBALS]
-    likely = sorted((one for one in suspects if one is not None), key=lambda one: _ORDER.index(one.cause))
-    found = likely[0] if likely and likely[0].cause != "counter" else _other_batch(undisturbed, resumed, at)
+    likely = carried(undisturbed, resumed, usual)
+    moved = (
+        _global(name, title, undisturbed, resumed, at)
+        for name, title in _GLOBALS
+        if not _varies(name, undisturbed, usual)
+    )
+    likely = sorted([*likely, *(one for one in moved if one)], key=lambda one: _ORDER.index(one.cause))
+    found = (
+        likely[0] if likely and likely[0].cause != "counter" else _other_batch({**usual, **undisturbed}, resumed, at)
+    )
     found = found or (likely[0] if likely else None)
+    if found is None or found.cause == "counter":
+        found = _in_file(undisturbed, resumed, found) or found
+    if found is None:
+        found = _each_attempt(undisturbed, resumed, usual, at)
     others = [one.what for one in likely if found is not None and one.what != found.what]
     if found is not None and others:
         found.evidence.append(f"also another after the restart: {', '.join(others[:5])}")
@@ -200,27 +344,70 @@ def _global(name: str, title: str, undisturbed: Seen, resumed: Seen, at: int) ->
 
 
 def _moves(seen: Seen, name: str) -> bool:
-    """Tell whether a global generator, or a variable, changes from one step to the next."""
-
-    def read(step: int) -> Any:
-        return seen[step]["outside"].get(name, seen[step].get(name))
-
-    return any(read(step) is not None and read(step) != read(step + 1) for step in seen if step + 1 in seen)
+    """Tell whether a global generator, or a variable, changes after the first step, in which much is set up."""
+    looks = [_value(seen[step], name) for step in sorted(seen) if step > 0]
+    return any(look is not None and look != looks[0] for look in looks)
 
 
 def _variable(name: str, undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
     """Hold against a variable that it is carried from step to step and was not carried over the restart."""
     then, now = undisturbed[at]["outside"][name], resumed[at]["outside"].get(name)
     # What is not there yet before the first resumed step cannot make it go another way.
-    if now is None or now == then or not _moves(undisturbed, name):
+    if now is None or now[1] == then[1] or not _moves(undisturbed, name) or not _live(then):
         return None
     if 0 in undisturbed and name not in undisturbed[0]["outside"]:
         return None
-    cause = _KINDS[then[0]]
+    if then[0] == "array" and _copies_parts(name, undisturbed):
+        return None
+    cause, (line, place) = _KINDS[then[0]], _line(then)
     return Diagnosis(
         cause, name, _REMEDIES[cause],
-        [f"{name} changes from step to step and is no part; after the restart it is another one at step {at}"],
+        [f"{name}{place} changes from step to step and is no part; after the restart it is another one at step {at}"],
+        line=line,
     )  # fmt: skip
+
+
+def _live(told: list[Any]) -> bool:
+    """Tell whether a variable is read again before it is written, as the probe saw."""
+    return bool(told[3])
+
+
+def _line(told: list[Any]) -> tuple[int | None, str]:
+    """Return the line that writes a variable, and how to say it."""
+    line = told[2]
+    return line, f", line {line}," if line else ""
+
+
+def _copies_parts(name: str, seen: Seen) -> bool:
+    """Tell whether the arrays of a variable are those of parts, whenever it was looked at: they are saved there."""
+    looks = [look["outside"][name] for step, look in seen.items() if step > 0 and name in look["outside"]]
+    return all(told[4] for told in looks)
+
+
+def _in_file(undisturbed: Seen, resumed: Seen, found: Diagnosis | None) -> Diagnosis | None:
+    """Look for a file that was written before the restart and read after it."""
+    written = {name for look in undisturbed.values() for name, ways in look.get("files", {}).items() if "w" in ways}
+    read = {name for look in resumed.values() for name, ways in look.get("files", {}).items() if "r" in ways}
+    names = sorted(written & read)
+    if not names:
+        return None
+    told = [f"{names[0]} is written while it trains and read after the restart; no checkpoint brings it back"]
+    told += [f"as well: {', '.join(names[1:5])}"] if names[1:] else []
+    told += [f"also another after the restart: {found.what}"] if found is not None else []
+    return Diagnosis("file", names[0], "make what is in it a part, or compute it from the step", told)
+
+
+def _each_attempt(undisturbed: Seen, resumed: Seen, usual: Seen, at: int) -> Diagnosis | None:
+    """Look for a variable that stands still, in each attempt at another value."""
+    for name, then in undisturbed[at]["outside"].items():
+        now = resumed[at]["outside"].get(name)
+        other = now is not None and now[1] != then[1] and _live(then)
+        if other and not _moves(undisturbed, name) and not _varies(name, undisturbed, usual):
+            line, place = _line(then)
+            told = f"{name}{place} stands still as it trains; after the restart it is another one"
+            remedy = "compute it from what is the same in each attempt, or make it a part"
+            return Diagnosis("start", name, remedy, [told], line=line)
+    return None
 
 
 def _other_batch(undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
@@ -228,10 +415,10 @@ def _other_batch(undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
     then, now = undisturbed.get(at + 1), resumed.get(at + 1)
     if then is None or now is None:
         return None
-    for name, (kind, crc) in then["outside"].items():
+    for name, (kind, crc, *_) in then["outside"].items():
         new = now["outside"].get(name)
         fresh = name not in resumed[at]["outside"] and name not in undisturbed.get(0, {}).get("outside", {name: 0})
-        if kind == "array" and fresh and new is not None and new[1] != crc and _is_input(name, undisturbed, at):
+        if kind == "array" and fresh and new is not None and new[1] != crc and _is_input(name):
             return Diagnosis(
                 "data", name, _REMEDIES["data"],
                 [f"the parts are restored to the bit, and yet the first resumed step has another {name}"],
@@ -239,15 +426,15 @@ def _other_batch(undisturbed: Seen, resumed: Seen, at: int) -> Diagnosis | None:
     return None
 
 
-def _is_input(name: str, undisturbed: Seen, at: int) -> bool:
+def _is_input(name: str) -> bool:
     """Tell data from results: what a step makes of equal parts and equal data is equal, so a name has to decide."""
     word = name.partition(" in ")[0].lower()
     return not any(result in word for result in ("loss", "grad", "metric", "out", "logit", "state", "param"))
 
 
-def _first_tensor(undisturbed: Seen, resumed: Seen, steps: list[int]) -> tuple[int | None, str | None]:
-    """Return the first of some steps at which a leaf differs, and the leaf."""
-    for step in steps:
+def _first_tensor(undisturbed: Seen, resumed: Seen) -> tuple[int | None, str | None]:
+    """Return the first step at which a leaf differs, and the leaf."""
+    for step in sorted(undisturbed.keys() & resumed.keys()):
         then, now = undisturbed.get(step, {}).get("parts", {}), resumed.get(step, {}).get("parts", {})
         for name, crc in then.items():
             if name in now and now[name] != crc:
@@ -272,31 +459,76 @@ def _clock(
 _CLOCK_REMEDY = "compute nothing that trains from the time of day: from the step, or from a seed that is a part"
 
 
-def _unrepeatable(repeated: Mapping[str, Any], probed: dict[str, str], compare: Compare, ask: "_Ask") -> Diagnosis:
+def _unrepeatable(
+    repeated: Mapping[str, Any], again: Store, probed: dict[str, str], compare: Compare, ask: "_Ask"
+) -> Diagnosis:
     """Find out why two runs that nobody interrupted differ."""
     still = ask.frozen(probed)
     later = ask.frozen(probed, at_s=_NOON_S + 100_003.5)
-    one, two, other = ask({"still": still, "still-again": still, "later": later})
     evidence = [f"two runs that nobody interrupted differ: {tell(repeated)}"]
-    step, tensor = _first_tensor(_seen(one, 0), _seen(two, 0), sorted(_seen(one, 0)))
-    if compare(one.url, two.url)["equal"]:
-        if not compare(one.url, other.url)["equal"]:
-            evidence.append("with a wall clock that stands still they are equal, and with another time of day not")
-            step, tensor = _first_tensor(_seen(one, 0), _seen(other, 0), sorted(_seen(one, 0)))
-            return Diagnosis("clock", "", _CLOCK_REMEDY, evidence, step, tensor)
-        return Diagnosis("nondeterministic", "", _CHANCE_REMEDY, [*evidence, "not every pair of runs differs"])
-    evidence.append("they differ with a wall clock that stands still, too")
-    found = _unseeded(_seen(one, 0), _seen(two, 0))
-    if found is None:
-        hashed = still | {"PYTHONHASHSEED": "0"}
-        a, b = ask({"hashed": hashed, "hashed-again": hashed})
-        if compare(a.url, b.url)["equal"]:
-            told = "with PYTHONHASHSEED=0 they are equal: the order of a set or of hash() decides"
-            found = Diagnosis("hash", "", "sort what comes from a set, or set PYTHONHASHSEED", [told])
-    found = found or Diagnosis("nondeterministic", "", _CHANCE_REMEDY)
+    try:
+        one, two, other = ask({"still": still, "still-again": still, "later": later})
+    except AskedError as error:
+        evidence.append(f"whether it depends on the time of day is not known: {error}")
+        still = probed
+        one, (two,) = again, ask({"again-2": probed})
+    else:
+        if compare(one.url, two.url)["equal"]:
+            if not compare(one.url, other.url)["equal"]:
+                evidence.append("with a wall clock that stands still they are equal, and with another time of day not")
+                step, tensor = _first_tensor(seen(one, 0), seen(other, 0))
+                return Diagnosis("clock", "", _CLOCK_REMEDY, evidence, step, tensor)
+            return Diagnosis("nondeterministic", "", _CHANCE_REMEDY, [*evidence, "not every pair of runs differs"])
+        evidence.append("they differ with a wall clock that stands still, too")
+    step, tensor = _first_tensor(seen(one, 0), seen(two, 0))
+    found = _unseeded(seen(one, 0), seen(two, 0)) or _by_hash(still, compare, ask)
+    found = found or _drawn(seen(one, 0), seen(two, 0)) or _by_chance(seen(one, 0), seen(two, 0))
     found.evidence[:0] = evidence
     found.step, found.tensor = step, tensor
     return found
+
+
+def _by_hash(environ: dict[str, str], compare: Compare, ask: "_Ask") -> Diagnosis | None:
+    """Look whether undisturbed runs are equal once strings have the same hashes."""
+    hashed = environ | {"PYTHONHASHSEED": "0"}
+    a, b = ask({"hashed": hashed, "hashed-again": hashed})
+    if not compare(a.url, b.url)["equal"]:
+        return None
+    told = "with PYTHONHASHSEED=0 they are equal: the order of a set or of hash() decides"
+    return Diagnosis("hash", "", "sort what comes from a set, or set PYTHONHASHSEED", [told])
+
+
+def _drawn(one: Seen, two: Seen) -> Diagnosis | None:
+    """Look for data that is another one before the first step already: a shuffle by a generator nobody seeded."""
+    if 0 not in one or 0 not in two:
+        return None
+    for name, (kind, crc, line, *_) in one[0]["outside"].items():
+        if kind == "array" and two[0]["outside"].get(name, ["", crc])[1] != crc:
+            other = {each for each, _ in _GLOBALS if one[0].get(each) != two[0].get(each)}
+            drawn = [title for each, title in _GLOBALS if each in other & {*one[0].get("drawn", ())}]
+            told = [f"{name} is another one before the first step, each time"]
+            told += [f"{title} is not seeded, and was drawn from before the first step" for title in drawn]
+            return Diagnosis("unseeded", name, _SEED_REMEDY, told, line=line)
+    return None
+
+
+def _by_chance(one: Seen, two: Seen) -> Diagnosis:
+    """Name what differs first between two runs, and the program's threads."""
+    what, told = _first_others(one, two)
+    threads = sorted({name for look in one.values() for name in look.get("threads", ())})
+    if threads:
+        told.append(f"it has threads: {', '.join(threads[:3])}")
+    return Diagnosis("nondeterministic", f"thread {threads[0]}" if threads else what, _CHANCE_REMEDY, told)
+
+
+def _first_others(one: Seen, two: Seen) -> tuple[str, list[str]]:
+    """Return the variable that differs first between two runs, and say it."""
+    for step in sorted(one.keys() & two.keys()):
+        then, now = one[step]["outside"], two[step]["outside"]
+        for name, (kind, crc, *_) in then.items():
+            if kind in ("array", "number") and _is_input(name) and now.get(name, ["", crc])[1] != crc:
+                return name, [f"the first variable that differs between them, at step {step}: {name}"]
+    return "", []
 
 
 _CHANCE_REMEDY = (
@@ -312,7 +544,7 @@ def _unseeded(one: Seen, two: Seen) -> Diagnosis | None:
         if one[0].get(name) != two[0].get(name) and _moves(one, name):
             told = f"{title} starts in another state each time, and the training moves it"
             return Diagnosis("unseeded", title, _SEED_REMEDY, [told])
-    for name, (kind, crc) in one[0]["outside"].items():
+    for name, (kind, crc, *_) in one[0]["outside"].items():
         if kind == "rng" and two[0]["outside"].get(name, ["", crc])[1] != crc:
             return Diagnosis("unseeded", name, _SEED_REMEDY, [f"{name} starts in another state each time"])
     for name, crc in one[0]["parts"].items():
@@ -326,6 +558,18 @@ def _unseeded(one: Seen, two: Seen) -> Diagnosis | None:
 _SEED_REMEDY = "seed it, and give it to resume() as a part"
 
 
+def must_end(store: Store) -> None:
+    """Check that a run which was to tell something came to its end.
+
+    Raises:
+        AskedError: If it did not.
+    """
+    outcomes = [leftovers.read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
+    if not outcomes or outcomes[-1].get("outcome") != Outcome.DONE:
+        reason = next((told["reason"] for told in reversed(outcomes) if told.get("reason")), "it did not end in time")
+        raise AskedError(f"another run, {store.url}, came to nothing: {reason}")
+
+
 class _Ask:
     """Starts runs together and waits for them.
 
@@ -337,9 +581,21 @@ class _Ask:
     def __init__(self, start: Start, place: Path) -> None:
         self._start, self._place = start, place
 
-    def __call__(self, wanted: Mapping[str, dict[str, str]]) -> list[Store]:
-        """Run programs by name, each with its environment, and return their runs in that order."""
-        return [finish() for finish in [self._start(name, environ) for name, environ in wanted.items()]]
+    def __call__(self, wanted: Mapping[str, dict[str, str]], whole: Collection[str] | None = None) -> list[Store]:
+        """Run programs by name, each with its environment, and return their runs in that order.
+
+        Args:
+            wanted: The environments.
+            whole: Which of them have to come to their end; None for all.
+
+        Raises:
+            AskedError: If one does not that has to.
+        """
+        stores = [finish() for finish in [self._start(name, environ) for name, environ in wanted.items()]]
+        for name, store in zip(wanted, stores, strict=True):
+            if whole is None or name in whole:
+                must_end(store)
+        return stores
 
     def frozen(self, environ: dict[str, str], *, at_s: float = _NOON_S) -> dict[str, str]:
         """Return an environment in which the program's wall clock stands still."""

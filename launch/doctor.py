@@ -18,7 +18,9 @@ from jobkit.storage import Store
 from jobkit.units import show_duration, show_size
 from launch import scontrol
 from launch.slurm import WARNING_S, python
+from launch.spec import check_line
 
+_BY_QOS = "preempt/qos"
 _PROBE_S = 120.0
 _PROBE_BYTES = 64 << 20
 _SWEEP_S = 30.0
@@ -39,19 +41,26 @@ class Finding(msgspec.Struct, frozen=True):
     verdict: str = "ok"
 
 
-def examine(partition: str | None = None, *, grace_s: float = 30.0) -> list[Finding]:
+def examine(partition: str | None = None, *, qos: str | None = None, grace_s: float = 30.0) -> list[Finding]:
     """Read the cluster's configuration and say what it means for a run.
 
     Args:
         partition: Where runs are to be submitted; the default partition if not given.
+        qos: The QOS of runs; the user's default one if not given.
         grace_s: How long the program may take to save, as `--grace` says.
 
     Raises:
-        ConfigError: If SLURM is not here, or there is no such partition.
+        ConfigError: If SLURM is not here, or there is no such partition or QOS.
     """
     config = parse_config(scontrol.run("scontrol", "show", "config"))
     lines = scontrol.run("scontrol", "-o", "show", "partition").splitlines()
-    return explain(config, choose(lines, partition), grace_s=grace_s)
+    told = None
+    if config.get("PreemptType") == _BY_QOS:
+        try:
+            told = scontrol.own_qos(qos)
+        except scontrol.SlurmError as error:
+            told = {"error": str(error)}
+    return explain(config, choose(lines, partition), told, grace_s=grace_s)
 
 
 def parse_config(printed: str) -> dict[str, str]:
@@ -75,12 +84,22 @@ def choose(lines: list[str], partition: str | None) -> dict[str, str]:
     raise ConfigError(f"there is no partition {partition!r}; the cluster has {names}")
 
 
-def explain(config: Mapping[str, str], partition: Mapping[str, str], *, grace_s: float) -> list[Finding]:
-    """Say in plain words what will happen to a run; a pure function of what scontrol printed."""
+def explain(
+    config: Mapping[str, str], partition: Mapping[str, str], qos: Mapping[str, str] | None = None, *, grace_s: float
+) -> list[Finding]:
+    """Say in plain words what will happen to a run; a pure function of what scontrol and sacctmgr printed.
+
+    Args:
+        config: Names and values of `scontrol show config`.
+        partition: Those of the partition.
+        qos: Those of the runs' QOS where PreemptType=preempt/qos; `error` where they cannot be had.
+        grace_s: How long the program may take to save.
+    """
     return [
         Finding("cluster", f"SLURM {config.get('SLURM_VERSION', 'unknown')}, partition {partition['PartitionName']}"),
         *_state(partition),
-        _preemption(config, partition, grace_s),
+        _preemption(config, partition, qos, grace_s),
+        *_marked(config),
         _time_limit(config, partition, grace_s),
         _node_failure(config),
         _restart(config),
@@ -100,17 +119,33 @@ def _seconds(text: str) -> float:
     return float(found[0]) if found else 0.0
 
 
-def _preemption(config: Mapping[str, str], partition: Mapping[str, str], grace_s: float) -> Finding:
-    mode = partition.get("PreemptMode", config.get("PreemptMode", "OFF"))
+def _preemption(
+    config: Mapping[str, str], partition: Mapping[str, str], qos: Mapping[str, str] | None, grace_s: float
+) -> Finding:
+    whole = config.get("PreemptMode", "OFF")
+    mode, grace = partition.get("PreemptMode", whole), _seconds(partition.get("GraceTime", "0"))
+    whose, by, exempt = "partition", "", config.get("PreemptExemptTime", "")
+    if qos is not None:  # what the partition says counts for nothing then (preempt_qos.c)
+        if "error" in qos:
+            text = (
+                f"PreemptType={_BY_QOS}: the QOS of a job decides, which the accounting does not tell: {qos['error']}"
+            )
+            return Finding("preemption", text, "warning")
+        mode = whole if qos["PreemptMode"] in ("", "cluster") else qos["PreemptMode"].upper()
+        grace, exempt = scontrol.parse_limit(qos["GraceTime"]) or 0.0, qos["PreemptExemptTime"] or exempt
+        whose, by = "QOS", f"by QOS {qos['Name']}, whatever the partition says: "
     if config.get("PreemptType", "preempt/none") == "preempt/none" or mode == "OFF":
-        return Finding("preemption", "jobs of this partition are not preempted")
+        return Finding("preemption", f"jobs of this {whose} are not preempted")
     if "SUSPEND" in mode or "GANG" in mode:
         return Finding(
-            "preemption", f"PreemptMode={mode}: jobs are stopped and continued where they are; nothing is lost"
+            "preemption", f"{by}PreemptMode={mode}: jobs are stopped and continued where they are; nothing is lost"
         )
-    grace, kill = _seconds(partition.get("GraceTime", "0")), max(5.0, _seconds(config.get("KillWait", "30")))
+    kill = max(5.0, _seconds(config.get("KillWait", "30")))
     notice = grace + kill
-    what = f"PreemptMode={mode}, GraceTime={grace:.0f} s, KillWait={kill:.0f} s: a notice comes {show_duration(notice)}"
+    what = f"{by}PreemptMode={mode}, GraceTime={grace:.0f} s, KillWait={kill:.0f} s"
+    if exempt_s := scontrol.parse_limit(exempt):
+        what += f", none in a job's first {show_duration(exempt_s)} (PreemptExemptTime)"
+    what += f": a notice comes {show_duration(notice)}"
     then = (
         "SLURM requeues the job" if "REQUEUE" in mode and not grace else "the job commits and has itself started again"
     )
@@ -118,6 +153,17 @@ def _preemption(config: Mapping[str, str], partition: Mapping[str, str], grace_s
         short = f"the save has to fit into that, less than --grace {show_duration(grace_s)}: keep 'save_every' short"
         return Finding("preemption", f"{what} before the kill; {then}; {short}", "warning")
     return Finding("preemption", f"{what} before the kill; {then}; no step is lost if a save takes less than that")
+
+
+def _marked(config: Mapping[str, str]) -> Iterator[Finding]:
+    """Tell of the versions whose mark of a preemption outlives other requeues (scontrol.never_requeue)."""
+    version = tuple(int(part) for part in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:3])
+    if (24, 5) <= version <= (26, 5, 3) and config.get("PreemptType", "preempt/none") != "preempt/none":
+        yield Finding(
+            "ended jobs",
+            "this version may requeue a job at its end that was preempted in an earlier life; a run's last job sets "
+            "Requeue=0 before it leaves, so that nothing starts again",
+        )
 
 
 def _time_limit(config: Mapping[str, str], partition: Mapping[str, str], grace_s: float) -> Finding:
@@ -134,7 +180,8 @@ def _node_failure(config: Mapping[str, str]) -> Finding:
     if timeout == 0:
         return Finding("lost node", "SlurmdTimeout=0: a dead node is never noticed, and the run waits for it", "fail")
     last = (
-        f"found out after up to {show_duration(timeout + _SWEEP_S)}, then requeued; at most one save interval is lost"
+        f"found out after up to {show_duration(timeout + _SWEEP_S)}, then requeued; at most the save interval and the "
+        "save in flight are lost"
     )
     then = "its node, and one where the program was killed twice, is left out of later jobs while enough others are up"
     return Finding("lost node", f"SlurmdTimeout={timeout:.0f} s: {last}; {then}")
@@ -142,15 +189,18 @@ def _node_failure(config: Mapping[str, str]) -> Finding:
 
 def _restart(config: Mapping[str, str]) -> Finding:
     hold = scontrol.hold_s("\n".join(f"{name}={value}" for name, value in config.items()))
+    own = re.search(r"requeue_delay=\d+", config.get("SchedulerParameters", ""))
+    why = f" ({own[0]})" if own else ""
     if hold > 15:
+        remedy = "SchedulerParameters=requeue_delay=5" if own else "AuthInfo=cred_expire=5"
         return Finding(
             "restart",
-            f"SLURM holds a requeued job back for {show_duration(hold)}: with a notice, a run submits a successor "
+            f"SLURM holds a requeued job back for {show_duration(hold)}{why}: with a notice, a run submits a successor "
             "instead; after SLURM's own requeue a job of one minute and one CPU lifts the hold as soon as there is "
-            "room, unless the run's first node died; an administrator can set AuthInfo=cred_expire=5",
+            f"room, unless the run's first node died; an administrator can set {remedy}",
             "warning",
         )
-    return Finding("restart", f"a requeued job may start after {show_duration(hold)}")
+    return Finding("restart", f"a requeued job may start after {show_duration(hold)}{why}")
 
 
 def _accounting(config: Mapping[str, str]) -> Finding:
@@ -206,6 +256,8 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
     Raises:
         JobkitError: If SLURM refuses the job.
     """
+    for name, value in {"partition": partition or "", **options}.items():
+        check_line(f"--{name}", value)
     parent = Path.cwd() if "://" in url else Path(Store(url).path).parent
     with _shared_directory(parent) as folder:
         (folder / "probe.py").write_text(_PROBE)

@@ -1,24 +1,29 @@
-"""What a drill shows: progress while it goes, a card for the terminal, a page, and JSON."""
+"""What a drill shows: progress while it goes, and what it found, as a card for the terminal and as JSON.
 
-import html as html_
+Its page and its picture say the same, with the words that are made here: the verdict first, then what was tried, what
+is wrong and why, what the verdict does not cover, and what was not tried.
+"""
+
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from jobkit.units import show_duration
-from launch.drill import Telling
+from launch.console import Console
+from launch.drill import NOT_ASKED, Telling
 from launch.printed import aligned
-from launch.scenarios import Scenario
-from launch.verdict import Found, Result
+from launch.scenarios import Scenario, Shown
+from launch.verdict import Found, Result, Verdict
 
 
 def listed(wanted: Sequence[Scenario]) -> list[dict[str, Any]]:
@@ -86,65 +91,141 @@ def telling(as_json: bool, wanted: Sequence[Scenario]) -> Iterator[Telling]:
 
 
 def _in_short(found: Found) -> str:
-    if found.broken:
-        return found.broken[0]
+    if not found.survived:
+        return (found.broken or [found.missed])[0]
     return f"{found.text}; {_number(found.lost_steps)} steps lost, {show_duration(found.seconds)}"
 
 
-def show(result: Result, *, kept: bool, html: Path | None) -> None:
-    """Print the card."""
+def show(result: Result, written: Mapping[str, Path], *, kept: bool) -> None:
+    """Print the card, and where else it was written, by what it is there."""
     console = Console(highlight=False)
     console.print(card(result))
     if kept:
         console.print(Text(f"the runs are kept in {result.place}"), soft_wrap=True)
-    if html is not None:
-        console.print(Text(f"page: {html}"), soft_wrap=True)
+    for what, path in written.items():
+        console.print(Text(f"{what}: {path}"), soft_wrap=True)
 
 
-_COLUMNS = ("steps lost", "to commit", "restart", "bits")
+# The words.
+
+COLUMNS = ("at step", "lost", "commit", "back", "bits")
+"""Of a scenario: where it was interrupted, steps done again, seconds from the notice to the commit and from the end to
+the next completed step, and how its state compares with the undisturbed run's."""
 
 
-def _cells(found: Found) -> tuple[str, ...]:
+def cells(found: Found) -> tuple[str, ...]:
+    """Return a scenario's row, below `COLUMNS`."""
     bits = {True: "same", False: "differ", None: "-"}[found.identical]
-    return (_number(found.lost_steps), _seconds(found.commit_s), _seconds(found.restart_s), bits)
+    at = ", ".join(map(str, found.at_steps)) or "-"
+    return (at, _number(found.lost_steps), _seconds(found.commit_s), _seconds(found.restart_s), bits)
 
 
-def card(result: Result) -> Panel:
-    """Draw the card."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("scenario")
-    for name in _COLUMNS:
-        table.add_column(name, justify="right")
-    table.add_column("survived")
-    for found in result.found:
-        mark = "[green]yes[/green]" if found.survived else "[bold red]no[/bold red]"
-        table.add_row(found.text, *_cells(found), mark)
-    grid = Table.grid(padding=(1, 0, 0, 0))
+def mark(found: Found) -> str:
+    """Say how a scenario went, in a word."""
+    return "yes" if found.survived else "no" if found.broken else "missed"
+
+
+def title(result: Result) -> str:
+    """Return what was drilled."""
+    return f"jobkit drill -- {shlex.join(result.command)}"
+
+
+def headline(result: Result) -> str:
+    """Say the verdict, and for which steps."""
+    shown, verdict = result.shown, result.verdict
+    if verdict is Verdict.NOT_CERTIFIED:
+        wrong = sum(bool(found.broken) for found in result.found)
+        return f"{verdict}: {wrong} of {len(result.found)} scenarios broke a promise"
+    if verdict is Verdict.NOT_JUDGED:
+        missed = ", ".join(found.name for found in result.found if found.missed)
+        why = f"{missed} could not be hit" if missed else "nothing that was asked for could be tried"
+        return f"{verdict}: {why}"
+    unasked = len(_unasked(result))
+    few = f", in {len(result.found)} of {len(result.found) + unasked} scenarios" if unasked else ""
+    if shown.whole:
+        return f"{verdict}: every promise held, in all {shown.steps} steps{few}"
+    return f"{verdict} for {_steps(shown)}: every promise held{few}"
+
+
+def _steps(shown: Shown) -> str:
+    return f"all {shown.steps} steps" if shown.whole else f"the first {shown.steps} of {shown.total} steps"
+
+
+def tried(result: Result) -> list[str]:
+    """Say how much was tried, and what is promised."""
     shown = result.shown
-    grid.add_row(Text(f"{shown.steps} steps, a save every {shown.save_every}; {show_duration(result.seconds)} in all"))
-    grid.add_row(table)
-    for found in result.found:
-        if found.broken:
-            grid.add_row(Text("\n".join([f"{found.name}: {found.text}", *(f"  {line}" for line in found.broken)])))
-    if result.diagnosis is not None:
-        grid.add_row(Text("\n".join(_told(result)), style="yellow"))
-    grid.add_row(f"[bold green]{VERDICTS[True]}[/]" if result.passed else f"[bold red]{VERDICTS[False]}[/]")
-    title = f"jobkit drill -- {shlex.join(result.command)}"
-    return Panel(grid, title=Text(title), title_align="left", expand=False, padding=(1, 2))
+    per_step, start = show_duration(shown.step_s), show_duration(shown.start_s)
+    number = f"{len(result.found)} scenario" + "s" * (len(result.found) != 1)
+    return [
+        f"{number} over {_steps(shown)}, in {show_duration(result.seconds)}: "
+        f"{per_step} a step, the first after {start}, a save every {shown.save_every} for the drill",
+        "promised: a notice costs no step, a kill the save interval and what is trained while a save is in flight, "
+        f"here {shown.allowed_loss}; the run goes on by itself and ends with the undisturbed run's bits",
+    ]
 
 
-VERDICTS = {True: "certified: every promise held", False: "not certified: a promise did not hold"}
+@dataclass(frozen=True)
+class Section:
+    """What a card says below its table.
+
+    Args:
+        title: What it is about.
+        lines: A sentence each.
+        tone: 'bad', 'warn' or 'dim'.
+    """
+
+    title: str
+    lines: list[str]
+    tone: str
 
 
-def _told(result: Result) -> list[str]:
-    found = result.diagnosis
-    assert found is not None
-    lines = [found.name]
-    if found.step is not None:
-        lines.append(f"  first at step {found.step}: {found.tensor}")
-    lines += [f"  {each}" for each in found.evidence]
-    lines.append(f"  remedy: {found.remedy}")
-    return lines
+def sections(result: Result) -> list[Section]:
+    """Say what is wrong, why, what the verdict does not cover, what was not compared and what was not tried."""
+    wrong = [each for each in result.found if each.broken]
+    told = [Section(f"{each.name}: {each.text}", [*each.done, *_few(each.broken)], "bad") for each in wrong]
+    why = result.diagnosis
+    if why is not None:
+        first = [f"first at step {why.step}: {why.tensor}"] if why.step is not None else []
+        told.append(Section(f"why: {why.name}", [*first, *why.evidence, f"remedy: {why.remedy}"], "warn"))
+    told.append(Section("warnings", list(result.warnings), "warn"))
+    aside = [f"{what}: {', '.join(names)}" for what, names in _aside(result).items() if names]
+    told.append(Section("not compared, since undisturbed runs differ in them too", aside, "dim"))
+    told.append(Section("not tried", _not_tried(result), "dim"))
+    return [each for each in told if each.lines]
+
+
+_FEW = 5
+
+
+def _few(lines: list[str]) -> list[str]:
+    more = len(lines) - _FEW
+    return lines if more <= 1 else [*lines[:_FEW], f"and {more} more, see --json"]
+
+
+def _aside(result: Result) -> dict[str, tuple[str, ...]]:
+    return {"metrics": result.aside, "files": result.files_aside}
+
+
+def _unseen(result: Result) -> str:
+    """Say what lies outside of the drilled steps, '' if nothing does."""
+    if result.shown.whole:
+        return ""
+    return (
+        f"what comes after step {result.shown.steps}, such as a learning rate that drops, early stopping, an "
+        "evaluation every so many steps, another loop: --steps N, --at STEP and --full see more"
+    )
+
+
+def _unasked(result: Result) -> list[str]:
+    return [each.name for each in result.untried if each.why == NOT_ASKED]
+
+
+def _not_tried(result: Result) -> list[str]:
+    unasked = _unasked(result)
+    lines = [_unseen(result)]
+    lines += [f"{each.text}: {each.why}" for each in result.untried if each.why != NOT_ASKED]
+    lines.append(f"{NOT_ASKED}: {', '.join(unasked)}" if unasked else "")
+    return [line for line in lines if line]
 
 
 def _number(value: int | None) -> str:
@@ -155,82 +236,63 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
+# The card and the document.
+
+_STYLES = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
+MARK_TONES = {"yes": "good", "no": "bad", "missed": "warn"}
+VERDICT_TONES = {Verdict.CERTIFIED: "good", Verdict.NOT_CERTIFIED: "bad", Verdict.NOT_JUDGED: "warn"}
+
+
+def card(result: Result) -> Panel:
+    """Draw the card."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("scenario")
+    table.add_column("held")
+    for name in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for found in result.found:
+        table.add_row(found.text, Text(mark(found), style=_STYLES[MARK_TONES[mark(found)]]), *cells(found))
+    shown: list[RenderableType] = [
+        Text(headline(result), style=f"bold {_STYLES[VERDICT_TONES[result.verdict]]}"),
+        *(Text(line) for line in tried(result)),
+        *([table] if result.found else []),
+    ]
+    for section in sections(result):
+        lines = Table.grid(padding=(0, 1, 0, 0))
+        for line in section.lines:
+            lines.add_row(" -", Text(line))
+        shown.append(Group(Text(section.title, style=f"bold {_STYLES[section.tone]}"), lines))
+    apart = Group(*(Padding(each, (1 if number else 0, 0, 0, 0)) for number, each in enumerate(shown)))
+    return Panel(apart, title=Text(title(result)), title_align="left", expand=False, padding=(1, 2))
+
+
 def document(result: Result) -> dict[str, Any]:
     """Return all that was found, for JSON."""
-    scenarios = []
+    shown, told = result.shown, []
     for found in result.found:
-        told = asdict(found) | {"survived": found.survived, "lost_steps": found.lost_steps}
-        told |= {"notice_to_commit_s": found.commit_s, "restart_s": found.restart_s}
-        scenarios.append(told)
+        more = {"survived": found.survived, "at_steps": found.at_steps, "lost_steps": found.lost_steps}
+        told.append(asdict(found) | more | {"notice_to_commit_s": found.commit_s, "restart_s": found.restart_s})
     diagnosis = asdict(result.diagnosis) | {"name": result.diagnosis.name} if result.diagnosis else None
     return {
         "command": list(result.command),
+        "verdict": result.verdict,
         "passed": result.passed,
+        "headline": headline(result),
         "run": result.place,
         "seconds": round(result.seconds, 3),
-        "reference": asdict(result.shown),
-        "scenarios": scenarios,
+        "steps": {"drilled": shown.steps, "of": shown.total, "all": shown.whole},
+        "reference": asdict(shown) | {"allowed_loss": shown.allowed_loss},
+        "scenarios": told,
         "diagnosis": diagnosis,
+        "warnings": list(result.warnings),
+        "metrics_aside": list(result.aside),
+        "files_aside": list(result.files_aside),
+        "not_seen": _unseen(result),
+        "not_tried": [asdict(each) for each in result.untried],
     }
 
 
-# The page.
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --dim: #66727f; --back: #ffffff; --line: #dde3ea; --good: #1d7a46;
-        --bad: #c0392b; --warn: #8a5a00; --box: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --dim: #98a4b0; --back: #14181d; --line: #2d353d; --good: #5fcf8d; --bad: #ff7b6b;
-          --warn: #e6b455; --box: #1b2127; } }
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); margin: 0 auto; padding: 24px;
-       max-width: 960px }
-h1 { font-size: 20px; margin: 0 0 4px } code { font-size: 14px; overflow-wrap: anywhere }
-.dim { color: var(--dim) } .good { color: var(--good) } .bad { color: var(--bad) }
-.verdict { font-size: 18px; font-weight: 600; margin: 16px 0 }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.box { background: var(--box); border-left: 3px solid var(--warn); padding: 8px 16px; margin: 16px 0;
-       overflow-wrap: anywhere }
-td:first-child { min-width: 150px } @media (max-width: 600px) { body { padding: 14px } th, td { font-size: 13px } }
-.small { font-size: 13px } ul { margin: 4px 0; padding-left: 20px }
-"""
-
-
-def page(result: Result) -> str:
-    """Return the card as one self-contained HTML page: no script, no request to anywhere."""
-    e = html_.escape
-    shown = result.shown
-    verdict, tone = VERDICTS[result.passed], "good" if result.passed else "bad"
-    head = "".join(f'<th class="n">{name}</th>' for name in _COLUMNS)
-    rows = "".join(_row(found) for found in result.found)
-    box = ""
-    if result.diagnosis is not None:
-        first, *rest = _told(result)
-        items = "".join(f"<li>{e(line.strip())}</li>" for line in rest)
-        box = f'<div class="box"><b>{e(first)}</b><ul>{items}</ul></div>'
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>jobkit drill: {e(shlex.join(result.command))}</title><style>{_STYLE}</style></head><body>
-<h1>jobkit drill</h1><code>{e(shlex.join(result.command))}</code>
-<div class="verdict {tone}">{e(verdict)}</div>
-<p class="dim">{shown.steps} steps, a save every {shown.save_every} steps, {e(show_duration(shown.step_s))} a step;
-first step after {e(show_duration(shown.start_s))}; the drill took {e(show_duration(result.seconds))}.</p>
-{box}<div class="scroll"><table><thead><tr><th>scenario</th>{head}<th>survived</th></tr></thead>
-<tbody>{rows}</tbody></table></div>
-<p class="dim small">Promised: the run goes on by itself; no step lost on a notice, at most one save interval on a kill;
-the same bits as the undisturbed run, to the last.</p>
-</body></html>
-"""
-
-
-def _row(found: Found) -> str:
-    e = html_.escape
-    cells = "".join(f'<td class="n">{e(cell)}</td>' for cell in _cells(found))
-    mark = '<td class="good">yes</td>' if found.survived else '<td class="bad">no</td>'
-    lines = "".join(f"<li>{e(line)}</li>" for line in found.done)
-    broken = "".join(f'<li class="bad">{e(line)}</li>' for line in found.broken)
-    more = f'<ul class="small dim">{lines}{broken}</ul>' if lines or broken else ""
-    return f"<tr><td>{e(found.text)}{more}</td>{cells}{mark}</tr>"
+def not_judged(command: Sequence[str], reason: str) -> dict[str, Any]:
+    """Return what JSON says of a program that could not be drilled at all."""
+    headline = f"{Verdict.NOT_JUDGED}: {reason}"
+    return {"command": list(command), "verdict": Verdict.NOT_JUDGED, "passed": False, "headline": headline}

@@ -6,6 +6,7 @@ What interrupts are real signals to real processes. jax is only in processes of 
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from jobkit.ledger import Event, read_json
 from jobkit.storage import Store, remove_tree
 from launch import leftovers, lock
 
+COMPARE_S = 900.0
+"""How long a comparison of two runs may take."""
 AIM_S = 0.004
 """How often the heartbeat is looked at: a small part of a step."""
 
@@ -90,7 +93,7 @@ class Ending:
         reached_step: Completed steps when it ended.
         resumed_step: Where the next attempt went on, 0 if it began afresh; None if there is none.
         commit_s: Seconds from the notice to the commit; None where there was no notice.
-        restart_s: Seconds from its end to the end of the next one's first step.
+        restart_s: Seconds from its end to the end of the next one's first step, or of its loop if no step was left.
     """
 
     attempt: int
@@ -116,10 +119,10 @@ def ending_of(store: Store, attempt: int) -> Ending:
     # The next one may have died before it had restored anything.
     following = [event for number in later for event in ledger.attempt_events(store, number)]
     begun: Event = next((event for event in following if event["event"] in ("restored", "fresh")), {})
-    first_step = next((event for event in following if event["event"] == "first_step"), None)
+    back = next((event for event in following if event["event"] in ("first_step", "finished")), None)
     restart_s = None
-    if first_step and isinstance(outcome.get("ended"), float):
-        restart_s = round(first_step["t"] - outcome["ended"], 3)
+    if back and isinstance(outcome.get("ended"), float):
+        restart_s = round(back["t"] - outcome["ended"], 3)
         restart_s = restart_s if restart_s >= 0 else None  # it began before the old one had ended
     return Ending(
         attempt,
@@ -141,9 +144,13 @@ class Comparer:
 
     def __init__(self, home: Path) -> None:
         self._mutex = threading.Lock()
-        self._process = subprocess.Popen(
+        self._home = home
+        self._process = self._start()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
             [sys.executable, "-m", "jobkit.compare", "-", "-"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", contract.ENV_HOME: str(home)},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", contract.ENV_HOME: str(self._home)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -166,8 +173,12 @@ class Comparer:
             try:
                 self._process.stdin.write(f"{a}\t{b}\n")
                 self._process.stdin.flush()
+                if not select.select([self._process.stdout], [], [], COMPARE_S)[0]:
+                    raise TimeoutError
                 told: dict[str, Any] = json.loads(self._process.stdout.readline())
-            except (OSError, ValueError):
+            except (OSError, ValueError):  # it died, or it hangs: the next comparison is another one's
+                self.close()
+                self._process = self._start()
                 raise JobkitError(f"{a} and {b} could not be compared: python -m jobkit.compare {a} {b}") from None
         if "error" in told:
             raise JobkitError(f"the two runs could not be compared: {told['error']}")
@@ -195,7 +206,11 @@ def comparer() -> Iterator[Comparer]:
 
 
 class MissedError(Exception):
-    """What was waited for did not come."""
+    """What was waited for cannot come any more: the run was over before."""
+
+
+class LateError(Exception):
+    """What was waited for did not come in time."""
 
 
 def wait_until(
@@ -210,12 +225,13 @@ def wait_until(
         over: Whether it can no longer become true.
 
     Raises:
-        MissedError: If it does not come.
+        MissedError: If it can no longer come.
+        LateError: If it does not come in time.
     """
     while not (value := condition()):
         if over() and not condition():  # asked again: it may have come with the end
             raise MissedError(f"the run was over before {what}")
         if time.monotonic() > deadline_s:
-            raise MissedError(f"waited in vain until {what}")
+            raise LateError(f"waited in vain until {what}")
         time.sleep(AIM_S)
     return value

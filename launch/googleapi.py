@@ -57,7 +57,9 @@ class Session:
                 import google.auth.exceptions
                 from google.auth.transport.requests import AuthorizedSession
             except ImportError:
-                raise ConfigError("--on gcp needs a package that is not installed: pip install 'jobkit[gcp]'") from None
+                raise ConfigError(
+                    "--on gcp needs a package that is not installed: pip install google-auth requests"
+                ) from None
             logging.getLogger("google.auth").setLevel(logging.ERROR)  # what it warns of we say, if it matters
             try:
                 credentials, project = google.auth.default(scopes=[SCOPE])

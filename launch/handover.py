@@ -12,19 +12,20 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.storage import Store
-from launch import backends, container, local, slurm, submission
+from launch import backends, container, lease, local, slurm, submission
 from launch import spec as specs
 from launch.cli_where import Where
 from launch.managed import Managed
 from launch.spec import JobSpec
 
 
-def resume(url: str | os.PathLike[str], place: Where) -> State:
+def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False) -> State:
     """Continue a run on a backend, or with other options on the one it had.
 
     Args:
         url: The run.
         place: Where it is to go on.
+        take_over: Whether to take it from the local runner of another machine that gives signs of life.
 
     Durability: on return run.json is on storage, on the run's URL too, and the new backend has the run.
 
@@ -33,16 +34,24 @@ def resume(url: str | os.PathLike[str], place: Where) -> State:
     """
     store = submission.open_run(url)
     spec, (old, created) = specs.read(store), specs.read_backend(store)
+    cancels = {one: submission.cancel_content(one) for one in (store, *specs.points(store, spec))}
     if backends.status(store).state is State.DONE:
         return State.DONE
     if place.backend != old and (spec.sweep or spec.sweep_url):
         raise ConfigError(f"{store.url} belongs to a sweep, which goes on where it was submitted: --on {old}")
-    backends.named(old).refuse_alive(store)
+    if take_over and old == local.BACKEND:
+        local.refuse_alive(store, take_over=True)
+    else:
+        backends.named(old).refuse_alive(store)
     new = _checked(store, _merged(spec, place, same=place.backend == old), place.backend)
+    if old == local.BACKEND != place.backend:  # a runner that lives all the same stops
+        lease.release(store, lease.claim(store, take_over=take_over))
     if place.backend != old:
         submission.record(store, "moved", source=old, target=place.backend, by=submission.who())
     specs.rewrite(store, new, place.backend, created)
-    return backends.resume(store.url)
+    for one in filter(specs.exists, cancels):
+        submission.take_back_cancel(one, cancels[one])
+    return backends.resume(store.url, clear_cancel=False, take_over=take_over and place.backend == local.BACKEND)
 
 
 def _merged(spec: JobSpec, place: Where, *, same: bool) -> JobSpec:
@@ -71,6 +80,9 @@ def _checked(store: Store, spec: JobSpec, name: str) -> JobSpec:
         container.refuse_foreign(spec.container, name)
         if name == local.BACKEND:
             container.check_docker()
+            container.check_image(spec.container)
+        else:
+            spec = msgspec.structs.replace(spec, container=container.in_full(spec.container, os.getcwd()))
     if name in (slurm.BACKEND, local.BACKEND) and spec.code is None and not os.path.isdir(spec.root):
         raise ConfigError(f"{spec.root} does not exist here, and run {store.url} has no snapshot of its code")
     return spec

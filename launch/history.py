@@ -1,6 +1,7 @@
 """All that a run's directory tells of its past, as the ledgers have it: what goodput, report and explain start from."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +20,14 @@ class Life:
         number: Number of the attempt.
         program: Events of process 0.
         supervisor: Events of process 0's supervisor.
-        others: Events of the other processes and their supervisors.
+        others: Of each other process, by its index: its events and its supervisor's.
         outcome: What is written of its end; empty while it runs.
     """
 
     number: int
     program: list[Event] = field(default_factory=list)
     supervisor: list[Event] = field(default_factory=list)
-    others: list[Event] = field(default_factory=list)
+    others: dict[str, list[Event]] = field(default_factory=dict)
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
@@ -39,7 +40,7 @@ class History:
         lives: The attempts, oldest first.
         now: Seconds since the epoch while the run is alive, None once nothing happens any more by itself.
         price_per_hour: Of everything an attempt runs on; None where no price is given.
-        series: What the program logged; None where it was not read.
+        series: What the program logged and a curve shows; None where it was not read.
     """
 
     run: str = ""
@@ -66,21 +67,28 @@ def read_history(store: Store, *, state: str = "", reason: str = "", over: bool 
     """
     told = read_json(store, contract.RUN_JSON) or {}
     spec = told["spec"] if isinstance(told.get("spec"), dict) else {}
+    numbers = store.numbers(contract.ATTEMPTS)
     return History(
         run=store.url,
         name=str(spec.get("name") or store.path.name),
         state=state,
         reason=reason,
         launcher=_finite(read_lines(store, contract.EVENTS)),
-        lives=[_life(store, number) for number in store.numbers(contract.ATTEMPTS)],
+        lives=[_life(store, number, min(_MOST, max(_LEAST, _ALL // len(numbers)))) for number in numbers],
         now=None if over else time.time(),
         price_per_hour=number_of(told.get("price_per_hour", spec.get("price_per_hour"))),
         grace_s=number_of(spec.get("grace_s")),
-        series=read_metrics(store) if curves else None,
+        series=read_metrics(store, only=drawn) if curves else None,
     )
 
 
-def _life(store: Store, number: int) -> Life:
+def drawn(names: Collection[str]) -> tuple[str, ...]:
+    """Choose the metric that is drawn, and its namesake of the validation data; none of none."""
+    name = "loss" if "loss" in names else min(names, default=None)
+    return () if name is None else (name, f"val_{name}")
+
+
+def _life(store: Store, number: int, logged: int) -> Life:
     life = Life(number)
     try:
         life.outcome = read_json(store, f"{contract.attempt_dir(number)}/{contract.OUTCOME}") or {}
@@ -89,22 +97,16 @@ def _life(store: Store, number: int) -> Life:
     for name in sorted(store.names(contract.attempt_dir(number))):
         if name.startswith("events-") and name.endswith(".jsonl"):
             writer = name.removeprefix("events-").removesuffix(".jsonl")
-            events = _finite(read_lines(store, f"{contract.attempt_dir(number)}/{name}"))
-            {"0": life.program, "supervisor": life.supervisor}.get(writer, life.others).extend(_thinned(events))
+            events = _finite(read_lines(store, f"{contract.attempt_dir(number)}/{name}", logged=logged))
+            known = {"0": life.program, "supervisor": life.supervisor}.get(writer)
+            (known if known is not None else life.others.setdefault(writer.removeprefix("supervisor-"), [])).extend(
+                events
+            )
     return life
 
 
-_MOST = 2_000
-"""So many events of logged values tell well enough at which step an attempt was when."""
-
-
-def _thinned(events: list[Event]) -> list[Event]:
-    """Leave out most events of logged values, of which there may be millions; the last one stays."""
-    logged = [index for index, event in enumerate(events) if event["event"] == "metrics"]
-    if len(logged) <= _MOST:
-        return events
-    kept = {*logged[:: len(logged) // _MOST], logged[-1]}
-    return [event for index, event in enumerate(events) if index in kept or event["event"] != "metrics"]
+_ALL, _MOST, _LEAST = 20_000, 2_000, 10
+"""So many events of logged values tell well enough when a run was at which step: in all, and of one attempt."""
 
 
 def _finite(events: list[Event]) -> list[Event]:

@@ -47,18 +47,22 @@ class JobRunner(Runner, ABC):
 
     def _run_job(self) -> int:
         processes.become_subreaper()
+        try:
+            return self._take_up()
+        except JobkitError as error:
+            return self._end(*(self._over() or (State.FAILED, str(error))))
+
+    def _take_up(self) -> int:
+        """Go on with the run, unless that is another's business by now."""
         if self._job not in report.jobs(self._store, self._backend):  # its submit was killed before it wrote that down
-            self._ledger.append("job", id=self._job, backend=self._backend, durable=True)
+            self._write_down("job", id=self._job, backend=self._backend)
         self._newest_attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
         if (other := self._superseded()) is not None:
             return self._leave(f"{other} has taken over", Exit.DONE)
         last = report.last_life_event(self._store)
         if last.get("event") == "ended":
             return self._leave("the run has ended; this job has nothing to do", self._code(last.get("state")))
-        try:
-            return self._attempts_in_job()
-        except JobkitError as error:
-            return self._end(State.FAILED, str(error))
+        return self._attempts_in_job()
 
     @abstractmethod
     def _attempts_in_job(self) -> int:
@@ -79,7 +83,10 @@ class JobRunner(Runner, ABC):
 
     def _end(self, state: State, reason: str) -> int:
         """Write down the end of the run."""
-        submission.end(self._store, state, reason)
+        try:
+            submission.end(self._store, state, reason)
+        except JobkitError as error:  # there is no time left to wait for the storage
+            say(str(error))
         return self._leave(reason, self._code(state))
 
     def _code(self, state: object) -> int:

@@ -5,21 +5,23 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobkit import commits, contract, processes
+from jobkit import commits, contract, decode, names, processes
 from jobkit.contract import Exit, Outcome
-from jobkit.errors import JobkitError
-from jobkit.heartbeat import read_beat
-from jobkit.ledger import attempt_events, read_json
+from jobkit.errors import DamagedError, JobkitError
+from jobkit.heartbeat import belongs, read_beat
+from jobkit.ledger import Event, attempt_events, last_word, read_json
 from jobkit.storage import Store, remove_tree
 
 NOTICE_S = 1.0
 """A program whose supervisor died notices by itself; only after this long it is told by SIGTERM."""
 
 _ABORTED = 128 + signal.SIGABRT
+_ENOUGH = 100
+"""So many of the newest attempts tell what is committed on an object store; who looks often reads no thousands."""
 
 
 def processes_of(store: Store) -> list[int]:
@@ -89,8 +91,10 @@ def committed_step(store: Store) -> int:
     """Return the newest committed step, -1 if there is none; on an object store also those not in this home."""
     newest = max(commits.steps(store), default=-1)
     if store.remote is not None:
-        told = [read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
-        newest = max([newest, *(outcome.get("committed_step", -1) for outcome in told)])
+        for count, attempt in enumerate(reversed(store.numbers(contract.ATTEMPTS))):
+            if newest >= 0 and count >= _ENOUGH:
+                break
+            newest = max(newest, (read_outcome(store, attempt) or {}).get("committed_step", -1))
     return newest
 
 
@@ -107,10 +111,15 @@ def program_pids(store: Store, attempt: int) -> list[int]:
 
 
 def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:
-    """Read how an attempt ended, None if that is not written (or not readable)."""
+    """Read how an attempt ended, None if that is not written, or damaged.
+
+    Raises:
+        JobkitError: If the storage does not answer.
+    """
     try:
-        return read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}")
-    except JobkitError:
+        told = read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}")
+        return None if told is None else decode.fields(told)
+    except DamagedError:
         return None
 
 
@@ -120,12 +129,13 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
     The first that ended badly is what became of the attempt: the others followed. Of those that made no progress it is
     the one that is behind: the others waited for it.
     """
-    names = [name for name in store.names(contract.attempt_dir(attempt)) if name.startswith("process-")]
     told = []
-    for name in names:
-        with contextlib.suppress(JobkitError):
-            told.append(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
-    told.sort(key=lambda outcome: float(outcome.get("ended", 0)))
+    for name in store.names(contract.attempt_dir(attempt)):
+        if name.startswith("process-"):
+            with contextlib.suppress(JobkitError):
+                one = decode.fields(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
+                told += [one] if one.keys() >= {"exit_code", "processes", "process", "node", "reason", "step"} else []
+    told.sort(key=lambda outcome: outcome.get("ended", 0))
     preempted = any(outcome.get("exit_code") == Exit.PREEMPTED for outcome in told)
     # JAX aborts who still begins when another one has left on notice.
     bad = [
@@ -154,7 +164,7 @@ def heartbeat_directory(store: Store, attempt: int) -> Path | None:
     except JobkitError:
         return None
     directory = Path(str(link.get("heartbeat", "")))
-    return directory if directory.name.startswith("jobkit-") and directory.is_dir() else None
+    return directory if belongs(directory, store.path, attempt) else None
 
 
 def write_outcome(
@@ -174,9 +184,11 @@ def write_outcome(
         if store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(together, indent=2) + "\n"):
             _say_in_log(store, attempt, together)
         return
-    code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
-    directory, link = store.file(contract.attempt_dir(attempt)), heartbeat_directory(store, attempt)
+    link, made = heartbeat_directory(store, attempt), store.stat(contract.attempt_dir(attempt))
     events = attempt_events(store, attempt)
+    if program_code is not None:
+        program_code = _inside(events, program_code)
+    code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
     value = {
         "attempt": attempt,
         "exit_code": code,
@@ -184,7 +196,7 @@ def write_outcome(
         "reason": reason,
         "step": max(last_step(store, attempt), read_beat(link).step if link else -1),
         "committed_step": committed_step(store),
-        "started": events[0]["t"] if events else directory.stat().st_mtime,
+        "started": events[0]["t"] if events else made.st_mtime if made else time.time(),
         "ended": time.time(),
         "notice": None,
     }
@@ -193,10 +205,27 @@ def write_outcome(
         remove_tree(link)  # the supervisor had no time to
 
 
+def _inside(events: Sequence[Event], code: int) -> int | None:
+    """Return the exit code of a run inside a command that has ended, None if it was killed.
+
+    In `sh -c 'python train.py; echo done'` the shell exits 0 whatever became of the training.
+
+    Args:
+        events: Of the attempt.
+        code: The command's own.
+    """
+    word = last_word(events)
+    if word == "stopped":
+        return int(Exit.PREEMPTED)
+    opened = any(event["event"] == "opened" for event in events)
+    return None if code == 0 and opened and word != "finished" else code
+
+
 def _say_in_log(store: Store, attempt: int, together: dict[str, Any]) -> None:
     """Say as the last line of process 0's log which process ended the attempt: what it printed itself tells little."""
     if together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED):
-        with contextlib.suppress(OSError), store.file(contract.log_file(attempt)).open("ab", buffering=0) as log:
+        path = store.file(contract.log_file(attempt))
+        with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=names.opener) as log:
             log.write(f"jobkit: {together['reason']}\n".encode())
 
 

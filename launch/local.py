@@ -7,24 +7,25 @@ import contextlib
 import dataclasses
 import os
 import select
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from jobkit import contract
+from jobkit import contract, mirror, names
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.storage import Store, explain
 from jobkit.units import show_duration
-from launch import container, leftovers, report
+from launch import container, lease, leftovers, report
 from launch import spec as specs
 from launch.command import in_container
+from launch.lease import Lease
 from launch.lock import RunLock, acquire, held, runner_alive
 from launch.spec import JobSpec
 from launch.submission import (
+    LEAVING_S,
     Plan,
     ask_to_cancel,
     cancel_content,
@@ -33,6 +34,7 @@ from launch.submission import (
     open_run,
     prepare,
     record,
+    refresh,
     runner_environment,
     says_alive,
     take_back_cancel,
@@ -40,6 +42,8 @@ from launch.submission import (
 )  # fmt: skip
 
 BACKEND = "local"
+_ELSEWHERE_S = 2.0
+"""How often a run that another machine runs is looked at."""
 _READY_S = 30.0
 """How long a runner may take to come up: imports on a slow shared disk."""
 
@@ -84,17 +88,30 @@ def plan(spec: JobSpec) -> Plan:
         container.refuse_foreign(spec.container, BACKEND)
         in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
         container.check_docker()
+        container.check_image(spec.container)
     return found
 
 
-def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None) -> None:
-    """Start a detached runner, of a run or a sweep, that inherits the lock; wait until it is up."""
+def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None, *, number: int | None = None) -> None:
+    """Start a detached runner, of a run or a sweep, that inherits the lock; wait until it is up.
+
+    Args:
+        store: The run or sweep.
+        lock: Its lock, which is closed here.
+        environ: As for `submit`.
+        number: The lease that the runner is to hold; by default it is taken here.
+
+    Raises:
+        ConfigError: If it has a runner on another machine.
+        JobkitError: If the runner does not come up.
+    """
     module = "launch.local_sweep" if specs.read(store).sweep else "launch.local"
     ready, write = os.pipe()
     fds = [lock.descriptor, write]
-    command = [sys.executable, "-P", "-m", module, store.url, *map(str, fds)]
     try:
-        with store.file("runner.log").open("ab") as log:
+        number = lease.claim(store) if number is None else number
+        command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
+        with open(store.file(contract.RUNNER_LOG), "ab", opener=names.opener) as log:
             process = subprocess.Popen(
                 command, cwd=store.path, env=runner_environment() | dict(environ or {}), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
@@ -111,7 +128,7 @@ def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None)
         if write >= 0:
             os.close(write)
     if not answered:
-        log_path = store.file("runner.log")
+        log_path = store.file(contract.RUNNER_LOG)
         raise JobkitError(f"the local runner of {store.url} did not come up; see {log_path}, then 'jobkit resume'")
 
 
@@ -120,6 +137,7 @@ def resume(
     *,
     wait_s: float | None = None,
     clear_cancel: bool = True,
+    take_over: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> State:
     """Start a runner for a run that has none; what it committed is where it goes on.
@@ -129,6 +147,7 @@ def resume(
         wait_s: How long to wait for an attempt that is still stopping after its runner was killed; by default as
             long as it may take.
         clear_cancel: Whether an earlier cancel is taken back; a cancel that comes meanwhile never is.
+        take_over: Whether not to wait until a runner on another machine counts as dead.
         environ: As for `submit`.
 
     Returns:
@@ -145,39 +164,42 @@ def resume(
         return State.DONE
     if _has_runner(store):
         raise ConfigError(says_alive(store))
+    if not take_over and not report.has_ended(store):
+        lease.refuse_elsewhere(store)
     lock = acquire(store, wait_s=spec.grace_s + 10 if wait_s is None else wait_s)
     if lock is None:
         raise ConfigError(says_alive(store))
-    if report.status(store).state is State.DONE:
-        lock.close()
-        return State.DONE
-    lock.sign(os.getpid())
-    if clear_cancel:
-        try:
-            take_back_cancel(store, cancel_seen)
-        except JobkitError:
+    try:
+        if report.status(store).state is State.DONE:
             lock.close()
-            raise
+            return State.DONE
+        number = lease.claim(store, take_over=take_over, leaving=report.has_ended(store))
+        lock.sign(os.getpid())
+        if clear_cancel:
+            take_back_cancel(store, cancel_seen)
+    except JobkitError:
+        lock.close()
+        raise
     record(store, "resumed", by=who())
-    start(store, lock, environ)
+    with contextlib.suppress(JobkitError):  # the runner carries it again
+        mirror.carry_described(store)
+    start(store, lock, environ, number=number)
     return State.RUNNING
 
 
-def refuse_alive(store: Store) -> None:
-    """Raise ConfigError if a run has a runner, or may have one on another machine, whose lock nobody sees here."""
+def refuse_alive(store: Store, *, take_over: bool = False) -> None:
+    """Raise ConfigError if a run has a runner here, or, unless that is taken over, on another machine."""
     if _has_runner(store) or held(store) or leftovers.processes_of(store):
         raise ConfigError(says_alive(store))
-    begun = [event for event in report.events(store) if event["event"] in ("submitted", "resumed")]
-    host = str(begun[-1].get("by", "")).rpartition("@")[2] if begun else ""
-    if host not in ("", socket.gethostname()) and report.last_life_event(store).get("event") != "ended":
-        raise ConfigError(f"run {store.url} may be alive on {host}, where it was started: 'jobkit cancel {store.url}'")
+    if not take_over:
+        lease.refuse_elsewhere(store)
 
 
 def _has_runner(store: Store) -> bool:
-    """Tell whether a run has a runner; one that was killed this very moment gets a second to be gone."""
-    deadline = time.monotonic() + 1.0
+    """Tell whether a run has a runner; one that was killed this very moment, or is leaving, gets time to be gone."""
+    begun = time.monotonic()
     while held(store) and runner_alive(store):
-        if time.monotonic() > deadline:
+        if time.monotonic() - begun > (LEAVING_S if report.has_ended(store) else 1.0):
             return True
         time.sleep(0.05)
     return False
@@ -209,10 +231,26 @@ def cancel(
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
     make_point(store)
     content = ask_to_cancel(store, word)
-    if wait and held(store):
-        progress(f"waiting for {store.url} to save and stop (killed after {show_duration(spec.grace_s)})")
-    _finish_cancel(store, spec, content, wait=wait)
+    where = lease.elsewhere(store)
+    if wait and (held(store) or where is not None):
+        on = f" on {where.place}" if where is not None else ""
+        progress(f"waiting for {store.url}{on} to save and stop (killed after {show_duration(spec.grace_s)})")
+    if where is None or _until_it_ends_there(store, content, wait=wait):
+        _finish_cancel(store, spec, content, wait=wait)
     return report.status(store).state
+
+
+def _until_it_ends_there(store: Store, content: bytes, *, wait: bool) -> bool:
+    """Wait for the runner of another machine, which finds the cancel; tell whether it died without an answer."""
+    while cancel_content(store) == content and not report.has_ended(store):
+        if lease.elsewhere(store) is None:
+            return True
+        if not wait:
+            return False
+        time.sleep(_ELSEWHERE_S)
+        with contextlib.suppress(JobkitError):
+            refresh(store)
+    return False
 
 
 def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -> None:
@@ -254,34 +292,39 @@ def main(arguments: list[str]) -> int:
     from launch.runner import Runner
 
     store = open_run(arguments[0])
-    with detached(store, arguments[1:]) as (lock, ready):
-        Runner(store, specs.read(store), lock.descriptor).run(ready)
+    with detached(store, arguments[1:]) as (lock, held_lease, ready):
+        runner = Runner(store, specs.read(store), lock.descriptor, held_lease)
+        runner.run(ready)
+    runner.empty_home()  # still under the lock, which nobody elsewhere waits for
     return 0
 
 
 @contextlib.contextmanager
-def detached(store: Store, descriptors: list[str]) -> Iterator[tuple[RunLock, Callable[[], None]]]:
-    """Let the process that started this one go on; yield the run's lock and what tells that process that we are up.
+def detached(store: Store, given: list[str]) -> Iterator[tuple[RunLock, Lease, Callable[[], None]]]:
+    """Let the process that started this one go on; yield the run's lock and lease, and what tells it that we are up.
 
     Args:
         store: The run.
-        descriptors: Of the lock and of the pipe to answer on; without them the lock is taken here, in the foreground.
+        given: Descriptors of the lock and of the pipe to answer on, and the number of the lease; without them lock and
+            lease are taken here, in the foreground.
     """
     answer: int | None = None
-    if descriptors:
-        lock = RunLock(store, int(descriptors[0]))
+    if given:
+        lock, number = RunLock(store, int(given[0])), int(given[2])
         os.set_inheritable(lock.descriptor, False)
         if os.fork():
             os._exit(0)
-        answer = int(descriptors[1])
+        answer = int(given[1])
         os.set_inheritable(answer, False)
     else:
         taken = acquire(store)
         if taken is None:
             raise ConfigError(says_alive(store))
-        lock = taken
+        lock, number = taken, lease.claim(store)
         record(store, "resumed", by=who())
     lock.sign(os.getpid())
+    held_lease = Lease(store, number)
+    held_lease.start()
 
     def ready() -> None:
         if answer is not None:
@@ -289,12 +332,13 @@ def detached(store: Store, descriptors: list[str]) -> Iterator[tuple[RunLock, Ca
                 os.write(answer, b"up")
             os.close(answer)
 
-    yield lock, ready
+    yield lock, held_lease, ready
+    held_lease.close()  # not on an error: an attempt may still be saving
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        leave(main(sys.argv[1:]))
     except JobkitError as problem:
-        print(f"jobkit: {problem}", file=sys.stderr)
-        sys.exit(contract.Exit.USAGE)
+        say(str(problem))
+        leave(contract.Exit.USAGE)

@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.patience import Patience
 from jobkit.storage import Store
-from launch import leftovers, local, report
+from launch import lease, leftovers, local, report
 from launch import spec as specs
+from launch.lease import Lease
 from launch.lock import acquire, held, holder
 from launch.spec import JobSpec
 from launch.submission import (
@@ -37,11 +39,11 @@ _MAX_RESUMES = 3
 
 
 class _StopError(Exception):
-    """A signal told this process to stop."""
+    """A signal told this process to stop, or another machine has taken the sweep over."""
 
 
-def run(store: Store, spec: JobSpec) -> None:
-    """Run the points of a sweep that are not done, until all are over or the sweep is cancelled.
+def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
+    """Run the points of a sweep that are not done, until all are over, or it is cancelled or taken over.
 
     Signals: main thread only; SIGTERM, SIGINT, SIGHUP are passed on to the points that run.
     """
@@ -55,9 +57,11 @@ def run(store: Store, spec: JobSpec) -> None:
                 if _start(store, point):
                     running.append(point)
             time.sleep(_POLL_S)
+            if held_lease.lost:
+                raise _StopError
             for point in list(running):
                 # That we would take it up again is no sign of life.
-                status = report.status(point, assume_held=held(point))
+                status = report.status(point, assume_held=held(point) or lease.elsewhere(point) is not None)
                 if status.runner == "gone" and status.state is State.FAILED and resumes[point.url] < _MAX_RESUMES:
                     resumes[point.url] += 1
                     _start(store, point)
@@ -80,6 +84,7 @@ def _start(store: Store, point: Store) -> bool:
             local.resume(point.url, clear_cancel=False)
         elif (lock := acquire(point)) is not None:
             local.start(point, lock)
+        begin_point(store, point)  # who cancelled the sweep meanwhile has not seen that there is a runner to be asked
     except JobkitError as error:
         say(f"point {point.url}: {error}")
         return specs.exists(point)  # then it counts as one whose runner was killed, and is taken up again
@@ -94,7 +99,7 @@ def _give_up(point: Store, spec: JobSpec) -> None:
             local.bury(point, spec, State.FAILED, reason)
 
 
-def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
+def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True, take_over: bool = False) -> State:
     """Start a sweep's runner; it takes up every point that is not done.
 
     Raises:
@@ -109,12 +114,17 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
     lock = acquire(store)
     if lock is None:
         raise ConfigError(says_alive(store))
-    lock.sign(os.getpid())
-    for one in (store, *filter(specs.exists, points)):
-        if clear_cancel:
-            take_back_cancel(one, cancels[one])
+    try:
+        number = lease.claim(store, take_over=take_over)
+        lock.sign(os.getpid())
+        for one in (store, *filter(specs.exists, points)):
+            if clear_cancel:
+                take_back_cancel(one, cancels[one])
+    except JobkitError:
+        lock.close()
+        raise
     record(store, "resumed", by=who())
-    local.start(store, lock)
+    local.start(store, lock, number=number)
     return State.RUNNING
 
 
@@ -169,16 +179,16 @@ def main(arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
-    store = open_run(arguments[0])
-    with local.detached(store, arguments[1:]) as (_, ready):
+    store = open_run(arguments[0]).patient(Patience())
+    with local.detached(store, arguments[1:]) as (_, held_lease, ready):
         ready()
-        run(store, specs.read(store))
+        run(store, specs.read(store), held_lease)
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        leave(main(sys.argv[1:]))
     except JobkitError as problem:
-        print(f"jobkit: {problem}", file=sys.stderr)
-        sys.exit(contract.Exit.USAGE)
+        say(str(problem))
+        leave(contract.Exit.USAGE)

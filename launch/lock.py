@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobkit import contract, processes
+from jobkit import contract, decode, names, processes
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store, explain
 
-_PROBE_S = 0.3
+PROBE_S = 0.3
 """How long to try against a lock that `held` may be probing right now; a probe takes microseconds."""
 
 
@@ -45,7 +46,7 @@ class RunLock:
         os.close(self.descriptor)
 
 
-def acquire(store: Store, *, wait_s: float = _PROBE_S) -> RunLock | None:
+def acquire(store: Store, *, wait_s: float = PROBE_S) -> RunLock | None:
     """Take the lock of an existing run directory, None if it stays held for `wait_s`.
 
     Raises:
@@ -55,7 +56,7 @@ def acquire(store: Store, *, wait_s: float = _PROBE_S) -> RunLock | None:
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = names.opener(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise explain(error, f"cannot write {path}") from None
         try:
@@ -75,10 +76,16 @@ def acquire(store: Store, *, wait_s: float = _PROBE_S) -> RunLock | None:
 
 
 def held(store: Store) -> bool:
-    """Tell whether a runner or supervisor of the run lives."""
+    """Tell whether a runner or supervisor of the run lives.
+
+    Raises:
+        StorageError: If the storage does not answer: that says nothing of a runner.
+    """
     try:
-        descriptor = os.open(store.file(contract.LOCK), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        descriptor = store.insist(lambda: _open_to_look(store))
+    except ConfigError:  # somebody else's run
+        return False
+    if descriptor is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -89,13 +96,21 @@ def held(store: Store) -> bool:
     return False
 
 
+def _open_to_look(store: Store) -> int | None:
+    try:
+        return names.opener(store.file(contract.LOCK), os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise explain(error, f"cannot look at {store.file(contract.LOCK)}") from None
+
+
 def holder(store: Store) -> dict[str, Any]:
     """Return who signed the lock last: pid, host, since; empty if nobody did."""
     try:
-        value = json.loads(store.read(contract.LOCK))
-    except (OSError, ValueError):
+        return decode.fields(decode.json_object(store.read(contract.LOCK)) or {})
+    except (FileNotFoundError, JobkitError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def runner_alive(store: Store) -> bool:

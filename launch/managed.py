@@ -27,7 +27,7 @@ from launch import cloud, leftovers, report, snapshot, submission
 from launch import spec as specs
 from launch.cloud import Cloud
 from launch.spec import JobSpec
-from launch.submission import Plan, ask_to_cancel, cancel_content, end, new_run, open_run, prepare, record, who
+from launch.submission import Plan, ask_to_cancel, cancel_content, new_run, open_run, prepare, record, who
 
 _POLL_S = 1.0
 _HEARD_S = 15.0
@@ -245,7 +245,7 @@ class Managed(ABC):
         spec = specs.read(store)
         if self.status(store).state is State.DONE:
             raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
-        ask_to_cancel(store, word)
+        content = ask_to_cancel(store, word)
         asked, told = time.monotonic(), ""
         while (job := self._newest_of(spec, store)) is not None and job.active:
             late = time.monotonic() - asked > spec.grace_s + _HEARD_S
@@ -260,7 +260,7 @@ class Managed(ABC):
             time.sleep(_POLL_S)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
-        end(store, State.CANCELLED, report.cancel_reason(store))
+        submission.end_cancelled(store, content)
         return self.status(store).state
 
     def _newest_of(self, spec: JobSpec, store: Store) -> Job | None:

@@ -1,113 +1,69 @@
-"""Telling others what becomes of a run: webhooks and commands, on preempted, stalled, failed, done and the like.
+"""Telling others what becomes of a run: webhooks and commands, on preempted, stalled, failed, done and the like, and
+on what is wrong while it runs (troubles.py).
 
 A process of its own follows the run's ledger and sends; it is started before the runner collects orphans, so that
-neither a slow webhook nor a hanging command is ever waited for, or ended, by what trains. A target is
+neither a slow webhook nor a hanging command is ever waited for, or ended, by what trains. Who is told is named by a
+variable or a file (targets.py), which holds
 
     https://host/path     gets a POST of JSON; with JOBKIT_NOTIFY_SECRET in the environment it is signed:
                           X-Jobkit-Signature: sha256=<HMAC-SHA256 of the body, in hex>
-    env:NAME              the same, for an address that is itself a secret: the variable NAME holds it
     any other words       are a command, run without a shell, with the JSON on its standard input
 
-What fails is tried again, for some minutes; what became of it is in the ledger (notified, notify_failed). Secrets stay
-in the environment: run.json has the name of the variable.
+What fails is tried again, for some minutes; what became of it is in the ledger (notified, notify_failed).
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
-import shlex
-import shutil
+import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import tenacity
 
 import jobkit
-from jobkit import contract, processes
+from jobkit import contract, decode, names, processes
 from jobkit.contract import Outcome
-from jobkit.errors import ConfigError, say
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.ledger import Event, Ledger
+from jobkit.patience import Patience
 from jobkit.storage import Store
-from launch import leftovers
+from launch import leftovers, targets, troubles, webhook
+from launch.webhook import Again
 
 SECRET = "JOBKIT_NOTIFY_SECRET"
 """Variable with the key of the signature."""
 _POLL_S = 0.2
-_TIMEOUT_S, _COMMAND_S = 10.0, 60.0
+_COMMAND_S = 60.0
 _TRIES, _LONGEST_WAIT_S = 7, 60.0
 _START_S = 20.0
+_OUTAGE_S = 600.0
 _FINISH_S = 10.0
 """A job that ends waits this long for what is still to be told."""
-
-
-class _Again(Exception):  # noqa: N818  (it is no error yet)
-    """It may work the next time."""
-
-
-def check(targets: Sequence[str], *, cwd: Path | None = None, variables: Container[str] | None = None) -> None:
-    """Refuse targets that cannot work or that would put a secret into run.json.
-
-    Args:
-        targets: What `--notify` was given.
-        cwd: Where commands will run, if that is on this machine; else nobody knows here which ones there are.
-        variables: Names that the environment of the runner will have; None if that is not known.
-
-    Raises:
-        ConfigError: With the remedy.
-    """
-    for target in targets:
-        kind, _, rest = target.partition(":")
-        if kind in ("http", "https"):
-            parts = urlsplit(target)
-            if not parts.hostname:
-                raise ConfigError(f"--notify {target!r} names no host; write https://host/path")
-            if parts.username or parts.password or parts.query:
-                raise ConfigError(
-                    f"--notify {kind}://{parts.hostname}/... holds what may be a secret, and run.json would show it: "
-                    "put the address into a variable and write --notify env:NAME"
-                )
-        elif kind == "env" and not rest.isidentifier():
-            raise ConfigError(f"--notify {target!r} names no variable; write env:NAME")
-        elif kind == "env":
-            if variables is not None and rest not in variables:
-                raise ConfigError(f"--notify {target}: {rest} is not set where the run will be; set it first")
-        elif not (words := _words(target)):
-            raise ConfigError(f"--notify {target!r} is no command; write the words as a shell would take them")
-        elif cwd is not None and shutil.which(cwd / words[0] if os.sep in words[0] else words[0]) is None:
-            raise ConfigError(f"--notify {target!r}: there is no program {words[0]!r}; check its spelling")
-
-
-def _words(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return []
 
 
 # The runner's end.
 
 
-def start(store: Store, targets: Sequence[str], cwd: str) -> int | None:
+def start(store: Store, named: Sequence[str], cwd: str) -> int | None:
     """Start the process that tells the targets of a run; return its pid, None if there is nobody to tell.
 
     Must be called before this process becomes the one that gets orphans. A failure is printed and is no reason not to
     train.
     """
-    if not targets:
+    if not named:
         return None
-    path = store.file(contract.EVENTS)
-    since = path.stat().st_size if path.exists() else 0
-    given = json.dumps({"run": store.url, "since": since, "runner": os.getpid(), "targets": list(targets), "cwd": cwd})
+    found = store.stat(contract.EVENTS)
+    since = 0 if found is None else found.st_size
+    given = json.dumps({"run": store.url, "since": since, "runner": os.getpid(), "targets": list(named), "cwd": cwd})
     # No mark of a run: whoever looks for what is left of one must not find it.
     environ = {name: value for name, value in os.environ.items() if name not in _MARKS}
     try:
@@ -140,52 +96,93 @@ def finish(pid: int | None) -> None:
 # The process that tells.
 
 
-def follow(store: Store, targets: Sequence[str], *, since: int, runner: int, cwd: str) -> None:
+def follow(store: Store, named: Sequence[str], *, since: int, runner: int, cwd: str) -> None:
     """Tell the targets of everything that happens to a run until it has ended or its runner is gone.
 
     Args:
         store: The run.
-        targets: Who is told.
+        named: Who is told.
         since: Byte of the ledger to begin with.
         runner: Pid of the runner.
         cwd: Where commands run.
     """
-    ledger = Ledger(store.file(contract.EVENTS))
+    ledger = store.insist(lambda: Ledger(store.file(contract.EVENTS)))
     # One thread each: they are told in order, and one that does not answer delays no other.
-    senders = {target: ThreadPoolExecutor(1) for target in targets}
+    senders = {target: ThreadPoolExecutor(1) for target in named}
     over = False
+    told = _Troubles(store)
     while not over:
         over = not processes.alive(runner)  # looked at first: what it wrote before it went is still told
         events, since = _news(store.file(contract.EVENTS), since)
         for event in events:
             over = over or event.get("event") == "ended"
-            message = message_of(store, event)
-            if message is not None:
-                for target, sender in senders.items():
-                    sender.submit(_tell, target, message, ledger, cwd)
+        for message in [*filter(None, (message_of(store, event) for event in events)), *told.news()]:
+            for target, sender in senders.items():
+                sender.submit(_tell, target, message, ledger, cwd)
         if not over:
             time.sleep(_POLL_S)
     for sender in senders.values():
         sender.shutdown(wait=True)
 
 
+class _Troubles:
+    """Reads what is wrong in an attempt that runs, each once; what was there before is old.
+
+    Args:
+        store: The run.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._since: dict[Path, int] = {}
+        self._told: set[tuple[Any, ...]] = set()
+        self.news()
+
+    def _ledgers(self) -> list[Path]:
+        newest = self._store.numbers(contract.ATTEMPTS)[-1:]
+        return [self._store.file(contract.events_file(one, writer)) for one in newest for writer in ("supervisor", 0)]
+
+    def news(self) -> list[dict[str, Any]]:
+        """Return what is to be told."""
+        found = []
+        try:
+            ledgers = self._ledgers()
+        except JobkitError:  # a shared disk that does not answer just now
+            return []
+        for path in ledgers:
+            attempt = int(path.parent.name)
+            events, self._since[path] = _news(path, self._since.get(path, 0))
+            self._told |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
+            here = troubles.here(self._store, attempt) if path.name == "events-0.jsonl" else {}
+            if here and _key(attempt, here) not in self._told:  # its disk may be the one that fails
+                self._told.add(_key(attempt, here))
+                events.append(here)
+            for event in events:
+                if (trouble := troubles.of(event)) is not None and event.get("count", 1) == 1:  # once is enough
+                    at = {"step": event.get("step"), "committed_step": self._committed()}
+                    found.append(_message(self._store, trouble.kind, attempt, {"reason": trouble.text}, at))
+        return found
+
+    def _committed(self) -> int | None:
+        with contextlib.suppress(JobkitError):  # it may be what does not answer
+            return committed if (committed := leftovers.committed_step(self._store)) >= 0 else None
+        return None
+
+
+def _key(attempt: int, event: Event) -> tuple[Any, ...]:
+    return attempt, str(event.get("event")), str(event.get("step"))
+
+
 def _news(path: Path, since: int) -> tuple[list[Event], int]:
     """Return the events written since, and the byte up to which they were read: whole lines only."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=names.opener) as file:
             file.seek(since)
             content = file.read()
     except OSError:
         return [], since
     content = content[: content.rfind(b"\n") + 1]
-    events = []
-    for line in content.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
+    events = [event for line in content.splitlines() if (event := decode.event(line)) is not None]
     return events, since + len(content)
 
 
@@ -202,28 +199,46 @@ def message_of(store: Store, event: Event) -> dict[str, Any] | None:
     name = str(event.get("state") if final else outcome.get("outcome", ""))
     if not final and name in ("", Outcome.DONE):
         return None
+    return _message(store, name, attempt, event if final else outcome, outcome) | {
+        "final": final,
+        "next": None if final else event.get("action"),
+    }
+
+
+def _message(
+    store: Store, name: str, attempt: int | None, why: Mapping[str, Any], at: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what is told of anything.
+
+    Args:
+        store: The run.
+        name: What happened, in a word.
+        attempt: To which attempt.
+        why: Has the `reason`.
+        at: Has `step` and `committed_step`.
+    """
     return {
         "id": uuid.uuid4().hex,
         "at": time.time(),
         "event": name,
-        "final": final,
+        "final": False,
         "run": store.url,
         "attempt": attempt,
-        "step": outcome.get("step"),
-        "committed_step": outcome.get("committed_step"),
-        "reason": str((event if final else outcome).get("reason", "")),
-        "next": None if final else event.get("action"),
+        "step": at.get("step"),
+        "committed_step": at.get("committed_step"),
+        "reason": str(why.get("reason", "")),
+        "next": None,
     }
 
 
 def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
     tries = 0
-    told = {"told": message["event"], "target": _shown(target)}
+    told = {"told": message["event"], "target": targets.shown(target)}
     try:
         for attempt in tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_TRIES),
             wait=tenacity.wait_exponential(0.5, _LONGEST_WAIT_S) + tenacity.wait_random(0, 0.5),
-            retry=tenacity.retry_if_exception_type(_Again),
+            retry=tenacity.retry_if_exception_type(Again),
             reraise=True,
         ):
             with attempt:
@@ -231,52 +246,24 @@ def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> 
                 _send(target, json.dumps(message).encode(), cwd)
         ledger.append("notified", **told, tries=tries)
     except Exception as error:
-        ledger.append("notify_failed", **told, tries=tries, reason=f"{error}"[:300])
-
-
-def _shown(target: str) -> str:
-    """Name a target without anything that could be a secret."""
-    kind = target.partition(":")[0]
-    if kind in ("http", "https"):
-        return f"{kind}://{urlsplit(target).hostname}"
-    return target if kind == "env" else _words(target)[0]
+        # What is not ours may have anything in its words.
+        reason = str(error) if isinstance(error, Again | JobkitError) else type(error).__name__
+        ledger.append("notify_failed", **told, tries=tries, reason=reason[:300])
 
 
 def _send(target: str, body: bytes, cwd: str) -> None:
-    kind, _, rest = target.partition(":")
-    if kind == "env":
-        url = os.environ.get(rest, "")
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"the variable {rest} holds no http address where the run's jobs are started")
-        _post(url, body)
-    elif kind in ("http", "https"):
-        _post(target, body)
+    content = targets.read(target, os.environ)
+    if targets.is_address(content):
+        webhook.post(content, body, _headers(body))
     else:
-        _run(_words(target), body, cwd)
+        _run(targets.words(content), body, cwd)
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the body is meant for the address that was given."""
-
-    def redirect_request(self, *_: Any) -> None:
-        """Follow nothing."""
-
-
-def _post(url: str, body: bytes) -> None:
+def _headers(body: bytes) -> dict[str, str]:
     headers = {"Content-Type": "application/json", "User-Agent": f"jobkit/{jobkit.__version__}"}
     if secret := os.environ.get(SECRET):
         headers["X-Jobkit-Signature"] = "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
-    request = urllib.request.Request(url, data=body, headers=headers, method="POST")
-    try:
-        with urllib.request.build_opener(_Stay).open(request, timeout=_TIMEOUT_S):
-            return
-    except urllib.error.HTTPError as error:
-        text = f"it answered {error.code}"
-        if error.code >= 500 or error.code in (408, 425, 429):
-            raise _Again(text) from None
-        raise ConfigError(text) from None
-    except (OSError, ValueError) as error:  # the address is not in the words: it may be the secret
-        raise _Again(f"no answer: {type(getattr(error, 'reason', error)).__name__}") from None
+    return headers
 
 
 def _run(words: Sequence[str], body: bytes, cwd: str) -> None:
@@ -291,7 +278,14 @@ def _run(words: Sequence[str], body: bytes, cwd: str) -> None:
         how = f"it ended with {contract.describe_exit(done.returncode)}"
         if done.returncode < 0:
             raise ConfigError(how)  # somebody did not want it to go on
-        raise _Again(f"{how}: {said[-1]}" if said else how)
+        raise Again(f"{how}: {_without(words[1:], said[-1])}" if said else how)
+
+
+def _without(words: Sequence[str], text: str) -> str:
+    """Hide what is of a command in what it printed: any part of it may be a token."""
+    for part in sorted({*re.findall(r"\w{3,}", " ".join(words))}, key=len, reverse=True):
+        text = text.replace(part, "***")
+    return text
 
 
 def main() -> None:
@@ -304,7 +298,7 @@ def main() -> None:
         for descriptor in (0, 1):
             os.dup2(nothing.fileno(), descriptor)
     run = {"since": given["since"], "runner": given["runner"], "cwd": given["cwd"]}
-    follow(Store(given["run"]), given["targets"], **run)
+    follow(Store(given["run"]).patient(Patience(deadline_s=_OUTAGE_S)), given["targets"], **run)
 
 
 if __name__ == "__main__":

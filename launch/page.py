@@ -9,14 +9,16 @@ from typing import Any
 import jobkit
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
+from jobkit.printable import printable
 from jobkit.storage import explain as says
 from jobkit.units import show_duration
 from launch.curve import Curve, curve_of, nice_steps
-from launch.goodput import Attempt, Goodput, Interval, Phase, by_share, measure
+from launch.goodput import Attempt, Goodput, by_share, lost_of, measure
 from launch.history import History, number_of
 from launch.phases import COLORS, MEANING, WORDS, ink_on, percent
 from launch.shown import WAITING, clock, end_of, figures, overview_head, overview_row, steps_of
 from launch.story import explain
+from launch.timeline import Interval, Phase
 
 _TICKS_S = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
 _TICKS_S += [86400 * days for days in (1, 2, 5, 10, 20, 50, 100)]
@@ -50,7 +52,12 @@ def page(histories: Sequence[History]) -> str:
 
     # Names, commands and reasons are whatever a program said: all of it is escaped.
     environment = Environment(
-        loader=PackageLoader("launch"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("launch"),
+        autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     found = [measure(history) for history in histories]
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
@@ -120,7 +127,7 @@ def _tiles(found: Goodput) -> list[dict[str, str]]:
     step = "-" if found.steps is None else f"{found.steps:,}"
     count = len(found.attempts)
     tiles.append(tile("step", step, f"in {count} attempt{'s' * (count != 1)}"))
-    tiles.append(tile("steps lost", f"{found.lost_steps:,}", f"of {found.executed_steps:,} trained"))
+    tiles.append(tile("steps lost", lost_of(found), f"of {found.executed_steps:,} trained"))
     if found.to_save:
         commit = found.notice_to_commit_s
         note = f"{commit.median:.2f} s to the commit" if commit is not None else "none was committed"
@@ -303,7 +310,7 @@ def _attempt(one: Attempt) -> dict[str, str]:
         "number": str(one.attempt),
         "length": show_duration(one.held_s),
         "steps": steps_of(one),
-        "lost": f"{one.lost_steps:,}",
+        "lost": lost_of(one),
         "cost": show_duration(one.ending_s) if one.ending_s else "-",
         "money": "" if one.cost is None else f"{one.cost:,.2f}",
         "why": end_of(one),

@@ -1,6 +1,6 @@
 """How a phase of a run is called and coloured, in every picture of it."""
 
-from launch.goodput import Phase
+from launch.timeline import Phase
 
 WORDS = {
     Phase.TRAIN: "training",
@@ -23,7 +23,7 @@ MEANING = {
     Phase.SAVE: "training waited for a save",
     Phase.EMERGENCY: "a notice was served: from the last step to the commit",
     Phase.LOST: "training that an interruption took back",
-    Phase.STALLED: "no sign of life until the watchdog ended it",
+    Phase.STALLED: "no step for far longer than any before",
     Phase.START: "imports and the program's own preparation",
     Phase.RESTORE: "the checkpoint was read",
     Phase.COMPILE: "until the end of the first step",

@@ -1,6 +1,6 @@
 """The report as one picture: where the time went, a lane for each attempt, and the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,11 @@ from jobkit.errors import ConfigError
 from jobkit.storage import explain
 from jobkit.units import show_duration
 from launch.curve import Curve, curve_of
-from launch.goodput import Goodput, Interval, Phase, by_share, measure
+from launch.goodput import Goodput, by_share, lost_of, measure
 from launch.history import History
 from launch.phases import COLORS, WORDS, ink_on, percent
 from launch.shown import WAITING
+from launch.timeline import Interval, Phase
 
 _INK, _SOFT, _GRID = "#17202a", "#5b6672", "#e3e7ec"
 _STYLE: dict[str, Any] = {
@@ -34,18 +35,30 @@ def write_picture(path: Path, histories: Sequence[History]) -> Path:
     Raises:
         ConfigError: If matplotlib is not installed, or the picture cannot be written there.
     """
+    found = [measure(history) for history in histories]
+
+    def draw(plt: Any) -> Any:
+        return _one(plt, found[0], curve_of(histories[0], found[0])) if len(found) == 1 else _many(plt, found)
+
+    return write_figure(path, draw)
+
+
+def write_figure(path: Path, draw: Callable[[Any], Any]) -> Path:
+    """Write what is drawn with pyplot into a PNG.
+
+    Raises:
+        ConfigError: If matplotlib is not installed, or the picture cannot be written there.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
-        raise ConfigError("--png draws with matplotlib: pip install 'jobkit[report]'") from None
+        raise ConfigError("--png draws with matplotlib: pip install matplotlib") from None
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     style: Any = _STYLE
-    found = [measure(history) for history in histories]
     with plt.rc_context(style):
-        one = len(found) == 1
-        figure = _one(plt, found[0], curve_of(histories[0], found[0])) if one else _many(plt, found)
+        figure = draw(plt)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=110, format="png")
@@ -79,7 +92,7 @@ def _one(plt: Any, found: Goodput, curve: Curve | None) -> Any:
 
 def _title(found: Goodput) -> str:
     words = [found.name, f"goodput {percent(found.goodput)} of {show_duration(found.total_s)}"]
-    words.append(f"{found.lost_steps:,} of {found.executed_steps:,} steps lost")
+    words.append(f"{lost_of(found)} of {found.executed_steps:,} steps lost")
     if found.to_save:
         words.append(f"{found.saved_on_notice} of {found.to_save} notices saved")
     return "   ".join(words)

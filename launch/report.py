@@ -1,8 +1,8 @@
 """What a run is doing and has done, read from its directory alone."""
 
 import contextlib
-import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from jobkit import contract, mirror
+from jobkit import contract, decode, mirror, names
 from jobkit.contract import State
 from jobkit.control import says_stop
 from jobkit.errors import JobkitError
@@ -18,12 +18,16 @@ from jobkit.heartbeat import Beat, read_beat
 from jobkit.ledger import Event, read_json
 from jobkit.storage import Store
 from jobkit.units import show_duration
-from launch import leftovers
+from launch import lease, leftovers
 from launch import spec as specs
+from launch.lease import Holder
 from launch.lock import held
+from launch.troubles import Trouble, standing, unsaved
 
 _TAIL_BYTES = 1 << 16
 """How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""
+_RECENT = 100
+"""Of so many of the newest attempts a status tells the endings and notices, for the same reason."""
 
 
 class Job(Protocol):
@@ -74,12 +78,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         metrics: Newest logged values.
         reason: Why the run is in this state, one clause.
         submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s).
-        notices: Preemption notices: attempt, t, source.
-        endings: How the attempts ended, oldest first.
+        notices: Preemption notices of the newest 100 attempts: attempt, t, source.
+        endings: How the newest 100 attempts ended, oldest first.
         job: Number of the run's job, for a scheduler.
-        set_aside: Checkpoints that were found damaged: attempt, t, step, reason.
+        set_aside: Checkpoints that the newest 100 attempts found damaged: attempt, t, step, reason.
         storage: What is wrong with the run's URL, '' while uploads get there.
+        troubles: What else is wrong while it runs.
         runner: 'alive', 'gone' (killed: nothing will happen until `jobkit resume`) or 'ended'.
+        host: The other machine whose local runner has the run; '' if it is this one, or a scheduler has it.
+        sign_s: How many seconds ago that runner's last sign of life was, by the clock of the storage.
         values: Of a point of a sweep: what each name is there.
         points: Of a sweep: the status of each point; its own state is running while a point runs, and over when all
             are: failed or cancelled if one is, else done.
@@ -105,7 +112,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     job: str | None = None
     set_aside: list[dict[str, Any]] = []
     storage: str = ""
+    troubles: list[Trouble] = []
     runner: str = "alive"
+    host: str = ""
+    sign_s: float | None = None
     values: dict[str, str] = {}
     points: list["Status"] = []
 
@@ -113,6 +123,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     def ended(self) -> bool:
         """Whether the run's end is written down."""
         return self.runner == "ended"
+
+    @property
+    def place(self) -> str:
+        """Which other machine runs it, as the end of a sentence: ' on HOST (last sign 12 s ago)'; '' if none does."""
+        return f" on {lease.shown(self.host, self.sign_s)}" if self.host else ""
 
 
 def to_json(value: object) -> str:
@@ -131,18 +146,29 @@ def status(store: Store, *, assume_held: bool | None = None, job: Job | None = N
     Raises:
         JobkitError: If it is not a run, or run.json is damaged.
     """
-    if job is not None:
-        alive = job.active or job.state == "UNKNOWN"
-    else:  # the lock first: a runner writes its end before it lets go
-        alive = _lives(store) if assume_held is None else assume_held
-    result = _status(store, alive, job)
+    result = _status(store, *_alive(store, job, assume_held), job)
     if result.runner != "gone" or assume_held is not None:
         return result
     # Its end may have been written between the two looks; or it was resumed.
     if store.remote is not None and not held(store):
         with contextlib.suppress(JobkitError):
             mirror.refresh(store)
-    return _status(store, alive if job is not None else _lives(store), job)
+    return _status(store, *_alive(store, job, assume_held), job)
+
+
+def _alive(store: Store, job: Job | None, assume_held: bool | None) -> tuple[bool, Holder | None]:
+    """Tell whether a run goes on by itself, and which runner of another machine has it if one does.
+
+    The lock is looked at before the ledger is: a runner writes its end before it lets go.
+    """
+    if job is not None:
+        return job.active or job.state == "UNKNOWN", None
+    if assume_held is not None:
+        return assume_held, None
+    if _lives(store):
+        return True, None
+    away = None if has_ended(store) or not specs.exists(store) else lease.elsewhere(store)
+    return away is not None, away
 
 
 def _lives(store: Store) -> bool:
@@ -186,24 +212,30 @@ def of_sweep(store: Store, points: list[Status]) -> Status:
         updated=max((point.updated for point in points if point.updated is not None), default=None),
         job=next((jobs_[-1] for jobs_ in [jobs(store, backend)] if jobs_), None),
         runner="alive" if alive else "gone" if gone else "ended",
+        troubles=[
+            msgspec.structs.replace(trouble, text=f"point {number}: {trouble.text}")
+            for number, point in enumerate(points)
+            for trouble in point.troubles
+        ],
         points=points,
     )
 
 
-def _status(store: Store, alive: bool, job: Job | None = None) -> Status:
+def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> Status:
     spec = specs.read(store)
     backend, created = specs.read_backend(store)
     attempts = store.numbers(contract.ATTEMPTS)
     newest = attempts[-1] if attempts else None
-    endings = [ending for attempt in attempts if (ending := _ending(store, attempt)) is not None]
+    recent = attempts[-_RECENT:]
+    endings = [ending for attempt in recent if (ending := _ending(store, attempt)) is not None]
     running = newest is not None and (not endings or endings[-1].attempt != newest)
     running = running and not (job is not None and job.pending)
     state, reason, runner = _state(store, alive, attempted=newest is not None, running=running, job=job)
-    beat = _beat(store, newest) if running and newest is not None else None
-    if beat is None and state is State.RUNNING and not reason:
+    committed = leftovers.committed_step(store)  # before the heartbeat, which would be older than a commit else
+    beat = _beat(store, newest) if running and newest is not None and away is None else None
+    if beat is None and state is State.RUNNING and not reason and away is None:
         reason = "starting"
     events = _attempt_tail(store, newest) if newest is not None else []
-    committed = leftovers.committed_step(store)
     return Status(
         run=store.url,
         name=spec.name,
@@ -214,18 +246,22 @@ def _status(store: Store, alive: bool, job: Job | None = None) -> Status:
         step=_step(beat, endings, committed),
         committed_step=committed if committed >= 0 else None,
         phase=beat.phase.name.lower() if beat is not None else None,
-        metrics=_metrics(store, attempts, events),
+        metrics=_metrics(store, recent, events),
         reason=reason,
         command=spec.command,
         submitted=created,
         started=_first_time(store, newest),
         updated=_updated(store, newest),
-        notices=[notice for attempt in attempts for notice in _told(store, attempt, "supervisor", "notice")],
-        set_aside=[event for attempt in attempts for event in _told(store, attempt, 0, "set_aside")],
+        notices=[event for one in recent for event in _told(store, one, "supervisor", "notice", last=_TAIL_BYTES)],
+        # They are found before the first step.
+        set_aside=[event for one in recent for event in _told(store, one, 0, "set_aside", first=_TAIL_BYTES)],
         endings=endings,
         job=job.id if job is not None else None,
+        troubles=_troubles(store, newest) if newest is not None and state is State.RUNNING else [],
         storage=_outage(store, newest) if newest is not None and store.remote is not None else "",
         runner=runner,
+        host=away.host if away is not None and not state.over else "",
+        sign_s=away.sign_s if away is not None and not state.over else None,
         values=spec.values,
     )
 
@@ -274,21 +310,31 @@ def _known_state(value: object) -> State:
 
 def events(store: Store) -> list[Event]:
     """Return the launching side's ledger, in the order written."""
-    return list(_lines(store.file(contract.EVENTS)))
+    return list(_lines(store, contract.EVENTS))
 
 
 def jobs(store: Store, backend: str) -> list[str]:
     """List a run's jobs of one scheduler that are in its ledger, oldest first."""
-    told = (event for event in events(store) if event["event"] == "job" and "id" in event)
+    told = (event for event in events(store) if event["event"] == "job" and _JOB.fullmatch(str(event["id"] or "")))
     return [str(event["id"]) for event in told if event.get("backend", "slurm") == backend]
+
+
+_JOB = re.compile(r"\w[\w.:/-]{0,500}", re.ASCII)
+"""A scheduler's name of a job; it becomes an argument of what asks for it."""
 
 
 def last_life_event(store: Store) -> Event:
     """Return the newest of submitted, resumed, decision, ended; empty if there is none."""
-    for event in reversed(list(_lines(store.file(contract.EVENTS)))):
-        if event["event"] in ("submitted", "resumed", "decision", "ended"):
-            return event
+    for much in (_TAIL_BYTES, None):
+        for event in reversed(list(_lines(store, contract.EVENTS, last_bytes=much))):
+            if event["event"] in ("submitted", "resumed", "decision", "ended"):
+                return event
     return {}
+
+
+def has_ended(store: Store) -> bool:
+    """Tell whether the end of a run is written down."""
+    return last_life_event(store).get("event") == "ended"
 
 
 def _cancelled(store: Store) -> Store | None:
@@ -305,26 +351,19 @@ def cancel_reason(store: Store) -> str:
         return "cancelled"
 
 
-def _lines(path: Path, *, tail_bytes: int | None = None) -> Iterator[Event]:
+def _lines(store: Store, name: str, *, first_bytes: int = -1, last_bytes: int | None = None) -> Iterator[Event]:
     """Yield the events of one ledger file, in the order written, torn lines left out."""
     try:
-        with path.open("rb") as file:
-            if tail_bytes is not None:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
-            content = file.read()
-    except OSError:
+        content = store.read(name, first_bytes=first_bytes, last_bytes=last_bytes)
+    except FileNotFoundError:
         return
     for line in content.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and isinstance(event.get("t"), int | float) and "event" in event:
+        if (event := decode.event(line)) is not None:
             yield event
 
 
 def _attempt_tail(store: Store, attempt: int) -> list[Event]:
-    return list(_lines(store.file(contract.events_file(attempt, 0)), tail_bytes=_TAIL_BYTES))
+    return list(_lines(store, contract.events_file(attempt, 0), last_bytes=_TAIL_BYTES))
 
 
 def _metrics(store: Store, attempts: list[int], newest: list[Event]) -> dict[str, float | None]:
@@ -377,21 +416,30 @@ def _step(beat: Beat | None, endings: list[Ending], committed: int) -> int | Non
     if beat is not None and beat.step >= 0:
         return beat.step
     known = endings[-1].step if endings else None
-    return known if known is not None else _count(committed)
+    # A program that was started by hand has no supervisor that writes down where it ended.
+    return _count(max(-1 if known is None else known, committed))
 
 
-def _told(store: Store, attempt: int, writer: int | str, name: str) -> list[dict[str, Any]]:
-    """Return the events of one kind that one writer of an attempt wrote down."""
-    found = (event for event in _lines(store.file(contract.events_file(attempt, writer))) if event["event"] == name)
+def _told(
+    store: Store, attempt: int, writer: int | str, name: str, *, first: int = -1, last: int | None = None
+) -> list[dict[str, Any]]:
+    """Return the events of one kind in the first or last bytes that one writer of an attempt wrote down."""
+    lines = _lines(store, contract.events_file(attempt, writer), first_bytes=first, last_bytes=last)
+    found = (event for event in lines if event["event"] == name)
     wanted = ("t", "source", "step", "reason")
     return [{"attempt": attempt} | {key: event[key] for key in wanted if key in event} for event in found]
+
+
+def _troubles(store: Store, attempt: int) -> list[Trouble]:
+    supervisor = _lines(store, contract.events_file(attempt, "supervisor"), last_bytes=_TAIL_BYTES)
+    return [*standing(supervisor), *standing(filter(None, [unsaved(store, attempt)]))]
 
 
 def _outage(store: Store, attempt: int) -> str:
     """Say since when, and why, nothing reaches the run's URL; '' if the newest upload did."""
     last: Event | None = None
     for writer in ("supervisor", 0):
-        for event in _lines(store.file(contract.events_file(attempt, writer)), tail_bytes=_TAIL_BYTES):
+        for event in _lines(store, contract.events_file(attempt, writer), last_bytes=_TAIL_BYTES):
             if event["event"] in ("upload_failed", "upload_back", "uploaded"):
                 last = event
     if last is None or last["event"] != "upload_failed":
@@ -403,7 +451,7 @@ def _outage(store: Store, attempt: int) -> str:
 def _first_time(store: Store, attempt: int | None) -> float | None:
     if attempt is None:
         return None
-    events = _lines(store.file(contract.events_file(attempt, "supervisor")))
+    events = _lines(store, contract.events_file(attempt, "supervisor"))
     return next((float(event["t"]) for event in events), None)
 
 
@@ -413,13 +461,7 @@ def _updated(store: Store, attempt: int | None) -> float | None:
     if attempt is not None:
         names += [contract.events_file(attempt, 0), contract.events_file(attempt, "supervisor")]
         names += [contract.log_file(attempt), f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"]
-    times = []
-    for name in names:
-        try:
-            times.append(store.file(name).stat().st_mtime)
-        except OSError:
-            continue
-    return max(times, default=None)
+    return max((found.st_mtime for name in names if (found := store.stat(name)) is not None), default=None)
 
 
 def age(moment: float | None) -> float | None:
@@ -444,8 +486,8 @@ def _search(directory: Path, depth: int, found: list[tuple[float, Path]]) -> Non
     if depth == 0:
         return
     try:
-        entries = [entry.path for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+        entries = [entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return
-    for entry in sorted(entries):
-        _search(Path(entry), depth - 1, found)
+    for entry in sorted(filter(names.is_text, entries)):
+        _search(directory / entry, depth - 1, found)

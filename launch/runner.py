@@ -5,6 +5,7 @@ and `jobkit resume` starts another runner. It never starts an attempt while a pr
 """
 
 import contextlib
+import functools
 import os
 import random
 import select
@@ -16,14 +17,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from jobkit import contract, mirror, processes
+from jobkit import contract, emptying, mirror, names, processes
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import JobkitError, StorageError, say
+from jobkit.errors import JobkitError, say
 from jobkit.ledger import Ledger, attempt_events
-from jobkit.storage import Store
+from jobkit.patience import Patience, at_once
+from jobkit.storage import Store, explain
 from launch import container, leftovers, notify, report, restart, snapshot
+from launch import spec as specs
 from launch.command import command_in, in_container, search_path
+from launch.lease import Lease
 from launch.spec import JobSpec
 
 POLL_S = 0.1
@@ -37,6 +42,8 @@ _DAEMON_S = 300.0
 """How long Docker may be down between two attempts, for an upgrade."""
 _NOT_STARTED = (125, 126, 127)
 """Of `docker run`: no container could be made of the image, or its python3 could not be started."""
+KILLED = 128 + signal.SIGKILL
+"""Exit code of what has not told how it ended."""
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -75,19 +82,21 @@ class Runner:
         spec: What was submitted.
         lock_fd: Descriptor of the run's lock; supervisors inherit it. None where a scheduler sees to it that a run is
             not run twice.
+        lease: The run's lease, where there is a lock.
     """
 
     output: int | None = subprocess.DEVNULL
     """Where supervisors copy the program's output to: the attempt's log has it in any case."""
 
-    def __init__(self, store: Store, spec: JobSpec, lock_fd: int | None) -> None:
-        self._store, self._spec, self._lock_fd = store, spec, lock_fd
-        self._ledger = Ledger(store.file(contract.EVENTS))
+    def __init__(self, store: Store, spec: JobSpec, lock_fd: int | None, lease: Lease | None = None) -> None:
+        self._spec, self._lock_fd, self._lease = spec, lock_fd, lease
+        self._store = store.patient(Patience(nap=self._bide, over=lambda: self._over() is not None))
+        """Waits for a storage that does not answer, until the run is to stop: nothing else is lost by waiting."""
+        self._quick = store.patient(at_once)
+        """For what is done while an attempt runs, whose signals must not wait."""
         self._signal: int | None = None
         self._codes: dict[int, int] = {}
         self._history: list[restart.Ended] = []
-        self._owed: list[Callable[[], None]] = []
-        """What writes down how earlier attempts ended, where a full disk did not let us."""
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
 
@@ -106,11 +115,39 @@ class Runner:
         try:
             state, reason = self._attempts()
         except JobkitError as error:
-            state, reason = State.FAILED, str(error)
-        self._ledger.append("ended", durable=True, state=state, reason=reason)
+            state, reason = self._over() or (State.FAILED, str(error))
+        # Whoever has the run now writes its ledger on the URL: where that cannot be asked, ours stays in the home.
+        sure = self._lease is None or self._lease.look()
+        if self._lease is not None and self._lease.lost:
+            say(self._lease.lost)
+            return state
         with contextlib.suppress(JobkitError):
-            mirror.carry_described(self._store)
+            self._write_down("ended", state=state, reason=reason)
+            if sure:
+                mirror.carry_described(self._store)
         return state
+
+    @functools.cached_property
+    def _ledger(self) -> Ledger:
+        return self._store.insist(lambda: Ledger(self._store.file(contract.EVENTS)))
+
+    def _write_down(self, event: str, **fields: Any) -> None:
+        """Append to the ledger what must not be lost."""
+        self._ledger.append(event, durable=True, **fields)
+        self._store.insist(self._ledger.settle)
+
+    def _bide(self, seconds: float) -> None:
+        """Wait while no attempt runs: for the next one, or for a storage that does not answer."""
+        self._nap(seconds)
+
+    def empty_home(self) -> None:
+        """Give back the room on this node once the run has ended, unless somebody is likely to go on here soon."""
+        if self._signal is not None or (self._lease is not None and self._lease.lost):
+            return
+        with contextlib.suppress(JobkitError):
+            stopped = self._cancelled() and report.cancel_reason(self._quick).startswith("stopped")
+            if not stopped and report.has_ended(self._quick):
+                emptying.empty(self._quick)
 
     def _listen(self) -> None:
         self._wake, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -128,7 +165,7 @@ class Runner:
         self._clear()
         if self._docker:  # made for an attempt whose runner was killed, and never started
             container.remove(self._store.url)
-        self._write_down(lambda: leftovers.close_attempts(self._store, "the runner and the supervisor were killed"))
+        leftovers.close_attempts(self._store, "the runner and the supervisor were killed")
         policy = restart.Policy(
             max_failures=self._spec.max_failures, committed_at_start=leftovers.committed_step(self._store)
         )
@@ -140,7 +177,7 @@ class Runner:
             if decision.state is not State.DONE and (over := self._over()) is not None:
                 break
             told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
-            self._ledger.append("decision", **told, attempt=self._newest_attempt, durable=True)
+            self._write_down("decision", **told, attempt=self._newest_attempt)
             if not decision.restart:
                 return decision.state, decision.reason
             self._wait(decision.delay_s)
@@ -148,8 +185,10 @@ class Runner:
 
     def _over(self) -> tuple[State, str] | None:
         """Tell how the run ends if no further attempt may start."""
+        if self._lease is not None and self._lease.lost:
+            return State.FAILED, self._lease.lost
         if self._cancelled():
-            return State.CANCELLED, report.cancel_reason(self._store)
+            return State.CANCELLED, report.cancel_reason(self._quick)
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             return State.FAILED, (
@@ -161,52 +200,40 @@ class Runner:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
         with contextlib.suppress(JobkitError):
             mirror.hear(self._store, contract.CANCEL)
+        if self._lease is not None:
+            self._lease.look()
         return self._over()
 
     def _cancelled(self) -> bool:
         try:
-            return self._store.exists(contract.CANCEL)
-        except OSError:
+            return self._quick.exists(contract.CANCEL)
+        except JobkitError:
             return False  # a shared disk that does not answer must not end the training
 
     def _wait(self, delay_s: float) -> None:
         deadline = time.monotonic() + delay_s
-        while self._over() is None and (left := deadline - time.monotonic()) > 0:
-            self._nap(min(left, POLL_S))
+        while not self._settled() and (left := deadline - time.monotonic()) > 0:
+            self._bide(min(left, POLL_S))
+
+    def _settled(self) -> bool:
+        """Tell whether no further attempt is to start here, however long it was to wait."""
+        return self._over() is not None
 
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
         started = time.monotonic()
         if self._docker:
             self._until_docker()
-        command, environ = self.prepare(dict(os.environ))
-        try:
-            self._pay()
-            attempt = mirror.claim(self._store.with_deadline(_CLAIM_S))
-        except JobkitError as error:
-            say(str(error))
-            code, reached = int(error.exit_code), leftovers.committed_step(self._store)
-            return restart.Ended(contract.outcome_of(code), code, reached, duration_s=time.monotonic() - started)
+        command, environ = self._store.insist(lambda: self.prepare(dict(os.environ)))
+        attempt = self._store.insist(lambda: mirror.claim(self._quick.with_deadline(_CLAIM_S)))
         self._newest_attempt = attempt
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
         if self._docker and code != 0:  # its client may have been killed while it was making one
             container.remove(self._store.url)
-        self._write_down(lambda: self._close(attempt, code))
-        return self._ended(attempt, time.monotonic() - started, code)
-
-    def _write_down(self, close: Callable[[], None]) -> None:
-        """Write down how attempts ended; if the disk is full just now, no attempt begins before that is done."""
-        self._owed.append(close)
-        try:
-            self._pay()
-        except StorageError as error:
-            say(str(error))
-
-    def _pay(self) -> None:
-        while self._owed:
-            self._owed[0]()
-            del self._owed[0]
+        lasted_s = time.monotonic() - started
+        self._close(attempt, code)
+        return self._ended(attempt, lasted_s, code)
 
     def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """Make the code ready; return the supervisor's command and environment.
@@ -216,6 +243,12 @@ class Runner:
         Args:
             environ: The environment of a runner.
         """
+        try:
+            return self._prepare(environ)
+        except OSError as error:
+            raise explain(error, f"cannot make the code of {self._store.url} ready") from None
+
+    def _prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         spec = self._spec
         if spec.container is not None:
             environ = {name: environ[name] for name in environ if name != "PYTHONPATH"}
@@ -223,12 +256,13 @@ class Runner:
         if spec.code is None:
             top, path = Path(spec.root), old
         else:
-            at = Store(spec.sweep_url) if spec.sweep_url else self._store
+            at = specs.code_store(self._quick, spec)
             top = snapshot.unpack(at, spec.code, root=Path(spec.root), links=spec.links)
             path = snapshot.python_path(top, Path(spec.root), spec.imports, old)
-        cwd = top / os.path.relpath(spec.cwd, spec.root)
-        if spec.code is not None:
-            cwd.mkdir(parents=True, exist_ok=True)
+        place = os.path.relpath(spec.cwd, spec.root)
+        cwd = top / place
+        if spec.code is not None and not cwd.is_dir():
+            names.below(top, place).mkdir(parents=True, exist_ok=True)
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
         told = self._grace() if spec.stall_s is None else self._grace() | {contract.ENV_STALL: f"{spec.stall_s:g}"}
@@ -247,23 +281,28 @@ class Runner:
 
     def _start(self, supervise: list[str], environ: dict[str, str]) -> list[int]:
         """Start the supervisors of an attempt; return the processes to wait for."""
-        started = []
-        for own in self._processes():
-            try:
-                process = subprocess.Popen(
-                    [*self._launcher(), *supervise],
-                    cwd=self._store.path,
-                    env=self._hand_down(environ) | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=self.output,
-                    pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
-                    preexec_fn=_end_with_us if self._docker else None,
-                )
-            except OSError as error:
-                raise JobkitError(f"cannot start the supervisor: {error}") from None
-            process.returncode = 0  # reaped by `_reap`, which reaps orphans too
-            started.append(process.pid)
-        return started
+        return [
+            self._store.insist(functools.partial(self._start_one, supervise, environ | own))
+            for own in self._processes()
+        ]
+
+    def _start_one(self, supervise: list[str], environ: dict[str, str]) -> int:
+        try:
+            process = subprocess.Popen(
+                [*self._launcher(), *supervise],
+                cwd=self._store.path,
+                env=self._hand_down(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
+                preexec_fn=_end_with_us if self._docker else None,
+            )
+        except (FileNotFoundError, PermissionError) as error:
+            raise JobkitError(f"cannot start the supervisor: {error}") from None
+        except OSError as error:
+            raise explain(error, "cannot start the supervisor") from None
+        process.returncode = 0  # reaped by `_reap`, which reaps orphans too
+        return process.pid
 
     def _processes(self) -> list[dict[str, str]]:
         """Return what to start for one attempt: the environment of each."""
@@ -319,12 +358,16 @@ class Runner:
         """Wait for what was started, passing on a wish to stop; kill what is left after the grace period.
 
         Returns:
-            0, or the code of the first that ended badly; then the others are not left to wait for it.
+            0, or the code of the first that ended badly; then the others are not left to wait for it. Where all of
+            several ended well, 137: those that stopped on notice did as well, and only their supervisors' own word
+            says that a run is done.
         """
         asked: float | None = None
         bad = 0
-        while any(pid not in self._codes for pid in started):
+        while True:
             self._nap(POLL_S)
+            if all(pid in self._codes for pid in started):
+                break
             self._while_running()
             bad = bad or next((code for pid in started if (code := self._codes.get(pid, 0)) != 0), 0)
             if self._over() is None and not bad:
@@ -340,7 +383,8 @@ class Runner:
                     # A supervisor a little later: it still writes how the program ended.
                     if pid not in {*started, *tops} or late > 3:
                         leftovers.send(pid, signal.SIGKILL)
-        return bad or next((code for pid in started if (code := self._codes[pid]) != 0), 0)
+        several = KILLED if len(started) > 1 else 0
+        return bad or next((code for pid in started if (code := self._codes[pid]) != 0), several)
 
     def _clear(self) -> None:
         """Wait for processes that lost their supervisor; they save and go by themselves, or are made to."""
@@ -367,7 +411,7 @@ class Runner:
         if program_code is not None:
             reason += f"; the program ended with {contract.describe_exit(program_code)}"
         if self._docker and code in _NOT_STARTED and not programs:
-            where = self._store.file("runner.log")
+            where = self._store.file(contract.RUNNER_LOG)
             reason = f"docker could not start the container ({contract.describe_exit(code)}): see {where}"
             try:
                 container.check_docker()

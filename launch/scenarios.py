@@ -37,6 +37,14 @@ class Shown:
         save_s: Seconds from the start of a save to its commit, the longest.
         save_every: Every how many steps the scenarios save.
         pace_s: What a drill adds to each step.
+        until: Where a drill ends the program's loops; None where the program has come to its end by itself, with
+            early stopping perhaps, which must not look like the loop's own end.
+        total: Steps of the program's own `steps()`, as far as it got; None in a loop of its own.
+        at: Where a run is interrupted in mid-run; None for the middle.
+        loops: How often it came to the end of a loop; 0 if the run saw none.
+        tail_s: Seconds from its last commit to its end, 0.0 where the drill ended it.
+        usual_s: Seconds of the program's own per step, the median.
+        long_step: The last step that took much longer, and its seconds; None if there is none.
     """
 
     run: str
@@ -46,6 +54,18 @@ class Shown:
     save_s: float
     save_every: int
     pace_s: float
+    until: int | None = None
+    total: int | None = None
+    at: int | None = None
+    loops: int = 1
+    tail_s: float = 0.0
+    usual_s: float = 0.0
+    long_step: tuple[int, float] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the program came to its own end."""
+        return self.until is None or (self.total is not None and self.total <= self.until)
 
     @property
     def scenario_s(self) -> float:
@@ -54,17 +74,21 @@ class Shown:
 
     @property
     def middle(self) -> int:
-        """A step in the middle, a little after a save was due."""
+        """The step that is asked for, or one in the middle, a little after a save was due."""
+        if self.at is not None:
+            return self.at
         return max(1, (self.steps // 2) // self.save_every * self.save_every + max(1, self.save_every // 3))
 
     @property
     def hit_save(self) -> int:
         """Which save to hit, counted from 1, the one at the start included: not the first, where there is time."""
+        if self.at is not None:
+            return self.at // self.save_every + 1
         return 3 if self.save_s < self.save_every * (self.step_s + self.pace_s) else 2
 
     @property
     def allowed_loss(self) -> int:
-        """Steps that a kill may cost: a save interval, and what was done while the next save was under way."""
+        """Steps that a kill may cost: the save interval, and what was trained while the save after it was in flight."""
         per_step = self.step_s + self.pace_s
         return self.save_every + max(1, round(3 * self.save_s / per_step) if per_step > 0 else 1)
 
@@ -157,6 +181,7 @@ class Scenario:
         act: What is done from outside, once the run is submitted.
         fault: What the program does to itself (see jobkit/faults.py).
         quick: Whether --quick has it.
+        lacking: Why a program gives no occasion for it, '' if it does.
     """
 
     name: str
@@ -165,10 +190,11 @@ class Scenario:
     act: Callable[[Stage], None] = lambda stage: None
     fault: Callable[[Shown], str] = lambda shown: ""
     quick: bool = False
+    lacking: Callable[[Shown], str] = lambda shown: ""
 
-    def environment(self, shown: Shown) -> dict[str, str]:
-        """Return what the program is told."""
-        drill = Drill(until=shown.steps, save_every=shown.save_every, pace_s=shown.pace_s)
+    def environment(self, shown: Shown, probe: tuple[int, ...] = ()) -> dict[str, str]:
+        """Return what the program is told; `probe` is as in `Drill`."""
+        drill = Drill(until=shown.until, save_every=shown.save_every, pace_s=shown.pace_s, probe=probe)
         return {contract.ENV_DRILL: drill.to_json(), contract.ENV_FAULT: self.fault(shown)}
 
 
@@ -345,27 +371,77 @@ def _judge_old(stage: Stage, before: set[int], at: float) -> None:
         stage.wrong.append(f"the old attempt removed step {removed[0]} after attempt 1 had begun")
 
 
+_WHERE = {"resumed": "behind resume()", "finished": "behind the last commit"}
+
+
 def describe(fault: str) -> str:
     """Say what the program does to itself, for a person."""
     found = faults.FAULT.fullmatch(fault)
     assert found is not None
-    point, count, attempt, name = found.groups()
-    which = f"step {count}" if point == "step" else f"{point.replace('_', ' ')}, number {count}"
-    return f"SIG{name or 'KILL'} to attempt {attempt} ({which})"
+    point, count, attempt, name, delay = found.groups()
+    which = _WHERE.get(point) or (f"step {count}" if point == "step" else f"{point.replace('_', ' ')}, number {count}")
+    later = f", {float(delay):.2f} s after that" if delay else ""
+    return f"SIG{name or 'KILL'} to attempt {attempt} ({which}{later})"
 
+
+_NO_STEPS = "the program counts its steps in a loop of its own"
+
+
+def _no_counted_steps(shown: Shown) -> str:
+    return _NO_STEPS if shown.total is None else ""
+
+
+def _no_long_step(shown: Shown) -> str:
+    if shown.long_step is None:
+        return _no_counted_steps(shown) or "no step took much longer than the others"
+    return ""
+
+
+def _in_long_step(shown: Shown) -> str:
+    """Hit the long step in the half of it that other steps do not have."""
+    step, seconds = shown.long_step or (0, 0.0)
+    return f"step:{step + 1}@0=KILL+{(shown.usual_s + seconds) / 2:.3f}"
+
+
+def _after_the_end(shown: Shown) -> str:
+    """Hit what follows the last commit: at its half, where that is known and takes long enough to be hit."""
+    later = f"+{shown.tail_s / 2:.3f}" if shown.tail_s >= _TAIL_S else ""
+    return f"finished:{shown.loops}@0=KILL{later}"
+
+
+_TAIL_S = 3.0
+"""What follows the last commit is hit at its half if it takes that long, else at its beginning: Python's own end does
+not count."""
 
 PREEMPTED, KILLED = Outcome.PREEMPTED, Outcome.KILLED
 
+_BEFORE_STEPS = Scenario(
+    "resumed", "notice between resume() and the first step", (PREEMPTED,), fault=lambda shown: "resumed:1@0=TERM"
+)
+_AFTER_STEPS = Scenario(
+    "after", "SIGKILL behind the last commit", (KILLED,), fault=_after_the_end, quick=True,
+    lacking=lambda shown: "" if shown.loops else "the program ended before the run saw the end of its loop",
+)  # fmt: skip
+_LONG_STEP = Scenario(
+    "evaluation", "SIGKILL in the longest step (evaluation)", (KILLED,), fault=_in_long_step, lacking=_no_long_step
+)
+
 ALL = (
     Scenario("start", "notice while the program starts", (PREEMPTED,), _while_starting),
+    _BEFORE_STEPS,
     Scenario("compile", "notice in the first step", (PREEMPTED,), _while_compiling, quick=True),
     Scenario("notice", "notice in mid-run", (PREEMPTED,), _while_training, quick=True),
     Scenario(
         "notice-save", "notice while a save is written", (PREEMPTED,),
         fault=lambda shown: f"during_write:{shown.hit_save}@0=TERM",
     ),
-    Scenario("notice-end", "notice in the last step", (), fault=lambda shown: f"step:{shown.steps}@0=TERM"),
+    Scenario(
+        "notice-end", "notice in the last step", (),
+        fault=lambda shown: f"step:{shown.steps}@0=TERM", lacking=_no_counted_steps,
+    ),
     Scenario("kill", "SIGKILL in mid-run", (KILLED,), _kill),
+    _LONG_STEP,
+    _AFTER_STEPS,
     Scenario(
         "kill-save", "SIGKILL while a save is written", (KILLED,),
         fault=lambda shown: f"during_write:{shown.hit_save}@0",
@@ -414,22 +490,28 @@ def _damage_between(stage: Stage) -> None:
 
 
 ON_SLURM = (
+    _BEFORE_STEPS,
     Scenario("requeue", "the job requeued in mid-run", (PREEMPTED,), _requeue, quick=True),
     Scenario(
         "notice", "notice in mid-run", (PREEMPTED,),
-        fault=lambda shown: f"step:{shown.middle}@0=TERM", quick=True,
+        fault=lambda shown: f"step:{shown.middle}@0=TERM", quick=True, lacking=_no_counted_steps,
     ),
     Scenario(
         "notice-save", "notice while a save is written", (PREEMPTED,),
         fault=lambda shown: f"during_write:{shown.hit_save}@0=TERM",
     ),
-    Scenario("kill", "SIGKILL in mid-run", (KILLED,), fault=lambda shown: f"step:{shown.middle}@0"),
+    Scenario(
+        "kill", "SIGKILL in mid-run", (KILLED,),
+        fault=lambda shown: f"step:{shown.middle}@0", lacking=_no_counted_steps,
+    ),
+    _LONG_STEP,
+    _AFTER_STEPS,
     Scenario(
         "kill-commit", "SIGKILL between data and commit", (KILLED,),
         fault=lambda shown: f"before_rename:{shown.hit_save}@0", quick=True,
     ),
     Scenario(
         "damage", "newest checkpoint damaged, SIGKILL", (KILLED,), _damage_between,
-        fault=lambda shown: f"step:{shown.middle}@0", quick=True,
+        fault=lambda shown: f"step:{shown.middle}@0", quick=True, lacking=_no_counted_steps,
     ),
 )  # fmt: skip

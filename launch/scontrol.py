@@ -4,8 +4,10 @@ Sources: scontrol(1), squeue(1); what a job sees on each event was measured on a
 `cause`, which is a pure function.
 """
 
+import contextlib
 import enum
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"
 _ACTIVE = (*_PENDING, "RUNNING", "COMPLETING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
 _DEFAULT_KILL_WAIT_S = 30.0
 """slurm.conf(5)."""
+_QOS_FIELDS = ("Name", "PreemptMode", "GraceTime", "PreemptExemptTime")
 _DEFAULT_HOLD_S = 120.0
 """AuthInfo's cred_expire: a requeued job may not start sooner."""
 
@@ -160,6 +163,32 @@ def hold_s(config: str | None = None) -> float:
     return float(found[1]) if found and int(found[1]) >= 5 else _DEFAULT_HOLD_S
 
 
+def own_qos(given: str | None = None) -> dict[str, str]:
+    """Return what the accounting says of a QOS: Name, PreemptMode, GraceTime, PreemptExemptTime.
+
+    Args:
+        given: Its name; the user's default one if not given.
+
+    Raises:
+        JobkitError: If there is no such QOS, or no accounting.
+    """
+    asked = ("sacctmgr", "--noheader", "--parsable2", "show")
+    if given is None:
+        user = pwd.getpwuid(os.getuid()).pw_name
+        told = run(*asked, "assoc", "where", f"user={user}", "format=DefaultQOS")
+        given = next(filter(None, told.split()), "normal")
+    known = parse_qos(run(*asked, "qos", f"format={','.join(_QOS_FIELDS)}"))
+    if given not in known:
+        raise ConfigError(f"the cluster has no QOS {given!r}; it has {', '.join(known) or 'none'}")
+    return known[given]
+
+
+def parse_qos(printed: str) -> dict[str, dict[str, str]]:
+    """Read sacctmgr's lines of `_QOS_FIELDS`; return the fields by the QOS's name."""
+    lines = (line.split("|") for line in printed.splitlines() if line.count("|") == len(_QOS_FIELDS) - 1)
+    return {fields[0]: dict(zip(_QOS_FIELDS, fields, strict=True)) for fields in lines}
+
+
 def kill_wait_s(config: str | None = None) -> float:
     """Return how long SLURM at least waits between SIGTERM and SIGKILL, in seconds, from `scontrol show config`.
 
@@ -290,8 +319,18 @@ def requeue(job: str) -> None:
     Raises:
         SlurmError: If SLURM refuses.
     """
-    try:
+    with contextlib.suppress(SlurmError):
         run("scontrol", "update", f"JobId={job}", "Requeue=1")  # of a job that was submitted with --no-requeue
-    except SlurmError:
-        pass
     run("scontrol", "requeue", job)
+
+
+def never_requeue(job: str) -> None:
+    """Keep SLURM from starting a job again by itself, now that what follows it is settled.
+
+    From 23.11 on a job that leaves inside its grace is requeued whatever its exit code, behind the hold; its successor
+    would wait for the second end. From 24.05 to 26.05.3 the mark of a preemption also outlives other requeues, so that
+    the end of a later life counts as one too (measured on 24.11.5 and 26.05.5; tests/recorded). A job that is being
+    ended refuses this, and so may a site: then its second life finds that it has nothing to do, and leaves.
+    """
+    with contextlib.suppress(JobkitError):
+        run("scontrol", "update", f"JobId={job}", "Requeue=0")

@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jobkit.units import show_duration, show_size
-from launch.goodput import Attempt, Goodput, Phase, by_share
+from launch.goodput import Attempt, Goodput, by_share, lost_of, lost_unseen
 from launch.phases import COLORS, WORDS, percent
+from launch.timeline import Phase
 
 _BAR = 64
 """Cells of a bar."""
@@ -99,7 +100,7 @@ def _attempts(found: Goodput) -> Table:
             str(one.attempt),
             show_duration(one.held_s),
             steps_of(one),
-            str(one.lost_steps),
+            lost_of(one),
             cost,
             *money,
             Text(end_of(one)),
@@ -124,7 +125,12 @@ def end_of(one: Attempt) -> str:
 
 def figures(found: Goodput) -> Iterator[tuple[str, str]]:
     """Yield what is worth knowing beside the shares, as pairs of words for a person."""
-    yield "steps lost", f"{found.lost_steps:,} ({found.repeated_steps:,} trained again) of {found.executed_steps:,}"
+    lost = f"{found.lost_steps:,} ({found.repeated_steps:,} trained again) of {found.executed_steps:,}"
+    if lost_unseen(found):
+        lost = (
+            f"unknown, {show_duration(found.seconds[Phase.LOST])} of training: of an own loop only the saves are known"
+        )
+    yield "steps lost", lost
     if found.to_save:
         yield "saved on notice", f"{found.saved_on_notice} of {found.to_save}"
     if (commit := found.notice_to_commit_s) is not None:
@@ -179,7 +185,7 @@ def overview_row(found: Goodput, *, priced: bool) -> list[str]:
     saved = f"{found.saved_on_notice}/{found.to_save}" if found.to_save else "-"
     step = "-" if found.steps is None else f"{found.steps:,}"
     row = [found.name, found.state or "-", str(len(found.attempts)), step, show_duration(found.total_s)]
-    row += [percent(found.goodput), f"{found.lost_steps:,}", saved]
+    row += [percent(found.goodput), lost_of(found), saved]
     return [*row, "-" if found.cost is None else f"{found.cost:,.2f}"] if priced else row
 
 

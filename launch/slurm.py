@@ -21,8 +21,8 @@ import msgspec
 
 from jobkit import contract, mirror
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
+from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.storage import Store, explain
 from jobkit.units import show_duration
 from launch import container, leftovers, report, scontrol, sweep
 from launch import spec as specs
@@ -34,7 +34,7 @@ from launch.submission import (
     Plan,
     ask_to_cancel,
     cancel_content,
-    end,
+    end_cancelled,
     make_point,
     new_run,
     open_run,
@@ -114,10 +114,16 @@ def check(options: Mapping[str, str], *, grace_s: float) -> None:
     Raises:
         ConfigError: With the remedy.
     """
+    if "expedite" in (options.get("requeue"), os.environ.get("SBATCH_REQUEUE")):
+        raise ConfigError(
+            "--requeue=expedite (or SBATCH_REQUEUE=expedite) is not for runs: SLURM then takes any exit code but 0 for "
+            "a broken node and may hold the job, also the 75 of a run that has saved and goes on; leave it out"
+        )
     for name, value in options.items():
         if name in _REFUSED:
             raise ConfigError(f"--{name} cannot be passed on to sbatch: {_REFUSED[name]}")
-        if "\n" in value or not name.replace("-", "").isalnum():
+        specs.check_line(f"--{name}", value)
+        if not name.replace("-", "").isalnum():
             raise ConfigError(f"--{name}={value!r} is no option of sbatch")
     limit_s = scontrol.parse_limit(options.get("time", ""))
     if limit_s is not None and limit_s < 2 * (grace_s + WARNING_S):
@@ -158,9 +164,11 @@ def plan(spec: JobSpec) -> Plan:
     Raises:
         ConfigError: If it cannot work.
     """
-    found = prepare(spec, elsewhere=spec.container is not None)
     if spec.container is not None:
         container.refuse_foreign(spec.container, BACKEND)
+        spec = msgspec.structs.replace(spec, container=container.in_full(spec.container, spec.cwd or os.getcwd()))
+    found = prepare(spec, elsewhere=spec.container is not None)
+    if found.spec.container is not None:
         in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
     return found
 
@@ -201,25 +209,28 @@ def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points
     """
     import submitit
 
-    folder(store).mkdir(parents=True, exist_ok=True)
     executor = _executor(spec, store, points)
     if dependency:
         executor.parameters["dependency"] = dependency
     said = io.StringIO()
     with clean_environment(), contextlib.redirect_stderr(said):  # submitit prints what sbatch said, and raises less
         try:
+            folder(store).mkdir(mode=0o777 if store.remote is None else 0o700, parents=True, exist_ok=True)
             job = executor._submit_command(command(store)).job_id
+        except OSError as error:
+            raise explain(error, f"cannot write the job's script into {folder(store)}") from None
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             hint = "; scontrol show config | grep MaxArraySize tells how large an array may be" if spec.sweep else ""
             raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}{hint}") from None
-    record(
-        store, "job", id=str(job), backend=BACKEND, by=who(), **({"array": sweep.compact(points)} if spec.sweep else {})
-    )
-    # SLURM has its own copy; a sweep of any size is five files. submitit leaves a link under its temporary name.
-    for path in folder(store).glob("*.sh" if spec.sweep else ".*.sh"):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(JobkitError):
+    told = {"array": sweep.compact(points)} if spec.sweep else {}
+    try:
+        record(store, "job", id=str(job), backend=BACKEND, by=who(), **told)
+        # SLURM has its own copy; a sweep of any size is five files. submitit leaves a link under its temporary name.
+        for path in folder(store).glob("*.sh" if spec.sweep else ".*.sh"):
+            path.unlink(missing_ok=True)
         mirror.carry_described(store)
+    except (JobkitError, OSError) as error:
+        say(f"job {job} is submitted, and writes itself down when it starts: {error}")
     return str(job)
 
 
@@ -373,16 +384,14 @@ def cancel(
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
     if not spec.sweep:
         make_point(store)
-    ask_to_cancel(store, word)
+    content, asked = ask_to_cancel(store, word), {}
     # After the sweep's own: a point that is made later looks for that one.
     if spec.sweep:
         members = [one for one in members if not states[one.url].over]
-        for one in filter(specs.exists, members):
-            ask_to_cancel(one, word)
+        asked = {one: ask_to_cancel(one, word) for one in filter(specs.exists, members)}
     _stop(members, grace_s=spec.grace_s, wait=wait, progress=progress)
-    if wait:
-        for one in filter(specs.exists, members):
-            end(one, State.CANCELLED, report.cancel_reason(one))
+    for one in filter(specs.exists, members if wait else ()):
+        end_cancelled(one, asked.get(one, content))
     after = set(_status(members).values())
     return next((state for state in after if not state.over), State.DONE if after == {State.DONE} else State.CANCELLED)
 

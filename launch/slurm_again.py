@@ -4,6 +4,7 @@ All of it is called inside the job that has to end.
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
 
 import msgspec
@@ -27,7 +28,7 @@ def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> st
     """
     for count in range(len(avoid), 0, -1):
         if _could_start(_without(spec, avoid[:count])):
-            successor = slurm.sbatch(store, _without(spec, avoid[:count]), dependency=f"afterany:{job}")
+            successor = _succeed(store, _without(spec, avoid[:count]), job)
             return f"submitted job {successor} after job {job}, without {', '.join(avoid[:count])}"
     raise ConfigError(f"SLURM has not enough nodes that are up, without {avoid[0]}")
 
@@ -81,19 +82,34 @@ def again(store: Store, spec: JobSpec, job: str, *, running: bool, avoid: Sequen
             why = f"since a requeue is held back for {show_duration(hold_s)}"
         except SlurmError as error:
             why = f"since it cannot be requeued ({error})"
+    return f"submitted job {_succeed(store, spec, job)} after job {job}, {why}"
+
+
+def _succeed(store: Store, spec: JobSpec, job: str) -> str:
+    """Submit the job that goes on after this one, which is then not requeued; return its number.
+
+    In this order: killed between the two, SLURM may requeue this job as well, which then finds itself superseded. So it
+    does where the grace was over just before; then this job's next life is let make way at once.
+    """
     successor = slurm.sbatch(store, spec, dependency=f"afterany:{job}")
-    return f"submitted job {successor} after job {job}, {why}"
+    scontrol.never_requeue(job)
+    with contextlib.suppress(JobkitError):
+        if int(scontrol.show_job(job).get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            wake(store, spec, job)
+    return successor
 
 
 _SHORT_HOLD_S = 15.0
 
 
 _WAKE = """\
-for second in $(seq 50); do
+for look in $(seq 250); do
   told=$(scontrol -o show job {job}) || exit 0
   case "$told" in
-    *" JobState=PENDING Reason=BeginTime "*) exec scontrol update JobId={job} StartTime=now+2 ;;
-    *" JobState=COMPLETING "*) sleep 1 ;;
+    *" JobState=PENDING Reason=BeginTime "* | *" JobState=PENDING Reason=None "*)
+      sleep 1.1
+      exec scontrol update JobId={job} StartTime=now ;;
+    *" JobState=COMPLETING "*) sleep 0.2 ;;
     *) exit 0 ;;
   esac
 done
@@ -101,7 +117,8 @@ done
 """Waits until SLURM holds a requeued job back, and lets it start; does nothing to one that was cancelled or runs.
 
 Not at once: a node refuses a job that starts in the very second in which it was ended there ("Job credential revoked"),
-and SLURM takes that for the job's end.
+and SLURM takes that for the job's end. Waiting here, and not with a later StartTime, has SLURM look for room right away
+instead of in its next round, which may be a minute off.
 """
 _WAKER_NEEDS = ("partition", "account", "qos", "reservation", "clusters")
 

@@ -6,6 +6,7 @@ over this process asks `scontrol` why, and only then decides: go on in this very
 again, or leave it be. A person's cancel is never undone.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,20 +14,21 @@ import time
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.patience import Patience
 from jobkit.slurm import parse_time
 from jobkit.storage import Store
 from launch import leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
 from launch.job_runner import JobRunner
-from launch.runner import free_port
+from launch.runner import KILLED, free_port
 from launch.scontrol import Cause, Job, SlurmError
 from launch.spec import JobSpec
 from launch.submission import OURS, begin_point, open_run
 
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""
-_KILLED = 128 + signal.SIGKILL
+_LOOK_S = 2.0
 
 
 class SlurmRunner(JobRunner):
@@ -45,6 +47,7 @@ class SlurmRunner(JobRunner):
         self._secured = ""
         """What makes the run go on after this job, once that is arranged."""
         self._lifted = False
+        self._look_at = 0.0
 
     def _listen(self) -> None:
         super()._listen()
@@ -54,13 +57,13 @@ class SlurmRunner(JobRunner):
     def _attempts_in_job(self) -> int:
         here = {"job": self._job, "restarts": self._restarts}
         again = any(here.items() <= event.items() for event in report.events(self._store))
-        self._ledger.append("job_started", **here, nodes=_nodes(), durable=True)
+        self._write_down("job_started", **here, nodes=_nodes())
         if self._restarts and not again:
             self._strike_lost()
         self._clear()
         ended_by = "the runner was killed" if again else "SLURM ended the job"
         preempted = self._restarts > 0 and not again
-        self._write_down(lambda: leftovers.close_attempts(self._store, ended_by, preempted=preempted))
+        leftovers.close_attempts(self._store, ended_by, preempted=preempted)
         if (cancelled := self._cancelled_before()) is not None:
             return self._end(State.CANCELLED, cancelled)
         policy = self._remember()
@@ -88,7 +91,7 @@ class SlurmRunner(JobRunner):
         if not before:
             reason = f"{decision.reason}; {_WORDS[why]}"
             told = {"action": decision.action, "delay_s": decision.delay_s, "reason": reason, "cause": why}
-            self._ledger.append("decision", **told, attempt=self._newest_attempt, job=self._job, durable=True)
+            self._write_down("decision", **told, attempt=self._newest_attempt, job=self._job)
         if why is Cause.REQUEUED:
             self._lift_hold()
             return self._leave("SLURM starts the job again", Exit.PREEMPTED)
@@ -101,7 +104,7 @@ class SlurmRunner(JobRunner):
             if self._move_away():
                 return self._leave(self._secured, Exit.PREEMPTED)
             self._wait(decision.delay_s)
-            return None
+            return self._leave(self._secured, Exit.PREEMPTED) if self._secured else None
         if (over := self._over_anywhere()) is not None:
             return self._end(*over)
         self._secure(running=why is not Cause.GONE)
@@ -111,14 +114,14 @@ class SlurmRunner(JobRunner):
         """Hold the death of a process against its node, where SLURM had nothing to do with it."""
         outcome = leftovers.read_outcome(self._store, self._newest_attempt) or {}
         if self._history[-1].outcome in (Outcome.KILLED, Outcome.STALLED) and "node" in outcome:
-            self._ledger.append("strike", node=outcome["node"], why=outcome.get("reason"), durable=True)
+            self._write_down("strike", node=outcome["node"], why=outcome.get("reason"))
 
     def _strike_lost(self) -> None:
         """Hold it against a node of the job's life before this one that SLURM has given up on."""
         before = [event for event in report.events(self._store) if event["event"] == "job_started"][:-1]
         if before:
             for node in scontrol.lost_nodes(str(before[-1].get("nodes", ""))):
-                self._ledger.append("strike", node=node, why="SLURM lost it", lost=True, durable=True)
+                self._write_down("strike", node=node, why="SLURM lost it", lost=True)
 
     def _move_away(self) -> bool:
         """Leave this allocation for one without the nodes that failed us, if it has any and SLURM has others."""
@@ -138,8 +141,10 @@ class SlurmRunner(JobRunner):
     def _secure(self, *, running: bool) -> None:
         """Arrange, once, that the run goes on after this job."""
         if not self._secured:
-            bad = nodes.avoid(report.events(self._store), time.time())
-            self._secured = slurm_again.again(self._store, self._spec, self._job, running=running, avoid=bad)
+            bad: list[str] = []
+            with contextlib.suppress(JobkitError):
+                bad = nodes.avoid(report.events(self._quick), time.time())
+            self._secured = slurm_again.again(self._quick, self._spec, self._job, running=running, avoid=bad)
             self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
 
     def _lift_hold(self) -> None:
@@ -161,17 +166,36 @@ class SlurmRunner(JobRunner):
             return f"job {newest}"
         return super()._superseded()
 
+    def _leave(self, reason: str, code: int) -> int:
+        if code != Exit.PREEMPTED:  # nothing is to come of this job
+            scontrol.never_requeue(self._job)
+        return super()._leave(reason, code)
+
     def _while_running(self) -> None:
         """Look after the run's future when SLURM ends the job under a program that may not be through in time."""
-        if self._signal is None or self._secured or self._cancelled():
+        if self._signal is not None:
+            self._look_ahead((Cause.TIME_LIMIT, Cause.GONE), running=False)
+
+    def _settled(self) -> bool:
+        return super()._settled() or bool(self._secured)
+
+    def _bide(self, seconds: float) -> None:
+        # SLURM may end the job meanwhile, and tells this process nothing of it.
+        self._nap(seconds)
+        self._look_ahead((Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.GONE), running=self._signal is None)
+
+    def _look_ahead(self, causes: tuple[Cause, ...], *, running: bool) -> None:
+        """Arrange that the run goes on, where SLURM ends the job for one of some causes; again, where that fails."""
+        if self._secured or self._cancelled() or time.monotonic() < self._look_at:
             return
-        self._signal = None
+        self._look_at = time.monotonic() + _LOOK_S
         try:
             why = self._cause()
-            if why in (Cause.TIME_LIMIT, Cause.GONE):
-                self._secure(running=False)
+            if why in causes:
+                self._secure(running=running and why is not Cause.GONE)
             elif why is Cause.REQUEUED:
                 self._lift_hold()
+            self._signal = None
         except JobkitError as error:
             say(str(error))
 
@@ -218,9 +242,14 @@ class SlurmRunner(JobRunner):
             state = scontrol.accounted([before]).get(before, Job(before, "")).state
         return f"job {before} was cancelled (scancel)" if state == "CANCELLED" else None
 
+    def _end(self, state: State, reason: str) -> int:
+        code = super()._end(state, reason)
+        self.empty_home()  # a node keeps its disk; a VM's goes with it
+        return code
+
     def _over(self) -> tuple[State, str] | None:
         # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.
-        return (State.CANCELLED, report.cancel_reason(self._store)) if self._cancelled() else None
+        return (State.CANCELLED, report.cancel_reason(self._quick)) if self._cancelled() else None
 
     # One attempt is one step.
 
@@ -244,7 +273,7 @@ class SlurmRunner(JobRunner):
 
     def _follow(self, started: list[int]) -> int:
         # srun exits 0 when it loses a node: only the supervisors' own word says that a run is done.
-        return super()._follow(started) or _KILLED
+        return super()._follow(started) or KILLED
 
     def _close(self, attempt: int, code: int) -> None:
         read = leftovers.read_outcome if self._tasks() == 1 else leftovers.of_all_processes
@@ -299,13 +328,14 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a SLURM job: use jobkit submit --on slurm")
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    store = open_run(arguments[0])
+    patience = Patience()
+    store = patience(lambda: open_run(arguments[0])).patient(patience)
     if specs.read(store).sweep:
         task = os.environ["SLURM_ARRAY_TASK_ID"]
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-        point = Store(f"{store.url}/{sweep.POINTS}/{task}")
+        point = store.at(f"{store.url}/{sweep.POINTS}/{task}")
         if not begin_point(store, point):
-            print("jobkit: the sweep was cancelled", file=sys.stderr)
+            say("the sweep was cancelled")
             return int(Exit.DONE)
         store = point
     return SlurmRunner(store, specs.read(store), job, int(restarts) if restarts.isdecimal() else 0).run_job()
@@ -313,7 +343,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        leave(main(sys.argv[1:]))
     except JobkitError as problem:
-        print(f"jobkit: {problem}", file=sys.stderr)
-        sys.exit(int(problem.exit_code))
+        say(str(problem))
+        leave(int(problem.exit_code))

@@ -1,10 +1,12 @@
 """The code of a run, as it was when it was submitted: one deterministic archive, unpacked once, run by every attempt.
 
 What git ignores (data, environments) is no part of the archive; it is linked into the unpacked tree, so that relative
-paths keep working.
+paths keep working. So is what looks like a secret and is in no repository. A copy is never readable for anybody who
+cannot read the original.
 """
 
 import dataclasses
+import fnmatch
 import gzip
 import hashlib
 import io
@@ -16,20 +18,29 @@ import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from jobkit import contract
+from jobkit import contract, names
 from jobkit.errors import ConfigError
-from jobkit.storage import Store, explain, sync_directory
+from jobkit.storage import Store, explain, raise_unlisted, sync_directory
 from jobkit.units import show_size
 
 LIMIT_BYTES = 200_000_000
-_SKIPPED = {".git", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox"}
+_LARGEST_BYTES = 4 * LIMIT_BYTES
+"""Of an archive when it is read: its files, and a head and some padding for each."""
+SKIPPED = {".git", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox"}
 """Directories that are neither archived nor linked: caches, and git's own."""
 _LINKED = {".venv", "venv", "node_modules"}
 """Directories that are linked where no git says what to ignore."""
+_SECRETS = (
+    ".env", ".env.*", "*.pem", "*.key", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials*.json",
+)  # fmt: skip
+"""Names of files that are linked unless git tracks them, whatever their case."""
+_MANY, _MUCH_BYTES = 100, 50_000_000
+"""What is taken without a word where no repository says what belongs to the code."""
+_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,39 +51,98 @@ class Tree:
         root: Top of the tree.
         files: Files and symbolic links, relative to root, sorted.
         links: What is linked instead of copied, relative to root, sorted.
+        secrets: Those of the links that were left out because they look like secrets.
+        bounded: Whether a git repository says what belongs to it.
+        sizes: Size in bytes of each file.
     """
 
     root: Path
     files: tuple[str, ...]
     links: tuple[str, ...]
+    secrets: tuple[str, ...] = ()
+    bounded: bool = True
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES) -> Tree:
+def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES, secret: Iterable[Path] = ()) -> Tree:
     """Find what belongs to the snapshot of a working directory: of its git work tree, or of all below it.
 
     Args:
         cwd: Where the user is.
         run: The run directory; never part of a snapshot.
         limit_bytes: Largest size of all files together.
+        secret: Files that are never copied, tracked or not.
 
     Raises:
         ConfigError: If the files are too large together.
     """
     cwd, run = cwd.resolve(), run.resolve()
     top = _git_top(cwd)
-    files, links = _git_files(top) if top else _all_files(cwd)
+    tracked, untracked, links = _git_files(top) if top else ([], *_all_files(cwd))
     root = top or cwd
+    private = {path.resolve() for path in secret}
     kept, others, runs = set(), set(links), {run: True}
-    for name in files:
+    secrets = {name for name in untracked if _looks_secret(name)}
+    secrets |= {name for name in [*tracked, *untracked] if private and (root / name).resolve() in private}
+    for name in [*tracked, *untracked]:
         owner = _apart_above(root, name, runs)
-        if owner is None:
-            kept.add(name)
-        else:
+        if owner is not None:
             others.add(owner)
-    linked = [name for name in sorted(others) if _linkable(root, name, run)]
-    tree = Tree(root, tuple(sorted(kept)), tuple(_topmost(linked)))
-    _check_size(tree, limit_bytes)
+        elif name in secrets:
+            others.add(name)
+        else:
+            kept.add(name)
+    files = names.sift(sorted(kept), where=str(root))
+    linked = tuple(_topmost(name for name in names.sift(sorted(others), where=str(root)) if _linkable(root, name, run)))
+    sizes = {name: size for name in files if (size := _size(root / name)) is not None}
+    tree = Tree(root, tuple(files), linked, tuple(sorted(secrets.intersection(linked))), top is not None, sizes)
+    if sum(sizes.values()) > limit_bytes:
+        raise ConfigError(
+            f"the code below {root} is {show_size(sum(sizes.values()))}, and a snapshot may have "
+            f"{show_size(limit_bytes)}; {_largest(tree)}: name them in .gitignore (they are linked then), or submit "
+            "with --no-snapshot"
+        )
     return tree
+
+
+def remarks(tree: Tree, *, sent: bool) -> Iterator[str]:
+    """Say what a person should know of a snapshot before it is taken: what it leaves out, and how much it takes.
+
+    Args:
+        tree: What was found.
+        sent: Whether the archive goes to an object store.
+    """
+    if tree.secrets:
+        more = f" and {len(tree.secrets) - _SHOWN} more" if len(tree.secrets) > _SHOWN else ""
+        shown = ", ".join(tree.secrets[:_SHOWN]) + more
+        what = "linked, neither copied nor sent to the bucket" if sent else "linked, not copied into the snapshot"
+        looks = "they look like secrets" if len(tree.secrets) > 1 else "it looks like a secret"
+        yield f"{shown}: {what}, since {looks}"
+    size = sum(tree.sizes.values())
+    if not tree.bounded and (len(tree.files) > _MANY or size > _MUCH_BYTES):
+        yield (
+            f"the snapshot takes all {len(tree.files):,} files ({show_size(size)}) below {tree.root}, since no git "
+            f"repository says what is code; {_largest(tree)}. To leave files out: 'git init' there and name them in "
+            ".gitignore (they are linked then), submit from the directory of the code alone, or --no-snapshot"
+        )
+
+
+def _size(path: Path) -> int | None:
+    """Return a file's size in bytes, None if it is gone since it was listed."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return None
+
+
+def _looks_secret(name: str) -> bool:
+    last = name.rpartition("/")[2].lower()
+    return any(fnmatch.fnmatchcase(last, pattern) for pattern in _SECRETS)
+
+
+def _largest(tree: Tree) -> str:
+    largest = sorted(tree.sizes, key=lambda name: -tree.sizes[name])[:3]
+    return "the largest files are " + ", ".join(f"{name} ({show_size(tree.sizes[name])})" for name in largest)
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
@@ -88,37 +158,43 @@ def _git_top(cwd: Path) -> Path | None:
     return Path(top.removesuffix("\n")) if top and top.strip() else None
 
 
-def _git_files(top: Path) -> tuple[list[str], list[str]]:
-    """List (tracked and untracked files, ignored entries) of a work tree, submodules and nested work trees included."""
-    listed = _git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard") or ""
-    ignored = _git(top, "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory") or ""
-    files, links = [], [name.rstrip("/") for name in ignored.split("\0") if name]
-    for name in filter(None, listed.split("\0")):
-        name = name.rstrip("/")
-        path = top / name
-        if path.is_dir() and not path.is_symlink():
-            inner_files, inner_links = _git_files(path) if (path / ".git").exists() else ([], [])
-            files += [f"{name}/{inner}" for inner in inner_files]
-            links += [f"{name}/{inner}" for inner in inner_links]
-        elif _archivable(path):
-            files.append(name)
-    return files, links
+def _git_files(top: Path) -> tuple[list[str], list[str], list[str]]:
+    """List (tracked, untracked, ignored) of a work tree, submodules and nested work trees included."""
+    listed = [
+        [name.rstrip("/") for name in (_git(top, "ls-files", "-z", *which) or "").split("\0") if name]
+        for which in (
+            ("--cached",),
+            ("--others", "--exclude-standard"),
+            ("--others", "--ignored", "--exclude-standard", "--directory"),
+        )
+    ]
+    found: tuple[list[str], list[str], list[str]] = [], [], listed[2]
+    for files, entries in zip(found[:2], listed[:2], strict=True):
+        for name in entries:
+            path = top / name
+            if path.is_dir() and not path.is_symlink():
+                inner = _git_files(path) if (path / ".git").exists() else ([], [], [])
+                for into, below in zip(found, inner, strict=True):
+                    into += [f"{name}/{each}" for each in below]
+            elif _archivable(path):
+                files.append(name)
+    return found
 
 
 def _all_files(top: Path) -> tuple[list[str], list[str]]:
     files, links = [], []
-    for directory, subdirectories, names in os.walk(top):
+    for directory, subdirectories, entries in os.walk(top):
         relative = os.path.relpath(directory, top)
         prefix = "" if relative == "." else f"{relative}/"
         for name in list(subdirectories):
             path = Path(directory, name)
             if name in _LINKED or _stands_apart(path):
                 links.append(prefix + name)
-            if name in _SKIPPED or name in _LINKED or _stands_apart(path):
+            if name in SKIPPED or name in _LINKED or _stands_apart(path):
                 subdirectories.remove(name)
             elif path.is_symlink():
                 files.append(prefix + name)
-        files += [prefix + name for name in names if not name.endswith(".pyc") and _archivable(Path(directory, name))]
+        files += [prefix + name for name in entries if not name.endswith(".pyc") and _archivable(Path(directory, name))]
     return files, links
 
 
@@ -154,7 +230,7 @@ def _apart_above(root: Path, name: str, runs: dict[Path, bool]) -> str | None:
 
 def _linkable(root: Path, name: str, run: Path) -> bool:
     parts = name.split("/")
-    if _SKIPPED.intersection(parts) or name.endswith((".pyc", ".egg-info")):
+    if SKIPPED.intersection(parts) or name.endswith((".pyc", ".egg-info")):
         return False
     path = root / name
     return path != run and run not in path.parents
@@ -168,19 +244,6 @@ def _topmost(names: Iterable[str]) -> Iterator[str]:
         if not any("/".join(parts[:depth]) in seen for depth in range(1, len(parts))):
             seen.add(name)
             yield name
-
-
-def _check_size(tree: Tree, limit_bytes: int) -> None:
-    sizes = {name: (tree.root / name).lstat().st_size for name in tree.files}
-    total = sum(sizes.values())
-    if total <= limit_bytes:
-        return
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-    shown = ", ".join(f"{name} ({show_size(sizes[name])})" for name in largest)
-    raise ConfigError(
-        f"the code below {tree.root} is {show_size(total)}, and a snapshot may have {show_size(limit_bytes)}; the "
-        f"largest files are {shown}: name them in .gitignore (they are linked then), or submit with --no-snapshot"
-    )
 
 
 class _Hashing:
@@ -218,7 +281,8 @@ def take(tree: Tree, store: Store) -> str:
     temporary = store.file(contract.CODE) / f".{secrets.token_hex(6)}.tmp"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        # Its owner's alone, wherever it lies: files are in it that nobody else may read.
+        with open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as zipped:
                 code = _write_tar(tree, zipped)
             file.flush()
@@ -258,9 +322,23 @@ def _entry(root: Path, name: str) -> tuple[tarfile.TarInfo, bytes]:
         entry.linkname = _kept_target(root, name, os.readlink(path))
         return entry, b""
     content = path.read_bytes()
-    entry.mode = 0o755 if status.st_mode & 0o111 else 0o644
+    entry.mode = _kept_mode(root, name, status.st_mode)
     entry.size = len(content)  # not the status's: the file may change while it is read
     return entry, content
+
+
+def _kept_mode(root: Path, name: str, mode: int) -> int:
+    """Return a copy's mode: nobody gets more than the original gives, and no one else may write.
+
+    The copy's group may be another than the original's, so that a group gets what everybody gets. A directory that is
+    closed closes what is below it.
+    """
+    everybody = mode & 0o005
+    above = name.rpartition("/")[0]
+    while above and everybody:
+        everybody = everybody if (root / above).stat().st_mode & 0o011 == 0o011 else 0
+        above = above.rpartition("/")[0]
+    return (mode & 0o700) | (everybody << 3 & mode) | everybody
 
 
 def _kept_target(root: Path, name: str, target: str) -> str:
@@ -284,19 +362,20 @@ def unpack(store: Store, code: str, *, root: Path, links: Iterable[str]) -> Path
         ConfigError: If the archive is missing or damaged.
     """
     target = store.file(f"{contract.CODE}/{code}")
-    if target.is_dir():
+    if store.exists(f"{contract.CODE}/{code}"):
         return target
     content = _verified(store, code)
     temporary = target.with_name(f".{code}.{secrets.token_hex(6)}.tmp")
     try:
+        temporary.mkdir(mode=0o700)  # files get their own modes only after they are written
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            # Python before 3.11.4 has no filters; the content is ours, and its digest is checked.
+            # Python before 3.11.4 has no filters, and "data" refuses the links that lead to a user's own files.
             tar.extraction_filter = getattr(tarfile, "tar_filter", None)
-            tar.extractall(temporary)
-        temporary.mkdir(exist_ok=True)
+            tar.extractall(temporary, members=_members(tar))
         _sync_files(temporary)
         for name in links:
             _link(root, temporary, name)
+        temporary.chmod(stat.S_IMODE(store.path.stat().st_mode) & 0o755)
         try:
             os.rename(temporary, target)
         except OSError:
@@ -305,29 +384,50 @@ def unpack(store: Store, code: str, *, root: Path, links: Iterable[str]) -> Path
         sync_directory(target.parent)
     except OSError as error:
         raise explain(error, f"cannot unpack the snapshot into {target}") from None
+    except tarfile.TarError as error:
+        raise ConfigError(f"the snapshot {store.file(archive_name(code))} is damaged: {error}; {_AGAIN}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
+def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Return the members of an archive, the links last, so that nothing is written through one.
+
+    Raises:
+        ConfigError: If one is neither file nor link, or its name is not one inside.
+    """
+    members = tar.getmembers()
+    known = {member.name for member in members}
+    for member in members:
+        above = member.name.split("/")[:-1]
+        below_another = any("/".join(above[: depth + 1]) in known for depth in range(len(above)))
+        if not (member.isreg() or member.issym()) or not names.inside(member.name) or below_another:
+            raise ConfigError(f"the snapshot has a member {member.name!a}, as none of ours has: somebody changed it")
+    return sorted(members, key=tarfile.TarInfo.issym)
+
+
+_AGAIN = "submit again, to a new run directory"
+
+
 def _verified(store: Store, code: str) -> bytes:
     path = store.file(archive_name(code))
-    remedy = "submit again, to a new run directory"
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.GzipFile(fileobj=io.BytesIO(store.read(archive_name(code)))) as zipped:
+            content = zipped.read(_LARGEST_BYTES)
     except FileNotFoundError:
-        raise ConfigError(f"the snapshot {path} is missing; {remedy}") from None
-    except (OSError, EOFError, ValueError, zlib.error):
+        raise ConfigError(f"the snapshot {path} is missing; {_AGAIN}") from None
+    except (gzip.BadGzipFile, EOFError, ValueError, zlib.error):
         content = b""
     found = hashlib.sha256(content).hexdigest()[:16]
     if found != code:
-        raise ConfigError(f"the snapshot {path} is damaged: its digest is {found}; {remedy}")
+        raise ConfigError(f"the snapshot {path} is damaged: its digest is {found}; {_AGAIN}")
     return content
 
 
 def _sync_files(top: Path) -> None:
-    for directory, _, names in os.walk(top, topdown=False):
-        for name in names:
+    for directory, _, entries in os.walk(top, topdown=False, onerror=raise_unlisted):
+        for name in entries:
             path = os.path.join(directory, name)
             if not os.path.islink(path):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -340,10 +440,14 @@ def _sync_files(top: Path) -> None:
 
 def _link(root: Path, top: Path, name: str) -> None:
     original, link = root / name, top / name
-    if not os.path.lexists(original) or os.path.lexists(link):
+    try:
+        os.lstat(original)
+    except (FileNotFoundError, NotADirectoryError):  # anything else is no answer
+        return
+    if os.path.lexists(link):
         return
     try:
-        link.parent.mkdir(parents=True, exist_ok=True)
+        names.below(top, os.path.dirname(name)).mkdir(parents=True, exist_ok=True)
         link.symlink_to(original)
     except (FileExistsError, NotADirectoryError):
         pass  # a file of the snapshot stands where a directory was meanwhile

@@ -1,16 +1,19 @@
 """What is submitted: the job's specification, its durable form in run.json, and profiles from jobkit.toml."""
 
+import contextlib
 import json
+import os
+import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 import jobkit
-from jobkit import contract
+from jobkit import contract, names, versions
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
 from jobkit.units import duration_s
@@ -30,6 +33,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         name: What a person calls it; empty for the name of the run directory or of the script.
         cwd: Directory that the command is run in; empty for the current one.
         snapshot: Run a copy of the code as it is now, whatever happens to the working tree later.
+        shared: Make the run directory for others to look into, as the umask has it; by default it is its owner's alone
+            (see `Store.make`). A bucket has permissions of its own.
         grace_s: Seconds between asking an attempt to stop and killing it.
         max_failures: Failures of the program after which the run may still be restarted.
         stall_s: Seconds that a step may take before the program counts as stalled and is started again; 0: it never
@@ -37,7 +42,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
             `ntasks-per-node` alone.
         container: What the processes of the run are in, on this machine or on SLURM; None for neither.
-        notify: Who is told what becomes of the run (see notify.py).
+        notify: Who is told what becomes of the run, as env:NAME or file:PATH (see targets.py).
         sweep: Names in the command, written {name}, and their values: one run per combination; empty for a single run.
         parallel: At most so many points of a sweep at once; None for what the backend has room for, locally 1.
         values: Set for a point of a sweep: what each name is there.
@@ -55,6 +60,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     cwd: str = ""
     snapshot: bool = True
+    shared: bool = False
     grace_s: float = 30.0
     max_failures: int = 10
     stall_s: float | None = None
@@ -101,16 +107,10 @@ class _RunFile(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     jobkit: str
+    python: str = ""
     backend: str
     created: float
     spec: JobSpec
-
-
-class _Header(msgspec.Struct, frozen=True):
-    """The part of run.json that every version has."""
-
-    version: int
-    jobkit: str = "unknown"
 
 
 def check(spec: JobSpec) -> None:
@@ -121,6 +121,8 @@ def check(spec: JobSpec) -> None:
     """
     if not spec.command or not spec.command[0].strip():
         raise ConfigError("no command to run; write it after '--': jobkit submit -- python train.py")
+    for name, value in _lines_of(spec):
+        check_line(name, value)
     if spec.name and not _NAME.fullmatch(spec.name):
         raise ConfigError(f"the name {spec.name!r} is not usable; use letters, digits, '.', '_' and '-' (at most 100)")
     if spec.max_failures < 0:
@@ -137,15 +139,60 @@ def check(spec: JobSpec) -> None:
         raise ConfigError(f"array-parallelism is {spec.parallel}; give a number of points, 1 or more, of a --sweep")
     if spec.sweep:
         sweep.check(spec.command, spec.sweep)
+    else:
+        sweep.refuse_names(spec.command)
     if spec.price_per_hour is not None and not 0 <= spec.price_per_hour < float("inf"):
         raise ConfigError(f"price-per-hour is {spec.price_per_hour}; give 0 or more")
+
+
+def check_line(name: str, value: str) -> None:
+    """Refuse a value that would not stay one line where it is written: in a job script, a request, a table.
+
+    Args:
+        name: What it is of.
+        value: The value.
+
+    Raises:
+        ConfigError: If it has a character that does not print.
+    """
+    if not value.isprintable():
+        raise ConfigError(f"{name} is {value!a}: no line break or other character that does not print may be in it")
+
+
+_FREE = frozenset({"command", "sweep", "values", "run", "sweep_url", "cwd", "root", "code", "links", "imports"})
+"""Fields that may hold any letter: words of a command, which are quoted, and places, which have checks of their own."""
+
+
+def _lines_of(spec: JobSpec) -> Iterator[tuple[str, str]]:
+    """Yield what is written into job scripts and requests by other names than ours; of variables the names alone."""
+
+    def texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, str):
+            yield name, value
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield f"a name in {name}", key
+                if name != "env":
+                    yield from texts(key, inner)
+        elif isinstance(value, Sequence):
+            for inner in value:
+                yield from texts(name, inner)
+
+    for field, value in msgspec.to_builtins(spec).items():
+        if field not in _FREE:
+            yield from texts(field, value)
 
 
 def encode(spec: JobSpec, backend: str, created: float | None = None) -> bytes:
     """Return run.json's content."""
     created = time.time() if created is None else created
     file = _RunFile(
-        version=contract.RUN_VERSION, jobkit=jobkit.__version__, backend=backend, created=created, spec=spec
+        version=contract.RUN_VERSION,
+        jobkit=jobkit.__version__,
+        python=platform.python_version(),
+        backend=backend,
+        created=created,
+        spec=spec,
     )
     return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
 
@@ -184,6 +231,16 @@ def read(store: Store) -> JobSpec:
     return _read(store).spec
 
 
+def check_format(store: Store) -> None:
+    """Refuse a run that a newer jobkit submitted; one that is damaged or was started by hand is not refused.
+
+    Raises:
+        ConfigError: With both versions.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        versions.check_run(store.read(contract.RUN_JSON), store.file(contract.RUN_JSON))
+
+
 def read_backend(store: Store) -> tuple[str, float]:
     """Read which backend a run was submitted to, and when."""
     file = _read(store)
@@ -193,14 +250,21 @@ def read_backend(store: Store) -> tuple[str, float]:
 def sweep_of(store: Store) -> tuple[Store, int] | None:
     """Return the sweep that a run is a point of, and which one, by the run's place alone; None if it is of none."""
     above, _, number = store.url.rpartition(f"/{sweep.POINTS}/")
-    return (Store(above), int(number)) if above and number.isdecimal() and store.remote is None else None
+    point = names.number(number)
+    return (store.at(above), point) if above and point is not None and store.remote is None else None
+
+
+def code_store(store: Store, spec: JobSpec) -> Store:
+    """Return the run directory that has the snapshot: of a point its sweep's, where it lies now."""
+    place = sweep_of(store) if spec.sweep_url else None
+    return store if place is None else place[0]
 
 
 def points(store: Store, spec: JobSpec) -> list[Store]:
     """Return the runs that a sweep consists of, in order; of a single run that run."""
     if not spec.sweep:
         return [store]
-    return [Store(f"{store.url}/{sweep.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
+    return [store.at(f"{store.url}/{sweep.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
 
 
 def _read(store: Store) -> _RunFile:
@@ -209,8 +273,10 @@ def _read(store: Store) -> _RunFile:
         return _read_own(store)
     except ConfigError:
         place = sweep_of(store)
-        if place is None or exists(store) or not exists(place[0]):
+        if place is None or not exists(place[0]):
             raise
+        if exists(store):  # it has started this very moment
+            return _read_own(store)
         whole = _read_own(place[0])
         size = sweep.count(whole.spec.sweep) if whole.spec.sweep else 0
         if place[1] >= size or str(place[1]) != store.url.rpartition("/")[2]:
@@ -222,29 +288,40 @@ def _read_own(store: Store) -> _RunFile:
     path = store.file(contract.RUN_JSON)
     try:
         content = store.read(contract.RUN_JSON)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if store.exists(contract.STRATEGY):
             raise ConfigError(
                 f"{store.url} was not submitted but trained by a program of its own, which is where its output is; "
                 f"'jobkit checkpoints {store.url}' lists what it saved"
             ) from None
-        raise ConfigError(f"{store.url} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; ask its owner for read permission") from None
+        place = store.url.replace("\n", r"\u000a")  # as every other character that acts is printed
+        raise ConfigError(f"{place} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None
     try:
-        header = msgspec.json.decode(content, type=_Header)
-        if header.version > contract.RUN_VERSION:
-            raise ConfigError(
-                f"{path} has layout version {header.version}, written by jobkit {header.jobkit}; this is jobkit "
-                f"{jobkit.__version__}, which reads up to version {contract.RUN_VERSION}: upgrade to jobkit "
-                f"{header.jobkit} or newer"
-            )
-        return msgspec.json.decode(content, type=_RunFile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        versions.check_run(content, path)
+        file = msgspec.json.decode(content, type=_RunFile)
+        check_places(file.spec)
+        return file
+    except (ValueError, RecursionError) as error:  # msgspec's and Unicode's among them
         raise JobkitError(
             f"{path} is damaged ({error}); put it back from a copy, or submit to a new run directory: the "
             f"checkpoints in {store.file(contract.CHECKPOINTS)} are not affected"
         ) from None
+
+
+def check_places(spec: JobSpec) -> None:
+    """Refuse what becomes a path, or many, and is none inside the run or inside the tree of its code.
+
+    Raises:
+        ValueError: With the value.
+    """
+    if spec.code is not None and not re.fullmatch("[0-9a-f]{16}", spec.code):
+        raise ValueError(f"no snapshot has the digest {spec.code!a}")
+    place = os.path.relpath(spec.cwd or spec.root, spec.root) if spec.root else "."
+    for name in (*spec.links, *spec.imports, place):
+        if name != "." and not names.inside(name):
+            raise ValueError(f"{name!a} is no name inside the code, or has characters that none may have here")
+    if sweep.count(spec.sweep) > sweep.LIMIT:
+        raise ValueError(f"a sweep has at most {sweep.LIMIT} points")
 
 
 _README = """\
@@ -265,10 +342,11 @@ Look at it, follow it, have it save now, stop it, continue it:
 | here | what it is |
 |---|---|
 | run.json | what was submitted; no secret is in it |
-| code/ | the snapshot of the code that every attempt runs |
+| code/ | the snapshot of the code that every attempt runs in, and what it writes beside itself |
 | checkpoints/<step>/ | committed steps (those with a commit.json); plain Orbax can read them |
 | scores/ | metrics that came after their step was committed |
-| attempts/<n>/ | log, events and outcome of each attempt |
+| attempts/<n>/ | log, events and outcome of each attempt; in a bucket the first two in parts, log-0.txt.d/* in order |
+| leases/ | which machine's local runner has the run: the newest number |
 | events.jsonl | what the launching side did: submitted, decisions, ended |
 | runner.log | what the local runner itself printed: normally nothing |
 """
@@ -318,6 +396,7 @@ _OPTIONS: dict[str, Any] = (
         "max-failures": int,
         "stall": (str, int, float),
         "snapshot": bool,
+        "shared": bool,
         "notify": list,
         "sbatch": dict,
         "array-parallelism": int,

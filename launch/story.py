@@ -15,9 +15,13 @@ from jobkit.contract import Outcome
 from jobkit.interval import Cost, interval_s
 from jobkit.ledger import Event
 from jobkit.units import show_duration, show_size
-from launch.goodput import Attempt, Goodput, Phase, from_outside
+from jobkit.unsaved import nothing_new
+from launch import troubles
+from launch.goodput import Attempt, Goodput, lost_unseen
 from launch.history import History, number_of
+from launch.lives import PEER, from_outside
 from launch.phases import percent
+from launch.timeline import Phase
 
 _MOST = 25
 """How many interruptions are told one by one; of more the costliest."""
@@ -28,7 +32,8 @@ class Sentence(msgspec.Struct, frozen=True):
 
     Args:
         t: When, epoch seconds.
-        cause: One word: 'submitted', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'resumed', 'more', 'end'.
+        cause: One word: 'submitted', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'silent', 'resumed', 'more',
+            'end'.
         attempt: Whose; None for the run's own.
         cost_s: Seconds that the run would not have spent without it.
     """
@@ -113,10 +118,14 @@ def _what(one: Attempt, stalls: Sequence[Event]) -> str:
     who = f"Attempt {one.attempt}"
     if one.outcome == Outcome.PREEMPTED:
         told = f"{who} was told to stop ({one.notice or 'notice'}){at}"
+        if not from_outside(one.notice):
+            whole = one.notice_to_commit_s is not None
+            told = f"{who} stopped{at}: its supervisor was gone" if one.notice == "supervisor" else told
+            return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s later." if whole else f"{told}."
         if one.saved_on_notice and one.notice_to_commit_s is not None:
             return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
         if one.saved_on_notice is None:
-            return f"{told}." if not from_outside(one.notice) else f"{told}; there was nothing to save yet."
+            return f"{told}; there was nothing to save yet."
         late = f"; its newest steps could not be committed{_clause(one.unsaved)}."
         return f"{told}{'.' if one.saved_on_notice else late}"
     if one.outcome == Outcome.STALLED:
@@ -161,7 +170,10 @@ def _cost(one: Attempt, after: Attempt | None) -> str:
             (after.seconds[Phase.COMPILE], "compiling"),
         ]
     known = [f"{show_duration(seconds)} {what}" for seconds, what in parts if seconds >= 0.05]
-    total = f"{_steps(one.lost_steps)} lost; it cost {show_duration(one.ending_s)}"
+    lost = f"{_steps(one.lost_steps)} lost"
+    if lost_unseen(one):
+        lost = f"what it had trained since step {one.to_step:,} was lost"
+    total = f"{lost}; it cost {show_duration(one.ending_s)}"
     text = f"{total} ({', '.join(known)})." if known else f"{total}."
     return text[0].upper() + text[1:]
 
@@ -187,7 +199,24 @@ def _troubles(history: History) -> Iterator[Sentence]:
         if failed:
             count = "A save" if len(failed) == 1 else f"{len(failed)} saves"
             text = f"{count} of attempt {life.number} failed{_clause(str(failed[0].get('reason', '')))}."
+            last = number_of(failed[-1].get("step"))
+            saved = [number_of(event.get("step")) for event in life.program if event["event"] == "saved"]
+            if last is not None and not any(step is not None and step >= last for step in saved):
+                text += f" Step {last:.0f} is not saved, and nothing after it."
             yield Sentence(failed[0]["t"], "saves", life.number, text)
+        if idle := [event for event in life.program if event["event"] == "unchanged"]:
+            reason = _clause(str(idle[-1].get("reason", "")))
+            text = f"Attempt {life.number} saved {nothing_new(idle[-1])}{reason}."
+            yield Sentence(idle[0]["t"], "saves", life.number, text)
+        again = [event for event in life.supervisor if event["event"] == "heard_again"]
+        if again:
+            waited_s = math.fsum(number_of(event.get("after_s")) or 0.0 for event in again)
+            times = "" if len(again) == 1 else f" in all, {len(again)} times,"
+            text = f"Attempt {life.number} made no step for {show_duration(waited_s)}{times} and then went on."
+            yield Sentence(again[0]["t"], "silent", life.number, text)
+        if history.now is not None and life is history.lives[-1]:
+            for trouble in troubles.standing(life.supervisor):
+                yield Sentence(history.now, trouble.kind, life.number, f"Attempt {life.number}: {trouble.text}.")
         outages = [event for event in [*life.supervisor, *life.program] if event["event"] == "upload_failed"]
         if outages:
             back = [
@@ -322,7 +351,9 @@ def _node(found: Goodput, history: History) -> Iterator[Advice]:
 def _memory(found: Goodput, history: History) -> Iterator[Advice]:
     """Killed without a notice: mostly memory, and said so where the reason does."""
     killed = [
-        one for one in found.attempts if one.outcome == Outcome.KILLED and not one.notice and "SIGKILL" in one.reason
+        one
+        for one in found.attempts
+        if one.outcome == Outcome.KILLED and one.notice in ("", PEER) and "SIGKILL" in one.reason
     ]
     said = [one for one in found.attempts if re.search(r"out of memory|\bOOM\b|MemoryError", one.reason, re.IGNORECASE)]
     cost_s = math.fsum(one.ending_s for one in {one.attempt: one for one in [*killed, *said]}.values())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import getpass
 import json
 import os
@@ -15,15 +16,15 @@ from pathlib import Path
 
 import msgspec
 
-from jobkit import contract, mirror
+from jobkit import contract, mirror, names
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.ledger import Ledger
-from jobkit.storage import Store, explain, is_remote, local_path, remove_tree
-from launch import notify, report, snapshot, sweep
+from jobkit.storage import Store, is_remote, local_path, remove_tree
+from launch import lease, report, snapshot, sweep, targets
 from launch import spec as specs
 from launch.command import check_command, check_script
-from launch.lock import RunLock, acquire, cancel_mutex, held, holder
+from launch.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import JobSpec
 
 OURS = (
@@ -31,6 +32,8 @@ OURS = (
     contract.ENV_PROCESS, contract.ENV_PROCESSES, contract.ENV_COORDINATOR, contract.ENV_STALL,
 )  # fmt: skip
 """What a submit from inside another run must not hand on."""
+LEAVING_S = 60.0
+"""How long the runner of a run that has ended may take to be gone: it empties the home of one in a bucket."""
 _PATIENCE_S = 20.0
 """How long a person at a prompt waits for a bucket that does not answer."""
 
@@ -83,24 +86,31 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")
-    if elsewhere:
-        cloud = spec.cloud
-        notify.check(spec.notify, variables={*cloud.env, *cloud.secrets} if cloud is not None else None)
-    else:
-        notify.check(spec.notify, cwd=cwd, variables=os.environ)
+    if spec.cloud is not None:
+        targets.check_elsewhere(spec.notify, plain=spec.cloud.env, secrets=spec.cloud.secrets)
+    else:  # in a container of this machine's or SLURM's too: the runner is outside
+        spec = msgspec.structs.replace(spec, notify=targets.check(spec.notify, cwd=cwd, environ=os.environ))
     first = spec.point(0).command if spec.sweep else spec.command
     if elsewhere:
         check_script(first, cwd, in_snapshot=spec.snapshot)
     else:
         check_command(first, cwd, os.environ)
+    if is_remote(spec.run):
+        names.check_place(spec.run)  # before it is asked for
     store = open_run(spec.run or _fresh_place(spec.name or _script_name(spec)))
+    names.check_place(store.url)
     _check_place(store)
     spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.url.rpartition("/")[2])
     if not spec.snapshot:
         return Plan(store, msgspec.structs.replace(spec, root=str(cwd)), None)
-    tree = snapshot.find(cwd, store.path)
+    tree = snapshot.find(cwd, store.path, secret=targets.files(spec.notify))
     imports = snapshot.imports_below(tree.root, [*_python_path(), *sys.path])
-    return Plan(store, msgspec.structs.replace(spec, root=str(tree.root), links=tree.links, imports=imports), tree)
+    spec = msgspec.structs.replace(spec, root=str(tree.root), links=tree.links, imports=imports)
+    try:
+        specs.check_places(spec)
+    except ValueError as error:
+        raise ConfigError(f"{error}: rename that directory") from None
+    return Plan(store, spec, tree)
 
 
 def _fresh_place(name: str) -> str:
@@ -122,11 +132,7 @@ def _python_path() -> list[str]:
     return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
-_LAYOUT = (
-    contract.RUN_JSON, contract.ID, contract.README, contract.CANCEL, contract.SAVE, contract.EVENTS, contract.LOCK,
-    contract.CODE, contract.CHECKPOINTS, contract.SCORES, contract.ATTEMPTS, contract.REPORT, contract.CACHE,
-    "runner.log", "tensorboard", sweep.POINTS,
-)  # fmt: skip
+_LAYOUT = (*contract.LAYOUT, sweep.POINTS)
 
 
 def _check_place(store: Store) -> None:
@@ -145,6 +151,15 @@ def _check_place(store: Store) -> None:
         raise ConfigError(f"the run directory {path} is not writable: {parent} is not; give another --run")
 
 
+_tell = functools.cache(say)
+"""Tells a line once: a drill submits the same code again and again."""
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Say what a person should know of the snapshot that a submit takes."""
+    return [] if plan.tree is None else list(snapshot.remarks(plan.tree, sent=plan.store.remote is not None))
+
+
 @contextlib.contextmanager
 def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]]:
     """Make a run: directory, snapshot, run.json, `submitted` in its ledger; the lock is held and is the caller's.
@@ -158,8 +173,11 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
     """
     store = plan.store
     fresh = store.remote is not None and not store.names("")
-    with _new_directory(store, fresh=fresh) as lock:
+    with _new_directory(store, fresh=fresh, shared=plan.spec.shared) as lock:
+        mirror.set_deleted_aside(store)
         refuse_taken(plan)
+        for line in remarks(plan):
+            _tell(line)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
         spec = msgspec.structs.replace(plan.spec, code=code)
         specs.write_readme(store, spec)
@@ -191,7 +209,7 @@ def changed_code(url: str) -> Path | None:
         spec = specs.read(store)
         top = Path(spec.root)
         if spec.code and Path(spec.cwd).is_dir():
-            tree = snapshot.find(Path(spec.cwd), store.path)
+            tree = snapshot.find(Path(spec.cwd), store.path, secret=targets.files(spec.notify))
             if tree.root == top and snapshot.digest(tree) != spec.code:
                 return top
     return None
@@ -206,7 +224,7 @@ def make_point(store: Store) -> None:
     if specs.exists(store):
         return
     spec, (backend, _) = specs.read(store), specs.read_backend(store)
-    store.path.mkdir(parents=True, exist_ok=True)
+    store.path.mkdir(parents=True, exist_ok=True)  # the sweep's own mode says who gets that far
     specs.write_readme(store, spec)
     if specs.create(store, spec, backend):
         record(store, "submitted", command=list(spec.command), code=spec.code, by=who())
@@ -228,7 +246,7 @@ def begin_point(store: Store, point: Store) -> bool:
 
 def refuse_taken(plan: Plan) -> None:
     """Raise ConfigError if the run directory holds a run already."""
-    if specs.exists(plan.store):
+    if specs.exists(plan.store) and not mirror.is_deleted(plan.store):
         raise ConfigError(_taken(plan))
 
 
@@ -241,19 +259,22 @@ def _taken(plan: Plan) -> str:
         return str(error)
     what = "this very job" if same else "another job"
     kept = " with the code as it was then" if not same and old.command == plan.spec.command else ""
+    away = lease.elsewhere(plan.store)
+    where = f", running on {away.place}" if away is not None else ""
     return (
-        f"{plan.store.url} already holds {what} ({shlex.join(old.command)}{kept}); two trainings never share a "
+        f"{plan.store.url} already holds {what} ({shlex.join(old.command)}{kept}){where}; two trainings never share a "
         f"directory: continue it with 'jobkit resume {plan.store.url}', or give a new --run"
     )
 
 
 @contextlib.contextmanager
-def _new_directory(store: Store, *, fresh: bool) -> Iterator[RunLock]:
+def _new_directory(store: Store, *, fresh: bool, shared: bool) -> Iterator[RunLock]:
     """Make the run directory and take its lock; on an error remove what was made, and leave the lock free.
 
     Args:
         store: The run.
         fresh: Whether it is the home of a run on an object store that was made, empty, a moment ago.
+        shared: As `JobSpec.shared`.
     """
     made = [path for path in (store.path, *store.path.parents) if not path.exists()]
     if fresh:
@@ -261,12 +282,9 @@ def _new_directory(store: Store, *, fresh: bool) -> Iterator[RunLock]:
     lock = None
     try:
         for _ in range(10):
+            store.make(shared=shared)
             try:
-                store.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise explain(error, f"cannot create {store.path}") from None
-            try:
-                lock = acquire(store)
+                lock = acquire(store, wait_s=LEAVING_S if report.has_ended(store) else PROBE_S)
                 break
             except JobkitError:
                 if store.path.exists():
@@ -339,6 +357,18 @@ def take_back_cancel(store: Store, seen: bytes | None) -> None:
         store.remove(contract.CANCEL)
 
 
+def end_cancelled(store: Store, content: bytes) -> None:
+    """Write down the end of a cancelled run that has no job any more, unless somebody has taken that cancel back.
+
+    Args:
+        store: The run.
+        content: The cancel, as `ask_to_cancel` returned it.
+    """
+    with cancel_mutex(store):
+        if cancel_content(store) == content:
+            end(store, State.CANCELLED, report.cancel_reason(store))
+
+
 def _read_if_there(read: Callable[[str], bytes]) -> bytes | None:
     try:
         return read(contract.CANCEL)
@@ -356,9 +386,12 @@ def who() -> str:
 
 def record(store: Store, event: str, **fields: object) -> None:
     """Append to the launching side's ledger, durably."""
-    ledger = Ledger(store.file(contract.EVENTS))
-    ledger.append(event, durable=True, **fields)
-    ledger.close()
+    ledger = store.insist(lambda: Ledger(store.file(contract.EVENTS)))
+    try:
+        ledger.append(event, durable=True, **fields)
+        store.insist(ledger.settle)
+    finally:
+        ledger.close()
 
 
 def end(store: Store, state: State, reason: str) -> None:

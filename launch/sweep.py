@@ -17,6 +17,8 @@ Axes = Mapping[str, Sequence[str]]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
+_PART = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+_UNFILLED = re.compile(r"(?:[-\w.+]+=)?\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -96,6 +98,20 @@ def check(command: Sequence[str], axes: Axes) -> None:
             raise ConfigError(f"--sweep {name} is not used: write {{{name}}} into the command where its value belongs")
 
 
+def refuse_names(command: Sequence[str]) -> None:
+    """Refuse a command of no sweep with a word that is, or ends in, a name of one: `--lr={lr}`.
+
+    Raises:
+        ConfigError: With the name.
+    """
+    for word in command:
+        if (found := _UNFILLED.fullmatch(word)) is not None:
+            raise ConfigError(
+                f"{word!r} in the command is for a sweep, and there is none: add --sweep {found[1]}=VALUES, or write "
+                "the value itself"
+            )
+
+
 def values(axes: Axes, point: int) -> dict[str, str]:
     """Return what each name is at a point; the last name changes fastest."""
     found = {}
@@ -122,9 +138,9 @@ def compact(numbers: Iterable[int]) -> str:
 
 
 def expand(text: str) -> set[int]:
-    """Read what `compact` has written."""
+    """Read what `compact` has written; anything else is no point."""
     found: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        found.update(range(int(first), int(last or first) + 1))
+    for part in text.split(","):
+        if (ends := _PART.fullmatch(part)) is not None:
+            found.update(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     return found

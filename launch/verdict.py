@@ -2,15 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from jobkit import commits, contract, ledger
 from jobkit.contract import Outcome
 from jobkit.storage import Store
-from launch import diagnosis, drive
+from launch import diagnosis, drive, own_files
 from launch.diagnosis import Diagnosis
 from launch.drive import Ending
 from launch.scenarios import Scenario, Shown
+
+
+class Verdict(StrEnum):
+    """What a drill says of a program; its exit code is 0, 1 or 2."""
+
+    CERTIFIED = "certified"
+    NOT_CERTIFIED = "not certified"
+    NOT_JUDGED = "could not judge"
+
+    @property
+    def exit_code(self) -> int:
+        """What the command exits with."""
+        return list(Verdict).index(self)
 
 
 @dataclass
@@ -34,13 +48,23 @@ class Found:
     run: str = ""
     donated: bool = False
     """Whether the program gave away what the run holds."""
-    missed: bool = False
-    """Whether the run was over before it could be hit: nothing is shown then."""
+    files: tuple[str, ...] = ()
+    """Files of the program's own below the run directory that are others than an undisturbed run's, or missing."""
+    warnings: tuple[str, ...] = ()
+    """What may be a mistake, and breaks no promise."""
+    missed: str = ""
+    """Why the run could not be hit, so that nothing is shown; '' if it was."""
 
     @property
     def survived(self) -> bool:
-        """Whether every promise held."""
-        return not self.broken
+        """Whether it was hit, and every promise held."""
+        return not self.broken and not self.missed
+
+    @property
+    def at_steps(self) -> list[int]:
+        """Completed steps when it was interrupted, for each attempt that had begun to count them."""
+        reached = [ending.reached_step for ending in self.endings[:-1]]
+        return [step for step in reached if step is not None and step >= 0]
 
     @property
     def lost_steps(self) -> int | None:
@@ -59,6 +83,15 @@ class Found:
         return max((ending.restart_s for ending in self.endings if ending.restart_s is not None), default=None)
 
 
+@dataclass(frozen=True)
+class Untried:
+    """A scenario that was not tried, and why."""
+
+    name: str
+    text: str
+    why: str
+
+
 @dataclass
 class Result:
     """What a drill found; card, page and --json show it."""
@@ -69,11 +102,38 @@ class Result:
     found: list[Found]
     diagnosis: Diagnosis | None
     seconds: float
+    aside: tuple[str, ...] = ()
+    """Metrics that are not compared, since they differ between undisturbed runs of equal state too."""
+    files_aside: tuple[str, ...] = ()
+    """Files below the run directory that are not compared, since they differ between undisturbed runs too."""
+    warnings: tuple[str, ...] = ()
+    """What the verdict does not cover, a sentence each: it costs no certificate, and may be a mistake all the same."""
+    untried: list[Untried] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it says of the program: one broken promise is enough, and nothing missed is certified."""
+        if any(each.broken for each in self.found):
+            return Verdict.NOT_CERTIFIED
+        return Verdict.CERTIFIED if self.passed else Verdict.NOT_JUDGED
 
     @property
     def passed(self) -> bool:
-        """Whether every promise held in every scenario."""
+        """Whether every promise held in every scenario that was asked for."""
         return bool(self.found) and all(each.survived for each in self.found)
+
+
+def judge_files(found: Found, difference: own_files.Difference) -> None:
+    """Hold against a run the files that it leaves; lines that stand there twice, and files left over, are told only."""
+    found.files = tuple(sorted(difference.other | difference.missing))
+    found.broken += [f"it left another {name} than an undisturbed run" for name in sorted(difference.other)]
+    found.broken += [f"it left no {name}, and an undisturbed run does" for name in sorted(difference.missing)]
+    told = [f"{name}: lines of steps that were done again stand in it twice" for name in sorted(difference.again)]
+    told += [f"{name}: left over by an interruption ({found.text})" for name in sorted(difference.extra)[:_FEW]]
+    found.warnings = tuple(told)
+
+
+_FEW = 5
 
 
 def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
@@ -89,8 +149,9 @@ def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
     for ending, wanted in zip(endings[:-1], scenario.ends, strict=False):
         if wanted and ending.outcome != wanted:
             found.broken.append(f"attempt {ending.attempt} ended {ending.outcome} ({ending.reason}), not {wanted}")
-    if len(endings) - 1 != len(scenario.ends):
-        found.missed |= len(endings) == 1 and endings[0].outcome == Outcome.DONE
+    if len(endings) == 1 and endings[0].outcome == Outcome.DONE and scenario.ends:
+        found.missed = found.missed or "the run was over before it could be hit"
+    elif len(endings) - 1 != len(scenario.ends):
         found.broken.append(f"it took {len(endings)} attempts and should have taken {len(scenario.ends) + 1}")
     found.broken += list(_losses(found, scenario, shown))
     if scenario.name != "damage":
@@ -113,7 +174,7 @@ def _losses(found: Found, scenario: Scenario, shown: Shown) -> Iterator[str]:
         # A damaged checkpoint costs its own interval besides.
         allowed = shown.allowed_loss + (shown.save_every if scenario.name == "damage" else 0)
         if ending.outcome == Outcome.KILLED and lost > allowed:
-            yield f"{lost} steps were lost on a kill, and a save interval is {shown.save_every}"
+            yield f"{lost} steps were lost on a kill; the interval and the save in flight are at most {allowed}"
 
 
 def _forgotten(store: Store, endings: list[Ending]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import msgspec
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
 from jobkit.storage import Store
 from jobkit.units import show_duration
 from launch import cloud, leftovers, report, restart
@@ -62,9 +62,9 @@ class VmRunner(JobRunner):
         """When the run's time is used up, on the clock of `time.monotonic`."""
 
     def _attempts_in_job(self) -> int:
-        self._ledger.append("job_started", job=self._job, backend=self._backend, restarts=self._retries, durable=True)
+        self._write_down("job_started", job=self._job, backend=self._backend, restarts=self._retries)
         # What the service starts again it has lost by no fault of the program's.
-        self._write_down(lambda: leftovers.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0))
+        leftovers.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
         policy = self._remember()
         self._set_limit()
         if self._history:
@@ -80,7 +80,7 @@ class VmRunner(JobRunner):
             if decision.state is State.DONE:
                 return self._end(State.DONE, decision.reason)
             told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
-            self._ledger.append("decision", **told, attempt=self._newest_attempt, job=self._job, durable=True)
+            self._write_down("decision", **told, attempt=self._newest_attempt, job=self._job)
             if (over := self._over()) is not None and over[0] is not State.REQUEUED:
                 break
             if not decision.restart:
@@ -97,7 +97,7 @@ class VmRunner(JobRunner):
 
     def _over(self) -> tuple[State, str] | None:
         if self._cancelled():
-            return State.CANCELLED, report.cancel_reason(self._store)
+            return State.CANCELLED, report.cancel_reason(self._quick)
         if time.monotonic() >= self._limit_at:
             assert self._spec.cloud is not None
             limit = show_duration(self._spec.cloud.time_s or 0.0)
@@ -149,14 +149,14 @@ def main(arguments: list[str]) -> int:
     try:
         store = open_run(arguments[0], patience_s=_PATIENCE_S)
     except StorageError as error:
-        print(f"jobkit: {error}", file=sys.stderr)
+        say(str(error))
         return int(Exit.PREEMPTED)  # perhaps another VM gets there
     return VmRunner(store, specs.read(store), job=job, backend=backend, retries=retries).run_job()
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        leave(main(sys.argv[1:]))
     except JobkitError as problem:
-        print(f"jobkit: {problem}", file=sys.stderr)
-        sys.exit(int(problem.exit_code))
+        say(str(problem))
+        leave(int(problem.exit_code))

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from jobkit import contract
+from jobkit import contract, mirror, names
 from jobkit.contract import State
 from jobkit.errors import JobkitError
-from jobkit.storage import Store
+from jobkit.patience import Patience
+from jobkit.printable import printable
+from jobkit.storage import Store, explain
 from jobkit.units import show_duration
 from launch import backends, report, submission
 from launch import spec as specs
 from launch.managed import Managed
 from launch.report import Status
+from launch.terminal import unguarded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 EXIT_CODES = {State.DONE: 0, State.FAILED: 1, State.CANCELLED: 3}
 _POLL_S = 0.25
 _POLL_JOB_S = 2.0
-"""A scheduler is asked less often than a directory."""
+"""A scheduler, or a bucket, is asked less often than a directory."""
 _REFRESH_S = 2.0
 """A run on an object store that lives on another machine is looked at this often."""
 _MAX_RESUMES = 5
@@ -42,6 +45,7 @@ def follow(store: Store, *, out: TextIO | None = None, quiet: bool = False) -> i
         0 done, 1 failed, 3 cancelled.
     """
     out = out or sys.stdout
+    store = store.patient(Patience())  # the run goes on meanwhile, so that this does
     if quiet:
         for status in _statuses(store, sys.stderr):
             last = status
@@ -72,10 +76,10 @@ def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
         yield status
         if status.state.over:
             return
-        time.sleep(_POLL_S if status.job is None else _POLL_JOB_S)
+        time.sleep(_POLL_S if status.job is None and not status.host else _POLL_JOB_S)
 
 
-def _looker(store: Store) -> Callable[[], None]:
+def _looker(store: Store, also: Callable[[], None] = lambda: None) -> Callable[[], None]:
     """Return what brings the run's home up to date, now and then; a store that does not answer just now is no end."""
     next_s = time.monotonic() + _REFRESH_S
 
@@ -84,6 +88,7 @@ def _looker(store: Store) -> Callable[[], None]:
         if time.monotonic() >= next_s:
             with contextlib.suppress(JobkitError):
                 submission.refresh(store)
+                also()
             next_s = time.monotonic() + _REFRESH_S
 
     return look
@@ -101,7 +106,7 @@ def _follow_plain(store: Store, out: TextIO) -> Status:
 
 def _change_line(status: Status) -> str:
     """Say what changes seldom; the step and the loss change all the time and are no reason for a line."""
-    words = [str(status.state)]
+    words = [f"{status.state} on {status.host}" if status.host else str(status.state)]
     if status.attempt is not None:
         words.append(f"attempt {status.attempt}")
     if status.phase and status.state is State.RUNNING:
@@ -115,6 +120,7 @@ def _change_line(status: Status) -> str:
         words.append(status.reason)
     if status.storage:
         words.append("uploads fail")
+    words += [trouble.short for trouble in status.troubles]
     return ", ".join(words)
 
 
@@ -122,7 +128,8 @@ def _moving(status: Status) -> str:
     """Say what changes all the time, for a line that is printed for another reason."""
     step = f"; at step {status.step}" if status.step is not None and status.state is State.RUNNING else ""
     loss = status.metrics.get("loss")
-    return f"{step}, loss {loss:.6g}" if step and loss is not None else step
+    step += f", loss {loss:.6g}" if step and loss is not None else ""
+    return "; ".join([step, *(trouble.text for trouble in status.troubles)])
 
 
 def _ending_line(status: Status) -> str:
@@ -137,8 +144,9 @@ def _ending_line(status: Status) -> str:
 
 
 def _follow_live(store: Store, out: TextIO) -> Status:
-    from rich.console import Console
     from rich.live import Live
+
+    from launch.console import Console
 
     console = Console(file=out)
     with Live(console=console, refresh_per_second=8, redirect_stderr=False) as live:
@@ -156,7 +164,7 @@ def card(status: Status) -> "Table":
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows(status):
-        table.add_row(name, Text(value, style=_STYLES.get(value, "") if name == "state" else ""))
+        table.add_row(name, Text(value, style=_STYLES.get(value.partition(" ")[0], "") if name == "state" else ""))
     return table
 
 
@@ -166,7 +174,7 @@ _STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "canc
 def rows(status: Status) -> Iterator[tuple[str, str]]:
     """Yield a status as pairs of words for a person."""
     yield "run", status.run
-    yield "state", str(status.state)
+    yield "state", f"{status.state}{status.place}"
     if status.reason:
         yield "reason", status.reason
     if status.attempt is not None:
@@ -183,6 +191,8 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "updated", f"{show_duration(seconds)} ago"
     if status.storage:
         yield "storage", status.storage
+    for trouble in status.troubles:
+        yield "trouble", trouble.text
     for event in status.set_aside[-3:]:
         yield "set aside", f"step {event.get('step')}: {event.get('reason', '')}"
     for notice in status.notices[-3:]:
@@ -201,13 +211,19 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
         attempt: Only this one.
         following: Go on until the run is over.
     """
+    store = store.patient(Patience()) if following else store
     members = specs.points(store, specs.read(store))
     offsets: dict[tuple[str, int], int] = {}
-    look = _looker(store)
+    mirror.fetch_logs(store, attempt)
+    look = _looker(store, lambda: mirror.fetch_logs(store, attempt))
     while True:
         look()
         # Before the copying: what is written until the run is over must still be copied.
-        over = not following or backends.status(store).state.over
+        status = backends.status(store) if following else None
+        over = status is None or status.state.over
+        if following and over:
+            with contextlib.suppress(JobkitError):
+                mirror.fetch_logs(store, attempt)
         for point, one in enumerate(members):
             for number in one.numbers(contract.ATTEMPTS):
                 if attempt is None or number == attempt:
@@ -216,30 +232,32 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
         out.flush()
         if over:
             return
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_JOB_S if status is not None and status.host else _POLL_S)
 
 
 def _copy_log(store: Store, attempt: int, offsets: dict[tuple[str, int], int], out: TextIO, name: str) -> None:
     key = (store.url, attempt)
     newest = next(reversed(offsets), None)
     offset = offsets.get(key, 0)
-    content = _rest(store.file(contract.log_file(attempt)), offset)
+    content = store.insist(lambda: _rest(store.file(contract.log_file(attempt)), offset))
     if not content and key in offsets:
         return
     if name and key != newest:
         print(f"==> {name} <==", file=out)
     offsets.pop(key, None)  # the newest is the last one written
     offsets[key] = offset + len(content)
-    out.write(content.decode(errors="replace"))
+    unguarded(out).write(printable(content.decode(errors="replace"), bars=True))
 
 
 def _rest(path: Path, offset: int) -> bytes:
     try:
-        with path.open("rb") as log:
+        with open(path, "rb", opener=names.opener) as log:
             log.seek(offset)
             return log.read()
     except FileNotFoundError:
         return b""
+    except OSError as error:
+        raise explain(error, f"cannot read {path}") from None
 
 
 def point_table(status: Status) -> list[tuple[str, ...]]:

@@ -35,8 +35,13 @@ def main(arguments: list[str]) -> None:
     mount("-t", "tmpfs", "tmpfs", f"{told.image}/tmp")
     for bind in told.bind.split(","):
         source, target = bind.split(":")[:2]
-        Path(f"{told.image}{target}").mkdir(parents=True, exist_ok=True)
-        mount("--bind", source, f"{told.image}{target}")
+        place = Path(f"{told.image}{target}")
+        if Path(source).is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+        mount("--bind", source, str(place))
     mount("-o", "remount,ro,bind", str(told.image))
     os.chroot(told.image)
     os.chdir(told.pwd)

@@ -1,13 +1,18 @@
-"""What every test starts from: a process that no launcher started, on the CPU."""
+"""What every test starts from: a process that no launcher started, on the CPU, and the same examples every time.
+
+Property tests try the same examples in every run, so that who has changed nothing sees what was seen before. To search
+further: `pytest --hypothesis-profile search`, with `--hypothesis-seed N` to see again what seed N has found.
+"""
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import submitit  # noqa: F401  (its logging configuration closes all handlers there are, absl's with pytest's capture)
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.engine import Engine
@@ -19,8 +24,19 @@ for name in [name for name in os.environ if name.startswith(("JOBKIT_", "SLURM_"
         del os.environ[name]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JOBKIT_METADATA"] = "off"  # the tests may run on a spot VM themselves
+# Nor does a busy machine fail an example that took long.
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False)
+settings.register_profile("same", settings.get_profile("search"), derandomize=True)
+settings.load_profile("same")
 # A shell's background job has SIGINT ignored, and what it starts inherits that; the tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the versions that the tests ran on."""
+    from tests import libraries
+
+    terminalreporter.write_line(f"on {libraries.in_use()}")
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +60,27 @@ def login(cluster: "Cluster", tmp_path: Path) -> "Iterator[Login]":
     cluster.tidy()
     yield Login(cluster, tmp_path)
     cluster.tidy()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Train once without interruption; return the digest of the end."""
+    from tests import training
+
+    url = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, printed = training.attempt(url)
+    assert code == 0, printed
+    return training.digest(url)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Train in two processes without interruption; return the digest of the end."""
+    from tests import training
+
+    url = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert training.join_many(training.start_many(url, 2)) == [0, 0]
+    return training.digest(url)
 
 
 @pytest.fixture(scope="session")

@@ -323,6 +323,8 @@ class Storage:
         self.lock = threading.RLock()
         self.buckets: dict[str, dict[str, Blob]] = {}
         self.uploads: dict[str, Upload] = {}
+        self.ahead_s = 0.0
+        """How far the server's clock is ahead of this machine's."""
         self._url, self._last = url, 0
 
     def handle(self, request: Request) -> Reply:
@@ -361,7 +363,7 @@ class Storage:
             objects = self.bucket(blob.bucket)
             check_conditions(objects.get(blob.name), query)
             self._last = max(self._last + 1, time.time_ns() // 1000)
-            objects[blob.name] = made = replace(blob, generation=self._last, created=time.time())
+            objects[blob.name] = made = replace(blob, generation=self._last, created=time.time() + self.ahead_s)
             made.__dict__["crc32c"] = blob.crc32c  # a cached property, which `replace` drops
         return made
 
@@ -968,6 +970,11 @@ class GcsServer:
     def remove(self, name: str, bucket: str = "bucket") -> None:
         """Remove an object, past the API and its faults."""
         del self.storage.bucket(bucket)[name]
+
+    def age(self, name: str, seconds: float, bucket: str = "bucket") -> None:
+        """Make an object's content older, past the API and its faults."""
+        objects = self.storage.bucket(bucket)
+        objects[name] = replace(objects[name], created=objects[name].created - seconds)
 
     def control(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Set faults from outside the process (see the function `control`), and tell what has happened so far."""

@@ -67,6 +67,12 @@ for word in plan.split(","):
         commit(int(value))
     elif name == "hold":
         hold()
+    elif name == "step":
+        heartbeat.enter(Phase.FIRST_STEP)
+        for _ in range(int(value)):
+            heartbeat.step, heartbeat.phase = heartbeat.step + 1, Phase.STEPPING
+            heartbeat.beat()
+            time.sleep(0.02)
     elif name == "sleep" or name == "stubborn":
         time.sleep(float(value or 60))
     elif name == "exit":

@@ -35,11 +35,21 @@ class Written:
         """Write an event of an attempt's process 0."""
         self._append(contract.events_file(attempt, 0), t, event, fields)
 
+    def writer(self, attempt: int, writer: str, t: float, event: str, **fields: Any) -> None:
+        """Write an event of any writer of an attempt."""
+        self._append(contract.events_file(attempt, writer), t, event, fields)
+
     def outcome(self, attempt: int, **fields: Any) -> None:
         """Write how an attempt ended."""
         self.store.write(
             f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps({"attempt": attempt} | fields)
         )
+
+    def write(self, name: str, events: list[dict[str, Any]]) -> None:
+        """Write a whole ledger at once, for a history that is long."""
+        path = self.store.file(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(event, separators=(",", ":")) + "\n" for event in events))
 
     def _append(self, name: str, t: float, event: str, fields: dict[str, Any]) -> None:
         ledger = Ledger(self.store.file(name), clock=lambda: t)
@@ -159,4 +169,38 @@ def troubled(path: Path) -> Written:
     run.program(2, 1155, "fresh", step=0)
     run.program(2, 1160, "first_step", step=1)
     run.program(2, 1170, "metrics", step=11, values={"loss": 2.0})
+    return run
+
+
+def many(path: Path, attempts: int, *, events: int = 200) -> Written:
+    """Write the history of a run that is killed again and again; each attempt logs, and loses what it had not saved."""
+    run, lines = Written(path), [{"t": 0.0, "event": "submitted"}]
+    kept, t = 0, 10.0
+    for number in range(attempts):
+        begun = "restored" if number else "fresh"
+        own: list[dict[str, Any]] = [
+            {"t": t + 1, "event": "opened", "pid": 1, "host": "n"},
+            {"t": t + 2, "event": begun, "step": kept, "seconds": 0.5, "bytes": 1_000},
+            {"t": t + 3, "event": "first_step", "step": kept + 1},
+            {"t": t + 3, "event": "compiled", "step": kept + 1, "hits": 1, "misses": 0, "seconds": 0.1},
+        ]
+        logged = events - 12
+        for step in range(kept, kept + logged):
+            values = {"loss": 5 / (1 + step), "accuracy": 0.5, "rate": 1e-3}
+            own.append({"t": t + 3 + (step - kept) / 4, "event": "metrics", "step": step, "values": values})
+        end, reached, kept = t + 4 + logged / 4, kept + logged, kept + logged - logged // 10
+        saved = {"reason": "interval", "blocking_s": 0.01, "durable_s": 0.1, "bytes": 1_000}
+        own.append({"t": end - 2, "event": "saved", "step": kept, **saved})
+        killed = {"exit_code": 137, "outcome": "killed", "reason": "killed by SIGKILL"}
+        watched = [
+            {"t": t, "event": "started", "pid": 1, "command": "python train.py"},
+            {"t": end - 1, "event": "notice", "source": "SIGTERM", "reason": "signal", "deadline_s": 30.0},
+            {"t": end, "event": "exited", **killed, "longest_s": {"first_step": 1.5}},
+        ]
+        run.write(contract.events_file(number, 0), own)
+        run.write(contract.events_file(number, "supervisor"), watched)
+        run.outcome(number, **killed, step=reached, committed_step=kept, started=t, ended=end, node="n")
+        lines.append({"t": end, "event": "decision", "action": "restart", "delay_s": 1.0, "reason": "killed"})
+        t = end + 1
+    run.write(contract.EVENTS, [*lines, {"t": t, "event": "ended", "state": "failed", "reason": "too many failures"}])
     return run

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jobkit import processes
+from jobkit.slurm import parse_pairs
 from tests import slurm_packages
 
 CONF = """\
@@ -61,7 +62,7 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=1
-SlurmdTimeout=3
+SlurmdTimeout=10
 SlurmctldTimeout=30
 MessageTimeout=2
 KillWait={kill_wait_s}
@@ -164,7 +165,7 @@ class Cluster:
     def job(self, job: int | str) -> dict[str, str]:
         """Return what `scontrol show job` tells; of an array, what it tells of the first task."""
         lines = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()
-        return dict(re.findall(r"(?:^|(?<= ))([A-Z][\w/:-]*)=(.*?)(?= [A-Z][\w/:-]*=|\s*$)", lines[0]))
+        return parse_pairs(lines[0])
 
     def wait_state(self, job: int | str, states: str | Iterable[str], timeout_s: float = 60.0) -> dict[str, str]:
         """Wait until a job is in one of some states, as RUNNING, and return what `scontrol show job` tells."""

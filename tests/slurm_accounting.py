@@ -36,17 +36,18 @@ class AccountedCluster(Cluster):
 
     Args:
         nodes: How many nodes.
+        extra_conf: Further lines of slurm.conf.
     """
 
-    def __init__(self, nodes: int = 1) -> None:
+    def __init__(self, nodes: int = 1, extra_conf: str = "") -> None:
         found = slurm_packages.accounting()
         if found is None:
             raise SlurmError("slurmdbd and MariaDB are not on this machine; remove .venv/slurm and run make test")
         self._found, (self._port,) = found, _free_ports(1)
-        super().__init__(nodes=nodes)
+        super().__init__(nodes=nodes, extra_conf=extra_conf)
 
     def _write_conf(self, extra_conf: str) -> None:
-        super()._write_conf(extra_conf + _CONF.format(port=self._port, prefix=self.prefix))
+        super()._write_conf(_CONF.format(port=self._port, prefix=self.prefix) + extra_conf)
 
     def _start_munged(self) -> None:
         self.slurm = self._found

@@ -1,7 +1,8 @@
 """SLURM for the tests: found on this machine, or unpacked from the distribution's packages without being installed.
 
 `python -m tests.slurm_packages` provides it once, as `make test` does; it needs no root and changes nothing outside
-its cache directory ($JOBKIT_SLURM, by default .venv/slurm).
+its cache directory ($JOBKIT_SLURM, by default .venv/slurm). `python -m tests.slurm_packages STAMP VERSION` unpacks a
+newer one of `SUITES` beside it, from a later Debian; tests run on it where $JOBKIT_SLURM names its directory.
 """
 
 import os
@@ -13,11 +14,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import debian
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge"]
 ACCOUNTING = ("slurmdbd", "mariadbd", "sacct")
 ACCOUNTING_PACKAGES = ["slurmdbd", "mariadb-server-core"]
 USUAL = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/opt/slurm/sbin", "/opt/slurm/bin"]
+SUITES = {"24.11": "trixie", "26.05": "forky"}
+"""Which Debian has which newer SLURM; a suite may move on to a later one, which is then said."""
+LEFT_OUT = (
+    "systemd|perl-base|passwd|procps|adduser|debconf|init-system-helpers|login.defs|sensible-utils|ucf|libtext-|mount"
+    "|base-passwd|readline-common|libsystemd-shared|openssl-provider|libc-gconv|libx|ocl-icd|libze1|libhwloc-plugins|gcc-"
+)
+"""What SLURM's packages depend on and its daemons do without."""
 HOW = "install SLURM with munge (Debian, Ubuntu: apt-get install slurm-wlm munge) or set JOBKIT_SLURM"
 
 
@@ -44,7 +54,9 @@ def cache() -> Path:
 
 
 def find() -> Slurm | None:
-    """Return the SLURM of this machine, else the unpacked one, else nothing."""
+    """Return the SLURM of this machine, else the unpacked one, else nothing; $JOBKIT_SLURM comes before both."""
+    if "JOBKIT_SLURM" in os.environ:
+        return unpacked(cache()) or installed()
     return installed() or unpacked(cache())
 
 
@@ -76,9 +88,11 @@ def unpacked(root: Path) -> Slurm | None:
     plugins = next(iter(sorted(root.glob("usr/lib/*/slurm-wlm"))), None)
     if plugins is None or not all(os.access(program, os.X_OK) for program in programs.values()):
         return None
+    path = os.pathsep.join([str(root / "bin"), os.environ.get("PATH", os.defpath)])
+    if (root / debian.OWN_LIBC).exists():
+        return Slurm(programs, {"PATH": path}, str(plugins))
     more = root / "lib" / plugins.parent.name
     libraries = [str(plugins.parent), str(plugins), str(more), os.environ.get("LD_LIBRARY_PATH", "")]
-    path = os.pathsep.join([str(root / "bin"), os.environ.get("PATH", os.defpath)])
     return Slurm(programs, {"PATH": path, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries))}, str(plugins))
 
 
@@ -89,35 +103,35 @@ def unpack(root: Path) -> None:
         work = Path(made)
         new = work / "root"
         try:
-            download(work / "packages", [])
+            debian.download(work / "packages", [], [*PACKAGES, *ACCOUNTING_PACKAGES])
         except OSError:  # the machine's package lists are missing or old: take fresh ones, for this once
             lists = work / "lists"
             (lists / "partial").mkdir(parents=True)
             options = [f"-oDir::State::lists={lists}", f"-oDir::Cache={work}", "-oAPT::Sandbox::User="]
-            apt(work, *options, "update")
-            download(work / "packages", options)
-        for package in sorted((work / "packages").glob("*.deb")):
-            subprocess.run(["dpkg", "-x", package, new], check=True)
+            debian.apt(work, *options, "update")
+            debian.download(work / "packages", options, [*PACKAGES, *ACCOUNTING_PACKAGES])
+        debian.extract(work / "packages", new)
         link(new)
         shutil.rmtree(root, ignore_errors=True)
         new.rename(root)
 
 
-def download(directory: Path, options: list[str]) -> None:
-    """Download the packages that installing SLURM would bring."""
-    directory.mkdir(exist_ok=True)
-    wanted = [*PACKAGES, *ACCOUNTING_PACKAGES]
-    plan = apt(directory, *options, "install", "--simulate", "--no-install-recommends", *wanted)
-    names = {*wanted, *re.findall(r"^Inst (\S+)", plan, re.MULTILINE)}
-    apt(directory, *options, "-oAPT::Sandbox::User=", "download", *sorted(names))
+def unpack_newer(version: str, root: Path) -> None:
+    """Unpack the SLURM of a later Debian.
 
+    Args:
+        version: One of `SUITES`.
+        root: The directory to make.
+    """
 
-def apt(cwd: Path, *arguments: str) -> str:
-    """Run apt-get and return its output."""
-    done = subprocess.run(["apt-get", "-q", *arguments], cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"apt-get {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
+    def programs(new: Path) -> list[Path]:
+        link(new)
+        return [new / "bin" / name for name in PROGRAMS]
+
+    try:
+        debian.unpack_suite(SUITES[version], PACKAGES, LEFT_OUT, root, programs, "slurm-wlm")
+    except OSError as error:
+        raise OSError(f"{error}; the suite with SLURM {version} is named in SUITES") from None
 
 
 def link(root: Path) -> None:
@@ -131,25 +145,45 @@ def link(root: Path) -> None:
                 (root / "bin" / name).symlink_to(Path("..") / directory / real.name)
 
 
-def main(stamp: str | None = None) -> int:
-    """Provide SLURM and say so in one line; where it cannot be had, only CI fails."""
+def main(stamp: str | None = None, version: str | None = None) -> int:
+    """Provide SLURM and say so in one line; where it cannot be had, only CI fails.
+
+    Args:
+        stamp: A file that is made where it is there.
+        version: A newer one of `SUITES`, beside the other; that of this machine if not given.
+    """
     try:
-        done = "found"
-        if find() is None or (installed() is None and accounting() is None):
-            if not (shutil.which("apt-get") and shutil.which("dpkg")):
-                raise OSError("it is not on this machine, and only Debian's and Ubuntu's packages are unpacked")
-            unpack(cache())
-            done = "unpacked"
-        if (slurm := find()) is None:
-            raise OSError("the packages lack some of its programs")
-        print(f"{slurm.version()} for the tests: {done} in {os.path.dirname(slurm.programs['slurmctld'])}")
+        slurm = _provide() if version is None else _provide_newer(version)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"the SLURM tests are left out: {error}; {HOW}", file=sys.stderr)
         return int(bool(os.environ.get("CI")))
+    print(f"{slurm.version()} for the tests in {os.path.dirname(slurm.programs['slurmctld'])}")
     if stamp is not None:
         Path(stamp).touch()
     return 0
 
 
+def _provide() -> Slurm:
+    if find() is None or (installed() is None and accounting() is None):
+        debian.check()
+        unpack(cache())
+    if (slurm := find()) is None:
+        raise OSError("the packages lack some of its programs")
+    return slurm
+
+
+def _provide_newer(version: str) -> Slurm:
+    root = cache().with_name(f"slurm-{version}")
+    if unpacked(root) is None:
+        unpack_newer(version, root)
+    if (slurm := unpacked(root)) is None:
+        raise OSError(f"the packages of SLURM {version} lack some of its programs")
+    if version not in slurm.version():
+        print(
+            f"Debian's {SUITES[version]} has moved on from {version}: tests run on what it has now, {slurm.version()}"
+        )
+    return slurm
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main(*sys.argv[1:3]))

@@ -208,11 +208,12 @@ from pathlib import Path
 import numpy as np
 from jobkit import commits
 from jobkit.errors import JobkitError
-from tests.test_checkpoint import Life, parts_of, state
+from jobkit.kinds import part_of
+from tests.test_checkpoint import Life, state
 life = Life(Path(sys.argv[1]))
 life.save(1)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-big = {"big": state.part_of("big", np.random.default_rng(0).normal(size=1 << 17))}
+big = {"big": part_of("big", np.random.default_rng(0).normal(size=1 << 17))}
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
 life.checkpoints.save(state.take(big), 2, reason="asked", metrics={})
 life.checkpoints.wait()
@@ -674,6 +675,7 @@ with jobkit.Run(Path(sys.argv[1]), save_every=None, keep=1) as run:
     run.resume(net=state, optimizer=None)
     run.save(1, wait=True)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    state["l0"] = run.state.net["l0"] = leaf(leaves)
     before = figure("VmRSS")
     run.save(2, wait=True)
     print(figure("VmHWM") - before)

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+import jobkit
 import launch
-from jobkit import commits, contract
+from jobkit import commits, contract, mirror
+from jobkit.contract import State
 from jobkit.control import Control
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import attempt_events, read_events
 from jobkit.storage import Store
-from launch import control, local, report
+from launch import control, local, report, slurm, submission
 from launch.spec import JobSpec
 from tests import jobs, training
 from tests.gcs_server import GcsServer
@@ -84,7 +86,7 @@ def test_save_and_stop_of_a_program_started_by_hand(project: Project) -> None:
         assert asked(store) == [told["committed_step"]]
         done = project.cli("stop", store.url)
         assert done.returncode == 0, done.stderr
-        assert program.wait(20) == contract.Exit.PREEMPTED
+        assert program.wait(60) == contract.Exit.PREEMPTED
     newest = commits.steps(store)[-1]
     assert done.stdout == f"{store.url} is stopped, committed step {newest}\n"
     notice = next(event for event in attempt_events(store, 0) if event["event"] == "notice")
@@ -92,6 +94,62 @@ def test_save_and_stop_of_a_program_started_by_hand(project: Project) -> None:
     with by_hand(project, steps=newest + 200) as again:
         assert again.wait(60) == 0
     assert commits.steps(store)[-1] == newest + 200
+
+
+def _several_loops(url: str) -> None:
+    """Train in two stages, of which the first comes to its end."""
+    with jobkit.Run(url, save_every=None, trackers=()) as run:
+        state = run.resume(total=0, optimizer=None)
+        for total in (20, 100_000):
+            for _ in run.steps(total):
+                state.total += 1
+                time.sleep(0.02)
+
+
+def _own_loop(url: str) -> None:
+    """Train in a loop of one's own."""
+    with jobkit.Run(url, save_every=None, trackers=()) as run:
+        state = run.resume(total=0, optimizer=None)
+        for epoch in run.through(range(state.total, 10_000)):
+            state.total += 1
+            time.sleep(0.1)
+            run.save(epoch + 1)
+
+
+@pytest.mark.parametrize("function", [_several_loops, _own_loop])
+def test_every_loop_of_a_program_started_by_hand_is_heard(function: Any, tmp_path: Path) -> None:
+    """A program hears `save` and `stop` in its second loop as in its first, and in a loop of its own."""
+    program = training.start(function, str(tmp_path / "run"), log=tmp_path / "log")
+    store = Store(tmp_path / "run")
+    second = ("goes_on", "own_loop")
+    until(lambda: any(event["event"] in second for event in attempt_events(store, 0)), "that loop begins", seconds=30)
+    assert control.save(store.url, timeout_s=20).done
+    assert control.stop(store.url, timeout_s=20).done
+    program.join(30)
+    assert program.exitcode == contract.Exit.PREEMPTED
+
+
+def _stopped_at_once(url: str) -> None:
+    """Train, and be asked to stop as soon as there is an attempt that can be asked."""
+    claim = mirror.claim
+
+    def claim_and_stop(store: Store) -> int:
+        number = claim(store)
+        assert not control.stop(url, wait=False).done
+        return number
+
+    mirror.claim = claim_and_stop
+    with jobkit.Run(url, save_every=None, trackers=()) as run:
+        state = run.resume(total=0, optimizer=None)
+        for _ in run.steps(1000):
+            state.total += 1
+            time.sleep(0.01)
+
+
+def test_a_stop_as_soon_as_there_is_an_attempt(tmp_path: Path) -> None:
+    """What is asked of a program by hand between its claim and its first look is no earlier attempt's."""
+    code, printed = training.attempt(tmp_path / "run", function=_stopped_at_once)
+    assert code == contract.Exit.PREEMPTED, printed
 
 
 @pytest.mark.slow
@@ -238,3 +296,58 @@ def test_a_request_is_heard_once(tmp_path: Path) -> None:
         assert heard.new(contract.SAVE) is None
         store.remove(contract.SAVE)
         assert heard.new(contract.SAVE) is None
+
+
+def test_a_home_knows_the_newest_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel on the URL replaces an older one in the home, though it is no longer: else none could take it back."""
+    monkeypatch.setenv(contract.ENV_HOME, str(tmp_path))
+    store = Store(f"memory://{tmp_path.name}/run")
+    assert store.remote is not None
+    for name in (contract.CANCEL, contract.SAVE):
+        store.write(name, '{"id": "old"}')
+        store.remote.write(name, b'{"id": "new"}')
+    mirror.refresh(store)
+    assert [store.read(name) for name in (contract.CANCEL, contract.SAVE)] == [b'{"id": "new"}'] * 2
+
+
+def test_a_cancel_that_is_taken_back_while_a_home_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is listed and then gone, since somebody elsewhere resumes the run, is left out and no error."""
+    monkeypatch.setenv(contract.ENV_HOME, str(tmp_path))
+    store = Store(f"memory://{tmp_path.name}/run")
+    assert store.remote is not None
+    for kept in (contract.STRATEGY, contract.SAVE):
+        store.remote.write(kept, b"{}")
+    listed = store.remote.find() | {contract.CANCEL: 2}
+    monkeypatch.setattr(store.remote, "find", lambda name="": listed)
+    mirror.refresh(store)
+    assert store.names("") == [contract.SAVE, contract.STRATEGY]
+    store.write(contract.CANCEL, "of an earlier life")
+    mirror.refresh(store)
+
+
+def test_who_waited_for_a_cancel_ends_no_run_that_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody resumes a run as soon as its job is over, the `cancel` that waited for that writes no end."""
+    store = project.submit("commit:1,exit:3", "exit:3")
+    until_over(store)
+    monkeypatch.setattr(slurm, "_status", lambda stores: {one.url: State.RUNNING for one in stores})
+
+    def taken_back(stores: list[Store], **how: Any) -> None:
+        submission.take_back_cancel(store, submission.cancel_content(store))
+        submission.record(store, "resumed")
+
+    for stop, last in (taken_back, "resumed"), (lambda stores, **how: None, "ended"):
+        monkeypatch.setattr(slurm, "_stop", stop)
+        slurm.cancel(store.url)
+        assert report.last_life_event(store)["event"] == last
+
+
+def test_a_launched_attempt_hears_the_cancel_it_finds(tmp_path: Path) -> None:
+    """No launcher starts anything while there is a cancel: one that a launched attempt finds has come since."""
+    store = Store(tmp_path)
+    store.write(contract.CANCEL, '{"id": "new"}')
+    store.write(contract.SAVE, '{"id": "old"}')
+    assert Control.of_attempt(store, None).new(contract.CANCEL) is None
+    heard = Control.of_attempt(store, 0)
+    assert heard.new(contract.CANCEL) == {"id": "new"}
+    assert heard.new(contract.CANCEL) is None
+    assert heard.new(contract.SAVE) is None

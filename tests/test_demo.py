@@ -176,7 +176,7 @@ def test_missing_packages(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "jobkit: the demo needs matplotlib: pip install 'jobkit[train,report]'\n"
+    assert done.stderr == "jobkit: the demo needs matplotlib: pip install -e '.[train,report]' in jobkit's checkout\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -185,7 +185,19 @@ def test_demo_on_a_bucket(tmp_path: Path) -> None:
     """`make demo RUN=gs://...`: real trainings and signals, compared from what has got into the bucket, a page."""
     with GcsServer() as server:
         done = subprocess.run(
-            [sys.executable, "-m", "launch", "demo", "--run", "gs://bucket/demo", "--seed", "4", "--json"],
+            [
+                sys.executable,
+                "-m",
+                "launch",
+                "demo",
+                "--run",
+                "gs://bucket/demo",
+                "--seed",
+                "4",
+                "--steps",
+                "200",
+                "--json",
+            ],
             cwd=tmp_path,
             env=os.environ
             | server.environment()
@@ -195,7 +207,7 @@ def test_demo_on_a_bucket(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert any(name.endswith("disturbed/checkpoints/500/commit.json") for name in server.names())
+        assert any(name.endswith("disturbed/checkpoints/200/commit.json") for name in server.names())
         reported = _report_elsewhere(server, tmp_path)
     told = json.loads(done.stdout)
     assert (told["identical"], told["survived"], told["run"]) == (True, True, "gs://bucket/demo")
@@ -206,8 +218,8 @@ def test_demo_on_a_bucket(tmp_path: Path) -> None:
     browser.inspect(Path(told["report"]))  # the screenshots lie beside it
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
     assert [(one["name"], one["steps"], one["goodput"] > 0) for one in reported] == [
-        ("disturbed", 500, True),
-        ("undisturbed", 500, True),
+        ("disturbed", 200, True),
+        ("undisturbed", 200, True),
     ]
     assert len(reported[0]["attempts"]) == told["attempts"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobkit.errors import ConfigError
-from launch import doctor
+from launch import doctor, scontrol
 from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -17,10 +17,13 @@ CONFIG = doctor.parse_config((ROOT / "tests/recorded/show_config-22.05.txt").rea
 LINE = (ROOT / "tests/recorded/show_partition-22.05.txt").read_text()
 
 
-def said(topic: str, config: dict[str, str] | None = None, **partition: str) -> tuple[str, str]:
+def said(
+    topic: str, config: dict[str, str] | None = None, qos: dict[str, str] | None = None, **partition: str
+) -> tuple[str, str]:
     """Return what is said of one topic, and the verdict."""
     chosen = doctor.choose([LINE], "cancel5") | partition
-    (found,) = [one for one in doctor.explain(CONFIG | (config or {}), chosen, grace_s=30.0) if one.topic == topic]
+    told = doctor.explain(CONFIG | (config or {}), chosen, qos, grace_s=30.0)
+    (found,) = [one for one in told if one.topic == topic]
     return found.text, found.verdict
 
 
@@ -37,6 +40,57 @@ def test_preemption() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("qos", "text", "verdict"),
+    [
+        (
+            "low",
+            "by QOS low, whatever the partition says: PreemptMode=REQUEUE, GraceTime=7 s, KillWait=5 s, none in a "
+            "job's first 3.0 s (PreemptExemptTime): a notice comes 12 s before the kill; the job commits and has "
+            "itself started again",
+            "warning",
+        ),
+        ("cut", "by QOS cut, whatever the partition says: PreemptMode=CANCEL, GraceTime=0 s, KillWait=5 s", "warning"),
+        (
+            "normal",
+            "by QOS normal, whatever the partition says: PreemptMode=REQUEUE, GraceTime=0 s, KillWait=5 s: a notice "
+            "comes 5.0 s before the kill; SLURM requeues the job",
+            "warning",
+        ),
+    ],
+)
+def test_preemption_by_qos(qos: str, text: str, verdict: str) -> None:
+    """Where a QOS decides over preemption, its mode and grace are told, and not those of the partition."""
+    known = scontrol.parse_qos((ROOT / "tests/recorded/sacctmgr_qos-22.05.txt").read_text())
+    told = said("preemption", {"PreemptType": "preempt/qos"}, known[qos], GraceTime="120")
+    assert told[0].startswith(text)
+    assert told[1] == verdict
+
+
+def test_preemption_by_a_qos_that_nobody_tells() -> None:
+    """Where the accounting does not answer, that is said, and nothing made up from the partition."""
+    text, verdict = said("preemption", {"PreemptType": "preempt/qos"}, {"error": "sacctmgr: no slurmdbd"})
+    assert text.endswith("the QOS of a job decides, which the accounting does not tell: sacctmgr: no slurmdbd")
+    assert verdict == "warning"
+
+
+@pytest.mark.parametrize(
+    ("version", "marked"),
+    [
+        ("22.05.8", False),
+        ("23.11.10", False),
+        ("24.05.0", True),
+        ("24.11.5", True),
+        ("26.05.3", True),
+        ("26.05.5", False),
+    ],
+)
+def test_versions_that_mark_a_preempted_job(version: str, marked: bool) -> None:
+    """The versions that may start an ended job once more are named as such, and no others."""
+    told = doctor.explain(CONFIG | {"SLURM_VERSION": version}, doctor.choose([LINE], "cancel5"), grace_s=30.0)
+    assert ["Requeue=0" in one.text for one in told if one.topic == "ended jobs"] == [True] * marked
+
+
 def test_what_cannot_be_kept_fails() -> None:
     """A partition that is down, and dead nodes that are never noticed, are failures."""
     assert said("partition", State="DOWN") == ("it is down: jobs will not start", "fail")
@@ -51,6 +105,12 @@ def test_restart() -> None:
     assert said("restart") == ("a requeued job may start after 5.0 s", "ok")
     text, verdict = said("restart", {"AuthInfo": "(null)"})
     assert ("2 min 0 s" in text, "cred_expire=5" in text, verdict) == (True, True, "warning")
+    assert said("restart", {"SchedulerParameters": "bf_interval=1,requeue_delay=7"})[0] == (
+        "a requeued job may start after 7.0 s (requeue_delay=7)"
+    )
+    text, _ = said("restart", {"SchedulerParameters": "requeue_delay=60"})
+    assert text.startswith("SLURM holds a requeued job back for 60 s (requeue_delay=60): with a notice")
+    assert text.endswith("an administrator can set SchedulerParameters=requeue_delay=5")
 
 
 def test_sweeps_and_accounting() -> None:

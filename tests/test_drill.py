@@ -1,15 +1,19 @@
 """jobkit drill: what it asks of a program, how it judges, what it shows; and that it finds each planted bug."""
 
+import dataclasses
 import datetime
+import html
 import json
 import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,16 @@ from rich.console import Console
 from rich.live import Live
 
 import jobkit
+import launch.drill as drill_module
 from jobkit import commits, contract, faults, state
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill, drill_from
-from jobkit.errors import JobkitError
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.kinds import part_of
 from jobkit.ledger import attempt_events
 from jobkit.storage import Store
 from jobkit.strategy import SaveEvery
-from launch import diagnosis, drill_card, scenarios, verdict
+from launch import diagnosis, drill_card, drill_page, drive, scenarios, verdict
 from launch.diagnosis import Diagnosis
 from launch.drive import Ending
 from launch.scenarios import Shown
@@ -73,7 +79,13 @@ def test_saves_often_enough(own: str | None, steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "attempt", "passes"),
-    [("step:2@0=USR1", "0", 2), ("step:2@0=USR1", "1", 0), ("step=USR1", "5", 1), ("other=USR1", "0", 0)],
+    [
+        ("step:2@0=USR1", "0", 2),
+        ("step:2@0=USR1", "1", 0),
+        ("step=USR1", "5", 1),
+        ("other=USR1", "0", 0),
+        ("step:2@0=USR1+0.05", "0", 3),
+    ],
 )
 def test_fault_at_a_point(monkeypatch: pytest.MonkeyPatch, fault: str, attempt: str, passes: int) -> None:
     """A fault names a point, which pass of it, the attempt and the signal."""
@@ -86,6 +98,7 @@ def test_fault_at_a_point(monkeypatch: pytest.MonkeyPatch, fault: str, attempt: 
         hit = 0
         for number in range(1, 5):
             faults.reach("step")
+            time.sleep(0.04)  # one that comes later comes in the next
             if taken and not hit:
                 hit = number
     finally:
@@ -97,14 +110,35 @@ def test_fault_at_a_point(monkeypatch: pytest.MonkeyPatch, fault: str, attempt: 
 def test_clock_that_stands_still() -> None:
     """Every way to ask for the time of day gives the same, and durations go on."""
     code = (
+        "import datetime; before = datetime.datetime, datetime.date\n"
         "from jobkit.frozen import freeze; freeze(1.7e9)\n"
-        "import time, datetime\nfrom datetime import datetime as d\nfrom time import time as t\n"
+        "import time\nfrom datetime import datetime as d\nfrom time import time as t\n"
+        "assert (datetime.datetime, datetime.date) == before  # the types that libraries were compiled against\n"
+        "assert d.today() == d.now() and datetime.date.today() == d.now().date()\n"
         "a = time.monotonic(); time.sleep(0.01)\n"
         "print(t(), time.time_ns(), d.now(datetime.UTC).isoformat(), time.gmtime().tm_year, time.monotonic() > a)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     when = datetime.datetime.fromtimestamp(1.7e9, datetime.UTC).isoformat()
     assert done.stdout.split() == ["1700000000.0", "1700000000000000000", when, "2023", "True"]
+
+
+def test_probe_measures_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger has each loop's total and the steps that took much longer than usual, without the drill's own pace."""
+    monkeypatch.setenv(contract.ENV_DRILL, Drill(until=12, pace_s=0.01).to_json())
+    with jobkit.Run(tmp_path / "r") as run:
+        run.resume(count=0, optimizer=None)
+        for step in run.steps(100):
+            run.state.count += 1
+            time.sleep(0.3 if step in (0, 5, 9) else 0.0)
+    events = {event["event"]: event for event in attempt_events(Store(tmp_path / "r"), 0)}
+    assert (events["loop"]["total"], events["finished"]["step"]) == (100, 12)
+    slow = events["step_times"]["slow"]  # others, too, where the machine is busy
+    assert {5, 9} <= {step for step, seconds in slow if 0.29 < seconds < 3}
+    assert 0 not in dict(slow)
+    assert drill_module._last_long([(5, 4.0), (9, 0.9), (10, 0.1)]) == (9, 0.9)
+    assert drill_module._last_long([]) is None
+    assert events["step_times"]["usual_s"] < 0.01
 
 
 class Held:
@@ -176,7 +210,7 @@ def test_probe_sees_what_was_given_away(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def _save_donated(tree: Any) -> None:
-    state.take({"tree": state.part_of("tree", tree)}).check_whole()
+    state.take({"tree": part_of("tree", tree)}).check_whole()
 
 
 STUMBLES: dict[str, Callable[[Any], Any]] = {
@@ -208,7 +242,9 @@ def test_whatever_is_said_of_what_was_given_away(tmp_path: Path, how: str) -> No
 
 # How it judges.
 
-SHOWN = Shown(run="r/reference", steps=60, step_s=0.1, start_s=3.0, save_s=0.2, save_every=15, pace_s=0.0)
+SHOWN = Shown(
+    run="r/reference", steps=60, step_s=0.1, start_s=3.0, save_s=0.2, save_every=15, pace_s=0.0, total=60, usual_s=0.1
+)  # fmt: skip
 
 
 def wrote(path: Path, *endings: tuple[str, int], resumed: tuple[int | None, ...] = ()) -> Store:
@@ -234,10 +270,12 @@ def named(name: str) -> scenarios.Scenario:
         ("notice", [("preempted", 37), ("done", 60)], (37,), ""),
         ("notice", [("preempted", 37), ("done", 60)], (36,), "1 steps were lost on a notice"),
         ("notice", [("killed", 37), ("done", 60)], (37,), "attempt 0 ended killed (why), not preempted"),
-        ("notice", [("done", 60)], (), "it took 1 attempts and should have taken 2"),
+        ("notice", [("killed", 30), ("preempted", 37), ("done", 60)], (30, 37), "it took 3 attempts and should have"),
+        ("after", [("killed", 60), ("done", 60)], (60,), ""),
+        ("after", [("killed", 60), ("failed", 60)], (60,), "it did not get to its end: why"),
         ("notice", [("preempted", 37), ("failed", 40)], (37,), "it did not get to its end: why"),
         ("kill", [("killed", 37), ("done", 60)], (30,), ""),
-        ("kill", [("killed", 37), ("done", 60)], (15,), "22 steps were lost on a kill, and a save interval is 15"),
+        ("kill", [("killed", 37), ("done", 60)], (15,), "the interval and the save in flight are at most 21"),
         ("damage", [("killed", 37), ("done", 60)], (15,), ""),
         ("twice", [("killed", 37), ("killed", -1), ("done", 60)], (None, 30), ""),
         ("twice", [("killed", 37), ("killed", -1), ("done", 60)], (None, 0), "37 steps were lost on a kill"),
@@ -249,11 +287,38 @@ def named(name: str) -> scenarios.Scenario:
 def test_judgement(
     tmp_path: Path, name: str, endings: list[tuple[str, int]], resumed: tuple[int, ...], broken: str
 ) -> None:
-    """A notice may cost nothing, a kill a save interval, and every attempt has to end as it must."""
+    """A notice costs nothing, a kill the interval and the save in flight; every attempt has to end as it must."""
     found = Found(name, "text")
     verdict.judge(found, named(name), wrote(tmp_path, *endings, resumed=resumed), SHOWN)
     assert [line for line in found.broken if broken in line] if broken else found.broken == []
     assert found.survived is not bool(broken)
+
+
+def test_what_was_not_hit_is_not_judged(tmp_path: Path) -> None:
+    """A run that was over before it could be hit breaks no promise and shows none: that is no certificate."""
+    found = Found("notice", "text", identical=True)
+    verdict.judge(found, named("notice"), wrote(tmp_path, ("done", 60)), SHOWN)
+    assert (found.missed, found.broken, found.survived) == ("the run was over before it could be hit", [], False)
+    missed = Result(("train",), "d", SHOWN, [found], None, 1.0)
+    assert (missed.verdict, missed.verdict.exit_code) == (verdict.Verdict.NOT_JUDGED, 2)
+    assert Result(("train",), "d", SHOWN, [], None, 1.0).verdict.exit_code == 2
+    missed.found.append(Found("kill", "text", broken=["it ended with other bits"]))
+    assert missed.verdict.exit_code == 1
+    assert Result(("train",), "d", SHOWN, [Found("kill", "text")], None, 1.0).verdict.exit_code == 0
+
+
+def test_occasions() -> None:
+    """Moments come from the reference: the last long step, what follows the last commit, or what is asked for."""
+    assert named("evaluation").lacking(SHOWN) == "no step took much longer than the others"
+    own = replace(SHOWN, total=None)
+    assert [one.name for one in scenarios.ALL if one.lacking(own)] == ["notice-end", "evaluation"]
+    shown = replace(SHOWN, long_step=(49, 0.9), loops=2, tail_s=8.0, at=50, save_every=12)
+    assert named("evaluation").lacking(shown) == ""
+    assert named("evaluation").fault(shown) == "step:50@0=KILL+0.500"
+    assert named("after").fault(shown) == "finished:2@0=KILL+4.000"
+    assert named("after").fault(SHOWN) == "finished:1@0=KILL"
+    assert (shown.middle, shown.hit_save) == (50, 5)
+    assert named("after").lacking(replace(SHOWN, loops=0)) == "the program ended before the run saw the end of its loop"
 
 
 def test_commit_that_was_forgotten(tmp_path: Path) -> None:
@@ -282,19 +347,20 @@ def seen(step: int, **changes: Any) -> dict[str, Any]:
         "random": "same",
         "numpy": "same",
         "rngs": [],
+        "files": {},
     }
     for name, value in changes.items():
         event[name] = event[name] | value if isinstance(value, dict) else value
+    event["outside"] = {name: [*told, *[None, True, False][len(told) - 2 :]] for name, told in event["outside"].items()}
     return event
 
 
 def test_harmless_differences_are_no_cause() -> None:
     """What stands still, and what the loop sets anew at every step, is not taken for state that was lost."""
-    one = {step: seen(step, outside={"loss in a.py:main": ["array", f"l{step}"]}) for step in (1, 2, 30, 31)}
+    one = {step: seen(step, outside={"loss in a.py:main": ["array", f"l{step}", 7, False]}) for step in (1, 2, 30, 31)}
     one[0] = seen(0)
-    two = {step: dict(event) for step, event in one.items()}
-    two[30] = seen(30, outside={"steady in a.py:main": ["number", "other"]})
-    assert diagnosis._lost(one, two, 30) is None
+    two = {30: seen(30, outside={"loss in a.py:main": ["array", "other", 7, False]})}
+    assert diagnosis._lost(one, two, {}) is None
 
 
 def test_generator_comes_before_counter() -> None:
@@ -306,7 +372,7 @@ def test_generator_comes_before_counter() -> None:
         return seen(step, outside=filled)
 
     one = {step: at(step) for step in (0, 1, 2, 30, 31, 32)}
-    found = diagnosis._lost(one, one | {30: at(30, "!")}, 30)
+    found = diagnosis._lost(one, {30: at(30, "!")}, {})
     assert found is not None
     assert found.name == "unsaved RNG: key in a.py:main"
     assert found.evidence[-1] == "also another after the restart: count in a.py:main"
@@ -320,7 +386,7 @@ def test_data_that_hides_its_position() -> None:
         30: seen(30),
         31: seen(31, outside={"batch in a.py:main": ["array", "b0"], "loss in a.py:main": ["array", "l"]}),
     }
-    found = diagnosis._lost(one, two, 30)
+    found = diagnosis._lost(one, two, {})
     assert found is not None
     assert found.name == "unsaved data position: batch in a.py:main"
 
@@ -329,9 +395,139 @@ def test_part_that_is_changed_after_its_restore() -> None:
     """A leaf that is not what was saved, before the first step, comes before everything else."""
     one = {step: seen(step, outside={"key in a.py:main": ["rng", str(step)]}) for step in (0, 1, 30, 31)}
     two = {30: seen(30, outside={"key in a.py:main": ["rng", "x"]}, parts={"params/w": "w0"})}
-    found = diagnosis._lost(one, two, 30)
+    found = diagnosis._lost(one, two, {})
     assert found is not None
     assert found.name == "a part that is changed after it was restored: params/w"
+
+
+def test_library_that_moves_a_generator_is_no_cause() -> None:
+    """A global generator that starts in another state each time would have made undisturbed runs differ."""
+    one = {step: seen(step, numpy=f"n{step}") for step in (0, 1, 2, 30)}
+    two = {30: seen(30, numpy="x")}
+    usual = {step: seen(step, numpy=f"m{step}") for step in (0, 1, 2)}
+    assert diagnosis._lost(one, two, usual) is None
+    found = diagnosis._lost(one, two, {step: one[step] for step in (0, 1, 2)})
+    assert found is not None
+    assert found.name == "unsaved RNG: numpy's global generator (np.random)"
+
+
+def test_copy_of_a_part_is_no_cause() -> None:
+    """A variable that is what a part is, at every look, is saved with it; one that differs from it once is not."""
+
+    def at(step: int, mark: str = "") -> dict[str, Any]:
+        return seen(step, outside={"params in a.py:main": ["array", f"p{step}{mark}", 7, True, not mark]})
+
+    one = {step: at(step) for step in (0, 1, 2, 30)}
+    assert diagnosis._lost(one, {30: at(30, "!")}, {}) is None
+    found = diagnosis._lost(one | {2: at(2, "?")}, {30: at(30, "!")}, {})
+    assert found is not None
+    assert found.name == "unsaved part: params in a.py:main"
+
+
+def test_warning_names_variable_and_line(tmp_path: Path) -> None:
+    """What changes, is no part and is another after the restart is warned of; what always differs is not."""
+    outside = {"ema in a.py:main": ["array", "e{}", 12, True], "began in a.py:main": ["number", "t{}", 3, True]}
+
+    def at(step: int, mark: str = "", **marks: str) -> dict[str, Any]:
+        filled = {
+            name: [kind, crc.format(step) + mark + marks.get(name.split()[0], ""), *more]
+            for name, (kind, crc, *more) in outside.items()
+        }
+        return seen(step, outside=filled)
+
+    one = {step: at(step) for step in (0, 1, 2, 30)}
+    interrupted = ended(tmp_path / "notice", looks=(one, {30: at(30, "!")}))
+    usual = ended(tmp_path / "reference", looks=({step: at(step, began="!") for step in (0, 1, 2)},))
+    (told,) = diagnosis.warnings(interrupted, usual)
+    assert told.startswith("ema in a.py:main, line 12: changes from step to step, is no part")
+    blind = ended(tmp_path / "blind", looks=(one, {}))
+    assert diagnosis.warnings(blind, usual) == ["which variables a restart does not bring back could not be seen"]
+
+
+def ended(path: Path, outcome: str = "done", looks: tuple[dict[int, Any], ...] = ()) -> Store:
+    """Write a run of one attempt or more whose last one ended so, with what a probe saw in each."""
+    store = Store(path)
+    for attempt, seen_then in enumerate(looks or ({},)):
+        last = attempt == max(len(looks), 1) - 1
+        told = {"outcome": outcome if last else "preempted", "step": 60, "reason": "SIGSEGV", "ended": 10.0}
+        store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
+        events = [json.dumps({"t": 5.0, "event": "probed", **look}) for look in seen_then.values()]
+        store.write(f"attempts/{attempt}/events-0.jsonl", "\n".join(events) + "\n")
+    return store
+
+
+def diagnosed(tmp_path: Path, runs: dict[str, Store], equal: Callable[[str, str], bool]) -> Diagnosis:
+    """Diagnose a run that was preempted; of the runs asked for, those in `runs` are given, all others crashed."""
+    place = ended(tmp_path / "d/reference").path.parent
+    ended(place / "notice", looks=({}, {}))
+
+    def start(name: str, environ: dict[str, str]) -> Callable[[], Store]:
+        return lambda: runs.get(name) or ended(place / name, "failed")
+
+    def compare(one: str, other: str) -> dict[str, Any]:
+        same = equal(Path(one).name, Path(other).name)
+        leaf = None if same else {"name": "w", "step": 60, "a": "1", "b": "2"}
+        return {"equal": same, "leaf": leaf, "metric": None, "metrics": []}
+
+    shown = dataclasses.replace(SHOWN, run=str(place / "reference"), total=60)
+    return diagnosis.diagnose(str(place / "notice"), shown, compare, start)
+
+
+def test_clock_that_crashes_the_program_costs_no_diagnosis(tmp_path: Path) -> None:
+    """Where no run with a still clock comes to its end, the rest of the diagnosis goes on, and says so."""
+    counts = {step: seen(step, outside={"count in a.py:main": ["number", str(step), 7, True]}) for step in (0, 1, 2)}
+    restarted = {37: seen(37, outside={"count in a.py:main": ["number", "0", 7, True]})}
+    stopped = {37: seen(37, outside={"count in a.py:main": ["number", "37", 7, True]})}
+    runs = {
+        "again": ended(tmp_path / "again", looks=(counts,)),
+        "again-notice": ended(tmp_path / "again-notice", looks=(counts | stopped, restarted)),
+    }
+    found = diagnosed(tmp_path, runs, lambda one, other: "again-notice" not in (one, other))
+    assert found.name == "step-dependent state outside the parts: count in a.py:main"
+    assert "whether it depends on the time of day is not known" in "".join(found.evidence)
+    assert "SIGSEGV" in "".join(found.evidence)
+
+
+def test_crash_with_a_still_clock_where_no_two_runs_are_equal(tmp_path: Path) -> None:
+    """An unrepeatable program that does not run with a still clock is diagnosed from two runs without one."""
+    looks = [{0: seen(0), 1: seen(1, outside={"noise in a.py:main": ["array", mark, 7, False]})} for mark in "ab"]
+    runs = {"again": ended(tmp_path / "again", looks=(looks[0],))}
+    runs |= {name: ended(tmp_path / name, looks=(looks[1],)) for name in ("again-2", "hashed", "hashed-again")}
+    runs["again-notice"] = ended(tmp_path / "again-notice", looks=({}, {}))
+    found = diagnosed(tmp_path, runs, lambda one, other: False)
+    assert found.name == "nondeterministic operation: noise in a.py:main"
+    assert "whether it depends on the time of day is not known" in "".join(found.evidence)
+
+
+def test_diagnosis_that_comes_to_nothing(tmp_path: Path) -> None:
+    """Where the undisturbed run for the diagnosis crashes, there is none, and the reason is told."""
+    with pytest.raises(JobkitError, match="came to nothing: SIGSEGV"):
+        diagnosed(tmp_path, {}, lambda one, other: False)
+    assert diagnosis.failed("it crashed").name == "the diagnosis failed"
+
+
+def test_interruption_of_the_other_kind(tmp_path: Path) -> None:
+    """What only a kill shows is found with a kill: on a notice a counter in a file is as far as the state is."""
+    wrote = {step: seen(step, files={"n.txt": "rw"}) for step in (0, 1, 2, 30)}
+    runs = {
+        "again": ended(tmp_path / "again", looks=(wrote,)),
+        "again-notice": ended(tmp_path / "again-notice", looks=(wrote, {37: seen(37)})),
+        "again-kill": ended(tmp_path / "again-kill", looks=(wrote, {30: seen(30), 31: seen(31, files={"n.txt": "r"})})),
+    }
+    found = diagnosed(tmp_path, runs, lambda one, other: "again-kill" not in (one, other))
+    assert found.name == "state in a file: n.txt"
+    assert "on a notice nothing is lost: only a kill makes it" in found.evidence
+
+
+def test_comparison_that_dies_is_not_the_last(tmp_path: Path) -> None:
+    """Where the process that compares dies, that comparison fails, and the next one has a new process."""
+    with drive.Comparer(tmp_path) as comparer:
+        comparer._process.kill()
+        comparer._process.wait()
+        with pytest.raises(JobkitError, match="could not be compared: python -m"):
+            comparer.compare(str(tmp_path / "a"), str(tmp_path / "b"))
+        with pytest.raises(JobkitError, match="has no committed checkpoint"):
+            comparer.compare(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 # What it shows.
@@ -339,12 +535,105 @@ def test_part_that_is_changed_after_its_restore() -> None:
 
 def result(**changes: Any) -> Result:
     """Return a drill's result in which one scenario went well and one did not."""
-    ending = Ending(0, Outcome.PREEMPTED, "why", 37, 37, 0.25, 4.0)
-    good = Found("notice", "notice in mid-run", ["SIGTERM to attempt 0 (step 37)"], [ending], [], True)
+    endings = [Ending(0, Outcome.PREEMPTED, "why", 37, 37, 0.25, 4.0), Ending(1, Outcome.DONE, "finished", 60)]
+    good = Found("notice", "notice in mid-run", ["SIGTERM to attempt 0 (step 37)"], endings, [], True)
     bad = Found("kill", "SIGKILL in mid-run", [], [], ["it ended with <other> bits"], False)
-    found = {"good": [good], "both": [good, bad]}[changes.get("which", "both")]
-    why = Diagnosis("rng", "key in a.py:main", "save it", ["seen"], 37, "params/w") if len(found) > 1 else None
-    return Result(("python", "train.py", "--note", "<b>"), "/runs/d", SHOWN, found, why, 61.0)
+    missed = Found("kill-save", "SIGKILL while a save is written", missed="the run was over before")
+    found = {"good": [good], "both": [good, bad], "missed": [good, missed], "none": []}[changes.get("which", "both")]
+    why = Diagnosis("rng", "key in a.py:main", "save it", ["seen"], 37, "params/w") if bad in found else None
+    more = {name: changes.get(name, ()) for name in ("aside", "files_aside", "warnings", "untried")}
+    shown = changes.get("shown", SHOWN)
+    return Result(("python", "train.py", "--note", "<b>"), "/runs/d", shown, found, why, 61.0, **more)
+
+
+def texts(told: Result) -> dict[str, str]:
+    """Return what a person reads of a drill: the card and the page, each in one line."""
+    console = Console(width=80, no_color=True)
+    with console.capture() as captured:
+        console.print(drill_card.card(told))
+    card = " ".join(captured.get().replace("│", " ").split())
+    return {"card": card, "page": html.unescape(drill_page.page(told))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict_", "headline"),
+    [
+        ({"which": "good"}, "certified", "certified: every promise held, in all 60 steps"),
+        ({"which": "both"}, "not certified", "not certified: 1 of 2 scenarios broke a promise"),
+        ({"which": "missed"}, "could not judge", "could not judge: kill-save could not be hit"),
+        ({"which": "none"}, "could not judge", "could not judge: nothing that was asked for could be tried"),
+        (
+            {"which": "good", "shown": replace(SHOWN, total=6000, until=60)},
+            "certified",
+            "certified for the first 60 of 6000 steps: every promise held",
+        ),
+    ],
+)
+def test_verdict_comes_first(changes: dict[str, Any], verdict_: str, headline: str) -> None:
+    """Card, page and JSON begin with the same verdict, which says for how many of the steps it holds."""
+    told = result(**changes)
+    document = drill_card.document(told)
+    assert (document["verdict"], document["headline"]) == (verdict_, headline)
+    assert document["passed"] is (verdict_ == "certified")
+    for text in texts(told).values():
+        assert 0 < text.find(headline) < text.find("a step, the first after")
+
+
+def test_a_card_has_room_for_a_few_promises() -> None:
+    """Of many broken promises of one scenario the card has the first ones and their number; JSON has all."""
+    told = result()
+    told.found[1].broken = [f"promise {number}" for number in range(20)]
+    for text in texts(told).values():
+        assert "promise 4" in text
+        assert "promise 5" not in text
+        assert "and 15 more, see --json" in text
+    assert len(drill_card.document(told)["scenarios"][1]["broken"]) == 20
+
+
+def test_shared_compilations_are_no_files_of_the_program(tmp_path: Path) -> None:
+    """What the runs of a drill compile lies in one of them: no snapshot copies it, no comparison of files sees it."""
+    one = drill_module._Drill(drill_module.Options(("train",), tmp_path), drill_module.Telling())
+    cache = Path(one._environ()["JAX_COMPILATION_CACHE_DIR"])
+    assert cache.parent.parent == tmp_path
+    assert contract.is_own(cache.name)
+
+
+def test_what_was_not_tried_is_told() -> None:
+    """What lies behind the drilled steps, what the program gave no occasion for, what was missed or not asked for."""
+    whole = result(which="good")
+    part = result(
+        which="missed",
+        shown=replace(SHOWN, total=6000, until=60),
+        untried=[
+            verdict.Untried("evaluation", "SIGKILL in the longest step", "no step took much longer"),
+            verdict.Untried("kill-save", "SIGKILL while a save is written", "the run was over before"),
+            *(verdict.Untried(name, name, "not asked for") for name in ("twice", "node")),
+        ],
+    )
+    for text in texts(part).values():
+        assert "what comes after step 60, such as a learning rate that drops, early stopping" in text
+        assert "SIGKILL in the longest step: no step took much longer" in text
+        assert "SIGKILL while a save is written: the run was over before" in text
+        assert "not asked for: twice, node" in text
+    assert all("not tried" not in text for text in texts(whole).values())
+    told = drill_card.document(part)
+    assert told["steps"] == {"drilled": 60, "of": 6000, "all": False}
+    assert told["not_seen"].startswith("what comes after step 60")
+    assert [each["name"] for each in told["not_tried"]] == ["evaluation", "kill-save", "twice", "node"]
+    assert (drill_card.document(whole)["not_seen"], drill_card.document(whole)["not_tried"]) == ("", [])
+
+
+def test_picture(tmp_path: Path) -> None:
+    """The picture has a line for all that the card says: it grows with them; no text is taken for a formula."""
+    sizes = {}
+    for name, told in {"good": result(which="good"), "bad": result(warnings=("$x_{$ is no part",) * 9)}.items():
+        path = drill_page.write_card(tmp_path / f"{name}.png", told)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        sizes[name] = struct.unpack(">II", path.read_bytes()[16:24])
+    assert sizes["good"][0] == sizes["bad"][0] == 1100
+    assert sizes["bad"][1] > sizes["good"][1] + 200
+    with pytest.raises(ConfigError, match="cannot write"):
+        drill_page.write_card(tmp_path / "good.png" / "x.png", result())
 
 
 def test_card() -> None:
@@ -354,12 +643,11 @@ def test_card() -> None:
         console.print(drill_card.card(result()))
         console.print(drill_card.card(result(which="good")))
     text = captured.get()
-    assert re.search(r"notice in mid-run +0 +0.25 s +4.00 s +same +yes", text)
-    assert re.search(r"SIGKILL in mid-run +- +- +- +differ +no", text)
-    assert "unsaved RNG: key in a.py:main" in text
+    assert re.search(r"notice in mid-run +yes +37 +0 +0.25 s +4.00 s +same", text)
+    assert re.search(r"SIGKILL in mid-run +no +- +- +- +- +differ", text)
+    assert "why: unsaved RNG: key in a.py:main" in text
     assert "first at step 37: params/w" in text
-    assert "not certified: a promise did not hold" in text
-    assert "certified: every promise held" in text
+    assert "trained while a save is in flight, here 21" in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
@@ -382,13 +670,14 @@ def test_progress_on_a_terminal() -> None:
 
 def test_page() -> None:
     """The page is one file without script or request, and the command in it is text."""
-    text = drill_card.page(result())
+    text = drill_page.page(result())
     assert "&lt;other&gt; bits" in text
     assert "<b>&#x27;" not in text
     assert "--note &#x27;&lt;b&gt;&#x27;" in text
     assert "unsaved RNG: key in a.py:main" in text
     assert not re.search(r"<script|<link|<img|src=|url\(|@import|http", text)
     assert "prefers-color-scheme: dark" in text
+    assert "what is trained while a save is in flight, here 21" in text
 
 
 @pytest.mark.slow
@@ -398,7 +687,7 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     if program is None:
         pytest.skip(f"Chromium is missing: {browser.HOW}")
     path, colors = tmp_path / "card.html", []
-    path.write_text(drill_card.page(result()))
+    path.write_text(drill_page.page(result()))
     with browser.Browser(program) as running:
         for width, dark in ((1100, False), (1100, True), (390, False)):
             running.open(path, width=width, dark=dark)
@@ -415,7 +704,25 @@ def test_document() -> None:
     assert (told["passed"], told["diagnosis"]["name"]) == (False, "unsaved RNG: key in a.py:main")
     assert [each["survived"] for each in told["scenarios"]] == [True, False]
     assert told["scenarios"][0]["lost_steps"] == 0
-    assert drill_card.document(result(which="good"))["passed"] is True
+    assert told["reference"]["allowed_loss"] == 21
+    good = result(which="good", aside=("memory", "step_s"))
+    assert drill_card.document(good)["passed"] is True
+    assert drill_card.document(good)["metrics_aside"] == ["memory", "step_s"]
+    for text in texts(good).values():
+        assert "not compared, since undisturbed runs differ in them too" in text
+        assert "metrics: memory, step_s" in text
+
+
+def test_warnings_are_shown_everywhere() -> None:
+    """What costs no certificate is on the card, on the page and in the JSON: warnings, and files that always differ."""
+    warned = result(which="good", warnings=("ema <local>",), files_aside=("times.txt",))
+    for text in texts(warned).values():
+        assert "warnings" in text
+        assert "ema <local>" in text
+        assert "files: times.txt" in text
+        assert "certified: every promise held" in text
+    told = drill_card.document(warned)
+    assert (told["passed"], told["warnings"], told["files_aside"]) == (True, ["ema <local>"], ["times.txt"])
 
 
 # The command line.
@@ -425,7 +732,7 @@ def test_list(tmp_path: Path) -> None:
     """--list names the scenarios and runs nothing."""
     done = drill("--list", "--json", "--quick", cwd=tmp_path)
     assert done.returncode == 0
-    assert [each["name"] for each in json.loads(done.stdout)] == ["compile", "notice", "kill-commit", "damage"]
+    assert [each["name"] for each in json.loads(done.stdout)] == ["compile", "notice", "after", "kill-commit", "damage"]
     assert not list(tmp_path.iterdir())
 
 
@@ -433,11 +740,14 @@ def test_list(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ([], "no command to drill"),
-        (["--only", "flood", "--", "true"], "there is no scenario 'flood'; known are start, compile, notice"),
-        (["--steps", "few", "--", "true"], "--steps 'few': give a number of steps, 6 or more, or 'all'"),
+        (["--only", "flood", "--", "true"], "there is no scenario 'flood'; known are start, resumed, compile, notice"),
+        (["--steps", "few", "--", "true"], "'--steps': 'few' is not a valid integer"),
+        (["--steps", "9", "--full", "--", "true"], "--full and --steps 9: give one of them"),
+        (["--steps", "9", "--at", "8", "--", "true"], "--at 8 with --steps 9: interrupt it before step 8"),
         (["--", "pyhton", "train.py"], "the command 'pyhton' does not exist on PATH"),
         (["--run", "full", "--", "true"], "is not an empty directory"),
         (["--html", "no/such/page.html", "--", "true"], "there is no directory"),
+        (["--png", "no/such/card.png", "--", "true"], "--png no/such/card.png: there is no directory"),
         (["--", "python", "-c", "raise SystemExit('out of data')"], "without any interruption it ended with"),
         (["--", "true"], "the program never opened a jobkit.Run"),
         (["--timeout", "1s", "--", "sleep", "30"], "the program did not end within 1.0 s"),
@@ -456,14 +766,24 @@ def test_mistakes(tmp_path: Path, arguments: list[str], told: str) -> None:
     assert not processes.with_environment(contract.ENV_RUN, str(tmp_path))
 
 
+def test_what_cannot_be_judged_is_told_to_a_machine(tmp_path: Path) -> None:
+    """--json has a document also where there is nothing to drill, with the reason; exit 2."""
+    done = drill("--json", "--", "true", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert (told["verdict"], told["passed"], told["command"]) == ("could not judge", False, ["true"])
+    assert told["headline"].startswith("could not judge: the program never opened a jobkit.Run")
+
+
 PLANTED = {
     "unsaved_key": "unsaved RNG: key in unsaved_key.py:main",
+    "unsaved_key_timed": "unsaved RNG: key in unsaved_key_timed.py:main",
     "unsaved_numpy": "unsaved RNG: numpy's global generator (np.random)",
     "unsaved_data": "unsaved data position: data in unsaved_data.py:main",
     "unsaved_part": "unsaved part: average in unsaved_part.py:main",
     "step_counter": "step-dependent state outside the parts: count in step_counter.py:main",
     "wall_clock": "wall-clock dependence",
-    "nondeterministic": "nondeterministic operation",
+    "nondeterministic": "nondeterministic operation: noise in nondeterministic.py:main",
     "donated": "donated buffer",
 }
 
@@ -483,16 +803,78 @@ def test_planted_bug_is_named(tmp_path: Path, script: str) -> None:
 
 
 @pytest.mark.slow
+def test_times_are_not_held_against_a_program(tmp_path: Path) -> None:
+    """A metric that differs between undisturbed runs of equal state is named, and the program is certified."""
+    place = ["--run", str(tmp_path / "d"), "--json"]
+    done = drill("--only", "kill", "--only", "notice", *place, "--", "python", "logs_times.py", cwd=SCRIPTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["metrics_aside"] == ["step_s"]
+    assert told["diagnosis"] is None
+    assert [each["identical"] for each in told["scenarios"]] == [True, True]
+
+
+@pytest.mark.slow
+def test_moments(tmp_path: Path) -> None:
+    """Before the first step, in an evaluation, behind the last commit: each shows what a kill in mid-run does not."""
+    only = [word for name in ("resumed", "kill", "evaluation", "after") for word in ("--only", name)]
+    done = drill(*only, "--json", "--run", str(tmp_path / "d"), "--", "python", "moments.py", cwd=SCRIPTS)
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    broken = {each["name"]: " ".join(each["broken"]) for each in told["scenarios"]}
+    assert broken.pop("kill") == ""
+    assert {name: re.findall(r"\w+Error", text)[0] for name, text in broken.items()} == {
+        "resumed": "FileNotFoundError",
+        "evaluation": "ValueError",
+        "after": "UnboundLocalError",
+    }
+    assert told["reference"]["long_step"][0] == 40
+    evaluation = next(each for each in told["scenarios"] if each["name"] == "evaluation")
+    assert evaluation["endings"][0]["reached_step"] == 40
+    assert told["diagnosis"] is None
+
+
+@pytest.mark.slow
+def test_what_lies_outside_the_window_is_told(tmp_path: Path) -> None:
+    """A mistake that shows after 50,000 steps is not seen: the certificate is for the first steps, and says so."""
+    html, png = tmp_path / "card.html", tmp_path / "card.png"
+    done = drill("--only", "kill", "--html", str(html), "--png", str(png), "--", "python", "late.py", cwd=SCRIPTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"certified for the first (\d+) of 100000 steps: every promise held", done.stdout)
+    assert found is not None, done.stdout
+    assert f"what comes after step {found[1]}, such as a learning rate that drops" in done.stdout
+    assert f"{found[0]}, in 1 of {len(scenarios.ALL)} scenarios" in html.read_text()
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_interrupted_at_a_step(tmp_path: Path) -> None:
+    """--at drills as far as that step: a mistake that shows there alone is found, and named."""
+    command = ["--", "python", "late.py", "60"]  # the kill goes back to a save behind that step
+    done = drill("--only", "kill", "--at", "130", "--json", "--run", str(tmp_path / "d"), *command, cwd=SCRIPTS)
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["steps"] == {"drilled": 143, "of": 100_000, "all": False}
+    assert 130 <= told["scenarios"][0]["at_steps"][0] < 143
+    assert told["diagnosis"]["name"] == "step-dependent state outside the parts: beyond in late.py:main"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_text_example_is_certified(tmp_path: Path) -> None:
-    """`jobkit drill -- python -m jobkit.examples.text` exits 0: every scenario, and nothing is left."""
+    """`jobkit drill -- python -m jobkit.examples.text` exits 0: every scenario that can be, and nothing is left."""
     page = tmp_path / "card.html"
     done = drill("--html", str(page), "--json", "--", "python", "-m", "jobkit.examples.text", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
-    assert [each["name"] for each in told["scenarios"]] == [one.name for one in scenarios.ALL]
+    untried = [each["name"] for each in told["not_tried"]]
+    assert untried in ([], ["evaluation"])  # on a fast machine the example's evaluation is no long step
+    assert [each["name"] for each in told["scenarios"]] == [
+        one.name for one in scenarios.ALL if one.name not in untried
+    ]
     assert all(each["identical"] for each in told["scenarios"])
-    assert "certified: every promise held" in page.read_text()
+    assert told["headline"].startswith("certified")
+    assert told["headline"] in page.read_text()
     assert not list((tmp_path / "runs").iterdir())
 
 

@@ -33,15 +33,6 @@ from tests.gcs_server import GcsServer
 GCP = ("submit", "--on", "gcp", "--region", "us-central1", "--image", "registry/train:1", "--run", URL)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Train once without interruption; return the digest of the end."""
-    url = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, printed = training.attempt(url)
-    assert code == 0, printed
-    return training.digest(url)
-
-
 @pytest.fixture
 def gcs() -> Iterator[GcsServer]:
     """Run an emulated bucket."""
@@ -282,6 +273,23 @@ def test_a_job_that_ends_while_somebody_looks(
     assert (told.state, told.runner) == (State.DONE, "ended"), told.reason
     out = io.StringIO()
     watch.copy_logs(homes[1], out, following=True)
+    assert "hello from the VM" in out.getvalue()
+
+
+def test_a_job_that_ends_between_two_looks(desk: Desk, batch: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`logs -f` fetches once more when the run turns out to be over: the last lines came after the look before."""
+    desk.write("print('hello from the VM')")
+    batch.queue_s = 2
+    submit(desk, command=("python", "train.py"))
+    home, ask = submission.open_run(URL), backends.status
+
+    def when_over(store: Store) -> report.Status:
+        end_of(batch.only_job())
+        return ask(store)
+
+    monkeypatch.setattr(backends, "status", when_over)
+    out = io.StringIO()
+    watch.copy_logs(home, out, following=True)
     assert "hello from the VM" in out.getvalue()
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.goodput import Goodput, Phase, measure
+from launch.goodput import Goodput, measure
 from launch.history import History, Life, read_history
+from launch.timeline import Phase
 from tests import ledgers
 from tests.jobs import ROOT, Project
 
@@ -244,7 +245,7 @@ def test_a_clock_that_is_set_back(tmp_path: Path) -> None:
 NAMES = [
     "submitted", "resumed", "cancelled", "decision", "ended", "job_started", "requeued", "started", "notice", "exited",
     "opened", "fresh", "restored", "first_step", "saved", "skipped", "save_failed", "stalled", "stopped", "finished",
-    "metrics", "plan", "compiled", "raised", "strange",
+    "metrics", "plan", "compiled", "raised", "strange", "silent", "heard_again",
 ]  # fmt: skip
 times = st.floats(-1e9, 1e10) | st.integers(0, 1000)
 numbers = st.integers(-5, 200) | st.floats(allow_nan=True) | st.none() | st.just("x")
@@ -257,8 +258,8 @@ events = st.builds(
 )
 outcomes = st.dictionaries(st.sampled_from(["step", "committed_step", "started", "ended", "outcome"]), numbers)
 lives = st.builds(
-    Life, st.integers(0, 5), st.lists(events, max_size=12), st.lists(events, max_size=6), st.lists(events, max_size=2),
-    outcomes,
+    Life, st.integers(0, 5), st.lists(events, max_size=12), st.lists(events, max_size=6),
+    st.dictionaries(st.sampled_from(["1", "2"]), st.lists(events, max_size=2)), outcomes,
 )  # fmt: skip
 histories = st.builds(
     lambda launcher, lives, now, price: History(

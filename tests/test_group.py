@@ -227,7 +227,8 @@ def _shards(url: str, told: str) -> None:
 
     with jobkit.Run(url, save_every=None) as run:
         before = read_bytes()
-        values = run.resume(arrays=begin if told == "save" else jax.tree.map(jnp.zeros_like, begin), optimizer=None)
+        arrays = begin if told == "save" else jax.tree.map(jnp.zeros_like, begin)
+        values = run.resume(arrays=arrays, steps=0, optimizer=None)
         read = read_bytes() - before
         same = all(
             np.array_equal(mine.data, right.data)
@@ -237,6 +238,7 @@ def _shards(url: str, told: str) -> None:
         Path(f"{url}-{told}-{jax.process_index()}.json").write_text(json.dumps({"read": read, "same": same}))
         for _ in run.steps(run.step + 1):
             values.arrays = dict(values.arrays)
+            values.steps += 1
 
 
 @pytest.mark.slow
@@ -407,8 +409,8 @@ def test_a_notice_in_the_last_step_of_a_loop_that_another_follows(tmp_path: Path
 def test_a_disk_that_does_not_answer_names_no_lost_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hiccup of the shared disk is not the death of a process, nor of the thread that looks."""
 
-    def stale(self: Store, name: str) -> list[str]:
+    def stale(path: Path) -> list[str]:
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr(Store, "names", stale)
+    monkeypatch.setattr(os, "listdir", stale)
     assert group.lost_process(Store(tmp_path), 0) == ""

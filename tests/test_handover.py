@@ -3,12 +3,16 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobkit import contract
+from jobkit.contract import State
 from jobkit.ledger import read_events
-from launch import submission
+from launch import handover, local, submission
+from launch import spec as specs
+from launch.cli_where import Where
 from tests import jobs, training
 from tests.batch_server import BatchServer
 from tests.desk import NAME, TRAIN, URL, Desk
@@ -70,6 +74,27 @@ def test_local_then_gcp_then_slurm(cluster: Cluster, tmp_path: Path, monkeypatch
 def project(tmp_path: Path) -> Iterator[Project]:
     """Make a directory with a program."""
     yield from jobs.project(tmp_path)
+
+
+def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`resume --on` takes back the cancel that it found, none that has come since."""
+    store = project.submit("hold")
+    jobs.until_stepping(store)
+    local.cancel(store.url)
+    rewrite = specs.rewrite
+
+    def rewrite_late(*arguments: Any) -> None:
+        local.cancel(store.url)
+        rewrite(*arguments)
+
+    monkeypatch.setattr(specs, "rewrite", rewrite_late)
+    handover.resume(store.url, Where("local", {}, None, None, 1.0))
+    assert jobs.until_over(store).state is State.CANCELLED
+    assert store.numbers(contract.ATTEMPTS) == [0]
+    monkeypatch.undo()
+    handover.resume(store.url, Where("local", {}, None, None, None))
+    jobs.until_stepping(store, attempt=1)
+    local.cancel(store.url)
 
 
 def test_a_move_that_cannot_work_changes_nothing(project: Project) -> None:

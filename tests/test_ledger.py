@@ -18,6 +18,8 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.ledger import Ledger, attempt_events, read_events, read_json, read_metrics
 from jobkit.storage import Store
+from launch.history import drawn
+from tests.outage import Outage
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -90,11 +92,71 @@ def test_a_ledger_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_stops_nothing(store: Store) -> None:
-    """A ledger on a device without space drops its events and raises nothing."""
-    store.file(contract.attempt_dir(0)).mkdir(parents=True)
-    store.file(contract.events_file(0, 0)).symlink_to("/dev/full")
+    """A ledger on a device without space raises nothing but where it is asked whether all is written."""
     one = ledger(store)
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), one._descriptor or 0)
+    path = store.file(contract.events_file(0, 0))
+    path.unlink()
+    path.mkdir()  # it cannot be opened again
     one.append("lost", durable=True)
+    with pytest.raises(JobkitError, match="cannot write"):
+        one.settle()
+    one.close()
+
+
+_STALE = """
+import sys, pathlib
+from jobkit.errors import StorageError
+from jobkit.ledger import Ledger
+path, flag = map(pathlib.Path, sys.argv[1:])
+one = Ledger(path)
+one.append("before", durable=True)
+flag.write_text("116 writes")
+for number in range(200):
+    one.append("meanwhile", number=number, durable=True)
+try:
+    one.settle()
+    print("settled")
+except StorageError as error:
+    print(error)
+flag.unlink()
+one.settle()
+print(len(path.read_bytes().splitlines()))
+one.append("after")
+one.close()
+"""
+
+
+def test_a_stale_ledger_is_opened_again(store: Store, tmp_path: Path) -> None:
+    """What was appended while the disk did not answer is in the file, in order, as soon as it answers again."""
+    outage = Outage(tmp_path, store.path)
+    path, flag = store.file(contract.events_file(0, 0)), outage.environ["OUTAGE_WHILE"]
+    script = [sys.executable, "-c", _STALE, str(path), flag]
+    done = subprocess.run(script, env=os.environ | outage.environ, capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[1:] == ["201"]
+    told = attempt_events(store, 0)
+    assert [event["event"] for event in told] == ["before", *["meanwhile"] * 200, "after"]
+    assert [event["number"] for event in told[1:-1]] == list(range(200))
+
+
+def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more lines than may wait for a disk the oldest go, and those that stay are whole."""
+    monkeypatch.setattr("jobkit.ledger._MOST_OWED_BYTES", 1000)
+    path = tmp_path / "ledger"
+    one = Ledger(path)
+    path.unlink()
+    path.mkdir()  # it cannot be opened again
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), one._descriptor or 0)
+    for number in range(100):
+        one.append("x", number=number)
+    path.rmdir()
+    one.settle()
+    kept = [json.loads(line)["number"] for line in path.read_bytes().splitlines()]
+    assert kept == list(range(100))[-len(kept) :]
+    assert 10 < len(kept) < 40
     one.close()
 
 
@@ -166,11 +228,11 @@ one.append("last")
 
 
 def test_a_disk_that_was_full_for_a_while(store: Store) -> None:
-    """A line torn by a full disk does not swallow what the same writer appends once there is space again."""
+    """What a full disk tore off or refused is written, whole and in order, once there is space again."""
     path = store.file(contract.events_file(0, 0))
     subprocess.run([sys.executable, "-c", _BROKEN_OFF, str(path)], check=True)
     assert path.read_bytes().splitlines()[1].startswith(b'{"t":')
-    assert [event["event"] for event in attempt_events(store, 0)] == ["first", "after", "last"]
+    assert [event["event"] for event in attempt_events(store, 0)] == ["first", "torn", "lost", "after", "last"]
 
 
 def _write(path: str, writer: int, gate: Any) -> None:
@@ -243,6 +305,14 @@ def test_metrics_of_other_writers_do_not_count(store: Store) -> None:
     one.append("metrics", step=0, values=[1.0])
     one.append("metrics", step=0)
     assert read_metrics(store).values == {}
+
+
+def test_metrics_that_nobody_wants_are_forgotten(store: Store) -> None:
+    """Only the metrics that are chosen among those known so far are held, whichever came first."""
+    ledger(store, 0).append("metrics", step=0, values={"accuracy": 0.5, "a": 1.0})
+    ledger(store, 1).append("metrics", step=1, values={"accuracy": 0.5, "loss": 2.0, "val_loss": 3.0})
+    assert read_metrics(store, only=drawn).values == {"loss": {1: 2.0}, "val_loss": {1: 3.0}}
+    assert read_metrics(store).values.keys() == {"accuracy", "a", "loss", "val_loss"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=6))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jobkit import contract, processes
@@ -81,6 +82,56 @@ def test_kill_and_go_on(project: Project, victim: str, number: signal.Signals) -
         assert status.endings[0].step == status.endings[0].committed_step
         assert not link.exists()
         assert status.endings[0].reason == "the supervisor was killed (SIGKILL); the program ended with exit code 75"
+
+
+LIKE_A_RUN = """
+import os, signal, sys
+from pathlib import Path
+from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.ledger import Ledger
+from jobkit.notice import Listener
+
+attempt, link = os.environ["JOBKIT_ATTEMPT"], Path(os.environ["JOBKIT_SUPERVISOR"])
+process = os.environ["JOBKIT_PROCESS"]
+ledger = Ledger(Path(os.environ["JOBKIT_RUN"]) / "attempts" / attempt / f"events-{process}.jsonl")
+listener, beat = Listener(link), Heartbeat(link)
+listener.open()
+ledger.append("opened")
+beat.enter(Phase.STEPPING)
+while attempt == "0" and not listener.noticed:
+    signal.sigtimedwait([], 0.02)
+ledger.append("stopped" if listener.noticed else "finished")
+beat.enter(Phase.STOPPED if listener.noticed else Phase.FINISHED)
+sys.exit(75 if listener.noticed else 0)
+"""
+"""Trains until it is told to stop, in its first attempt; in the second it comes to its end."""
+
+
+def submit_like_a_run(project: Project, *command: str, tasks: int = 1) -> Store:
+    """Submit it, in so many processes; return once all of them train."""
+    (project.path / "train.py").write_text(LIKE_A_RUN)
+    spec = project.spec(sbatch={"ntasks-per-node": str(tasks)})
+    store = local.submit(msgspec.structs.replace(spec, command=command))
+    until(lambda: len(jobs.events(store, "opened")) == tasks, "it trains")
+    return store
+
+
+def test_supervisor_killed_and_a_shell_that_exits_0(project: Project) -> None:
+    """With its supervisor killed a program stops in good order: the exit code of the shell around it says nothing."""
+    store = submit_like_a_run(project, "sh", "-c", "trap : TERM; python train.py; echo after")
+    os.kill(jobs.supervisor_pid(store), signal.SIGKILL)
+    status = until_over(store)
+    assert (status.state, jobs.outcomes(store)) == (State.DONE, ["preempted", "done"])
+
+
+def test_one_of_two_cannot_tell_how_it_ended(project: Project) -> None:
+    """Processes that stop on notice exit 0 beside each other; without the word of each of them nothing is done."""
+    store = submit_like_a_run(project, "python", "train.py", tasks=2)
+    store.file(contract.process_outcome(0, 1)).mkdir()
+    for name in ("supervisor.json", "supervisor-1.json"):
+        os.kill(json.loads(store.read(f"{contract.attempt_dir(0)}/{name}"))["pid"], signal.SIGTERM)
+    status = until_over(store)
+    assert (status.state, jobs.outcomes(store)) == (State.DONE, ["killed", "done"])
 
 
 def test_supervisor_killed_and_program_does_not_listen(project: Project) -> None:

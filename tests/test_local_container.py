@@ -17,7 +17,7 @@ from jobkit.storage import Store
 from launch import container, drive, leftovers, local, lock, report
 from launch.container import Container
 from launch.spec import JobSpec
-from tests.engine import ROOT, Engine
+from tests.engine import BASE, ROOT, Engine
 from tests.jobs import IN_A_CONTAINER, until
 from tests.test_drill import SCRIPTS, drill
 
@@ -167,7 +167,7 @@ def test_a_runner_that_is_killed_before_the_container_is_there(
     image, programs = docker.image(), tmp_path / "bin"
     programs.mkdir()
     slow = f"""#!/bin/sh
-    if [ "$1" = run ]; then
+    if [ "$1 $3" = "run --pid=host" ]; then
         touch {tmp_path}/asked
         trap '' TERM
         while ! [ -e {tmp_path}/go ]; do sleep 0.05; done
@@ -197,13 +197,49 @@ def test_a_cancel_insists(run: Submitted) -> None:
 
 
 @pytest.mark.slow
-def test_an_image_that_is_not_there(docker: Engine, tmp_path: Path) -> None:
-    """The run fails at once, and says where docker's own words are."""
-    made = Submitted(tmp_path, "jobkit-test:nobody-built-it", "polite")
-    ended = made.ends()
+def test_an_image_that_is_gone(docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose image was removed after the submit fails at once, and says where docker's own words are."""
+    monkeypatch.setattr(container, "check_image", lambda told: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    told = Container(image="jobkit-test:nobody-built-it", runtime="docker")
+    store = local.submit(JobSpec(command=("python3", "train.py"), run=str(tmp_path / "run"), container=told))
+    until(lambda: report.status(store).state.over, "it is over", seconds=90)
+    ended = report.status(store)
     assert ended.state is State.FAILED
     assert "docker could not start the container (exit code 125): see " in ended.endings[0].reason
-    assert "nobody-built-it" in made.store.file("runner.log").read_text()
+    assert "nobody-built-it" in store.file("runner.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ("jobkit-test:nobody-built-it", [], "there is no image jobkit-test:nobody-built-it here, and docker pull says"),
+        (BASE, [], f"the image {BASE} has no jobkit that python3 finds (ModuleNotFoundError: No module named 'jobkit'"),
+        ("", ["--mount", "/nowhere/data:/data"], "--mount /nowhere/data:/data: there is no /nowhere/data here"),
+    ],
+    ids=["not there", "without jobkit", "a mount"],
+)
+def test_what_cannot_work_in_a_container_is_refused(
+    docker: Engine, tmp_path: Path, image: str, options: list[str], message: str
+) -> None:
+    """An image that is not there or has no jobkit, a mount of nothing: exit code 2 at submit, and nothing is made."""
+    ours = docker.image()
+    (tmp_path / "train.py").touch()
+    words = ["submit", "--run", "run", "--image", image or ours, *options, "--", "python3", "train.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert os.listdir(tmp_path) == ["train.py"]
+    assert not os.path.exists("/nowhere")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jobkit import commits, contract
 from jobkit.contract import STAGE, TRASH
+from jobkit.kinds import Part, ValuePart, part_of
 from jobkit.storage import Store
 from tests import training
 
@@ -35,9 +36,9 @@ def _life(url: str, saves: int, answer: str) -> None:
     store = Store(url)
     attempt = store.claim(contract.ATTEMPTS)
     ledger = Ledger(store.file(contract.events_file(attempt, 0)))
-    part = state.part_of("x", {"weights": np.zeros(16, np.float32), "step": 0})
-    assert isinstance(part, state.ValuePart)
-    parts: dict[str, state.Part] = {"x": part}
+    part = part_of("x", {"weights": np.zeros(16, np.float32), "step": 0})
+    assert isinstance(part, ValuePart)
+    parts: dict[str, Part] = {"x": part}
     commits.sweep(store, attempt=attempt)
     checkpoints = Checkpoints(store, attempt=attempt, keep=Keep(KEEP), ledger=ledger)
     restored = checkpoints.restore_newest(parts)

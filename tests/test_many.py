@@ -16,6 +16,9 @@ from jobkit import commits, contract, processes
 from jobkit.ledger import attempt_events, read_json
 from jobkit.storage import Store
 from launch import leftovers, local
+from launch.goodput import measure
+from launch.history import read_history
+from launch.lives import PEER
 from tests import jobs, training
 from tests.jobs import Project, until, until_over
 
@@ -137,6 +140,8 @@ def test_one_of_four_is_killed(project: Project) -> None:
     status = until_over(store, seconds=180)
     assert (status.state, jobs.outcomes(store)) == ("done", ["killed", "done"])
     assert leftovers.processes_of(store) == []
+    found = measure(read_history(store))
+    assert (found.attempts[0].notice, found.notices, found.to_save) == (PEER, 0, 0)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Notifications: real runs, a real HTTP server, real commands; nothing of it is ever in the training's way."""
 
+import gzip
 import hashlib
 import hmac
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from jobkit.errors import ConfigError
 from jobkit.storage import Store
-from launch import notify, report
+from launch import notify, report, targets
 from tests import ledgers
 from tests.jobs import Project, events, supervisor_pid, until, until_over, until_stepping
 from tests.jobs import project as make_project
@@ -73,11 +75,15 @@ def project(tmp_path: Path) -> Iterator[Project]:
 
 
 def test_preempted_and_done(project: Project, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A webhook, one by a variable, and a command hear of a preemption and of the end, signed, in order, once."""
+    """Webhooks of a file and a variable, and a command, hear of a preemption and the end, signed, in order, once.
+
+    Nothing in the run directory has any word of them.
+    """
     monkeypatch.setenv(notify.SECRET, "hush")
     monkeypatch.setenv("HOOK", f"{server.url}?token=quiet")
-    command = f"sh -c 'cat >> {project.path}/told; echo >> {project.path}/told'"
-    store = project.submit("commit:5,hold", "commit:9,exit:0", notify=(server.url, "env:HOOK", command))
+    (project.path / "hook").write_text(f"{server.url}/silent\n")
+    monkeypatch.setenv("TELL", f"sh -c 'cat >> {project.path}/told; echo >> {project.path}/told; : hidden'")
+    store = project.submit("commit:5,hold", "commit:9,exit:0", notify=("file:hook", "env:HOOK", "env:TELL"))
     until_stepping(store)
     os.kill(supervisor_pid(store), signal.SIGTERM)
     until_over(store)
@@ -94,16 +100,19 @@ def test_preempted_and_done(project: Project, server: Server, monkeypatch: pytes
     for headers, body in server.told:
         signature = hmac.new(b"hush", body, hashlib.sha256).hexdigest()
         assert headers["X-Jobkit-Signature"] == f"sha256={signature}"
-    written = "".join(path.read_text(errors="replace") for path in store.path.rglob("*") if path.is_file())
-    assert "hush" not in written
-    assert "quiet" not in written
+    (archive,) = store.file("code").glob("*.tar.gz")
+    # Not through links: what leads to a file beside the run is no copy of it.
+    files = [path for path in store.path.rglob("*") if path.is_file() and not path.is_symlink()]
+    written = b"".join([*(path.read_bytes() for path in files), gzip.decompress(archive.read_bytes())])
+    assert not [word for word in (b"hush", b"quiet", b"silent", b"hidden") if word in written]
 
 
-def test_nothing_is_waited_for(project: Project, server: Server) -> None:
+def test_nothing_is_waited_for(project: Project, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that hangs delays no attempt and no other target, and is not ended with an attempt."""
     pids = project.path / "pids"
-    hang = f"sh -c 'echo $$ >> {pids}; exec sleep 300'"
-    store = project.submit("commit:1,exit:1", "commit:3,exit:0", notify=(hang, server.url))
+    monkeypatch.setenv("HANG", f"sh -c 'echo $$ >> {pids}; exec sleep 300'")
+    monkeypatch.setenv("HOOK", server.url)
+    store = project.submit("commit:1,exit:1", "commit:3,exit:0", notify=("env:HANG", "env:HOOK"))
     until_over(store, seconds=60)
     until(lambda: len(server.messages) == 2, "all is told", seconds=40)
     assert [(one["event"], one["final"], one["next"]) for one in server.messages] == [
@@ -114,7 +123,7 @@ def test_nothing_is_waited_for(project: Project, server: Server) -> None:
         until(lambda number=number: pids.exists() and len(pids.read_text().split()) > number, "it hangs", seconds=40)
         os.kill(int(pids.read_text().split()[number]), signal.SIGKILL)
     until(lambda: len(ledger(store)) == 4, "their ends are written")
-    hung = [one for one in ledger(store) if one["target"] == "sh"]
+    hung = [one for one in ledger(store) if one["target"] == "env:HANG"]
     assert [(one["event"], one["told"], one["tries"], one["reason"]) for one in hung] == [
         ("notify_failed", "failed", 1, "it ended with SIGKILL"),
         ("notify_failed", "done", 1, "it ended with SIGKILL"),
@@ -148,48 +157,130 @@ def test_tried_again(tmp_path: Path, server: Server) -> None:
 
 
 def test_what_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is not there, a variable without an address, a command that does not exist: said in the ledger."""
+    """No server, variable, file or program there, or a command that fails: said in the ledger, without a secret."""
     monkeypatch.setattr(notify, "_TRIES", 2)
-    run = ledgers.smooth(tmp_path / "r")
-    tell(run, "http://127.0.0.1:9/secret", "env:NOWHERE", "no-such-command x", "sh -c 'echo no >&2; exit 3'", written=4)
-    assert {one["target"]: one["reason"] for one in ledger(run.store)} == {
-        "http://127.0.0.1": "no answer: ConnectionRefusedError",
-        "env:NOWHERE": "the variable NOWHERE holds no http address where the run's jobs are started",
-        "no-such-command": "it cannot be started: No such file or directory",
-        "sh": "it ended with exit code 3: no",
+    told = {
+        "http://127.0.0.1:9/token-one": "no answer: ConnectionRefusedError",
+        "http://me:token-one@127.0.0.1:9/": "it is no address of a webhook: write https://host/path, without a user "
+        "in it",
+        "http://169.254.169.254/token-one": "its host leads to 169.254.169.254: link-local addresses, and those of a "
+        "cloud's metadata service, are no webhooks; give the address of one",
+        "no-such-command token-one": "it cannot be started: No such file or directory",
+        "sh -c 'echo \"no, $1\" >&2; exit 3' - token-one": "it ended with exit code 3: no, ***-***",
     }
+    names = [f"env:VARIABLE_{number}" for number in range(len(told))]
+    for name, content in zip(names, told, strict=True):
+        monkeypatch.setenv(name.removeprefix("env:"), content)
+    lost = {
+        "env:NOWHERE": "the variable NOWHERE holds neither an address nor a command where the run's jobs are started",
+        f"file:{tmp_path}/x": f"the file {tmp_path}/x cannot be read (No such file or directory)",
+    }
+    run = ledgers.smooth(tmp_path / "r")
+    tell(run, *names, *lost, written=len(told) + 2)
+    found = {one["target"]: one["reason"] for one in ledger(run.store)}
+    assert found == dict(zip(names, told.values(), strict=True)) | lost
+
+
+def test_troubles_while_it_runs(tmp_path: Path, server: Server) -> None:
+    """That no step is made is told once for each silence, whatever attempt it is in, and nothing of before."""
+    run = ledgers.Written(tmp_path / "r")
+    silence = {"step": 40, "waited_s": 60.5, "usual_s": 0.02, "budget_s": 3600.0}
+    run.supervisor(0, 100, "silent", **silence)
+    follower = threading.Thread(
+        target=notify.follow, args=(run.store, [server.url]), kwargs={"since": 0, "runner": os.getpid(), "cwd": ""}
+    )
+    follower.start()
+    run.outcome(0, outcome="killed", reason="killed by SIGKILL")
+    run.launcher(101, "decision", attempt=0, action="restart")
+    until(lambda: len(server.messages) == 1, "it follows")
+    now = time.time()
+    run.supervisor(1, now, "silent", **silence)
+    until(lambda: len(server.messages) == 2, "the first silence is told")
+    run.supervisor(1, now, "heard_again", after_s=70.0)
+    run.supervisor(1, now, "silent", **silence | {"step": 50})
+    until(lambda: len(server.messages) == 3, "the second is told")
+    run.launcher(now, "ended", state="cancelled")
+    follower.join()
+    assert [(one["event"], one["final"], one["attempt"], one["step"]) for one in server.messages] == [
+        ("killed", False, 0, None),
+        ("silent", False, 1, 40),
+        ("silent", False, 1, 50),
+        ("cancelled", True, 1, None),
+    ]
+    assert server.messages[1]["reason"].startswith("no step for 6")
+    assert server.messages[1]["reason"].endswith(" s (usually 0.02 s); restarted after 1 h: --stall")
+
+
+def test_a_run_of_an_older_jobkit(tmp_path: Path, server: Server) -> None:
+    """What stands in the run.json of an older version is still told, and named without what may be a secret."""
+    run = ledgers.smooth(tmp_path / "r")
+    tell(run, server.url, f"sh -c 'cat > {tmp_path}/told'", written=2)
+    assert sorted(one["target"] for one in ledger(run.store)) == ["http://127.0.0.1", "sh"]
+    assert json.loads((tmp_path / "told").read_text())["event"] == server.messages[0]["event"]
+
+
+@pytest.mark.parametrize(
+    ("target", "content", "told"),
+    [
+        ("https://host/token", "", "may be a secret, and run.json would show it: write env:NAME"),
+        ("curl -H token", "", "may be a secret, and run.json would show it: write env:NAME"),
+        ("", "", "may be a secret, and run.json would show it"),
+        ("env:", "", "names no variable"),
+        ("env:a b", "", "names no variable"),
+        ("env:HOOK", " ", "--notify env:HOOK: the variable HOOK holds neither"),
+        ("env:HOOK", "https:///token", "--notify env:HOOK: it is no address"),
+        ("env:HOOK", "https://user:token@host/x", "it is no address"),
+        ("env:HOOK", "host/token", "neither an address .* nor a command"),
+        ("env:HOOK", "echo 'token", "neither an address .* nor a command"),
+        ("env:HOOK", "http://169.254.169.254/token", "leads to 169.254.169.254"),
+        ("env:NO_SUCH_HOOK", "", "NO_SUCH_HOOK is not set where the run will be"),
+        ("file:", "", "names no file"),
+        ("file:nosuchfile", "", "nosuchfile cannot be read"),
+        ("file:hook", "./tell.sh token", "neither an address .* nor a command"),
+    ],
+)
+def test_mistakes(tmp_path: Path, target: str, content: str, told: str) -> None:
+    """A target that cannot work or would show a secret is refused before anything is written, without the secret."""
+    (tmp_path / "hook").write_text(content)
+    with pytest.raises(ConfigError, match=told) as refused:
+        targets.check([target], cwd=tmp_path, environ={"HOOK": content})
+    assert "token" not in str(refused.value)
+
+
+def test_what_works(tmp_path: Path) -> None:
+    """Addresses, of this machine too, and commands are taken from variables and files, whose paths become absolute."""
+    for content in ("https://host/x?token=1", "http://127.0.0.1:8000/", "sh -c 'it is over'\n"):
+        (tmp_path / "hook").write_text(content)
+        found = targets.check(["env:HOOK", "file:hook"], cwd=tmp_path, environ={"HOOK": content})
+        assert found == ("env:HOOK", f"file:{tmp_path}/hook")
 
 
 @pytest.mark.parametrize(
     ("target", "told"),
     [
-        ("https://user:secret@host/x", "holds what may be a secret"),
-        ("https://host/x?token=secret", "holds what may be a secret"),
-        ("https:///x", "names no host"),
-        ("env:", "names no variable"),
-        ("env:a b", "names no variable"),
-        ("", "is no command"),
-        ("echo 'x", "is no command"),
+        ("file:hook", "no file of this machine is there"),
+        ("env:PLAIN", "run.json would show what is in --env PLAIN"),
+        ("env:OTHER", "OTHER is not set where the run will be"),
+        ("https://host/token", "run.json would show it"),
     ],
 )
-def test_mistakes(target: str, told: str) -> None:
-    """A target that cannot work or would show a secret is refused before anything is written, without the secret."""
-    with pytest.raises(ConfigError, match=told) as refused:
-        notify.check([target])
-    assert "secret@" not in str(refused.value)
-    assert "token" not in str(refused.value)
-    notify.check(["https://host/x", "http://127.0.0.1:8000/", "env:HOOK", "mail -s 'it is over' me"])
+def test_in_a_cloud_it_is_one_of_its_secrets(target: str, told: str) -> None:
+    """There a target comes from the secret manager: a file is not there, and run.json has the values of --env."""
+    with pytest.raises(ConfigError, match=told):
+        targets.check_elsewhere([target], plain={"PLAIN"}, secrets={"HOOK"})
+    targets.check_elsewhere(["env:HOOK"], plain={"PLAIN"}, secrets={"HOOK"})
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_nobody_who_could_be_told(project: Project, dry: tuple[str, ...]) -> None:
-    """A program that is not there, or a variable that is not set, is refused by the submit and by its dry run."""
-    for target, told in [
-        ("nosuchprogram --now", "there is no program 'nosuchprogram'"),
-        ("./tell.sh", "there is no program './tell.sh'"),
-        ("env:NO_SUCH_HOOK", "NO_SUCH_HOOK is not set where the run will be"),
+    """Words instead of a name, or a variable that is not set, are refused by the submit and by its dry run."""
+    (project.path / "jobkit.toml").write_text('[profile.loud]\nnotify = ["https://host/x"]\n')
+    for options, told in [
+        (("--notify", "https://host/x"), "run.json would show it: write env:NAME"),
+        (("--profile", "loud"), "run.json would show it: write env:NAME"),
+        (("--notify", "env:NO_SUCH_HOOK"), "NO_SUCH_HOOK is not set where the run will be"),
     ]:
-        done = project.cli("submit", *dry, "--run", "new", "--notify", target, "--", "python", "job.py")
+        done = project.cli("submit", *dry, "--run", "new", *options, "--", "python", "job.py")
         assert (done.returncode, told in done.stderr) == (2, True), done.stderr
     assert not (project.path / "new").exists()
 
@@ -198,6 +289,7 @@ def test_from_a_profile(project: Project) -> None:
     """A profile's targets come after those of the command line."""
     (project.path / "jobkit.toml").write_text('[profile.loud]\nnotify = ["env:HOOK"]\n')
     done = project.cli(
-        "submit", "--profile", "loud", "--notify", "echo", "--dry-run", "--json", "--", "python", "job.py", HOOK="x"
-    )
-    assert json.loads(done.stdout)["notify"] == ["echo", "env:HOOK"]
+        "submit", "--profile", "loud", "--notify", "env:ECHO", "--dry-run", "--json", "--", "python", "job.py",
+        HOOK="sh x", ECHO="echo",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["notify"] == ["env:ECHO", "env:HOOK"]

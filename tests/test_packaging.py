@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import jobkit
 
@@ -18,26 +21,29 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 JOBKIT = [
-    "contract", "errors", "units", "faults", "processes", "memory", "progress", "remote", "storage", "heartbeat",
-    "stacks", "ledger", "logged", "compilecache", "watchdog", "commits", "mirror", "trackers", "adapters", "plan",
-    "interval", "strategy", "drilled", "frozen", "notice", "control", "metadata", "state", "values", "changes",
-    "group", "agreement", "arrays", "restore", "checkpoint", "emergency", "guard", "probe", "plain", "run",
-    "sentry", "slurm", "supervise", "compare", "export",
+    "contract", "printable", "errors", "names", "patience", "versions", "units", "faults", "processes", "memory",
+    "progress", "decode", "remote", "storage", "heartbeat", "pace", "stacks", "ledger", "logged", "compilecache",
+    "watchdog", "commits", "leaving", "parts", "outbox", "mirror", "emptying", "trackers", "adapters", "plan",
+    "interval", "strategy", "drilled", "frozen", "handlers", "notice", "control", "metadata", "leaves", "table",
+    "objects", "skeleton", "kinds", "state", "optimizer", "values", "group", "agreement", "arrays", "restore",
+    "changes", "unsaved", "checkpoint", "emergency", "guard", "liveness", "probe", "plain", "run", "sentry", "slurm",
+    "supervise", "compare", "export",
 ]  # fmt: skip
 """The modules of jobkit from the ground up: each imports only from those before it."""
 LAUNCH = [
-    "restart", "nodes", "sweep", "scontrol", "cloud", "container", "spec", "snapshot", "command", "lock",
-    "leftovers", "report", "notify", "runner", "submission", "job_runner", "local", "local_sweep", "slurm",
-    "slurm_again", "slurm_job", "vm_job", "managed", "googleapi", "gcp_request", "gcp", "aws", "doctor", "backends",
-    "drive", "scenarios", "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "history",
-    "goodput", "phases", "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "cli_where",
+    "terminal", "console", "restart", "nodes", "sweep", "scontrol", "cloud", "container", "spec", "snapshot",
+    "own_files", "command", "lock", "lease", "leftovers", "history", "troubles", "report", "webhook", "targets",
+    "notify", "runner", "submission", "job_runner", "local", "local_sweep", "slurm", "slurm_again", "slurm_job",
+    "vm_job", "managed", "googleapi", "gcp_request", "gcp", "aws", "doctor", "backends", "drive", "scenarios",
+    "diagnosis", "verdict", "drill", "checkpoints", "control", "watch", "api", "lives", "timeline", "goodput",
+    "phases", "shown", "story", "curve", "page", "picture", "demo", "printed", "drill_card", "drill_page", "cli_where",
     "handover", "cli_resume", "cli_ls", "cli_submit", "cli_drill", "cli_report", "cli_control", "cli_checkpoints",
     "cli",
 ]  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 USES_JAX = {
-    "compilecache", "state", "values", "changes", "group", "probe", "arrays", "restore", "checkpoint", "plain",
-    "run", "compare", "export",
+    "compilecache", "leaves", "objects", "skeleton", "kinds", "state", "optimizer", "values", "changes", "group",
+    "probe", "arrays", "restore", "checkpoint", "plain", "run", "compare", "export",
 }  # fmt: skip
 """The only modules of jobkit that may name jax and its family."""
 
@@ -139,14 +145,63 @@ def test_base_is_light() -> None:
     assert not found & {"numpy", "jax", "jaxlib", "flax", "scipy", "protobuf", "grpcio"}
 
 
-def test_constraints_cover_every_requirement() -> None:
-    """Each direct requirement is pinned, and a pin satisfies it; only names and versions are in the file."""
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.+!]+", line) for line in lines)
-    pins = dict(line.split("==") for line in lines)
+def direct() -> list[Requirement]:
+    """Return all requirements of the project and its extras."""
     extras = [line for extra in PROJECT["optional-dependencies"].values() for line in extra if "jobkit" not in line]
-    for requirement in map(Requirement, [*PROJECT["dependencies"], *extras]):
-        assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), requirement
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *extras]]
+
+
+def pins_of(name: str) -> dict[str, str]:
+    """Return the versions in a file of constraints; only names and versions are in it."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[A-Za-z0-9.+!]+", line) for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt", "constraints-newest.txt"])
+def test_constraints_cover_every_requirement(name: str) -> None:
+    """Each direct requirement is pinned, and a pin satisfies it."""
+    pins = pins_of(name)
+    for requirement in direct():
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_floors_are_the_lowest_set() -> None:
+    """What pyproject allows at the least is what `make test-lowest` installs, to the digit."""
+    pins = pins_of("constraints-lowest.txt")
+    for requirement in direct():
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", requirement
+        assert Version(bound.version) == Version(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_newest_set_is_newer() -> None:
+    """Nothing in the newest set is older than in the one that `make` installs."""
+    pinned, newest = pins_of("constraints.txt"), pins_of("constraints-newest.txt")
+    for name in map(canonicalize_name, (requirement.name for requirement in direct())):
+        assert Version(newest[name]) >= Version(pinned[name]), name
+
+
+def test_nothing_installs_a_distribution_of_our_name() -> None:
+    """No file tells anybody to install jobkit from an index, where that name is a stranger's program.
+
+    Hints name the missing package of a third party, or the checkout.
+    """
+    stranger = re.compile(r"pip3? install[^\n]*(?<![/.\w-])jobkit\b(?!'s)|(?<![/.\w-])jobkit\[")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in tracked()
+        if path != Path(__file__).resolve()
+        for match in stranger.finditer(path.read_text(errors="replace"))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_extras_refer_to_this_project() -> None:
+    """The extra that takes all others in takes them from this project, under its own name."""
+    ours = [Requirement(line) for line in PROJECT["optional-dependencies"]["all"]]
+    assert [one.name for one in ours] == [PROJECT["name"]] == ["jobkit-jax"]
+    assert ours[0].extras <= PROJECT["optional-dependencies"].keys()
 
 
 def test_readme_is_short() -> None:
@@ -181,8 +236,8 @@ def tracked() -> list[Path]:
 def test_no_addresses() -> None:
     """No index, registry or machine's own path is written into the project."""
     address = re.compile(
-        r"https?://(?!169\.254\.169\.254|www\.(?:apache\.org/licenses|googleapis\.com/auth))[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|\b(?!127\.0\.0\.|0\.0\.0\.0|169\.254\.169\.254)\d{1,3}(?:\.\d{1,3}){3}\b"
-    )
+        r"https?://(?![\w.-]+\.invalid\b|169\.254\.169\.254|www\.(?:apache\.org/licenses|googleapis\.com/auth))[\w-]+\.[a-z]{2,}|--(?:extra-)?index-url|/(?:root|home)/\w+|/work/\w|(?<![=>]=)\b(?!127\.0\.0\.|0\.0\.0\.0|169\.254\.169\.254|168\.63\.129\.16|100\.100\.100\.200)\d{1,3}(?:\.\d{1,3}){3}\b"
+    )  # of addresses those of this machine and of clouds' metadata services may be named; a version after == is none
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
         for path in tracked()
@@ -191,3 +246,21 @@ def test_no_addresses() -> None:
         if address.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_what_contributors_read_is_true() -> None:
+    """Every target and file that CONTRIBUTING.md names is there, and CITATION.cff cites this version."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"\bmake ([a-z][\w-]*)", text))
+    made = subprocess.run(
+        ["make", "--dry-run", *sorted(targets)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert len(targets) > 5
+    assert made.returncode == 0, made.stderr
+    files = set(re.findall(r"[\w./-]+\.(?:py|txt|md|toml)\b", text))
+    assert len(files) > 5
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (jobkit.__version__, "Apache-2.0")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert all(hook["entry"].split()[0].removeprefix(".venv/bin/") in ("ruff", "mypy") for hook in hooks)

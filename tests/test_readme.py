@@ -94,6 +94,16 @@ def test_snippets(code: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("runs/*/checkpoints/*/commit.json"))
 
 
+def test_bound_of_a_kill_is_said_whole() -> None:
+    """A kill costs the interval and the save in flight: nothing that a user reads promises less."""
+    told = [*(ROOT / "jobkit").rglob("*.py"), *(ROOT / "launch").rglob("*.py"), *ROOT.rglob("README.md")]
+    told = [path for path in told if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    words = {path: " ".join(path.read_text().split()) for path in told}
+    assert "at most the save interval and the save in flight" in words[ROOT / "README.md"]
+    less = re.compile(r"(at most )?(one|a) (single )?save interval( is lost| on a kill)")
+    assert [path.name for path, text in words.items() if less.search(text)] == []
+
+
 def test_make_targets_exist() -> None:
     """The make targets that the README names are in the Makefile; CI runs them."""
     targets = [line.split()[1] for line in COMMANDS if line.startswith("make ")]

@@ -202,7 +202,9 @@ def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> Non
     remote = Remote(place.url)
     assert 6 in mirror.remote_steps(remote)
     assert json.loads(remote.read("attempts/0/outcome.json"))["outcome"] == "killed"
-    assert b"uploaded" in remote.read("attempts/0/events-supervisor.jsonl")
+    there = _elsewhere(place, 0)
+    mirror.refresh(there)
+    assert b"uploaded" in there.read("attempts/0/events-supervisor.jsonl")
 
 
 def test_the_same_step_with_other_bytes_stays_as_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +349,7 @@ def test_a_run_that_ends_while_it_is_looked_at(place: Place, monkeypatch: pytest
     bucket.write(contract.EVENTS, life[0])
     bucket.write(log, b"begin\n")
     mirror.refresh(home)
+    mirror.fetch_logs(home)
     bucket.write(contract.EVENTS, b"".join(life[:2]))
     find = Remote.find
 
@@ -359,6 +362,7 @@ def test_a_run_that_ends_while_it_is_looked_at(place: Place, monkeypatch: pytest
     monkeypatch.setattr(Remote, "find", find_and_end)
     mirror.refresh(home)
     ended = b"ended" in home.read(contract.EVENTS)
+    mirror.fetch_logs(home)
     assert home.read(log) == b"begin\nend\n" or not ended
     mirror.refresh(home)
     assert b"ended" in home.read(contract.EVENTS)
@@ -578,9 +582,9 @@ def test_an_old_home_s_strategy_removes_nothing(place: Place) -> None:
         _commit(b, step, number, "by b")
     carrier = mirror.Mirror(b, number, _ledger(b))
     _keep(b, 9)
-    carrier._carry(final=True)
+    carrier.close(deadline_s=0.0)
     later = mirror.claim(a)
-    mirror.Mirror(a, later, _ledger(a))._carry(final=True)
+    mirror.Mirror(a, later, _ledger(a)).close(deadline_s=0.0)
     assert b.remote is not None
     assert mirror.remote_steps(b.remote) == [10, 20, 30]
     assert json.loads(b.remote.read(contract.STRATEGY))["keep"] == 9
@@ -597,7 +601,7 @@ def test_a_damaged_local_step_holds_nothing_up(place: Place) -> None:
     assert a.remote is not None
     a.remote.write(contract.CANCEL, b"{}")
     with pytest.raises(JobkitError):
-        mirror.Mirror(a, number, _ledger(a))._carry(final=True)
+        mirror.Mirror(a, number, _ledger(a)).close(deadline_s=0.0)
     assert mirror.remote_steps(a.remote) == [20]
     assert a.exists(contract.CANCEL)
 
@@ -608,7 +612,7 @@ def test_one_bad_download_costs_no_step(place: Place, monkeypatch: pytest.Monkey
     number = mirror.claim(a)
     for step in (10, 20, 30):
         _commit(a, step, number, "by a")
-    mirror.Mirror(a, number, _ledger(a))._carry(final=True)
+    mirror.Mirror(a, number, _ledger(a)).close(deadline_s=0.0)
     assert b.remote is not None
     read, short = b.remote.read, []
 
@@ -635,7 +639,7 @@ def test_a_url_that_is_used_again_is_another_run(place: Place, capfd: pytest.Cap
     b = _node(place, "b")
     number = mirror.claim(b)
     _commit(b, 13, number, "the new run")
-    mirror.Mirror(b, number, _ledger(b))._carry(final=True)
+    mirror.Mirror(b, number, _ledger(b)).close(deadline_s=0.0)
     mirror.claim(a)
     assert commits.steps(a) == []
     assert mirror.fetch_newest(a, _ledger(a), attempt=9) == 13
@@ -696,3 +700,27 @@ def test_a_last_evaluation_counts_on_every_node(place: Place, monkeypatch: pytes
     assert jobkit.load(place.url, step="best", n=0).n == 3
     assert commits.metrics(Store(place.url)) == {3: {"loss": 1.0}}
     assert mirror.remote_metrics(Remote(place.url)) == {3: {"loss": 1.0}, 5: {"loss": 5.0, "accuracy": 0.5}}
+
+
+# Names that others have put there.
+
+
+def test_objects_that_lead_out_of_a_run_are_left_alone(place: Place, request: pytest.FixtureRequest) -> None:
+    """On either store an object whose name climbs, or is absolute, is listed nowhere and reaches no file here."""
+    bucket, _, run = place.url.partition("://")[2].partition("/")
+    victim = place.homes / "yours"
+    victim.write_text("mine")
+    for name in ("run.id", f"/{victim}", str(victim), "../../pwn", "attempts/0/../../../../pwn", "scores//pwn", "a\\b"):
+        if place.url.startswith("gs"):
+            request.getfixturevalue("gcs").write(f"{run}/{name}", b"theirs, and longer")
+        else:
+            fsspec.filesystem("s3").call_s3(
+                "put_object", Bucket=bucket, Key=f"{run}/{name}", Body=b"theirs, and longer"
+            )
+    store = Store(place.url)
+    assert store.remote is not None
+    assert list(store.remote.find()) == ["run.id"]
+    mirror.refresh(store)
+    mirror.fetch_ledgers(store, 9)
+    assert victim.read_text() == "mine"
+    assert not list(place.homes.rglob("*pwn*"))

@@ -19,6 +19,12 @@ def recorded(name: str, version: str = "22.05") -> dict[str, str]:
     return parse_pairs((RECORDED / f"show_job-{version}-{name}.txt").read_text())
 
 
+def test_a_user_s_own_text_forges_nothing() -> None:
+    """Newer SLURM shows the line that submitted a job, in which a user may have written names and values."""
+    job = recorded("submit-line", "26.05")
+    assert (job["JobId"], job["JobState"], job["Requeue"]) == ("106878", "RUNNING", "1")
+
+
 @pytest.mark.parametrize(
     ("name", "cause", "preempt_mode"),
     [
@@ -65,6 +71,45 @@ def test_cause_of_a_newer_slurm(name: str, cause: Cause, preempt_mode: str) -> N
     if name in ("scancel", "cancelled"):
         own = scontrol.cause(job, restarts=1, now=now, warned_s=125, preempt_mode="REQUEUE")
         assert own is Cause.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("event", "version", "causes"),
+    [
+        # From 23.11 on SLURM requeues a job that leaves in its grace by itself; PENDING without a reason comes first.
+        ("leaves-in-grace", "22.05", "own preempted gone"),
+        ("leaves-in-grace", "24.11", "own preempted requeued"),
+        ("leaves-in-grace", "26.05", "own preempted requeued"),
+        ("norequeue-in-grace", "22.05", "own preempted gone"),
+        ("norequeue-in-grace", "24.11", "own preempted gone"),
+        ("norequeue-in-grace", "26.05", "own preempted gone"),
+        ("scancel-in-grace", "22.05", "own preempted gone cancelled"),
+        ("scancel-in-grace", "24.11", "own preempted gone cancelled"),
+        ("scancel-in-grace", "26.05", "own preempted gone cancelled"),
+        ("late", "22.05", "own preempted requeued"),
+        ("late", "24.11", "own preempted requeued"),
+        ("late", "26.05", "own preempted requeued"),
+    ],
+)
+def test_the_causes_of_a_job_s_life(event: str, version: str, causes: str) -> None:
+    """A whole recorded life of a job, line by line on each version: what its first life is told at each change."""
+    lines = (RECORDED / f"history-{version}-{event}.txt").read_text().splitlines()
+    told: list[str] = []
+    for job in map(parse_pairs, lines):
+        now = parse_time(job["StartTime"]) or 0.0
+        cause = scontrol.cause(job, restarts=0, now=now, warned_s=30, preempt_mode="REQUEUE")
+        told += [cause] if cause not in told[-1:] else []
+    assert " ".join(told) == causes
+
+
+def test_one_version_starts_an_ended_job_again() -> None:
+    """Ended by itself in its second life after a preemption, the recorded job has a third one on 24.11 alone."""
+    lives = {}
+    for version in ("22.05", "24.11", "26.05"):
+        last = parse_pairs((RECORDED / f"history-{version}-late.txt").read_text().splitlines()[-1])
+        assert last["JobState"] == "COMPLETED"
+        lives[version] = 1 + int(last["Restarts"])
+    assert lives == {"22.05": 2, "24.11": 3, "26.05": 2}
 
 
 def test_a_near_end_is_the_time_limit() -> None:
@@ -138,6 +183,18 @@ def test_accounts() -> None:
 def test_accounts_may_say_anything(printed: str) -> None:
     """Whatever sacct prints, nothing that is still active comes out of it."""
     assert not [job for job in scontrol.parse_accounts(printed).values() if job.active]
+
+
+def test_qos() -> None:
+    """What sacctmgr tells of each QOS is read by its name."""
+    known = scontrol.parse_qos((RECORDED / "sacctmgr_qos-22.05.txt").read_text())
+    assert list(known) == ["normal", "low", "cut", "urgent"]
+    assert known["low"] == {
+        "Name": "low",
+        "PreemptMode": "requeue",
+        "GraceTime": "00:00:07",
+        "PreemptExemptTime": "00:00:03",
+    }
 
 
 def test_hold() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract, processes
+from jobkit import commits, contract, processes, restore
 from jobkit.heartbeat import read_beat
 from jobkit.ledger import read_events, read_json
+from jobkit.storage import Store
 from launch import leftovers, report
 from tests import jobs, training
 from tests.gcs_server import GcsServer
@@ -22,23 +23,6 @@ from tests.login import SCRIPT, Login
 from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Train once without interruption; return the digest of the end."""
-    url = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, printed = training.attempt(url)
-    assert code == 0, printed
-    return training.digest(url)
-
-
-@pytest.fixture(scope="module")
-def undisturbed_many(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Train in two processes without interruption; return the digest of the end."""
-    url = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert training.join_many(training.start_many(url, 2)) == [0, 0]
-    return training.digest(url)
 
 
 def node_of(login: Login, job: str) -> str:
@@ -170,6 +154,23 @@ training.train(os.environ["JOBKIT_RUN"], hook=hook)
 
 
 @pytest.mark.slow
+def test_a_preemption_between_two_attempts(login: Login) -> None:
+    """A job that waits before its next attempt has no step that SLURM could tell: it looks by itself, and goes on."""
+    job = login.submit_command("sh", "-c", f"test -e {login.home}/room || exit 74", options=("-p", "cancel5"))
+
+    def delays() -> list[float]:
+        return [event["delay_s"] for event in report.events(login.store) if event["event"] == "decision"]
+
+    login.until(lambda told: max(delays(), default=0.0) >= 16.0)
+    preempt(login, job)
+    (login.home / "room").touch()
+    told = login.until(lambda told: told["state"] in ("done", "failed", "cancelled"), 60)
+    assert told["state"] == "done", told
+    assert [event for event in report.events(login.store) if event["event"] == "requeued"]
+    login.until_no_job()
+
+
+@pytest.mark.slow
 def test_a_step_that_takes_longer_than_kill_wait(login: Login, undisturbed: str) -> None:
     """The grace of a preemption counts whole: a step that is through in time is not given up at the end of KillWait."""
     (login.home / "long.py").write_text(LONG)
@@ -254,7 +255,7 @@ def test_a_cancel_is_for_good(when: Callable[[Login], None], how: str, login: Lo
     assert told["state"] == "cancelled", told
     login.until_no_job()
     attempts = login.store.numbers(contract.ATTEMPTS)
-    time.sleep(8)  # longer than SLURM holds a requeued job back
+    time.sleep(10)  # longer than SLURM holds a requeued job back
     assert login.store.numbers(contract.ATTEMPTS) == attempts
     assert not login.cluster.run("squeue", "--noheader", "--me").strip()
     assert login.status()["state"] == "cancelled"
@@ -297,6 +298,7 @@ def test_dry_run_prints_the_script(login: Login) -> None:
     [
         (["-p", "nope"], "invalid partition specified: nope"),
         (["--sbatch", "array=0-3"], "one run is one job"),
+        (["--sbatch", "requeue=expedite"], "SLURM then takes any exit code but 0 for a broken node"),
         (["--ntasks-per-node", "0"], "give a number of processes"),
         (["--time", "2"], "leaves hardly time to train"),
         (["--time", "soon"], "Invalid --time specification"),
@@ -309,6 +311,14 @@ def test_refused_submissions_leave_nothing(options: list[str], message: str, log
     assert message in said
     assert len(said.strip().splitlines()) == 1, said
     assert [path.name for path in login.home.iterdir()] == ["train.py"]
+
+
+def test_an_environment_that_requeues_at_any_exit_code(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SBATCH_REQUEUE=expedite is refused as the option is: sbatch would take it from the environment."""
+    monkeypatch.setenv("SBATCH_REQUEUE", "expedite")
+    (login.home / "train.py").touch()
+    said = login.jobkit("submit", "--on", "slurm", "--run", "run", "--", "python", "train.py", code=2)
+    assert "SBATCH_REQUEUE=expedite" in said
 
 
 def test_a_secret_stays_out_of_files(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,8 +492,8 @@ def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.M
             time.sleep(0.5)
         assert (told["state"], told["attempts"]) == ("done", 2), told
         assert [ending["outcome"] for ending in told["endings"]] == ["preempted", "done"]
-        (home,) = (login.home / "disk-of-nodes").iterdir()
-        assert training.digest(home) == undisturbed
+        restore.fetch(Store(url), "latest")  # on the login node; the other's disk is emptied
+        assert training.digest(Store(url).path) == undisturbed
 
 
 @pytest.mark.slow
@@ -491,15 +501,31 @@ def test_an_srun_that_loses_its_step_is_not_the_end(
     login: Login, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An srun that exits 0 with nothing done, as on a lost node, is not taken for a finished run."""
-    real = login.cluster.slurm.programs["srun"]
-    (login.home / "bin").mkdir()
-    liar = login.home / "bin" / "srun"
-    liar.write_text(f'#!/bin/sh\n[ -e {login.home}/lied ] && exec {real} "$@"\ntouch {login.home}/lied\nexit 0\n')
-    liar.chmod(0o755)
-    path = f"{liar.parent}:{login.cluster.environment['PATH']}"
-    monkeypatch.setitem(login.cluster.environment, "PATH", path)
+    another_srun(login, f'[ -e {login.home}/lied ] && exec {{real}} "$@"\ntouch {login.home}/lied\nexit 0', monkeypatch)
     login.submit(pause_s=0.01)
     login.check_end(undisturbed)
     assert (login.home / "lied").exists()
     decisions = [event for event in report.events(login.store) if event["event"] == "decision"]
     assert decisions[0]["action"] == "restart"
+
+
+@pytest.mark.slow
+def test_a_cancel_while_srun_makes_its_step(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel that comes when the runner has looked for one, and SLURM has no step to signal yet, is heard."""
+    another_srun(login, f'touch {login.home}/starts\nsleep 3\nexec {{real}} "$@"', monkeypatch)
+    login.submit(pause_s=0.3)
+    jobs.until((login.home / "starts").exists, "srun is started", seconds=60)
+    login.jobkit("cancel", "run")
+    told = login.until(lambda told: told["state"] not in ("queued", "running", "requeued"), 40)
+    assert told["state"] == "cancelled", told
+    assert (told["step"] or 0) < 10, "it was only killed when its grace was over"
+    login.until_no_job()
+
+
+def another_srun(login: Login, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a program of that text before SLURM's own srun, which it calls {real}."""
+    program = login.home / "bin" / "srun"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n" + text.format(real=login.cluster.slurm.programs["srun"]) + "\n")
+    program.chmod(0o755)
+    monkeypatch.setitem(login.cluster.environment, "PATH", f"{program.parent}:{login.cluster.environment['PATH']}")

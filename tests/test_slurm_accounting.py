@@ -1,6 +1,7 @@
 """What a run's status is long after its job's end, on a real cluster with slurmdbd and a database."""
 
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,54 @@ def test_jobs_that_slurm_has_forgotten(login: Login, monkeypatch: pytest.MonkeyP
         "CANCELLED",
     )
     assert "99999999" not in found
+
+
+@pytest.fixture
+def by_qos(tmp_path: Path) -> Iterator[Login]:
+    """Yield a user on a cluster where the QOS of a job decides how it is preempted."""
+    if slurm_packages.accounting() is None:
+        how = "slurmdbd or MariaDB is missing: remove .venv/slurm and run make test"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(how)
+    with AccountedCluster(nodes=2, extra_conf="PreemptType=preempt/qos") as cluster:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        for words in (
+            "add account lab cluster=tests",
+            f"add user {user} account=lab cluster=tests",
+            "add qos cut PreemptMode=cancel GraceTime=0 PreemptExemptTime=00:00:01",
+            "add qos low PreemptMode=requeue GraceTime=7",
+            "add qos urgent Preempt=cut,low",
+            f"modify user {user} set qos+=cut,low,urgent",
+        ):
+            cluster.run("sacctmgr", "-i", *words.split())
+        yield Login(cluster, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("qos", "partition", "told"),
+    [
+        ("cut", "requeue5", "by QOS cut, whatever the partition says: PreemptMode=CANCEL, GraceTime=0 s"),
+        ("low", "cancel5", "by QOS low, whatever the partition says: PreemptMode=REQUEUE, GraceTime=7 s"),
+    ],
+)
+def test_preempted_by_qos(qos: str, partition: str, told: str, by_qos: Login) -> None:
+    """A QOS's mode and grace rule over the partition's: doctor says which, and a preempted run goes on."""
+    cluster = by_qos.cluster
+    assert told in by_qos.jobkit("doctor", "--on", "slurm", "-p", partition, "--sbatch", f"qos={qos}")
+    (by_qos.home / "job.py").write_text(JOB)
+    options = ("-p", partition, "--sbatch", f"qos={qos}")
+    job = by_qos.submit_command("python", "job.py", "hold", "exit:0", options=options)
+    by_qos.until(lambda status: status["phase"] == "listening" and (status["step"] or 0) > 100)
+    taken = ("--nodes=2", "--exclusive", "--qos=urgent", f"--partition={partition}")
+    cluster.submit("sleep 1", *taken)
+    status = by_qos.until(lambda status: status["state"] in ("done", "failed", "cancelled"), 120)
+    assert status["state"] == "done", status
+    assert [outcome["outcome"] for outcome in by_qos.outcomes()] == ["preempted", "done"]
+    assert (status["job"] == job) == (qos == "low")
+
+
+@pytest.mark.slow
+def test_a_qos_that_is_not_there(by_qos: Login) -> None:
+    """A QOS that the cluster does not have is one sentence with those that it has."""
+    said = by_qos.jobkit("doctor", "--on", "slurm", "--sbatch", "qos=nope", code=2)
+    assert "the cluster has no QOS 'nope'; it has normal, cut, low, urgent" in said

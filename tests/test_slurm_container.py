@@ -24,6 +24,29 @@ def words(told: Container, **more: bool) -> list[str]:
     return container.words(told, paths=paths, cwd=Path("/shared/run/code/1"), environ=environ, **more)
 
 
+def test_an_image_that_is_a_file_is_named_in_full(tmp_path: Path) -> None:
+    """A job begins in another directory; a name and a node's own directory are taken as they are, a typo is refused."""
+    (tmp_path / "train.sif").touch()
+
+    def full(image: str, runtime: str) -> str:
+        return container.in_full(Container(image=image, runtime=runtime), str(tmp_path)).image
+
+    assert full("train.sif", "apptainer") == full("./train.sif", "pyxis") == str(tmp_path / "train.sif")
+    for image, runtime in (
+        ("docker://team/train:1", "apptainer"),
+        ("team/train:1", "pyxis"),
+        ("/on/nodes/a.sif", "singularity"),
+    ):
+        assert full(image, runtime) == image
+    for image, runtime in (
+        ("tain.sif", "apptainer"),
+        (f"{tmp_path}/tain.sif", "singularity"),
+        ("images/a.sqsh", "pyxis"),
+    ):
+        with pytest.raises(ConfigError, match="there is no image"):
+            full(image, runtime)
+
+
 def test_pyxis() -> None:
     """Options of srun's: image, mounts, directory, no entry point, and which variables the image may not overrule."""
     assert words(Container(image="registry#team/train:1", runtime="pyxis", mounts=("/scratch", "/a:/b:ro"))) == [
@@ -88,14 +111,19 @@ def test_dry_run_shows_the_step(login: Login) -> None:
         f"python3 -P -m jobkit.supervise --cwd {code} -- python3.99 train.py"
     )
     assert code.startswith(f"{run}/code/")
+    missing = ["--on", "slurm", "--image", "nope.sif", "--", "python", "train.py"]
+    assert f"there is no image {login.home}/nope.sif here" in login.jobkit("submit", *missing, code=2)
     assert "give --image too" in login.jobkit("submit", "--mount", "/a", "--", "python", "train.py", code=2)
 
 
 @pytest.fixture
-def image(docker: Engine, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def image(
+    docker: Engine, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """Provide the unpacked image of docker/Dockerfile, and an `apptainer` on PATH that enters it."""
     if os.geteuid() != 0:
         pytest.skip("mounts of one's own take root")
+    tmp_path = tmp_path_factory.mktemp("image")  # no part of the project
     root, programs = tmp_path / "image", tmp_path / "bin"
     root.mkdir()
     programs.mkdir()

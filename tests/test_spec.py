@@ -1,7 +1,9 @@
 """run.json and profiles: round trips, other versions, damage, and every mistake a person can make in a profile."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,8 +11,20 @@ from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.storage import Store
+from launch import doctor
 from launch import spec as specs
+from launch.cloud import Cloud
+from launch.container import Container
 from launch.spec import JobSpec
+from tests.jobs import Project, until_over
+from tests.jobs import project as make_project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    """Make a project."""
+    yield from make_project(tmp_path)
+
 
 words = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -43,10 +57,55 @@ def test_created_once(tmp_path: Path) -> None:
 
 
 def test_newer_version_is_named(tmp_path: Path) -> None:
-    """A run directory of a newer layout is refused with the version that can read it."""
+    """A run of a newer format is refused with the version that can read it."""
     (tmp_path / "run.json").write_text('{"version": 99, "jobkit": "7.1.0", "spec": {"strange": 1}}')
-    with pytest.raises(ConfigError, match=r"layout version 99, written by jobkit 7.1.0.*upgrade to jobkit 7.1.0"):
+    with pytest.raises(ConfigError, match=r"has format 99, written by jobkit 7\.1\.0; .* upgrade jobkit here to 7"):
         specs.read(Store(tmp_path))
+
+
+CLOUD = {"image": "i", "region": "r", "zones": ("z",), "env": {"A": "v"}, "secrets": {"B": "s"}, "labels": {"l": "w"}}
+LINES = [
+    lambda text: {"name": text},
+    lambda text: {"sbatch": {"partition": text}},
+    lambda text: {"sbatch": {text: "low"}},
+    lambda text: {"container": Container(image=text)},
+    lambda text: {"container": Container(image="i", mounts=(f"/data:/{text}",))},
+    lambda text: {"notify": (f"file:{text}",)},
+    *(
+        lambda text, field=field: {"cloud": Cloud(**CLOUD | {field: text})}
+        for field in ("image", "project", "region", "machine_type", "gpus", "service_account", "network", "queue")
+    ),
+    lambda text: {"cloud": Cloud(**CLOUD | {"zones": (text,)})},
+    *(
+        lambda text, field=field: {"cloud": Cloud(**CLOUD | {field: {text: "v"}})}
+        for field in ("env", "secrets", "labels")
+    ),
+    *(lambda text, field=field: {"cloud": Cloud(**CLOUD | {field: {"A": text}})} for field in ("secrets", "labels")),
+]
+"""Every value that becomes a line of a job script or of a request."""
+
+
+@given(st.sampled_from(LINES), words, st.sampled_from("\n\r\t\0\x1b\x7f\x85\x9b\u2028\u202e"), words)
+def test_what_becomes_a_line_stays_one(field: Callable[[str], Any], before: str, control: str, after: str) -> None:
+    """A value of any field with a control character in it is refused, and the message is one line itself."""
+    with pytest.raises(ConfigError, match="no line break") as refused:
+        specs.check(JobSpec(command=("a",), **field(before + control + after)))
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(("partition", "options"), [("low\n", {}), (None, {"qos": "a\x1b"})])
+def test_the_probe_of_a_cluster_takes_no_more(tmp_path: Path, partition: str | None, options: dict[str, str]) -> None:
+    """`jobkit doctor --probe` refuses the same, before it writes anything."""
+    with pytest.raises(ConfigError, match="no line break"):
+        doctor.probe(str(tmp_path / "r"), partition, options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(words, words)
+def test_commands_and_variables_are_free(word: str, value: str) -> None:
+    """Words of the command and values of variables may be anything; they are no part of a line."""
+    cloud = Cloud(**CLOUD | {"env": {"A": value}})
+    specs.check(JobSpec(command=("python", word), cloud=cloud))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": "x"}', "\x00\x01", "null", "\xff"])
@@ -93,3 +152,27 @@ def test_bad_profiles(tmp_path: Path, toml: str, message: str) -> None:
     (tmp_path / "jobkit.toml").write_text(toml)
     with pytest.raises(ConfigError, match=message):
         specs.read_profile("x", cwd=tmp_path, home=tmp_path / "nobody")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--on", "slurm", "-p", "low\n#SBATCH --uid=0"), r"--partition is 'low\n#SBATCH --uid=0'"),
+        (("--on", "slurm", "--sbatch", "exclude=a\x1bb"), r"--exclude is 'a\x1bb'"),
+        (("--profile", "evil"), r"image is 'i\nj'"),
+    ],
+)
+def test_a_line_break_is_refused_by_the_submit(project: Project, options: tuple[str, ...], told: str) -> None:
+    """Of an option or a profile: one sentence, exit code 2, nothing written."""
+    (project.path / "jobkit.toml").write_text('[profile.evil]\nimage = "i\\nj"\n')
+    done = project.cli("submit", *options, "--run", "new", "--", "python", "job.py")
+    assert done.returncode == 2
+    assert done.stderr == f"jobkit: {told}: no line break or other character that does not print may be in it\n"
+    assert not (project.path / "new").exists()
+
+
+def test_a_line_break_in_the_command_reaches_the_program(project: Project) -> None:
+    """Words are handed on as they are, whatever is in them."""
+    store = project.submit("read:a\nb ';\"\u202e")
+    until_over(store)
+    assert store.read("attempts/0/log-0.txt").decode().startswith("attempt 0: read:a\nb ';\"\u202e\n")

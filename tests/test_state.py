@@ -28,17 +28,21 @@ from jobkit import contract, state
 from jobkit.checkpoint import Checkpoints
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError
+from jobkit.kinds import Part, ValuePart, part_of
+from jobkit.leaves import DTYPES as DTYPES_HELD
+from jobkit.leaves import is_leaf
 from jobkit.ledger import Ledger
+from jobkit.optimizer import has_optimizer
 from jobkit.restore import restore
 from jobkit.storage import Store
 
 
-def parts_of(**given: Any) -> dict[str, state.Part]:
+def parts_of(**given: Any) -> dict[str, Part]:
     """Make parts as `Run.resume` does."""
-    return {name: state.part_of(name, value) for name, value in given.items()}
+    return {name: part_of(name, value) for name, value in given.items()}
 
 
-def saved(url: Path | str, parts: dict[str, state.Part], step: int = 1, **options: Any) -> Store:
+def saved(url: Path | str, parts: dict[str, Part], step: int = 1, **options: Any) -> Store:
     """Commit one step of a program's parts, through Orbax and the saving thread."""
     store = Store(url)
     ledger = Ledger(store.file(contract.events_file(0, 0)))
@@ -61,7 +65,7 @@ def through(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
         store = saved(directory, parts_of(**there))
         parts = parts_of(**here)
         restore(store, 1, parts)
-        return {name: part.value for name, part in parts.items() if isinstance(part, state.ValuePart)}
+        return {name: part.value for name, part in parts.items() if isinstance(part, ValuePart)}
 
 
 def bits(leaf: Any) -> tuple[Any, ...]:
@@ -156,13 +160,15 @@ def _filled(dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any
 def test_every_dtype() -> None:
     """Arrays of every dtype that a checkpoint can hold, in numpy and in JAX: 0-d, empty, with any bits."""
     value = {}
-    for dtype in DTYPES:
+    held = [dtype for dtype in DTYPES if is_leaf(np.zeros((), dtype))]
+    assert {str(dtype) for dtype in DTYPES if dtype not in held} <= {"float4_e2m1fn", "float8_e8m0fnu"}  # of 2026
+    for dtype in held:
         for shape in [(), (3, 2), (0,), (2, 0, 3)]:
             value[f"numpy-{dtype}-{shape}"] = _filled(dtype, shape)
             if dtype not in WIDE:
                 value[f"jax-{dtype}-{shape}"] = jnp.asarray(_filled(dtype, shape))
         value[f"scalar-{dtype}"] = _filled(dtype, ())[()]
-    assert {str(dtype) for dtype in DTYPES} == state._DTYPES
+    assert {str(dtype) for dtype in DTYPES} == DTYPES_HELD
     round_trip(value)
 
 
@@ -652,7 +658,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "loader": (_loader, "which has no position: make its iterator first"),
     "range": (lambda: {"r": range(3)}, "'x/r' is a range, which has no position"),
-    "set": (lambda: {1, 2}, "'x' is a set, which has no position"),
+    "set": (lambda: {1, 2}, "'x' is a set, which has no order that a restart"),
     "function": (lambda: lambda: 1, r"'x' is a function, which jobkit cannot save: pass NNX objects, pytrees"),
     "dataclass": (Unregistered, "which jobkit cannot save: pass NNX objects"),
     "optimizer": (lambda: {"tx": optax.sgd(1.0)}, "'x/tx/init' is a function"),
@@ -729,7 +735,7 @@ def test_two_leaves_of_one_name_are_refused() -> None:
 def test_a_value_that_went_bad_later_is_refused() -> None:
     """What the program assigns to run.state after resume() is looked at as well."""
     parts = parts_of(x={"a": 1})
-    assert isinstance(parts["x"], state.ValuePart)
+    assert isinstance(parts["x"], ValuePart)
     parts["x"].value = {"a": iter([1])}
     with pytest.raises(ConfigError, match="'x/a' is a list_iterator, which cannot be rewound"):
         state.take(parts)
@@ -767,7 +773,7 @@ def test_a_state_that_changed_is_refused(name: str) -> None:
         store = saved(directory, parts_of(x=there))
         with pytest.raises(ConfigError, match=f"differs from the checkpoint of step 1: .*{told}.*{REMEDY}"):
             restore(store, 1, parts)
-    if isinstance(parts["x"], state.ValuePart):
+    if isinstance(parts["x"], ValuePart):
         same(parts["x"].value, here)
 
 
@@ -821,14 +827,14 @@ def test_optimizers_are_recognised() -> None:
         _linen(0),
         nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param),
     ):
-        assert state.has_optimizer({"x": params, "y": value})
-    assert not state.has_optimizer({"x": params, "model": model})
+        assert has_optimizer({"x": params, "y": value})
+    assert not has_optimizer({"x": params, "model": model})
 
 
 def test_what_is_held_stays_where_a_variable_holds_a_container() -> None:
     """A dict in an NNX variable that the step in progress changes in place is held as it was."""
     model = nnx.Dict(cache=nnx.Variable({"a": jnp.zeros(2), "n": np.zeros(())}))
-    part = state.part_of("model", model)
+    part = part_of("model", model)
     part.slots()
     held = part.hold()
     raw = model["cache"].get_raw_value()

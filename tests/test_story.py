@@ -161,9 +161,15 @@ def test_saves_and_uploads_that_failed(run: ledgers.Written) -> None:
     run.program(0, 40, "save_failed", step=4, reason="no space left on /data.")
     run.supervisor(0, 50, "upload_failed", reason="gs://b does not answer")
     run.supervisor(0, 80, "upload_back", after_s=30.0)
+    life(run, 1, 100, 200, "done", "finished", committed=20)
+    run.program(1, 130, "save_failed", step=13, reason="no space left on /data.")
+    run.program(1, 140, "saved", step=14, reason="interval", blocking_s=0.0, durable_s=2.0)
+    run.program(1, 150, "unchanged", step=20, kind="unchanged", count=1, reason="step 20 holds the same as step 14")
     assert texts(story(run))[1:-1] == [
-        "2 saves of attempt 0 failed: no space left on /data.",
+        "2 saves of attempt 0 failed: no space left on /data. Step 4 is not saved, and nothing after it.",
         "Uploads of attempt 0 failed for 30 s: gs://b does not answer.",
+        "A save of attempt 1 failed: no space left on /data.",
+        "Attempt 1 saved nothing new: step 20 holds the same as step 14.",
     ]
 
 
@@ -318,6 +324,56 @@ def test_a_notice_of_its_own_supervisor(run: ledgers.Written) -> None:
     told = [one.text for one in explain(found, history).story if one.cause == "preempted"]
     assert told[2].startswith("Attempt 2 was told to stop (superseded) at step 7. ")
     assert "; its newest steps could not be committed" in told[3]
+
+
+def test_docker_kill_is_no_notice(run: ledgers.Written) -> None:
+    """A program that sees its supervisor die, killed with it or not, was given no notice that could be missed."""
+    life(run, 0, 0, 50, "killed", "the supervisor was killed (SIGKILL)", steps=(0, 7))
+    run.program(0, 50, "notice", source="supervisor", reason="the supervisor of this attempt is gone", step=7)
+    life(run, 1, 60, 100, "preempted", "the supervisor was killed (SIGKILL); the program ended with exit code 75")
+    run.program(1, 99, "notice", source="supervisor", step=10)
+    run.program(1, 100, "stopped", step=10, notice_to_commit_s=0.25)
+    told = story(run)
+    found = measure(read_history(run.store))
+    assert (found.notices, found.to_save, found.save_hit_rate) == (0, 0, None)
+    assert [text.partition(". ")[0] for text in texts(told)[1:3]] == [
+        "Attempt 0 was killed at step 7 on n1: the supervisor was killed (SIGKILL)",
+        "Attempt 1 stopped at step 10: its supervisor was gone; everything was committed 0.25 s later",
+    ]
+    assert advice(run) == {}
+
+
+def of_two(run: ledgers.Written, *, warned: tuple[int, ...]) -> None:
+    """Write an attempt of two processes of which process 1 is killed, with notices in those that are named."""
+    life(run, 0, 0, 50, "killed", "process 1 on n2: killed by SIGKILL", steps=(0, 7))
+    run.writer(0, "supervisor-1", 0, "started", pid=2)
+    run.writer(0, "1", 3, "opened")
+    for process in warned:
+        run.writer(0, f"supervisor-{process}" if process else "supervisor", 40, "notice", source="SIGTERM")
+    run.writer(0, "supervisor-1", 39, "exited", exit_code=137, outcome="killed", reason="killed by SIGKILL")
+
+
+def test_the_end_of_a_peer_is_no_notice(run: ledgers.Written) -> None:
+    """The SIGTERM with which a launcher ends what is left of an attempt is none; one that reaches all is."""
+    of_two(run, warned=(0,))
+    found = measure(read_history(run.store))
+    assert (found.attempts[0].notice, found.notices, found.to_save) == ("peer", 0, 0)
+    assert texts(story(run))[1].startswith("Attempt 0 was killed at step 7 on n1: process 1 on n2: killed by SIGKILL. ")
+    assert "grace" not in advice(run)
+    warned = ledgers.Written(run.path.with_name("warned"))
+    of_two(warned, warned=(0, 1))
+    found = measure(read_history(warned.store))
+    assert (found.attempts[0].notice, found.notices, found.to_save, found.saved_on_notice) == ("SIGTERM", 1, 1, 0)
+    assert "after a notice (SIGTERM) that it could not serve in time" in texts(story(warned))[1]
+
+
+def test_a_peer_that_left_in_order_is_no_death(run: ledgers.Written) -> None:
+    """A process that was through before the notice came has not died of anything."""
+    life(run, 0, 0, 50, "preempted", "stopped on SIGTERM", steps=(0, 7))
+    run.writer(0, "supervisor-1", 39, "exited", exit_code=0, outcome="done", reason="finished")
+    run.supervisor(0, 40, "notice", source="SIGTERM")
+    found = measure(read_history(run.store))
+    assert (found.attempts[0].notice, found.notices) == ("SIGTERM", 1)
 
 
 def test_a_slow_bucket(run: ledgers.Written) -> None:

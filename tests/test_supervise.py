@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ class Supervised:
             text=True,
         )
 
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         """Wait until `condition()` is true, and return it."""
         deadline = time.monotonic() + timeout_s
         while not (found := condition()):
@@ -115,6 +116,14 @@ def test_exit_codes(command: list[str], code: int, outcome: str, tmp_path: Path)
         )
 
 
+def test_the_reason_of_a_jax_program_is_its_error(tmp_path: Path) -> None:
+    """What JAX says of its own frames behind an error in a jitted function is not why the program failed."""
+    code = "import jax; jax.jit(lambda x: x @ x.reshape(2, 3))(jax.numpy.ones((6, 1)))"
+    _, printed, told = Supervised(tmp_path / "run", sys.executable, "-c", code).end()
+    assert "JAX has removed its internal frames" in printed
+    assert told["reason"].startswith("exit code 1: TypeError: dot_general requires")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_notice_reaches_the_program_as_it_came(number: signal.Signals, program: list[str], tmp_path: Path) -> None:
     """Each signal that stands for a notice is passed on as it is; the supervisor waits for the save."""
@@ -155,7 +164,7 @@ def test_the_program_learns_what_is_known_of_a_notice(tmp_path: Path) -> None:
 
 def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
     """The first notice wins, and counts from when it came; a later one may only bring its deadline nearer."""
-    link = Link()
+    link = Link(tmp_path, 0)
     listener = Listener(link.directory)
     listener.open()
     try:
@@ -173,6 +182,23 @@ def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
     finally:
         listener.close()
         link.close()
+
+
+def test_a_preemption_puts_off_no_cancel(program: list[str], tmp_path: Path) -> None:
+    """Cancelled inside the grace of a preemption a program has the grace of the cancel, not the rest of the other."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    times = "PreemptTime=2026-01-01T00:00:00 EndTime=2026-01-01T00:05:00"
+    scontrol.write_text(f"#!/bin/sh\necho JobId=7 JobState=RUNNING {times}\n")
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", contract.ENV_GRACE: "3"}
+    under_test = Supervised(tmp_path / "run", *program[:-1], "3", environment=environment)
+    under_test.wait_for(lambda: "listening" in under_test.log())
+    under_test.process.terminate()
+    under_test.store.write(contract.CANCEL, "{}")
+    assert under_test.end()[0] == 75
+    later = [event["deadline_s"] for event in attempt_events(under_test.store, 0) if event["event"] == "put_off"]
+    assert [deadline_s for deadline_s in later if deadline_s > 3] == []
 
 
 def test_a_burst_of_notices_changes_nothing(program: list[str], tmp_path: Path) -> None:
@@ -227,6 +253,57 @@ def test_a_notice_before_the_program_listens(tmp_path: Path) -> None:
     under_test.process.send_signal(signal.SIGUSR1)
     code, _, told = under_test.end(5)
     assert (code, told["outcome"], told["notice"]["source"]) == (75, "preempted", "SIGUSR1")
+
+
+@pytest.mark.parametrize(("kept", "number"), [("trap : TERM;", signal.SIGTERM), ("", signal.SIGINT)])
+def test_a_notice_that_a_shell_keeps_to_itself(kept: str, number: signal.Signals, tmp_path: Path) -> None:
+    """A program that was importing when the shell around it took the notice hears of it as soon as it listens."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "time.sleep(1)\n"
+        "import jobkit\n"
+        "with jobkit.Run(save_every=None, trackers=()) as run:\n"
+        "    state = run.resume(total=0)\n"
+        "    for step in run.steps(10_000):\n"
+        "        time.sleep(0.01)\n"
+    )
+    under_test = Supervised(tmp_path / "run", "bash", "-c", f"{kept} {sys.executable} {script}; echo after")
+    under_test.wait_for(lambda: "importing" in under_test.log())
+    under_test.process.send_signal(number)
+    code, _, told = under_test.end()
+    assert (code, told["outcome"], told["step"]) == (75, "preempted", 0)
+
+
+@pytest.mark.parametrize("own", [0, 1, 143])
+def test_the_exit_code_of_a_command_that_was_told_to_end(own: int, tmp_path: Path) -> None:
+    """A shell that is told to end before the program inside it listens has finished nothing, and has not failed."""
+    script = f"trap 'exit {own}' TERM; echo begun; sleep 60 & wait"
+    under_test = Supervised(tmp_path / "run", "sh", "-c", script)
+    under_test.wait_for(lambda: "begun" in under_test.log())
+    under_test.process.terminate()
+    code, _, told = under_test.end()
+    assert (code, told["outcome"], told["reason"]) == (75, "preempted", "stopped on SIGTERM")
+
+
+def test_a_supervisor_that_was_gone_before_its_program_listened(tmp_path: Path) -> None:
+    """A program whose supervisor was killed while it was importing notices that as well."""
+    gone = "import os, sys; from pathlib import Path; from jobkit.heartbeat import Link\n"
+    gone += "print(Link(Path(sys.argv[1]), 0).directory, flush=True); os.kill(os.getpid(), 9)"
+    printed = subprocess.run([sys.executable, "-c", gone, str(tmp_path)], stdout=subprocess.PIPE, text=True).stdout
+    directory = Path(printed.strip())
+    listener = Listener(directory)
+    listener.open()
+    try:
+        deadline = time.monotonic() + 5
+        while not listener.noticed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert listener.notice is not None
+        assert listener.notice.source == "supervisor"
+    finally:
+        listener.close()
+        shutil.rmtree(directory)
 
 
 def test_what_the_command_leaves_running_is_ended(tmp_path: Path) -> None:

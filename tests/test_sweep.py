@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.storage import Store
-from launch import backends, lock, report, submission, sweep
+from launch import backends, local, local_sweep, lock, report, submission, sweep
+from launch import spec as specs
+from launch.submission import make_point, new_run
 from tests import jobs
 from tests.jobs import until
 
@@ -158,6 +160,25 @@ def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+def test_a_cancel_between_a_point_and_its_runner(project: jobs.Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that is cancelled when a point has been made, and has no runner yet that could be asked, cancels it."""
+    spec = project.spec("{a}", sweep={"a": ("hold", "sleep:60")})
+    with new_run(local.plan(spec), local.BACKEND) as (store, spec, runner):
+        pass
+    acquire = lock.acquire
+
+    def acquire_late(one: Store) -> lock.RunLock | None:
+        local_sweep.cancel(store.url, wait=False)
+        return acquire(one)
+
+    monkeypatch.setattr(local_sweep, "acquire", acquire_late)
+    first, second = specs.points(store, spec)
+    with contextlib.closing(runner):
+        local_sweep._start(store, first)
+        assert jobs.until_over(first, seconds=15).state is State.CANCELLED
+        assert not local_sweep._start(store, second)
+
+
 def test_a_point_whose_runner_is_killed_again_and_again(project: jobs.Project) -> None:
     """The sweep gives a point up after a while, says so, and goes on with the next; nothing is left to be resumed."""
     store = start(project, "{a}", a=("hold", "commit:1"))
@@ -222,3 +243,33 @@ def test_cancel_of_a_sweep_and_of_a_point(project: jobs.Project) -> None:
     assert "goes on where it was submitted: --on local" in moved.stderr
     with pytest.raises(ConfigError, match="has no point 7"):
         backends.status(submission.open_run(f"{store.url}/points/7"))
+
+
+class _Starting(Store):
+    """A point that its runner makes between two looks of somebody who reads it."""
+
+    def read(self, name: str, *, last_bytes: int | None = None) -> bytes:
+        """Find nothing, the first time; the point is made right after."""
+        found = self.path.exists()
+        try:
+            return super().read(name, last_bytes=last_bytes)
+        finally:
+            if not found:
+                make_point(Store(self.url))
+
+
+def test_a_point_that_starts_this_very_moment(project: jobs.Project) -> None:
+    """Who reads a point while its run.json is being made reads the point, and `submit --wait` does not end over it."""
+    plan = local.plan(project.spec("exit:{x}", run="s", sweep={"x": ("0", "0.0")}))
+    with new_run(plan, "local") as (store, spec, lock):
+        pass
+    lock.close()
+    starting = _Starting(f"{store.url}/points/1")
+    assert specs.read(starting).values == {"x": "0.0"}
+    assert specs.read(starting) == specs.read(Store(starting.url)) == spec.point(1)
+
+
+@pytest.mark.parametrize("word", ["${HOME}", "{}", "{a b}", "print({x}) {x}", "{{x}}", "a{x}", '{"a": 1}', "f{x}=1"])
+def test_braces_of_others(word: str) -> None:
+    """Without a sweep only a word that is a placeholder, or ends as an option with one, is taken for one."""
+    sweep.refuse_names(["python", word])

@@ -188,6 +188,34 @@ def train_many(
         hook("ended", run)
 
 
+def train_changing(url: str, *, steps: int) -> None:
+    """Train in several processes from numpy weights, which become arrays across all; each keeps a list of its own."""
+    import functools
+
+    import jobkit
+
+    jobkit.initialize()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=(whole, rows))
+    def update(w: Any, x: Any) -> Any:
+        return jnp.float32(w) * 0.9 + x.sum(0), x * 1.5
+
+    with jobkit.Run(url, save_every="4 steps", keep=9) as run:
+        run.resume(w=np.random.default_rng(0).normal(size=4), best=None, steps=[], optimizer=None)
+        for step in run.steps(steps):
+            x = jax.make_array_from_callback((8, 4), rows, lambda index: np.ones((8, 4), np.float32)[index])
+            run.state.w, wide = update(run.state.w, x)
+            run.state.best = {"wide": wide}
+            run.state.steps.append(step)
+
+
 def _child(
     function: Any, log: str, cache: str, environment: dict[str, str], arguments: tuple[Any, ...], named: Any
 ) -> None:

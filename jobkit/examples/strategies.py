@@ -118,12 +118,12 @@ def own_loop(url: str) -> Training:
         progress = run.resume(
             model=training.model, optimizer=training.optimizer, data=training.batches, epoch=0, best=float("inf")
         )
-        while progress.epoch < STEPS // EPOCH and not run.should_stop:
+        for epoch in run.through(range(progress.epoch, STEPS // EPOCH)):
             for _ in range(EPOCH):
                 train_step(training.model, training.optimizer, next(training.batches))
-            progress.epoch += 1
+            progress.epoch = epoch + 1
             progress.best = min(progress.best, training.evaluate())
-            run.save(progress.epoch * EPOCH, wait=progress.epoch == STEPS // EPOCH)
+            run.save(progress.epoch * EPOCH)
     return training
 
 

@@ -2,6 +2,15 @@
 
 import sys
 
-from tests.benchmarks import intervals, notices, requeue, saves, steps, uploads
+from tests.benchmarks import attempts, drills, intervals, notices, saves, silence, steps, uploads
 
-sys.exit(steps.main() or saves.main() or notices.main() or uploads.main() or requeue.main() or intervals.main())
+sys.exit(
+    steps.main()
+    or saves.main()
+    or notices.main()
+    or uploads.main()
+    or silence.main([])
+    or intervals.main()
+    or attempts.main()
+    or drills.main()
+)

@@ -1,0 +1,141 @@
+"""Emptying a node's home of a run in a bucket, once the run has ended for good and everything is on its URL.
+
+What takes room goes: checkpoints, logs, the code, TensorBoard's files, compiled programs. What tells of the run, a few
+small files, stays; everything else is fetched again by whoever needs it. Before anything is removed all of it must be
+on the URL, and what the program wrote into the home itself, which goes nowhere, is never touched: nor is the unpacked
+code, below which the program ran, if it left anything there.
+"""
+
+import contextlib
+import os
+import secrets
+import stat
+import tarfile
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobkit import commits, contract, mirror, parts
+from jobkit.errors import StorageError
+from jobkit.outbox import Outbox
+from jobkit.remote import Remote
+from jobkit.storage import Store, in_words, remove_tree
+
+Metrics = dict[int, dict[str, float]]
+_REST_S = 60.0
+"""How long may be sent what the supervisor of the last attempt, if it was killed, had left."""
+
+
+def empty(store: Store) -> bool:
+    """Remove from the home of a run that has ended what its URL has; tell whether that was everything.
+
+    Nothing of the run may be running. A kill at any instant leaves a home with less in it, and nothing damaged.
+
+    Raises:
+        JobkitError: If the URL cannot be read or written.
+    """
+    remote = store.remote
+    if remote is None:
+        return False
+    end = time.monotonic() + _REST_S
+    later = max(store.numbers(contract.ATTEMPTS), default=-1) + 1
+    Outbox(store, later, lambda: None).carry_earlier(go_on=lambda: time.monotonic() < end)
+    found, here = remote.find(), commits.metrics(store)
+    if any(not _is_up(remote, step, found) for step in _wanted(store, remote, here, found)):
+        return False
+    sent = {name: parts.size_of(pieces) for name, pieces in parts.grouped(found).items()}
+    if remote.read(contract.EVENTS) != store.read(contract.EVENTS):
+        return False
+    files = [
+        f"{place}/{name}"
+        for place in (*map(contract.attempt_dir, store.numbers(contract.ATTEMPTS)), contract.SCORES)
+        for name in store.names(place)
+    ]
+    if any(sent.get(name) != size for name in files if "/." not in name and (size := _size(store, name)) is not None):
+        return False
+    for step in here:
+        commits.remove(store, step)
+    with in_words(f"cannot empty {store.path}"):
+        for name in (contract.STAGE, contract.TRASH, contract.CACHE):
+            remove_tree(store.file(name))
+        for name in [*filter(parts.is_log, files), *(name for name in mirror.described(store) if "/" in name)]:
+            if sent.get(name) == _size(store, name):
+                _remove_copies(store, name)
+    return True
+
+
+def _wanted(store: Store, remote: Remote, here: Metrics, found: Mapping[str, int]) -> list[int]:
+    """List the steps of the home that the URL is to have: all but those that it would not keep."""
+    by_step, scores = mirror.group(_below(found, contract.CHECKPOINTS)), _below(found, contract.SCORES)
+    known: Metrics = {}
+    for step, names in by_step.items():
+        if f"{contract.step_dir(step)}/{contract.COMMIT}" in names:
+            with contextlib.suppress(StorageError):  # damaged: then it is not there
+                known[step] = mirror.metrics_of(remote, step, scores)
+    superfluous = mirror.keep_of(store).superfluous(here | known)
+    return [step for step in here if step in known or step not in superfluous]
+
+
+def _below(found: Mapping[str, int], place: str) -> dict[str, int]:
+    """Return the part of a listing that is below a place."""
+    return {name: size for name, size in found.items() if name.startswith(f"{place}/")}
+
+
+def _is_up(remote: Remote, step: int, found: Mapping[str, int]) -> bool:
+    """Tell whether the URL has a whole step of that number."""
+    try:
+        commit = mirror.read_remote(remote, step)
+    except StorageError:
+        return False
+    place = contract.step_dir(step)
+    return all(found.get(f"{place}/{name}") == record.size for name, record in commit.files.items())
+
+
+def _size(store: Store, name: str) -> int | None:
+    info = store.stat(name)
+    return None if info is None else info.st_size
+
+
+def _remove_copies(store: Store, name: str) -> None:
+    """Remove a file; with a snapshot of the code also what was unpacked from it, unless there is more in that."""
+    if name.startswith(f"{contract.CODE}/"):
+        tree = store.file(name.removesuffix(".tar.gz"))
+        if tree.is_dir():
+            if not _only_unpacked(store.file(name), tree):
+                return
+            # In one rename: what is there counts as whole, and the next attempt would run what is left.
+            trash = store.file(contract.TRASH)
+            trash.mkdir(parents=True, exist_ok=True)
+            gone = trash / f"{tree.name}-{secrets.token_hex(4)}"
+            os.rename(tree, gone)
+            remove_tree(gone)
+            with contextlib.suppress(OSError):
+                trash.rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(store.file(name))
+
+
+def _only_unpacked(archive: Path, tree: Path) -> bool:
+    """Tell whether no file below a directory is the program's own: new, or changed since it was unpacked."""
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            known = {member.name: member for member in tar.getmembers() if member.isreg()}
+            for directory, _, files in os.walk(tree, onerror=_raise):
+                if os.path.basename(directory) == "__pycache__":
+                    continue
+                for path in (Path(directory, file) for file in files):
+                    info, member = path.lstat(), known.get(path.relative_to(tree).as_posix())
+                    if stat.S_ISLNK(info.st_mode):
+                        continue
+                    if member is None or not stat.S_ISREG(info.st_mode) or info.st_size != member.size:
+                        return False
+                    if (unpacked := tar.extractfile(member)) is None or unpacked.read() != path.read_bytes():
+                        return False
+    except (OSError, EOFError, tarfile.TarError, zlib.error):
+        return False
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise error
