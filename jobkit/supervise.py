@@ -85,6 +85,8 @@ class Attempt:
     """Hears what is asked from outside; in process 0 alone."""
     memory: Memory = field(default_factory=Memory)
     child: int = 0
+    stopped: bool = False
+    """Whether a notice came before CMD ended: one that comes later has changed nothing."""
     codes: dict[int, int] = field(default_factory=dict)
     """Exit codes of everything reaped, by pid; negative for a death by signal."""
 
@@ -297,7 +299,8 @@ def _watch(
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
-            ended_at = ended_at if ended_at is not None else time.monotonic()
+            if ended_at is None:
+                ended_at, attempt.stopped = time.monotonic(), attempt.notice is not None
             if not _end_leftovers(attempt, link, time.monotonic() - ended_at):
                 break
     _reap(attempt)
@@ -444,7 +447,7 @@ def _exit_code(attempt: Attempt, beat: Beat, stall: watchdog.Stall | None) -> in
         attempt.hint = f"the command exited 0 but the run inside it had not finished (step {beat.step})"
         return int(Exit.FAILED)
     shot = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
-    asked = -code in {int(number) for number in _FORWARDED} or (attempt.notice is not None and not shot)
+    asked = -code in {int(number) for number in _FORWARDED} or (attempt.stopped and not shot)
     # Ended on a notice before it could listen, or cannot listen at all: nothing was lost that a restart does not redo.
     # Whatever it makes of that in its exit code: it was not through, and has not failed by itself.
     if asked and beat.phase == Phase.STARTING:

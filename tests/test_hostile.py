@@ -241,10 +241,12 @@ def test_any_file_of_a_run_may_hold_anything(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "directory", "link", "dangling", "unreadable"])
-def test_any_file_of_a_run_may_be_no_file(whole: Path, tmp_path: Path, kind: str) -> None:
+def test_any_file_of_a_run_may_be_no_file(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """A pipe, a directory, a link in a file's place: a sentence, nobody waits, and `ls` lists the other runs."""
     runs = prepared(whole, tmp_path)
-    os.chdir(runs)
+    monkeypatch.chdir(runs)
     before = seen(tmp_path, runs)
     for name in FILES:
         path = next(iter(sorted((runs / "bad").glob(name))), runs / "bad" / name)
@@ -286,10 +288,12 @@ ODD = [
 
 @pytest.mark.parametrize("place", ["", "attempts", "attempts/2", "checkpoints", "checkpoints/100", "scores", "code"])
 @pytest.mark.parametrize("many", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
-def test_any_name_may_stand_in_a_run(whole: Path, tmp_path: Path, place: str, many: int) -> None:
+def test_any_name_may_stand_in_a_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, many: int
+) -> None:
     """Files and directories of any name, wherever in a run: a sentence or none, and the other runs are listed."""
     runs = prepared(whole, tmp_path)
-    os.chdir(runs)
+    monkeypatch.chdir(runs)
     before = seen(tmp_path, runs)
     for chance in cases(place, many):
         stem = chance.choice([*ODD, chr(chance.randrange(1, 1280)) * chance.randint(1, 9)])
