@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
 
 if TYPE_CHECKING:
+    from jobkit.checkpoint.restore import export_params, load
     from jobkit.group import initialize
     from jobkit.notice import Notice
-    from jobkit.restore import export_params, load
     from jobkit.run import Run
 
 __version__ = "0.1.0"
@@ -30,8 +30,8 @@ _HOMES = {
     "Run": "jobkit.run",
     "Notice": "jobkit.notice",
     "initialize": "jobkit.group",
-    "load": "jobkit.restore",
-    "export_params": "jobkit.restore",
+    "load": "jobkit.checkpoint.restore",
+    "export_params": "jobkit.checkpoint.restore",
 }
 
 

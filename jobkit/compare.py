@@ -76,7 +76,7 @@ def compare(a: str, b: str) -> Comparison:
     stores = Store(a), Store(b)
     for store in stores:
         if store.remote is not None:
-            from jobkit import restore
+            from jobkit.checkpoint import restore
 
             restore.fetch(store, "latest")
     steps = [_newest(store) for store in stores]
@@ -162,9 +162,9 @@ def _leaves(store: Store, step: int) -> dict[str, tuple[str, Any]]:
     Raises:
         StorageError: If the step is damaged.
     """
-    from jobkit.restore import find_step
-    from jobkit.state import stored_paths
-    from jobkit.table import table_of
+    from jobkit.checkpoint.restore import find_step
+    from jobkit.checkpoint.state import stored_paths
+    from jobkit.checkpoint.table import table_of
 
     find_step(store, step)  # verifies every byte
     table = table_of(store, step)

@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import ENV_DRILL
-from jobkit.strategy import SaveEvery
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ The training thread comes here at the boundary where it stops, and the guard whe
 import contextlib
 from collections.abc import Callable, Mapping
 
-from jobkit import contract, plan, state
-from jobkit.checkpoint import Checkpoints
+from jobkit import contract, plan
+from jobkit.checkpoint import state
+from jobkit.checkpoint.checkpointer import Checkpoints
 from jobkit.errors import JobkitError, SupersededError
 from jobkit.ledger import Event, Ledger, tail_events
 from jobkit.notice import Listener

@@ -4,10 +4,10 @@ import json
 import os
 import sys
 
+from jobkit.checkpoint.restore import export_params
 from jobkit.contract import Exit
 from jobkit.errors import JobkitError, say
 from jobkit.printable import printable
-from jobkit.restore import export_params
 
 
 def main(arguments: list[str]) -> int:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jobkit import arrays, state
+from jobkit.checkpoint import orbax_io, state
+from jobkit.checkpoint.kinds import Held, Part
 from jobkit.emergency import Emergency
 from jobkit.errors import StorageError
 from jobkit.group import Group
-from jobkit.kinds import Held, Part
 from jobkit.notice import Listener
 from jobkit.plan import MARGIN, UNKNOWN_S
 
@@ -147,7 +147,7 @@ class Guard:
     def look_around(self) -> None:
         """See how much room there is, once the program has used what it uses."""
         self._room = _ROOM_BYTES // max(1, self.nbytes)
-        if self._room == 0 and self.nbytes <= _SPARE * arrays.spare_bytes():
+        if self._room == 0 and self.nbytes <= _SPARE * orbax_io.spare_bytes():
             self._room = 1
 
     def skip(self) -> None:

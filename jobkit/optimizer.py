@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jobkit.kinds import is_iterator
-from jobkit.leaves import names
+from jobkit.checkpoint.kinds import is_iterator
+from jobkit.checkpoint.leaves import names
 
 _WORDS = re.compile("(opt|optim|optimi[sz]er)(_?state)?s?", re.IGNORECASE)
 """What programs call it. To be sure of what is meant matters less than to refuse nobody who has given it."""

@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jobkit import contract, faults, liveness, state
+from jobkit import contract, faults, liveness
+from jobkit.checkpoint import state
+from jobkit.checkpoint.kinds import Part, Slot, is_iterator, part_of
 from jobkit.drilled import Drill
 from jobkit.errors import ConfigError
-from jobkit.kinds import Part, Slot, is_iterator, part_of
 from jobkit.ledger import Ledger
 
 _DEPTH = 4

@@ -18,24 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 import jax
 import msgspec
 
-from jobkit import (
-    adapters,
-    commits,
-    compilecache,
-    contract,
-    faults,
-    interval,
-    mirror,
-    names,
-    plain,
-    stacks,
-    state,
-    unsaved,
-    versions,
-)
+from jobkit import adapters, commits, compilecache, contract, faults, mirror, names, stacks, unsaved, versions
 from jobkit.agreement import SAVE, STOP, Agreement
-from jobkit.changes import Changes, FirstStep
-from jobkit.checkpoint import Checkpoints
+from jobkit.checkpoint import from_orbax, interval, state
+from jobkit.checkpoint.changes import Changes, FirstStep
+from jobkit.checkpoint.checkpointer import Checkpoints
+from jobkit.checkpoint.kinds import Held, Part, ValuePart, part_of
+from jobkit.checkpoint.restore import bring, find_step, restore
+from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
@@ -54,15 +44,12 @@ from jobkit.errors import (
 from jobkit.group import lost_process, open_group
 from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
-from jobkit.kinds import Held, Part, ValuePart, part_of
 from jobkit.leaving import Leaving, Loops, by_break
 from jobkit.ledger import Ledger
 from jobkit.logged import EVERYTHING, Logged
 from jobkit.notice import Listener, Notice
 from jobkit.optimizer import has_optimizer
-from jobkit.restore import bring, find_step, restore
 from jobkit.storage import Store
-from jobkit.strategy import SaveEvery
 from jobkit.trackers import Following, Tracker
 from jobkit.unsaved import Unsaved
 from jobkit.values import Values
@@ -456,7 +443,7 @@ class Run:
         restored = self._checkpoints.restore_newest(made, prepare=self._bring_newest)
         started = None
         if restored is None and self._start_from is not None:
-            started = plain.start(self._start_from, made)
+            started = from_orbax.start(self._start_from, made)
             snapshot = self._take(made)
         seconds = round(time.monotonic() - begun, 6)
         self._parts = made
@@ -503,7 +490,7 @@ class Run:
     def _take(self, parts: Mapping[str, Part | Held]) -> state.Snapshot:
         return state.take(parts, shared=self._group.count > 1)
 
-    def _tell_start(self, started: plain.Start) -> None:
+    def _tell_start(self, started: from_orbax.Start) -> None:
         url = os.fspath(self._start_from or "")
         self._ledger.append("started_from", url=url, parts=started.parts, fresh=started.fresh, step=self.step)
         rest = f"; as the program made it: {', '.join(started.fresh)}" if started.fresh else ""

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from jobkit.checkpoint.kinds import ValuePart
 from jobkit.errors import ConfigError
-from jobkit.kinds import ValuePart
 
 
 class Values:

@@ -11,8 +11,8 @@ from statistics import median
 
 import msgspec
 
+from jobkit.checkpoint.interval import Cost, interval_s
 from jobkit.contract import Outcome
-from jobkit.interval import Cost, interval_s
 from jobkit.ledger import Event
 from jobkit.units import show_duration, show_size
 from jobkit.unsaved import nothing_new

@@ -23,11 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jobkit
-from jobkit import state
+from jobkit.checkpoint import state
+from jobkit.checkpoint.restore import load, restore
+from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError
-from jobkit.restore import load, restore
 from jobkit.storage import Store
-from jobkit.table import table_of
 from tests import training
 from tests.test_state import Stateful, parts_of, same, saved
 

@@ -22,14 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobkit
-from jobkit import commits, contract, faults, state
-from jobkit.checkpoint import Checkpoints
+from jobkit import commits, contract, faults
+from jobkit.checkpoint import state
+from jobkit.checkpoint.checkpointer import Checkpoints
+from jobkit.checkpoint.restore import find_step, restore
+from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.ledger import Ledger, attempt_events
-from jobkit.restore import find_step, restore
 from jobkit.storage import Store
-from jobkit.strategy import SaveEvery
 from tests.test_state import parts_of, same, saved
 
 ROOT = Path(__file__).parent.parent
@@ -208,7 +209,7 @@ from pathlib import Path
 import numpy as np
 from jobkit import commits
 from jobkit.errors import JobkitError
-from jobkit.kinds import part_of
+from jobkit.checkpoint.kinds import part_of
 from tests.test_checkpoint import Life, state
 life = Life(Path(sys.argv[1]))
 life.save(1)
@@ -602,7 +603,7 @@ import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jobkit.restore import restore
+from jobkit.checkpoint.restore import restore
 from tests.test_state import parts_of, saved
 
 def placed(shape, names, spec, value):

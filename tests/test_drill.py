@@ -26,14 +26,15 @@ from rich.live import Live
 
 import jobkit
 import launch.drill as drill_module
-from jobkit import commits, contract, faults, state
+from jobkit import commits, contract, faults
+from jobkit.checkpoint import state
+from jobkit.checkpoint.kinds import part_of
+from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill, drill_from
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.kinds import part_of
 from jobkit.ledger import attempt_events
 from jobkit.storage import Store
-from jobkit.strategy import SaveEvery
 from launch import diagnosis, drill_card, drill_page, drive, scenarios, verdict
 from launch.diagnosis import Diagnosis
 from launch.drive import Ending

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit import contract, interval
-from jobkit.interval import Cost, Interval, Past, between_s, interval_s, read_past
+from jobkit import contract
+from jobkit.checkpoint import interval
+from jobkit.checkpoint.interval import Cost, Interval, Past, between_s, interval_s, read_past
+from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.ledger import read_events
 from jobkit.storage import Store
-from jobkit.strategy import SaveEvery
 from tests import training
 from tests.benchmarks import intervals
 

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jobkit
-from jobkit import state
+from jobkit.checkpoint import state
+from jobkit.checkpoint.kinds import ValuePart, part_of
+from jobkit.checkpoint.restore import export_params, restore
 from jobkit.errors import ConfigError
-from jobkit.kinds import ValuePart, part_of
 from jobkit.optimizer import has_optimizer
-from jobkit.restore import export_params, restore
 from tests.test_state import parts_of, same, saved, through
 
 

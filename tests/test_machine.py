@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jobkit import commits, contract
+from jobkit.checkpoint.kinds import Part, ValuePart, part_of
 from jobkit.contract import STAGE, TRASH
-from jobkit.kinds import Part, ValuePart, part_of
 from jobkit.storage import Store
 from tests import training
 
@@ -24,8 +24,9 @@ def _life(url: str, saves: int, answer: str) -> None:
     """One attempt: restore, tell what was restored, save `saves` more steps, telling each commit."""
     import numpy as np
 
-    from jobkit import commits, state
-    from jobkit.checkpoint import Checkpoints
+    from jobkit import commits
+    from jobkit.checkpoint import state
+    from jobkit.checkpoint.checkpointer import Checkpoints
     from jobkit.commits import Keep
     from jobkit.ledger import Ledger
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from jobkit import arrays, commits, contract
+from jobkit import commits, contract
+from jobkit.checkpoint import orbax_io
 from jobkit.errors import ConfigError, DamagedError, JobkitError, PackageError, StorageError
 from jobkit.group import raise_told, told_error
 from jobkit.storage import Store
@@ -40,14 +41,14 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
 )
 def test_whose_failure_it_is(error: BaseException, kind: type[JobkitError], told: str) -> None:
     """What the system says is the storage's, what only a wrong call raises is the package's, and else the storage's."""
-    said = arrays.failure(raised(error, error.__cause__), "cannot save")
+    said = orbax_io.failure(raised(error, error.__cause__), "cannot save")
     assert type(said) is kind
     assert told in str(said)
 
 
 def test_the_version_that_messages_name() -> None:
     """The version in the remedy is the one that the tests run with."""
-    assert f"orbax-checkpoint=={arrays.TESTED}" in (ROOT / "constraints.txt").read_text().split()
+    assert f"orbax-checkpoint=={orbax_io.TESTED}" in (ROOT / "constraints.txt").read_text().split()
 
 
 def test_every_process_hears_the_kind() -> None:
@@ -78,7 +79,7 @@ def test_an_orbax_of_another_version(tmp_path: Path) -> None:
     code, printed = training.attempt(url, function=_with_old_orbax)
     assert code == contract.Exit.CONFIG, printed
     assert f"orbax-checkpoint {version('orbax-checkpoint')} failed as no storage makes it fail (TypeError: " in printed
-    assert f"jobkit is tested with {arrays.TESTED}: pip install 'orbax-checkpoint=={arrays.TESTED}'" in printed
+    assert f"jobkit is tested with {orbax_io.TESTED}: pip install 'orbax-checkpoint=={orbax_io.TESTED}'" in printed
     assert "Traceback" in printed
     assert commits.steps(Store(url)) == []
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract, processes, restore
+from jobkit import commits, contract, processes
+from jobkit.checkpoint import restore
 from jobkit.heartbeat import read_beat
 from jobkit.ledger import read_events, read_json
 from jobkit.storage import Store

@@ -24,16 +24,17 @@ from flax.training.train_state import TrainState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jobkit import contract, state
-from jobkit.checkpoint import Checkpoints
+from jobkit import contract
+from jobkit.checkpoint import state
+from jobkit.checkpoint.checkpointer import Checkpoints
+from jobkit.checkpoint.kinds import Part, ValuePart, part_of
+from jobkit.checkpoint.leaves import DTYPES as DTYPES_HELD
+from jobkit.checkpoint.leaves import is_leaf
+from jobkit.checkpoint.restore import restore
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError
-from jobkit.kinds import Part, ValuePart, part_of
-from jobkit.leaves import DTYPES as DTYPES_HELD
-from jobkit.leaves import is_leaf
 from jobkit.ledger import Ledger
 from jobkit.optimizer import has_optimizer
-from jobkit.restore import restore
 from jobkit.storage import Store
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobkit.checkpoint.interval import UNKNOWN_S
+from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError
-from jobkit.interval import UNKNOWN_S
-from jobkit.strategy import SaveEvery
 
 BEST = ("val_loss", "min")
 

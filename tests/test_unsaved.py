@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit import commits, contract
-from jobkit.changes import _is_key, _is_source
+from jobkit.checkpoint.changes import _is_key, _is_source
 from jobkit.errors import ConfigError
 from jobkit.heartbeat import Heartbeat, Link, read_unsaved
 from jobkit.ledger import Ledger, attempt_events, newest_event

@@ -328,13 +328,14 @@ def join_many(started: list[multiprocessing.process.BaseProcess], timeout_s: flo
 
 def values(url: Path | str, step: int, part: str = "params") -> dict[str, Any]:
     """Return the arrays of one part of a committed step, by their names."""
-    from jobkit import arrays, contract, restore, state
+    from jobkit import contract
+    from jobkit.checkpoint import orbax_io, restore, state
     from jobkit.storage import Store
 
     store = Store(url)
     item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
     wanted = [path for path in state.stored_paths(restore.table_of(store, step)) if path[0] == part]
-    return {path[1]: array.tolist() for path, array in sorted(arrays.read(item, dict.fromkeys(wanted)).items())}
+    return {path[1]: array.tolist() for path, array in sorted(orbax_io.read(item, dict.fromkeys(wanted)).items())}
 
 
 def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = False) -> str:
@@ -345,7 +346,8 @@ def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = Fals
     """
     import numpy as np
 
-    from jobkit import arrays, commits, restore, state
+    from jobkit import commits
+    from jobkit.checkpoint import orbax_io, restore, state
     from jobkit.storage import Store
 
     store = Store(url)
@@ -354,7 +356,7 @@ def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = Fals
     directory = store.file(contract.step_dir(step))
     table = restore.table_of(store, step)
     total = hashlib.sha256(b"" if arrays_only else repr((step, table)).encode())
-    found = arrays.read(directory / contract.ORBAX_ITEM, dict.fromkeys(state.stored_paths(table)))
+    found = orbax_io.read(directory / contract.ORBAX_ITEM, dict.fromkeys(state.stored_paths(table)))
     for path in sorted(found):
         total.update(repr(path).encode() + np.asarray(found[path]).tobytes())
     if arrays_only:

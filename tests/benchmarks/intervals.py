@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobkit.interval import BEHIND, CAP, Cost, Interval, Past, interval_s
+from jobkit.checkpoint.interval import BEHIND, CAP, Cost, Interval, Past, interval_s
 
 HOUR = 3600.0
 DAY = 24 * HOUR

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, Self
 
+from jobkit.checkpoint.interval import UNKNOWN_S, Cost, Interval
 from jobkit.commits import Keep
 from jobkit.errors import ConfigError
-from jobkit.interval import UNKNOWN_S, Cost, Interval
 from jobkit.units import duration_s
 
 

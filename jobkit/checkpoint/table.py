@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from jobkit import contract, decode
+from jobkit.checkpoint.leaves import DTYPES, FROM_JSON
 from jobkit.errors import ConfigError
-from jobkit.leaves import DTYPES, FROM_JSON
 from jobkit.storage import Store
 
 _DEEPEST = 900

@@ -19,8 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jobkit import contract
+from jobkit.checkpoint.leaves import Record, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
-from jobkit.leaves import Record, stored_args
 from jobkit.memory import Memory
 from jobkit.storage import explain
 

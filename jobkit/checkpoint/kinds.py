@@ -19,10 +19,22 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jobkit import skeleton as skeletons
+from jobkit.checkpoint import skeleton as skeletons
+from jobkit.checkpoint.leaves import (
+    DTYPES,
+    NUMBERS,
+    Path,
+    Record,
+    differences,
+    is_leaf,
+    key_of,
+    kind_of,
+    names,
+    outline_of,
+    own,
+)
+from jobkit.checkpoint.objects import decode, encode, position_of
 from jobkit.errors import ConfigError
-from jobkit.leaves import DTYPES, NUMBERS, Path, Record, differences, is_leaf, key_of, kind_of, names, outline_of, own
-from jobkit.objects import decode, encode, position_of
 
 
 @dataclass

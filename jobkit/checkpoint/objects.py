@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jobkit.checkpoint.leaves import is_leaf, kind_of
 from jobkit.errors import ConfigError
-from jobkit.leaves import is_leaf, kind_of
 
 _POSITIONS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 

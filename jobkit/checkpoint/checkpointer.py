@@ -1,4 +1,4 @@
-"""Save, commit, retain: arrays.py writes through Orbax, commits.py decides what is a checkpoint.
+"""Save, commit, retain: orbax_io.py writes through Orbax, commits.py decides what is a checkpoint.
 
 A save has two halves. On the training thread: the state is taken apart and Orbax takes its device-to-host copies. On a
 thread of its own: Orbax writes to the stage, the files are made durable, measured and renamed into place, and only then
@@ -21,19 +21,20 @@ from typing import Any
 import jax
 import msgspec
 
-from jobkit import arrays, commits, contract, faults, state, versions
-from jobkit.changes import Changes
+from jobkit import commits, contract, faults, versions
+from jobkit.checkpoint import orbax_io, state
+from jobkit.checkpoint.changes import Changes
+from jobkit.checkpoint.kinds import Part
+from jobkit.checkpoint.restore import restore
+from jobkit.checkpoint.table import table_of
 from jobkit.commits import Commit, FileRecord, Keep
 from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
 from jobkit.group import Group, raise_told, told_error
 from jobkit.heartbeat import Heartbeat
-from jobkit.kinds import Part
 from jobkit.leaving import Loops
 from jobkit.ledger import Ledger
 from jobkit.plan import Rates
-from jobkit.restore import restore
 from jobkit.storage import Store, explain, files_below, free_bytes, remove_tree
-from jobkit.table import table_of
 from jobkit.units import show_size
 from jobkit.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 
@@ -89,8 +90,8 @@ class Checkpoints:
         self._busy, self._before_commit = busy, before_commit
         self._group = group or Group("")
         self._count = 0
-        self._writer = arrays.Writer()
-        self._spent: list[tuple[arrays.Writer, Path]] = []
+        self._writer = orbax_io.Writer()
+        self._spent: list[tuple[orbax_io.Writer, Path]] = []
         """Writers of saves that failed, which would raise what is left of that at the next; and where they wrote."""
         self._thread: threading.Thread | None = None
         self._error: JobkitError | None = None
@@ -233,7 +234,7 @@ class Checkpoints:
                 return superseded
             except JobkitError:
                 pass
-        return arrays.failure(error, doing)
+        return orbax_io.failure(error, doing)
 
     def _fail(self, error: JobkitError, commit: Commit) -> None:
         """Write down, and keep for `take_error`, why a save failed; to be superseded is none of the storage's doing."""
@@ -269,7 +270,7 @@ class Checkpoints:
             self._wait_for_data(commit.step)
             own: dict[str, Any] = msgspec.to_builtins(_own_files(stage, snapshot, self._group.index))
         except Exception as error:
-            own = told_error(arrays.failure(error, f"process {self._group.index} cannot write its part"))
+            own = told_error(orbax_io.failure(error, f"process {self._group.index} cannot write its part"))
         told = self._group.gather(f"written/{self._count}", own, _SAVE_S)
 
         def publish() -> bool:
@@ -288,7 +289,7 @@ class Checkpoints:
         """Write the next save with another writer; several processes do not go on after a save that failed."""
         if self._group.count == 1:
             self._spent.append((self._writer, stage))
-            self._writer = arrays.Writer()
+            self._writer = orbax_io.Writer()
 
     def _wait_for_data(self, step: int) -> None:
         self._writer.wait()
@@ -318,7 +319,7 @@ class Checkpoints:
             if self._group.count > 1 or self._publishing or not self.saving:
                 return False
             self._abandoned = True
-        arrays.silence()
+        orbax_io.silence()
         _take_away(self._stage)
         self.wait()
         with contextlib.suppress(OSError):
@@ -350,10 +351,10 @@ class Checkpoints:
         table = table_of(self._store, step)
         item = self._store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
         try:
-            for paths in arrays.batches(state.stored_paths(table)):
+            for paths in orbax_io.batches(state.stored_paths(table)):
                 if self._busy():
                     return
-                for path, array in arrays.read(item, dict.fromkeys(paths), alone=True).items():
+                for path, array in orbax_io.read(item, dict.fromkeys(paths), alone=True).items():
                     record = paths[path]
                     if record["is"] != "key" and (list(array.shape), array.dtype.name) != (
                         record["shape"],
@@ -361,8 +362,8 @@ class Checkpoints:
                     ):
                         wrong.append(f"{'/'.join(path)} reads as {array.dtype} {array.shape}")
         except Exception as error:
-            said = arrays.failure(error, f"cannot read step {step} of {self._store.url} back")
-            if isinstance(said, PackageError) or arrays.system_error(error) is not None:
+            said = orbax_io.failure(error, f"cannot read step {step} of {self._store.url} back")
+            if isinstance(said, PackageError) or orbax_io.system_error(error) is not None:
                 raise said from error  # its bytes are as they were written
             wrong.append(str(error))
         if wrong:

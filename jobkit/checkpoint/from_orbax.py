@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jobkit import contract, state
+from jobkit import contract
+from jobkit.checkpoint import state
+from jobkit.checkpoint.kinds import Part
+from jobkit.checkpoint.leaves import Record, names, quoted, record_of, value_of
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.kinds import Part
-from jobkit.leaves import Record, names, quoted, record_of, value_of
 from jobkit.progress import transfer
 from jobkit.remote import Remote, each
 from jobkit.storage import files_below, is_remote, local_path

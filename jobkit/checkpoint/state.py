@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from jobkit import contract
-from jobkit.errors import ConfigError, DonatedError
-from jobkit.kinds import Held, Part, Slot, refusal
-from jobkit.leaves import (
+from jobkit.checkpoint.kinds import Held, Part, Slot, refusal
+from jobkit.checkpoint.leaves import (
     Path,
     Record,
     differences,
@@ -28,6 +27,7 @@ from jobkit.leaves import (
     record_of,
     value_of,
 )
+from jobkit.errors import ConfigError, DonatedError
 
 
 @dataclass

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jobkit import arrays, commits, contract, faults, mirror, state
+from jobkit import commits, contract, faults, mirror
+from jobkit.checkpoint import orbax_io, state
+from jobkit.checkpoint.kinds import Part, ValuePart, part_of
+from jobkit.checkpoint.leaves import Record, quoted
+from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError, StorageError, end_in_words
-from jobkit.kinds import Part, ValuePart, part_of
-from jobkit.leaves import Record, quoted
 from jobkit.storage import Store
-from jobkit.table import table_of
 
 
 def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False) -> None:
@@ -39,9 +40,9 @@ def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool
             live |= {quoted(name, slot.path): slot.value for slot in part.slots()[0]}
     wanted = {path: live.get(path) for path in state.stored_paths(table)}
     try:
-        found |= arrays.read(_item(store, step), wanted, records=state.stored_paths(table))
+        found |= orbax_io.read(_item(store, step), wanted, records=state.stored_paths(table))
     except Exception as error:
-        raise arrays.failure(error, f"cannot read step {step} of {store.url}") from error
+        raise orbax_io.failure(error, f"cannot read step {step} of {store.url}") from error
     faults.reach("during_restore")
     state.give_back(parts, table, found)
 
@@ -217,13 +218,13 @@ def export_params(
     wanted = {path: None for path, record in stored.items() if _is_param(path, record)}
     if not wanted:
         raise ConfigError(f"step {number} of {store.url} holds no parameters")
-    params = arrays.read(_item(store, number), wanted)
+    params = orbax_io.read(_item(store, number), wanted)
     try:
         # Not the asynchronous one: when that fails, its threads keep the process from ever ending.
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(target, args=ocp.args.StandardSave(arrays.nested(params)))
+            checkpointer.save(target, args=ocp.args.StandardSave(orbax_io.nested(params)))
     except Exception as error:
-        raise arrays.failure(error, f"cannot write {target}") from error
+        raise orbax_io.failure(error, f"cannot write {target}") from error
     return ["/".join(path) for path in wanted]
 
 
