@@ -14,12 +14,13 @@ from typing import Any
 
 import click
 
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.contract import Exit
 from jobkit.errors import ConfigError, JobkitError, say
-from jobkit.ledger import Series, read_metrics
 from jobkit.printable import printable
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import Series, read_metrics
+from jobkit.rundir.store import Store
 
 
 @dataclass(frozen=True)

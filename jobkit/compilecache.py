@@ -24,8 +24,8 @@ import google_crc32c
 
 from jobkit import contract
 from jobkit.errors import JobkitError
-from jobkit.ledger import attempt_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import attempt_events
+from jobkit.rundir.store import Store
 
 _DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 _SETTINGS = {

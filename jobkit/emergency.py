@@ -10,10 +10,10 @@ from jobkit import contract, plan
 from jobkit.checkpoint import state
 from jobkit.checkpoint.checkpointer import Checkpoints
 from jobkit.errors import JobkitError, SupersededError
-from jobkit.ledger import Event, Ledger, tail_events
 from jobkit.notice import Listener
 from jobkit.plan import Choice, Plan, Rates, Situation
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Event, Ledger, tail_events
+from jobkit.rundir.store import Store
 
 
 class Emergency:

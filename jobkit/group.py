@@ -16,8 +16,8 @@ import jax
 from jobkit import contract
 from jobkit.contract import Exit
 from jobkit.errors import ConfigError, JobkitError, OutsideError, PackageError, StorageError, SupersededError
-from jobkit.ledger import read_json
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_json
+from jobkit.rundir.store import Store
 
 _HEARTBEAT_S = 20
 """A process that the others have not heard of for so long is dead to them (JAX's default is 100 s)."""

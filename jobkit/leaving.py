@@ -13,7 +13,7 @@ from types import FrameType
 
 import msgspec
 
-from jobkit.commits import EarlyStop
+from jobkit.rundir.commits import EarlyStop
 
 _DROPS_LOOP = ("POP_TOP", "POP_ITER")
 """The instruction with which `break` and `return` drop what the loop goes through; the second one from 3.14 on."""

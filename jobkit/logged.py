@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from jobkit.ledger import Ledger
+from jobkit.rundir.ledger import Ledger
 
 _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""

@@ -31,7 +31,7 @@ from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part, Slot, is_iterator, part_of
 from jobkit.drilled import Drill
 from jobkit.errors import ConfigError
-from jobkit.ledger import Ledger
+from jobkit.rundir.ledger import Ledger
 
 _DEPTH = 4
 """How far objects of the program's own classes are followed."""

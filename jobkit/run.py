@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 import jax
 import msgspec
 
-from jobkit import adapters, commits, compilecache, contract, faults, mirror, names, stacks, unsaved, versions
+from jobkit import adapters, compilecache, contract, faults, names, stacks, unsaved, versions
 from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import from_orbax, interval, state
 from jobkit.checkpoint.changes import Changes, FirstStep
@@ -26,8 +26,6 @@ from jobkit.checkpoint.checkpointer import Checkpoints
 from jobkit.checkpoint.kinds import Held, Part, ValuePart, part_of
 from jobkit.checkpoint.restore import bring, find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
-from jobkit.commits import EarlyStop, Keep, check_newest, sweep
-from jobkit.control import Control, says_stop
 from jobkit.drilled import drill_from
 from jobkit.emergency import Emergency
 from jobkit.errors import (
@@ -45,11 +43,14 @@ from jobkit.group import lost_process, open_group
 from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.leaving import Leaving, Loops, by_break
-from jobkit.ledger import Ledger
 from jobkit.logged import EVERYTHING, Logged
 from jobkit.notice import Listener, Notice
 from jobkit.optimizer import has_optimizer
-from jobkit.storage import Store
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
+from jobkit.rundir.control import Control, says_stop
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store
 from jobkit.trackers import Following, Tracker
 from jobkit.unsaved import Unsaved
 from jobkit.values import Values

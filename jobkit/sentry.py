@@ -9,8 +9,8 @@ from typing import Any
 
 from jobkit import contract, names, processes, stacks
 from jobkit.heartbeat import Beat, Phase
-from jobkit.ledger import Ledger
 from jobkit.pace import Silence
+from jobkit.rundir.ledger import Ledger
 from jobkit.watchdog import Known, Stall, Watchdog
 
 _ASKED_S = 30.0

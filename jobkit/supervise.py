@@ -24,17 +24,18 @@ from typing import IO
 
 import click
 
-from jobkit import commits, compilecache, contract, metadata, mirror, names, processes, watchdog
+from jobkit import compilecache, contract, metadata, names, processes, watchdog
 from jobkit.contract import Exit, Outcome
-from jobkit.control import Control, says_stop
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.heartbeat import SHARED, Beat, Link, Phase
-from jobkit.ledger import Ledger, tail_events
 from jobkit.memory import Memory
 from jobkit.patience import Patience
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.control import Control, says_stop
+from jobkit.rundir.ledger import Ledger, tail_events
+from jobkit.rundir.store import Store, explain
 from jobkit.sentry import Sentry
 from jobkit.slurm import Respite
-from jobkit.storage import Store, explain
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _LEFTOVER_S = 5.0

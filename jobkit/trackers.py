@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobkit import contract, decode, mirror, names
+from jobkit import contract, decode, names
 from jobkit.errors import JobkitError, say
-from jobkit.ledger import life_events, read_json, read_lines
-from jobkit.storage import Store
+from jobkit.rundir import mirror
+from jobkit.rundir.ledger import life_events, read_json, read_lines
+from jobkit.rundir.store import Store
 
 _TICK_S = 1.0
 """How often the ledger is looked at; a tracker gets what came meanwhile in one piece."""

@@ -13,8 +13,8 @@ from typing import Any
 from jobkit import contract
 from jobkit.errors import UnsavedError
 from jobkit.heartbeat import Heartbeat
-from jobkit.ledger import Ledger, tail_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger, tail_events
+from jobkit.rundir.store import Store
 
 STATE, STORAGE, UNCHANGED, NUMBERS = "state", "storage", "unchanged", "numbers"
 _MOST = 2

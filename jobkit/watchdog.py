@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from jobkit import contract
 from jobkit.heartbeat import Beat, Phase
-from jobkit.ledger import writer_events
 from jobkit.pace import Pace, Silence
-from jobkit.storage import Store
+from jobkit.rundir.ledger import writer_events
+from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 
 _MINUTE_S, _HOUR_S = 60.0, 3600.0

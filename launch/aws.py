@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.remote import identity
-from jobkit.storage import Store
+from jobkit.rundir.remote import identity
+from jobkit.rundir.store import Store
 from launch import vm_job
 from launch.cloud import Cloud
 from launch.managed import Job, Managed, Service

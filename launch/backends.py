@@ -7,8 +7,8 @@ from typing import Protocol
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.remote import Remote
-from jobkit.storage import Store, is_remote
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store, is_remote
 from launch import aws, gcp, local, local_sweep, report, slurm, submission
 from launch import spec as specs
 from launch.managed import Managed

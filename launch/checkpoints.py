@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from jobkit import commits, contract, mirror
+from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Ledger, read_events
-from jobkit.storage import Store
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.ledger import Ledger, read_events
+from jobkit.rundir.store import Store
 
 _WHOLE = ("rehearsed", "restored", "verified")
 """Events that say a step was read back whole."""

@@ -10,7 +10,7 @@ from jobkit.errors import ConfigError
 from launch.printed import aligned
 
 if TYPE_CHECKING:
-    from jobkit.storage import Store
+    from jobkit.rundir.store import Store
     from launch.checkpoints import Row
 
 

@@ -12,7 +12,7 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 
 if TYPE_CHECKING:
-    from jobkit.storage import Store
+    from jobkit.rundir.store import Store
     from launch.history import History
     from launch.report import Status
 
@@ -158,7 +158,7 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
 
 
 def _below(run: str) -> "Iterator[Store]":
-    from jobkit.storage import is_remote
+    from jobkit.rundir.store import is_remote
     from launch import report
 
     if is_remote(run):
@@ -174,7 +174,7 @@ def _below(run: str) -> "Iterator[Store]":
 
 def _remote_runs(url: str) -> list[str]:
     """Return the runs at a URL of an object store: itself, or those below it."""
-    from jobkit.remote import Remote
+    from jobkit.rundir.remote import Remote
 
     url = url.rstrip("/")
     names = Remote(url, deadline_s=20).find()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobkit import contract
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import container
 from launch import spec as specs
 from launch.spec import JobSpec

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from jobkit import commits, contract, mirror, processes
+from jobkit import contract, processes
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Event, last_word, read_json, writer_events
-from jobkit.storage import Store
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.ledger import Event, last_word, read_json, writer_events
+from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch import backends, leftovers, report
 from launch import spec as specs

@@ -20,13 +20,14 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from jobkit import contract, ledger
+from jobkit import contract
 from jobkit.contract import Outcome, State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.heartbeat import Phase
-from jobkit.ledger import Event
-from jobkit.remote import Remote
-from jobkit.storage import Store, is_remote, local_path
+from jobkit.rundir import ledger
+from jobkit.rundir.ledger import Event
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store, is_remote, local_path
 from jobkit.units import show_duration
 from launch import drive, local, report
 from launch.console import Console

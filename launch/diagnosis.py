@@ -17,8 +17,8 @@ from jobkit import contract
 from jobkit.contract import ENV_DRILL, ENV_FAULT, Outcome
 from jobkit.drilled import Drill
 from jobkit.errors import DONATED, JobkitError
-from jobkit.ledger import read_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from launch import leftovers
 from launch.scenarios import Shown
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
+from jobkit.rundir.store import Store
 from jobkit.slurm import parse_pairs
-from jobkit.storage import Store
 from jobkit.units import show_duration, show_size
 from launch import scontrol
 from launch.slurm import WARNING_S, python
@@ -226,7 +226,7 @@ def _sweep(config: Mapping[str, str]) -> Finding:
 
 _PROBE = """\
 import json, os, signal, sys, time
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 told = {}
 signal.signal(signal.SIGTERM, lambda *_: told.setdefault("answered", time.time()))
 store, size = Store(sys.argv[1]), int(sys.argv[2])

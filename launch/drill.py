@@ -19,11 +19,12 @@ from pathlib import Path
 
 import msgspec
 
-from jobkit import commits, contract, ledger
+from jobkit import contract
 from jobkit.contract import Outcome, State
 from jobkit.drilled import Drill
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
+from jobkit.rundir import commits, ledger
+from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch import backends, diagnosis, drive, leftovers, local, lock, own_files, report, scenarios, scontrol
 from launch import spec as specs

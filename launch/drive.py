@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from jobkit import contract, ledger, processes
+from jobkit import contract, processes
 from jobkit.errors import JobkitError
 from jobkit.heartbeat import Beat, read_beat
-from jobkit.ledger import Event, read_json
-from jobkit.storage import Store, remove_tree
+from jobkit.rundir import ledger
+from jobkit.rundir.ledger import Event, read_json
+from jobkit.rundir.store import Store, remove_tree
 from launch import leftovers, lock
 
 COMPARE_S = 900.0

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.remote import identity
-from jobkit.storage import Store
+from jobkit.rundir.remote import identity
+from jobkit.rundir.store import Store
 from launch import gcp_request, report
 from launch.cloud import RETRIED, Cloud
 from launch.googleapi import GoogleError, Session

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import vm_job
 from launch.cloud import RETRIED, STOP_S, Cloud
 from launch.spec import JobSpec

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import tenacity
 
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.remote import identity
+from jobkit.rundir.remote import identity
 
 _TIMEOUT_S = 30.0
 _RETRY_S = 20.0

@@ -11,7 +11,7 @@ import msgspec
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import backends, container, lease, local, slurm, submission
 from launch import spec as specs
 from launch.cli_where import Where

@@ -7,8 +7,8 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.errors import JobkitError
-from jobkit.ledger import Event, Series, read_json, read_lines, read_metrics
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Event, Series, read_json, read_lines, read_metrics
+from jobkit.rundir.store import Store
 from launch import leftovers
 
 

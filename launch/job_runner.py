@@ -7,10 +7,11 @@ attempts until the job has to end, and its exit code tells the scheduler what to
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-from jobkit import contract, mirror, processes
+from jobkit import contract, processes
 from jobkit.contract import Exit, State
 from jobkit.errors import JobkitError, say
-from jobkit.storage import Store
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store
 from launch import notify, report, restart, submission
 from launch.runner import Runner
 from launch.spec import JobSpec

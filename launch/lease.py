@@ -22,7 +22,7 @@ import msgspec
 from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.patience import at_once
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 
 RENEW_S = 60.0

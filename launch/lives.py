@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from jobkit.contract import Outcome
-from jobkit.ledger import Event, last_word
+from jobkit.rundir.ledger import Event, last_word
 from launch.history import History, Life, count_of, number_of
 
 

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from jobkit import contract, mirror, names
+from jobkit import contract, names
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, leave, say
-from jobkit.storage import Store, explain
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch import container, lease, leftovers, report
 from launch import spec as specs

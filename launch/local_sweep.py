@@ -16,7 +16,7 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import lease, leftovers, local, report
 from launch import spec as specs
 from launch.lease import Lease

@@ -17,7 +17,7 @@ from typing import Any
 
 from jobkit import contract, decode, names, processes
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store, explain
+from jobkit.rundir.store import Store, explain
 
 PROBE_S = 0.3
 """How long to try against a lock that `held` may be probing right now; a probe takes microseconds."""

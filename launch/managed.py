@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from jobkit import contract, faults, mirror
+from jobkit import contract, faults
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store, is_remote
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch import cloud, leftovers, report, snapshot, submission
 from launch import spec as specs

@@ -33,9 +33,9 @@ import jobkit
 from jobkit import contract, decode, names, processes
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError, JobkitError, say
-from jobkit.ledger import Event, Ledger
 from jobkit.patience import Patience
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Event, Ledger
+from jobkit.rundir.store import Store
 from launch import leftovers, targets, troubles, webhook
 from launch.webhook import Again
 

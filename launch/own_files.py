@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from jobkit import contract
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch.snapshot import SKIPPED
 
 Files = Mapping[str, Path]

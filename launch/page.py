@@ -10,7 +10,7 @@ import jobkit
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
 from jobkit.printable import printable
-from jobkit.storage import explain as says
+from jobkit.rundir.store import explain as says
 from jobkit.units import show_duration
 from launch.curve import Curve, curve_of, nice_steps
 from launch.goodput import Attempt, Goodput, by_share, lost_of, measure

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jobkit.errors import ConfigError
-from jobkit.storage import explain
+from jobkit.rundir.store import explain
 from jobkit.units import show_duration
 from launch.curve import Curve, curve_of
 from launch.goodput import Goodput, by_share, lost_of, measure

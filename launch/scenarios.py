@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobkit import commits, contract, faults, ledger, processes
+from jobkit import contract, faults, processes
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill
 from jobkit.errors import JobkitError
 from jobkit.heartbeat import Beat, Phase
-from jobkit.storage import Store
+from jobkit.rundir import commits, ledger
+from jobkit.rundir.store import Store
 from launch import leftovers, local, lock, scontrol, slurm
 from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
 from launch.runner import Runner

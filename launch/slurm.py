@@ -19,10 +19,11 @@ from typing import Any
 
 import msgspec
 
-from jobkit import contract, mirror
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
-from jobkit.storage import Store, explain
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch import container, leftovers, report, scontrol, sweep
 from launch import spec as specs

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch import scontrol, slurm
 from launch.scontrol import SlurmError

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from jobkit import contract, names
 from jobkit.errors import ConfigError
-from jobkit.storage import Store, explain, raise_unlisted, sync_directory
+from jobkit.rundir.store import Store, explain, raise_unlisted, sync_directory
 from jobkit.units import show_size
 
 LIMIT_BYTES = 200_000_000

@@ -15,7 +15,7 @@ import msgspec
 import jobkit
 from jobkit import contract, names, versions
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from jobkit.units import duration_s
 from launch import container, sweep
 from launch.cloud import OPTIONS, Cloud

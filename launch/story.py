@@ -13,7 +13,7 @@ import msgspec
 
 from jobkit.checkpoint.interval import Cost, interval_s
 from jobkit.contract import Outcome
-from jobkit.ledger import Event
+from jobkit.rundir.ledger import Event
 from jobkit.units import show_duration, show_size
 from jobkit.unsaved import nothing_new
 from launch import troubles

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import msgspec
 
-from jobkit import contract, mirror, names
+from jobkit import contract, names
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
-from jobkit.ledger import Ledger
-from jobkit.storage import Store, is_remote, local_path, remove_tree
+from jobkit.rundir import mirror
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store, is_remote, local_path, remove_tree
 from launch import lease, report, snapshot, sweep, targets
 from launch import spec as specs
 from launch.command import check_command, check_script

@@ -9,8 +9,8 @@ import msgspec
 
 from jobkit import contract
 from jobkit.heartbeat import read_unsaved
-from jobkit.ledger import Event, newest_event
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Event, newest_event
+from jobkit.rundir.store import Store
 from jobkit.unsaved import nothing_new
 from launch import leftovers
 from launch.history import number_of

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from jobkit import commits, contract, ledger
+from jobkit import contract
 from jobkit.contract import Outcome
-from jobkit.storage import Store
+from jobkit.rundir import commits, ledger
+from jobkit.rundir.store import Store
 from launch import diagnosis, drive, own_files
 from launch.diagnosis import Diagnosis
 from launch.drive import Ending

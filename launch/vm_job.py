@@ -18,7 +18,7 @@ import msgspec
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch import cloud, leftovers, report, restart
 from launch import spec as specs

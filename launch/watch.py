@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from jobkit import contract, mirror, names
+from jobkit import contract, names
 from jobkit.contract import State
 from jobkit.errors import JobkitError
 from jobkit.patience import Patience
 from jobkit.printable import printable
-from jobkit.storage import Store, explain
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch import backends, report, submission
 from launch import spec as specs

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jobkit import processes
-from jobkit.ledger import read_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from launch import leftovers, local, lock, report
 from launch.spec import JobSpec
 from launch.submission import open_run
@@ -147,7 +147,7 @@ def runner_pid(store: Store) -> int:
 
 def supervisor_pid(store: Store, attempt: int = 0) -> int:
     """Return the pid of an attempt's supervisor, 0 before it has one."""
-    from jobkit.ledger import read_json
+    from jobkit.rundir.ledger import read_json
 
     return int((read_json(store, f"attempts/{attempt}/supervisor.json") or {}).get("pid", 0))
 

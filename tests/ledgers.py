@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from jobkit import contract
-from jobkit.ledger import Ledger
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store
 
 
 class Written:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobkit import contract
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import leftovers
 from tests import training
 from tests.slurm import Cluster

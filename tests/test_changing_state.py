@@ -27,7 +27,7 @@ from jobkit.checkpoint import state
 from jobkit.checkpoint.restore import load, restore
 from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from tests import training
 from tests.test_state import Stateful, parts_of, same, saved
 

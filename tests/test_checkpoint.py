@@ -22,15 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jobkit
-from jobkit import commits, contract, faults
+from jobkit import contract, faults
 from jobkit.checkpoint import state
 from jobkit.checkpoint.checkpointer import Checkpoints
 from jobkit.checkpoint.restore import find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
-from jobkit.commits import Keep
 from jobkit.errors import ConfigError, StorageError, SupersededError
-from jobkit.ledger import Ledger, attempt_events
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.commits import Keep
+from jobkit.rundir.ledger import Ledger, attempt_events
+from jobkit.rundir.store import Store
 from tests.test_state import parts_of, same, saved
 
 ROOT = Path(__file__).parent.parent
@@ -207,7 +208,7 @@ import resource, sys, logging
 logging.disable(logging.CRITICAL)
 from pathlib import Path
 import numpy as np
-from jobkit import commits
+from jobkit.rundir import commits
 from jobkit.errors import JobkitError
 from jobkit.checkpoint.kinds import part_of
 from tests.test_checkpoint import Life, state

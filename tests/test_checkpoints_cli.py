@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobkit import contract
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from tests import training
 
 

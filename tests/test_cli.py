@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import jobkit
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import local, report
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jobkit import commits, contract
-from jobkit.commits import Commit, Keep
+from jobkit import contract
 from jobkit.errors import ConfigError, StorageError, SupersededError
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.commits import Commit, Keep
+from jobkit.rundir.store import Store
 
 DATA = {"default/manifest": b"\0\1" * 20, "default/d/part0": b"abc" * 50, "default/d/part1": b"xyz" * 50, "empty": b""}
 

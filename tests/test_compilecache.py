@@ -10,8 +10,8 @@ import pytest
 
 from jobkit import compilecache, contract
 from jobkit.drilled import Drill
-from jobkit.ledger import attempt_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import attempt_events
+from jobkit.rundir.store import Store
 from launch import local, report
 from launch.spec import JobSpec
 from tests.gcs_server import GcsServer

@@ -14,12 +14,13 @@ import pytest
 
 import jobkit
 import launch
-from jobkit import commits, contract, mirror
+from jobkit import contract
 from jobkit.contract import State
-from jobkit.control import Control
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import attempt_events, read_events
-from jobkit.storage import Store
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.control import Control
+from jobkit.rundir.ledger import attempt_events, read_events
+from jobkit.rundir.store import Store
 from launch import control, local, report, slurm, submission
 from launch.spec import JobSpec
 from tests import jobs, training

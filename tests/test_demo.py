@@ -16,8 +16,8 @@ from rich.console import Console
 from jobkit import contract
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
-from jobkit.ledger import Ledger
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store
 from launch import demo
 from launch.demo import Interruption, Result
 from tests import browser

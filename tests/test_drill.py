@@ -26,15 +26,16 @@ from rich.live import Live
 
 import jobkit
 import launch.drill as drill_module
-from jobkit import commits, contract, faults
+from jobkit import contract, faults
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import part_of
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import Outcome
 from jobkit.drilled import Drill, drill_from
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import attempt_events
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import attempt_events
+from jobkit.rundir.store import Store
 from launch import diagnosis, drill_card, drill_page, drive, scenarios, verdict
 from launch.diagnosis import Diagnosis
 from launch.drive import Ending

@@ -14,10 +14,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from jobkit import commits, contract, emptying, mirror
-from jobkit.ledger import Ledger
-from jobkit.remote import Remote
-from jobkit.storage import Store
+from jobkit import contract
+from jobkit.rundir import commits, emptying, mirror
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store
 from tests.gcs_server import GcsServer
 from tests.jobs import until
 from tests.test_remote import _commit
@@ -185,8 +186,8 @@ def test_a_step_that_the_url_would_not_keep_goes_too(run: Store) -> None:
 
 KILLED = """
 import sys
-from jobkit import emptying
-from jobkit.storage import Store
+from jobkit.rundir import emptying
+from jobkit.rundir.store import Store
 emptying.empty(Store(sys.argv[1]))
 """
 

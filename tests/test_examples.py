@@ -13,8 +13,8 @@ import pytest
 
 from jobkit.compare import compare
 from jobkit.heartbeat import Phase, read_beat
-from jobkit.ledger import read_events, read_json
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events, read_json
+from jobkit.rundir.store import Store
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "jobkit/examples"

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract
-from jobkit.ledger import read_events
-from jobkit.storage import Store
+from jobkit import contract
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from tests import training
 from tests.jobs import until
 from tests.test_group import STEPS, logs

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
 from launch import spec as specs
 from launch.spec import JobSpec
 from tests import training

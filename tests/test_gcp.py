@@ -19,7 +19,7 @@ from google.cloud import batch_v1
 
 from jobkit import contract, processes
 from jobkit.contract import State
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import backends, gcp, gcp_request, report, submission, vm_job, watch
 from launch.cloud import RETRIED, Cloud
 from launch.spec import JobSpec

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import jobkit
-from jobkit import commits, contract, group
-from jobkit.ledger import attempt_events, read_events
-from jobkit.storage import Store
+from jobkit import contract, group
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import attempt_events, read_events
+from jobkit.rundir.store import Store
 from tests import training
 
 STEPS = 30

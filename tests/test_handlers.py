@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract, handlers
+from jobkit import contract, handlers
 from jobkit.notice import SIGNALS, Listener
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
 from tests import training
 
 CALLED: list[int] = []

@@ -9,7 +9,7 @@ import pytest
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.ledger import read_events
+from jobkit.rundir.ledger import read_events
 from launch import handover, local, submission
 from launch import spec as specs
 from launch.cli_where import Where

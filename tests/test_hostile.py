@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract, decode, ledger, mirror, trackers, watchdog
-from jobkit.commits import Commit
-from jobkit.control import Control
+from jobkit import contract, decode, trackers, watchdog
 from jobkit.errors import JobkitError
-from jobkit.storage import Store, checksum
+from jobkit.rundir import commits, ledger, mirror
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.control import Control
+from jobkit.rundir.store import Store, checksum
 from launch import cli, lease, leftovers, lock, report, sweep
 from launch import spec as specs
 from launch.history import read_history

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract
-from jobkit.storage import Store
+from jobkit import contract
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
 from launch import report
 from tests import jobs, training
 

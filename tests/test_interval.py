@@ -17,8 +17,8 @@ from jobkit import contract
 from jobkit.checkpoint import interval
 from jobkit.checkpoint.interval import Cost, Interval, Past, between_s, interval_s, read_past
 from jobkit.checkpoint.schedule import SaveEvery
-from jobkit.ledger import read_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from tests import training
 from tests.benchmarks import intervals
 

@@ -15,10 +15,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from jobkit import contract, mirror
+from jobkit import contract
 from jobkit.errors import ConfigError, StorageError
-from jobkit.remote import Remote
-from jobkit.storage import Store
+from jobkit.rundir import mirror
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store
 from launch import lease, report
 from launch import spec as specs
 from launch.spec import JobSpec

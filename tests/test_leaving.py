@@ -12,11 +12,12 @@ import msgspec
 import pytest
 
 import jobkit
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.errors import ConfigError, Preempted, StorageError
 from jobkit.leaving import Loops, by_break
-from jobkit.ledger import attempt_events
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import attempt_events
+from jobkit.rundir.store import Store
 from launch import local
 from tests import jobs, training
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Ledger, attempt_events, read_events, read_json, read_metrics
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger, attempt_events, read_events, read_json, read_metrics
+from jobkit.rundir.store import Store
 from launch.history import drawn
 from tests.outage import Outage
 
@@ -108,7 +108,7 @@ def test_a_full_disk_stops_nothing(store: Store) -> None:
 _STALE = """
 import sys, pathlib
 from jobkit.errors import StorageError
-from jobkit.ledger import Ledger
+from jobkit.rundir.ledger import Ledger
 path, flag = map(pathlib.Path, sys.argv[1:])
 one = Ledger(path)
 one.append("before", durable=True)
@@ -143,7 +143,7 @@ def test_a_stale_ledger_is_opened_again(store: Store, tmp_path: Path) -> None:
 
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more lines than may wait for a disk the oldest go, and those that stay are whole."""
-    monkeypatch.setattr("jobkit.ledger._MOST_OWED_BYTES", 1000)
+    monkeypatch.setattr("jobkit.rundir.ledger._MOST_OWED_BYTES", 1000)
     path = tmp_path / "ledger"
     one = Ledger(path)
     path.unlink()
@@ -214,7 +214,7 @@ def test_any_bytes_are_readable(content: bytes) -> None:
 _BROKEN_OFF = """
 import resource, sys
 from pathlib import Path
-from jobkit.ledger import Ledger
+from jobkit.rundir.ledger import Ledger
 one = Ledger(Path(sys.argv[1]))
 one.append("first")
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -15,7 +15,7 @@ import pytest
 from jobkit import contract, processes
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import leftovers, local, lock, report, watch
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
@@ -88,7 +88,7 @@ LIKE_A_RUN = """
 import os, signal, sys
 from pathlib import Path
 from jobkit.heartbeat import Heartbeat, Phase
-from jobkit.ledger import Ledger
+from jobkit.rundir.ledger import Ledger
 from jobkit.notice import Listener
 
 attempt, link = os.environ["JOBKIT_ATTEMPT"], Path(os.environ["JOBKIT_SUPERVISOR"])

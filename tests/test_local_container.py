@@ -13,7 +13,7 @@ import pytest
 from jobkit import contract, processes
 from jobkit.contract import State
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import container, drive, leftovers, local, lock, report
 from launch.container import Container
 from launch.spec import JobSpec

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.checkpoint.kinds import Part, ValuePart, part_of
 from jobkit.contract import STAGE, TRASH
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
 from tests import training
 
 KEEP = 2
@@ -24,11 +25,11 @@ def _life(url: str, saves: int, answer: str) -> None:
     """One attempt: restore, tell what was restored, save `saves` more steps, telling each commit."""
     import numpy as np
 
-    from jobkit import commits
     from jobkit.checkpoint import state
     from jobkit.checkpoint.checkpointer import Checkpoints
-    from jobkit.commits import Keep
-    from jobkit.ledger import Ledger
+    from jobkit.rundir import commits
+    from jobkit.rundir.commits import Keep
+    from jobkit.rundir.ledger import Ledger
 
     def tell(**what: Any) -> None:
         with open(answer, "a") as file:

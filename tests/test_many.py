@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobkit import commits, contract, processes
-from jobkit.ledger import attempt_events, read_json
-from jobkit.storage import Store
+from jobkit import contract, processes
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import attempt_events, read_json
+from jobkit.rundir.store import Store
 from launch import leftovers, local
 from launch.goodput import measure
 from launch.history import read_history

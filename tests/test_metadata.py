@@ -14,8 +14,8 @@ import pytest
 from jobkit import metadata
 from jobkit.errors import ConfigError
 from jobkit.heartbeat import Phase
-from jobkit.ledger import attempt_events
 from jobkit.metadata import Kind, Said, Watch, cloud_of
+from jobkit.rundir.ledger import attempt_events
 from tests.jobs import until
 from tests.metadata_server import Aws, Azure, Cloud, Gce
 from tests.test_supervise import PROGRAM, Supervised

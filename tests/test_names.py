@@ -20,11 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit import commits, contract, mirror, names
-from jobkit.commits import Commit, FileRecord
+from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.ledger import Ledger
-from jobkit.storage import Store, home_of
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.commits import Commit, FileRecord
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store, home_of
 from launch import cli, leftovers, lock, report, snapshot
 from launch import spec as specs
 from launch.spec import JobSpec

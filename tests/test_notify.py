@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import notify, report, targets
 from tests import ledgers
 from tests.jobs import Project, events, supervisor_pid, until, until_over, until_stepping

@@ -14,8 +14,8 @@ import pytest
 
 from jobkit import contract, processes
 from jobkit.contract import State
-from jobkit.ledger import read_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from launch import local, lock, report
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import own_files, verdict
 from launch.own_files import Difference
 from launch.verdict import Found

@@ -11,8 +11,8 @@ import pytest
 import jobkit
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.ledger import read_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from launch import local, report
 from launch.goodput import Goodput, lost_of, measure
 from launch.history import read_history

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.heartbeat import Beat, Phase
-from jobkit.ledger import Ledger, writer_events
+from jobkit.rundir.ledger import Ledger, writer_events
+from jobkit.rundir.store import Store
 from jobkit.sentry import Sentry
-from jobkit.storage import Store
 from jobkit.watchdog import Known, Watchdog, learn
 from launch import report, troubles
 from launch.goodput import measure

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.checkpoint import orbax_io
 from jobkit.errors import ConfigError, DamagedError, JobkitError, PackageError, StorageError
 from jobkit.group import raise_told, told_error
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
 from tests import training
 
 ROOT = Path(__file__).parent.parent

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobkit import contract, mirror, parts
+from jobkit import contract
 from jobkit.errors import StorageError
-from jobkit.ledger import Ledger
-from jobkit.remote import Remote
-from jobkit.storage import Store
+from jobkit.rundir import growing_files, mirror
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store
 from tests.gcs_server import GcsServer
 from tests.jobs import until
 from tests.test_remote import _commit
@@ -68,9 +69,9 @@ def _stores(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Store]:
     return found[0], found[1]
 
 
-def _sender(store: Store) -> parts.Sender:
+def _sender(store: Store) -> growing_files.Sender:
     assert store.remote is not None
-    return parts.Sender(store, LOG, parts.grouped(store.remote.find()).get(LOG, {}))
+    return growing_files.Sender(store, LOG, growing_files.grouped(store.remote.find()).get(LOG, {}))
 
 
 def _append(store: Store, content: bytes) -> None:
@@ -105,7 +106,7 @@ def test_whatever_is_killed_a_reader_sees_the_beginning(
 ) -> None:
     """After any history of appends, sends and kills a reader has a beginning of the log, never less than before."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(parts, "PART_BYTES", 2000)
+        monkeypatch.setattr(growing_files, "PART_BYTES", 2000)
         here, there = _stores(tmp_path_factory.mktemp("parts"), monkeypatch)
         whole, seen, pattern = b"", b"", random.Random(5)
         here.remote = remote = _Mortal(here.url)
@@ -129,20 +130,20 @@ def test_whatever_is_killed_a_reader_sees_the_beginning(
                     sender = _sender(here)
         assert sender.send(lambda: True)
         assert _seen(there) == whole
-        assert parts.size_of(parts.grouped(remote.find()).get(LOG, {})) == len(whole)
+        assert growing_files.size_of(growing_files.grouped(remote.find()).get(LOG, {})) == len(whole)
 
 
 def test_a_log_is_sent_a_few_times_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand lines, each sent as it comes: few parts, and the traffic is a small multiple of the log."""
-    monkeypatch.setattr(parts, "PART_BYTES", 1 << 16)
+    monkeypatch.setattr(growing_files, "PART_BYTES", 1 << 16)
     here, there = _stores(tmp_path, monkeypatch)
     here.remote = remote = _Mortal(here.url)
     sender, line = _sender(here), b"x" * 99 + b"\n"
     for _ in range(10_000):
         _append(here, line)
         assert sender.send(lambda: True)
-    found = parts.grouped(remote.find())[LOG]
-    assert len(found) <= 2 * len(line) * 10_000 / parts.PART_BYTES + 16
+    found = growing_files.grouped(remote.find())[LOG]
+    assert len(found) <= 2 * len(line) * 10_000 / growing_files.PART_BYTES + 16
     assert remote.sent <= 12 * len(line) * 10_000
     assert _seen(there) == line * 10_000
 
@@ -162,13 +163,13 @@ def test_a_log_that_is_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_gap_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after a part that has vanished does not count as sent, and whoever sends next begins there."""
-    monkeypatch.setattr(parts, "PART_BYTES", 10)
+    monkeypatch.setattr(growing_files, "PART_BYTES", 10)
     here, there = _stores(tmp_path, monkeypatch)
     assert here.remote is not None
     _append(here, bytes(range(40)))
     _sender(here).send(lambda: True)
     here.remote.remove([f"{LOG}.d/000000000000010"])
-    assert parts.size_of(parts.grouped(here.remote.find())[LOG]) == 10
+    assert growing_files.size_of(growing_files.grouped(here.remote.find())[LOG]) == 10
     assert _seen(there) == bytes(range(10))
     _sender(here).send(lambda: True)
     assert _seen(there) == bytes(range(40))
@@ -213,12 +214,12 @@ def test_parts_that_are_put_together_while_they_are_read(tmp_path: Path, monkeyp
     for line in (b"one\n" * 9, b"two\n" * 4):
         _append(here, line)
         sender.send(lambda: True)
-    found = parts.grouped(there.remote.find())[LOG]
+    found = growing_files.grouped(there.remote.find())[LOG]
     assert len(found) == 2
     _append(here, b"three\n" * 20)
     sender.send(lambda: True)
-    parts.fetch(there, LOG, {place: told for place, told in found.items() if place})
-    parts.fetch(there, LOG, found)
+    growing_files.fetch(there, LOG, {place: told for place, told in found.items() if place})
+    growing_files.fetch(there, LOG, found)
     assert there.read(LOG) == here.read(LOG)
 
 
@@ -228,11 +229,11 @@ def test_parts_that_are_listed_and_never_there(tmp_path: Path, monkeypatch: pyte
     assert here.remote is not None
     assert there.remote is not None
     here.remote.write(f"{LOG}.d/000000000000000", b"log\n")
-    found = parts.grouped(there.remote.find())[LOG]
-    monkeypatch.setattr(parts, "grouped", lambda listed: {LOG: found})
+    found = growing_files.grouped(there.remote.find())[LOG]
+    monkeypatch.setattr(growing_files, "grouped", lambda listed: {LOG: found})
     here.remote.remove([f"{LOG}.d/000000000000000"])
     with pytest.raises(StorageError, match=r"lists parts of .* that are not there when they are read"):
-        parts.fetch(there, LOG, found)
+        growing_files.fetch(there, LOG, found)
 
 
 def test_ledgers_are_brought_in_parts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +286,7 @@ def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
 def test_a_slow_log_keeps_nothing_waiting(gcs: GcsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While each part of a long log takes seconds, a checkpoint gets through and a cancel is heard."""
     monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
-    monkeypatch.setattr(parts, "PART_BYTES", 10_000)
+    monkeypatch.setattr(growing_files, "PART_BYTES", 10_000)
     store = Store("gs://bucket/slow")
     assert store.remote is not None
     attempt = mirror.claim(store)
@@ -297,17 +298,17 @@ def test_a_slow_log_keeps_nothing_waiting(gcs: GcsServer, tmp_path: Path, monkey
     _commit(store, 10, attempt, "step 10")
     store.remote.write(contract.CANCEL, b"{}")
     until(lambda: mirror.remote_steps(store.remote) == [10] and store.exists(contract.CANCEL), "both", seconds=60)  # type: ignore[arg-type]
-    assert parts.size_of(parts.grouped(store.remote.find()).get(LOG, {})) < 500_000
+    assert growing_files.size_of(growing_files.grouped(store.remote.find()).get(LOG, {})) < 500_000
     gcs.faults.clear()
     carrier.close(deadline_s=60)
-    assert parts.size_of(parts.grouped(store.remote.find())[LOG]) == 500_000
+    assert growing_files.size_of(growing_files.grouped(store.remote.find())[LOG]) == 500_000
 
 
 MEASURED = """
 import os, resource, sys, time
-from jobkit import mirror
-from jobkit.ledger import Ledger
-from jobkit.storage import Store
+from jobkit.rundir import mirror
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store
 store = Store(sys.argv[1])
 attempt = mirror.claim(store)
 store.remote.find()  # gcsfs is imported

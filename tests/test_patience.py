@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jobkit import commits, contract
-from jobkit.commits import Commit
+from jobkit import contract
 from jobkit.errors import ConfigError, DamagedError, StorageError
 from jobkit.patience import Patience
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.store import Store
 from tests.outage import Outage
 
 
@@ -30,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 def python(script: str, store: Store, outage: Outage, *, seconds: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a script in which `store` is the run directory, with a disk that may not answer."""
-    before = f"from jobkit import commits\nfrom jobkit.storage import Store\nstore = Store({store.url!r})\n"
+    before = f"from jobkit.rundir import commits\nfrom jobkit.storage import Store\nstore = Store({store.url!r})\n"
     return subprocess.run(
         [sys.executable, "-c", before + script],
         env=os.environ | outage.environ,

@@ -16,11 +16,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from jobkit import commits, contract, mirror
+from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.ledger import Ledger, read_events, read_metrics
-from jobkit.remote import Remote
-from jobkit.storage import Store
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.ledger import Ledger, read_events, read_metrics
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store
 from tests import training
 from tests.gcs_server import GcsServer
 from tests.jobs import until

@@ -12,10 +12,11 @@ import msgspec
 import pytest
 
 import jobkit
-from jobkit import commits, contract, faults
+from jobkit import contract, faults
 from jobkit.errors import ConfigError
-from jobkit.ledger import attempt_events, read_events, read_metrics
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import attempt_events, read_events, read_metrics
+from jobkit.rundir.store import Store
 from launch import local
 from tests import jobs, training
 

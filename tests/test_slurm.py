@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from jobkit import commits, contract, processes
+from jobkit import contract, processes
 from jobkit.checkpoint import restore
 from jobkit.heartbeat import read_beat
-from jobkit.ledger import read_events, read_json
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import read_events, read_json
+from jobkit.rundir.store import Store
 from launch import leftovers, report
 from tests import jobs, training
 from tests.gcs_server import GcsServer

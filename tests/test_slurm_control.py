@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jobkit.ledger import read_events
+from jobkit.rundir.ledger import read_events
 from tests.login import Login
 
 

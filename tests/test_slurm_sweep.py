@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import report
 from tests.login import Login
 from tests.slurm import SlurmError

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import snapshot, submission
 from tests.jobs import Project, until_over
 from tests.jobs import project as make_project

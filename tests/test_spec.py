@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import doctor
 from launch import spec as specs
 from launch.cloud import Cloud

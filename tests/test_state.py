@@ -31,11 +31,11 @@ from jobkit.checkpoint.kinds import Part, ValuePart, part_of
 from jobkit.checkpoint.leaves import DTYPES as DTYPES_HELD
 from jobkit.checkpoint.leaves import is_leaf
 from jobkit.checkpoint.restore import restore
-from jobkit.commits import Keep
 from jobkit.errors import ConfigError
-from jobkit.ledger import Ledger
 from jobkit.optimizer import has_optimizer
-from jobkit.storage import Store
+from jobkit.rundir.commits import Keep
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store
 
 
 def parts_of(**given: Any) -> dict[str, Part]:

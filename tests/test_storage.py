@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.storage import Store, checksum, explain, files_below, free_bytes, local_path, remove_tree, sync_tree
+from jobkit.rundir.store import Store, checksum, explain, files_below, free_bytes, local_path, remove_tree, sync_tree
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -218,7 +218,7 @@ def test_a_directory_of_the_same_name(store: Store) -> None:
 _LIMITED = """
 import resource, sys
 from jobkit.errors import JobkitError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 store = Store(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 for doing in (store.write, store.create):

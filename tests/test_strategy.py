@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from jobkit.checkpoint.interval import UNKNOWN_S
 from jobkit.checkpoint.schedule import SaveEvery
-from jobkit.commits import Keep
 from jobkit.errors import ConfigError
+from jobkit.rundir.commits import Keep
 
 BEST = ("val_loss", "min")
 

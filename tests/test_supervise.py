@@ -15,9 +15,9 @@ import pytest
 
 from jobkit import contract, processes, supervise
 from jobkit.heartbeat import Link, Phase, read_beat
-from jobkit.ledger import Ledger, attempt_events
 from jobkit.notice import Listener
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger, attempt_events
+from jobkit.rundir.store import Store
 
 # A stand-in for a training that needs no jax: it speaks the heartbeat and serves SIGTERM like a Run does.
 PROGRAM = """

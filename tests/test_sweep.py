@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 from launch import backends, local, local_sweep, lock, report, submission, sweep
 from launch import spec as specs
 from launch.submission import make_point, new_run

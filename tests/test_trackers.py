@@ -22,8 +22,8 @@ import jobkit.run
 from jobkit import adapters, contract
 from jobkit.adapters import TensorBoard, records, resolve
 from jobkit.errors import ConfigError
-from jobkit.ledger import Ledger, read_metrics
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger, read_metrics
+from jobkit.rundir.store import Store
 from jobkit.trackers import Following, Opening, Point, Tail
 from tests import training
 from tests.gcs_server import GcsServer

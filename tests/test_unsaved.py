@@ -19,12 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.checkpoint.changes import _is_key, _is_source
 from jobkit.errors import ConfigError
 from jobkit.heartbeat import Heartbeat, Link, read_unsaved
-from jobkit.ledger import Ledger, attempt_events, newest_event
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.ledger import Ledger, attempt_events, newest_event
+from jobkit.rundir.store import Store
 from jobkit.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
 from launch import drill, local, notify, report
 from tests import jobs, ledgers, training
@@ -499,7 +500,7 @@ def test_the_newest_event_is_found(names: list[str], block: int) -> None:
     """Read backwards in blocks of any size, a ledger gives the last event of some kinds that is whole."""
     import tempfile
 
-    from jobkit import ledger
+    from jobkit.rundir import ledger
 
     lines = [{"t": 1.0, "event": name, "step": step, "pad": "x" * (7 * step % 50)} for step, name in enumerate(names)]
     text = "".join('{"t":1.0,"event":"sav\n' if line["event"] == "torn" else _line(line) for line in lines)

@@ -9,9 +9,9 @@ import pytest
 
 from jobkit import contract, versions
 from jobkit.errors import ConfigError
-from jobkit.ledger import read_events
-from jobkit.remote import Remote
-from jobkit.storage import Store
+from jobkit.rundir.ledger import read_events
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store
 from tests import training
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jobkit import contract, stacks
 from jobkit.heartbeat import Beat, Phase
-from jobkit.ledger import Ledger, attempt_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Ledger, attempt_events
+from jobkit.rundir.store import Store
 from jobkit.watchdog import FACTOR, FLOOR_S, UNSEEN_S, Known, Stall, Watchdog, learn
 from tests.test_supervise import Supervised
 

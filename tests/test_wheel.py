@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from jobkit.ledger import Event, read_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Event, read_events
+from jobkit.rundir.store import Store
 from tests import jobs
 from tests.test_packaging import tracked
 

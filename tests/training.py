@@ -330,7 +330,7 @@ def values(url: Path | str, step: int, part: str = "params") -> dict[str, Any]:
     """Return the arrays of one part of a committed step, by their names."""
     from jobkit import contract
     from jobkit.checkpoint import orbax_io, restore, state
-    from jobkit.storage import Store
+    from jobkit.rundir.store import Store
 
     store = Store(url)
     item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
@@ -346,9 +346,9 @@ def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = Fals
     """
     import numpy as np
 
-    from jobkit import commits
     from jobkit.checkpoint import orbax_io, restore, state
-    from jobkit.storage import Store
+    from jobkit.rundir import commits
+    from jobkit.rundir.store import Store
 
     store = Store(url)
     step = commits.steps(store)[-1] if step is None else step

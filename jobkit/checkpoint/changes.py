@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jobkit import commits, contract
+from jobkit import contract
 from jobkit.checkpoint import orbax_io as arrays
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.leaves import Record
 from jobkit.checkpoint.table import table_of
-from jobkit.storage import Store
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
 
 _FEW = 64
 """So many of the smallest leaves are read first: in a program that trains one of them differs, mostly a counter."""

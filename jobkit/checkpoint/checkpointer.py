@@ -21,20 +21,21 @@ from typing import Any
 import jax
 import msgspec
 
-from jobkit import commits, contract, faults, versions
+from jobkit import contract, faults, versions
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.changes import Changes
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.table import table_of
-from jobkit.commits import Commit, FileRecord, Keep
 from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
 from jobkit.group import Group, raise_told, told_error
 from jobkit.heartbeat import Heartbeat
 from jobkit.leaving import Loops
-from jobkit.ledger import Ledger
 from jobkit.plan import Rates
-from jobkit.storage import Store, explain, files_below, free_bytes, remove_tree
+from jobkit.rundir import commits
+from jobkit.rundir.commits import Commit, FileRecord, Keep
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.store import Store, explain, files_below, free_bytes, remove_tree
 from jobkit.units import show_size
 from jobkit.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 

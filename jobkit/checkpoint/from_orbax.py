@@ -21,9 +21,9 @@ from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.leaves import Record, names, quoted, record_of, value_of
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.progress import transfer
-from jobkit.remote import Remote, each
-from jobkit.storage import files_below, is_remote, local_path
+from jobkit.rundir.progress import transfer
+from jobkit.rundir.remote import Remote, each
+from jobkit.rundir.store import files_below, is_remote, local_path
 
 Leaves = dict[tuple[str, ...], Any]
 """A stored tree: path of names -> array or number."""

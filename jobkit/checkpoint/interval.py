@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobkit import contract
-from jobkit.ledger import Event, life_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import Event, life_events
+from jobkit.rundir.store import Store
 
 CAP = 0.01
 """At most this share of the time is spent waiting for saves to start."""

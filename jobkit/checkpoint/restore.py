@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jobkit import commits, contract, faults, mirror
+from jobkit import contract, faults
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.kinds import Part, ValuePart, part_of
 from jobkit.checkpoint.leaves import Record, quoted
 from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError, StorageError, end_in_words
-from jobkit.storage import Store
+from jobkit.rundir import commits, mirror
+from jobkit.rundir.store import Store
 
 
 def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from jobkit.checkpoint.interval import UNKNOWN_S, Cost, Interval
-from jobkit.commits import Keep
 from jobkit.errors import ConfigError
+from jobkit.rundir.commits import Keep
 from jobkit.units import duration_s
 
 

@@ -8,7 +8,7 @@ import msgspec
 from jobkit import contract, decode
 from jobkit.checkpoint.leaves import DTYPES, FROM_JSON
 from jobkit.errors import ConfigError
-from jobkit.storage import Store
+from jobkit.rundir.store import Store
 
 _DEEPEST = 900
 """A skeleton nests three times as deep as the program's containers."""

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jobkit
-from jobkit.ledger import attempt_events
-from jobkit.storage import Store
+from jobkit.rundir.ledger import attempt_events
+from jobkit.rundir.store import Store
 from tests import training
 from tests.benchmarks.saves import _state
 

@@ -35,7 +35,7 @@ def _state(megabytes: int) -> dict[str, Any]:
 
 def _wire(url: str, megabytes: int, step: int) -> float:
     """Upload the same bytes as sixteen objects at once: what the limits leave."""
-    from jobkit.remote import PARALLEL, Remote
+    from jobkit.rundir.remote import PARALLEL, Remote
 
     remote, part = Remote(url), os.urandom(megabytes * 1_000_000 // PARALLEL)
     begun = time.perf_counter()
@@ -52,8 +52,8 @@ def _orbax(manager: Any, args: Any, step: int) -> float:
 
 
 def _jobkit(run: Any, step: int) -> float:
-    from jobkit import mirror
-    from jobkit.ledger import Ledger
+    from jobkit.rundir import mirror
+    from jobkit.rundir.ledger import Ledger
 
     begun = time.perf_counter()
     run.save(step, wait=True)

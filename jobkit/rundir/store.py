@@ -26,7 +26,7 @@ import google_crc32c
 from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.patience import Insist, at_once
-from jobkit.remote import Remote
+from jobkit.rundir.remote import Remote
 
 P = ParamSpec("P")
 R = TypeVar("R")

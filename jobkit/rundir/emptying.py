@@ -16,11 +16,12 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobkit import commits, contract, mirror, parts
+from jobkit import contract
 from jobkit.errors import StorageError
-from jobkit.outbox import Outbox
-from jobkit.remote import Remote
-from jobkit.storage import Store, in_words, remove_tree
+from jobkit.rundir import commits, growing_files, mirror
+from jobkit.rundir.outbox import Outbox
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store, in_words, remove_tree
 
 Metrics = dict[int, dict[str, float]]
 _REST_S = 60.0
@@ -44,7 +45,7 @@ def empty(store: Store) -> bool:
     found, here = remote.find(), commits.metrics(store)
     if any(not _is_up(remote, step, found) for step in _wanted(store, remote, here, found)):
         return False
-    sent = {name: parts.size_of(pieces) for name, pieces in parts.grouped(found).items()}
+    sent = {name: growing_files.size_of(pieces) for name, pieces in growing_files.grouped(found).items()}
     if remote.read(contract.EVENTS) != store.read(contract.EVENTS):
         return False
     files = [
@@ -59,7 +60,7 @@ def empty(store: Store) -> bool:
     with in_words(f"cannot empty {store.path}"):
         for name in (contract.STAGE, contract.TRASH, contract.CACHE):
             remove_tree(store.file(name))
-        for name in [*filter(parts.is_log, files), *(name for name in mirror.described(store) if "/" in name)]:
+        for name in [*filter(growing_files.is_log, files), *(name for name in mirror.described(store) if "/" in name)]:
             if sent.get(name) == _size(store, name):
                 _remove_copies(store, name)
     return True

@@ -24,7 +24,7 @@ import msgspec
 from jobkit import contract, decode, faults, names, versions
 from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError
 from jobkit.patience import Patience
-from jobkit.storage import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
+from jobkit.rundir.store import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
 
 _UNSEALED = "00000000"
 _EARLY_STOPS = "early stops"

@@ -1,13 +1,14 @@
 """What an attempt writes beside checkpoints, on its way from the home to the run's URL: logs, ledgers, descriptions.
 
-Small files go up whole when they have changed. Logs and ledgers go up in parts (parts.py), those of earlier attempts
-too, whose supervisor was killed before it had sent all.
+Small files go up whole when they have changed. Logs and ledgers go up in parts (growing_files.py), those of earlier
+attempts too, whose supervisor was killed before it had sent all.
 """
 
 from collections.abc import Callable
 
-from jobkit import contract, parts
-from jobkit.storage import Store
+from jobkit import contract
+from jobkit.rundir import growing_files
+from jobkit.rundir.store import Store
 
 _EVENTS_OF_TENSORBOARD = "tfevents"
 _GROWN = 1.125
@@ -26,7 +27,7 @@ class Outbox:
     def __init__(self, store: Store, attempt: int, check: Callable[[], None]) -> None:
         self._store, self._attempt, self._check = store, attempt, check
         self._stamps: dict[str, tuple[int, int]] = {}
-        self._senders: dict[str, parts.Sender] | None = None
+        self._senders: dict[str, growing_files.Sender] | None = None
         """None until it is known what is on the URL."""
         self._left: list[str] = []
         """Files of earlier attempts that are not on the URL as they are here."""
@@ -61,22 +62,22 @@ class Outbox:
         senders = self._begin() if self._senders is None else self._senders
         wanted = [*wanted, *self._left]
         for name in wanted:
-            if not parts.is_growing(name):
+            if not growing_files.is_growing(name):
                 self._carry_whole(name, final=final)
         done = True
         # Ledgers before logs: they are smaller, and say more.
-        for name in sorted(filter(parts.is_growing, wanted)):
-            sender = senders.setdefault(name, parts.Sender(self._store, name, {}))
+        for name in sorted(filter(growing_files.is_growing, wanted)):
+            sender = senders.setdefault(name, growing_files.Sender(self._store, name, {}))
             done = sender.send(go_on) and done
         if done:
             self._left = []
         return done
 
-    def _begin(self) -> dict[str, parts.Sender]:
+    def _begin(self) -> dict[str, growing_files.Sender]:
         """See what is on the URL already."""
         remote = self._store.remote
         assert remote is not None
-        there = parts.grouped(remote.find(contract.ATTEMPTS))
+        there = growing_files.grouped(remote.find(contract.ATTEMPTS))
         code = remote.find(contract.CODE)
         for name in (f"{contract.CODE}/{file}" for file in self._store.names(contract.CODE)):
             if (info := self._store.stat(name)) is not None and code.get(name) == info.st_size:
@@ -85,15 +86,17 @@ class Outbox:
             place = contract.attempt_dir(attempt)
             for name in (f"{place}/{file}" for file in self._store.names(place) if attempt < self._attempt):
                 info = self._store.stat(name)
-                have = parts.size_of(there.get(name, {})) if name in there else -1
+                have = growing_files.size_of(there.get(name, {})) if name in there else -1
                 if (
                     "/." not in name
                     and info is not None
-                    and (info.st_size > have if parts.is_growing(name) else have < 0)
+                    and (info.st_size > have if growing_files.is_growing(name) else have < 0)
                 ):
                     self._left.append(name)
         self._senders = {
-            name: parts.Sender(self._store, name, found) for name, found in there.items() if parts.is_growing(name)
+            name: growing_files.Sender(self._store, name, found)
+            for name, found in there.items()
+            if growing_files.is_growing(name)
         }
         return self._senders
 

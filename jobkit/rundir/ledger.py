@@ -33,7 +33,7 @@ from typing import Any
 
 from jobkit import contract, decode, names
 from jobkit.errors import DamagedError
-from jobkit.storage import Store, explain
+from jobkit.rundir.store import Store, explain
 
 Event = dict[str, Any]
 """One line: at least `t` (seconds since the epoch, of the writer's clock) and `event`."""

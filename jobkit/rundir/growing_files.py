@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 
 from jobkit import names
 from jobkit.errors import StorageError
-from jobkit.remote import Remote
-from jobkit.storage import Store, in_words
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store, in_words
 
 PART_BYTES = 1 << 22
 """Of the largest part: what is held in memory, and goes up in one request."""

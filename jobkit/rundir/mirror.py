@@ -22,14 +22,15 @@ from typing import IO, Any
 import google_crc32c
 import msgspec
 
-from jobkit import commits, contract, names, parts
-from jobkit.commits import Commit
+from jobkit import contract, names
 from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError, say
-from jobkit.ledger import Ledger
-from jobkit.outbox import Outbox
-from jobkit.progress import transfer
-from jobkit.remote import Remote, each
-from jobkit.storage import Store, checksum, in_words, remove_tree, sync_tree
+from jobkit.rundir import commits, growing_files
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.outbox import Outbox
+from jobkit.rundir.progress import transfer
+from jobkit.rundir.remote import Remote, each
+from jobkit.rundir.store import Store, checksum, in_words, remove_tree, sync_tree
 
 _TICK_S = 0.5
 _TELL_S = 10.0
@@ -297,7 +298,7 @@ def refresh(store: Store) -> None:
     if _size(store, contract.EVENTS) != found.get(contract.EVENTS, -1):
         ledger = _newer(store, remote)
         found = remote.find()
-    _bring(store, found, lambda name: not name.startswith(_NOT_BROUGHT) and not parts.is_log(name))
+    _bring(store, found, lambda name: not name.startswith(_NOT_BROUGHT) and not growing_files.is_log(name))
     if ledger is not None:
         store.write(contract.EVENTS, ledger)
     if contract.CANCEL not in found:
@@ -306,19 +307,19 @@ def refresh(store: Store) -> None:
 
 def _bring(store: Store, found: Mapping[str, int], wanted: Callable[[str], bool]) -> None:
     """Bring files of a listing into the home, as far as they are not there; what is gone meanwhile stays as it is."""
-    for name, pieces in parts.grouped(found).items():
+    for name, pieces in growing_files.grouped(found).items():
         if name != contract.EVENTS and wanted(name):
             with contextlib.suppress(FileNotFoundError):
                 _bring_one(store, name, pieces)
 
 
-def _bring_one(store: Store, name: str, pieces: parts.Parts) -> None:
+def _bring_one(store: Store, name: str, pieces: growing_files.Parts) -> None:
     remote = store.remote
     assert remote is not None
-    have, size = _size(store, name), parts.size_of(pieces)
-    if parts.is_growing(name):
+    have, size = _size(store, name), growing_files.size_of(pieces)
+    if growing_files.is_growing(name):
         if have < size:
-            parts.fetch(store, name, pieces)
+            growing_files.fetch(store, name, pieces)
     elif have < 0 or (have < size and name != contract.LOCK):
         store.write(name, remote.read(name))
     elif _is_rewritten(name) and store.read(name) != (content := remote.read(name)):
@@ -333,7 +334,7 @@ def fetch_logs(store: Store, attempt: int | None = None) -> None:
     """
     if store.remote is not None:
         place = contract.ATTEMPTS if attempt is None else contract.attempt_dir(attempt)
-        _bring(store, store.remote.find(place), parts.is_log)
+        _bring(store, store.remote.find(place), growing_files.is_log)
 
 
 def _newer(store: Store, remote: Remote) -> bytes | None:
@@ -378,7 +379,7 @@ def fetch_ledgers(store: Store, attempt: int) -> None:
 
 def keep_of(store: Store) -> commits.Keep:
     """Return what the program's `Run` keeps; everything while it has not said."""
-    from jobkit.ledger import read_json
+    from jobkit.rundir.ledger import read_json
 
     with contextlib.suppress(DamagedError):  # of what is not written by a Run nothing is removed
         if (told := read_json(store, contract.STRATEGY)) is not None and (keep := _keep(told)) is not None:

@@ -12,9 +12,10 @@ finds has come since.
 
 from typing import Any, Self
 
-from jobkit import contract, decode, mirror
+from jobkit import contract, decode
 from jobkit.errors import JobkitError
-from jobkit.storage import Store
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store
 
 _HEAR_S = 10.0
 """How long a bucket may take to tell a launched attempt what was asked before."""

@@ -1,0 +1,1 @@
+"""A run's directory: files, ledgers, commits, and their way to and from a bucket."""
