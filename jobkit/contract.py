@@ -46,7 +46,7 @@ ENV_ENDS_AT = "JOBKIT_ENDS_AT"
 ENV_FAULT = "JOBKIT_FAULT"
 """Signal this process at a named point, for drills and tests (see faults.py)."""
 ENV_DRILL = "JOBKIT_DRILL"
-"""What `jobkit drill` asks of the program, as JSON (see drilled.py)."""
+"""What `jobkit drill` asks of the program, as JSON (see settings.py)."""
 
 
 class Exit(enum.IntEnum):

@@ -26,7 +26,7 @@ from jobkit.checkpoint.checkpointer import Checkpoints
 from jobkit.checkpoint.kinds import Held, Part, ValuePart, part_of
 from jobkit.checkpoint.restore import bring, find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
-from jobkit.drilled import drill_from
+from jobkit.drill.settings import drill_from
 from jobkit.emergency import Emergency
 from jobkit.errors import (
     ConfigError,
@@ -56,7 +56,7 @@ from jobkit.unsaved import Unsaved
 from jobkit.values import Values
 
 if TYPE_CHECKING:
-    from jobkit.probe import Probe
+    from jobkit.drill.fingerprints import Probe
 
 _Item = TypeVar("_Item")
 _LOOK_S = 2.0
@@ -256,7 +256,7 @@ class Run:
     def _new_probe(self) -> "Probe | None":
         if self._drill is None:
             return None
-        from jobkit.probe import Probe
+        from jobkit.drill.fingerprints import Probe
 
         return Probe(self._drill, self._ledger)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.contract import ENV_DRILL, ENV_FAULT, Outcome
-from jobkit.drilled import Drill
+from jobkit.drill.settings import Drill
 from jobkit.errors import DONATED, JobkitError
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
@@ -28,7 +28,7 @@ _NOON_S = 1_700_000_000.0
 _FROZEN = """\
 import os
 if os.environ.get("JOBKIT_SUPERVISOR"):
-    from jobkit.frozen import freeze
+    from jobkit.drill.frozen_clock import freeze
     freeze(float(os.environ["JOBKIT_DRILL_CLOCK"]))
 """
 

@@ -21,7 +21,7 @@ import msgspec
 
 from jobkit import contract
 from jobkit.contract import Outcome, State
-from jobkit.drilled import Drill
+from jobkit.drill.settings import Drill
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store

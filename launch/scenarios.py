@@ -14,7 +14,7 @@ from typing import Any
 
 from jobkit import contract, faults, processes
 from jobkit.contract import Outcome
-from jobkit.drilled import Drill
+from jobkit.drill.settings import Drill
 from jobkit.errors import JobkitError
 from jobkit.heartbeat import Beat, Phase
 from jobkit.rundir import commits, ledger

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobkit import compilecache, contract
-from jobkit.drilled import Drill
+from jobkit.drill.settings import Drill
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
 from launch import local, report

@@ -31,7 +31,7 @@ from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import part_of
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import Outcome
-from jobkit.drilled import Drill, drill_from
+from jobkit.drill.settings import Drill, drill_from
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
@@ -113,7 +113,7 @@ def test_clock_that_stands_still() -> None:
     """Every way to ask for the time of day gives the same, and durations go on."""
     code = (
         "import datetime; before = datetime.datetime, datetime.date\n"
-        "from jobkit.frozen import freeze; freeze(1.7e9)\n"
+        "from jobkit.drill.frozen_clock import freeze; freeze(1.7e9)\n"
         "import time\nfrom datetime import datetime as d\nfrom time import time as t\n"
         "assert (datetime.datetime, datetime.date) == before  # the types that libraries were compiled against\n"
         "assert d.today() == d.now() and datetime.date.today() == d.now().date()\n"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobkit import liveness
+from jobkit.drill import liveness
 
 
 def watched(steps: int, seen: list[frozenset[str]]) -> Iterator[int]:

@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jobkit import contract, faults, liveness
+from jobkit import contract, faults
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part, Slot, is_iterator, part_of
-from jobkit.drilled import Drill
+from jobkit.drill import liveness
+from jobkit.drill.settings import Drill
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger
 
@@ -348,7 +349,7 @@ def _own(file: str) -> bool:
     return not path.is_relative_to(Path(types.__file__).parent)
 
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent.parent
 
 
 def _ours(file: str) -> bool:
