@@ -18,7 +18,7 @@ from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
 if TYPE_CHECKING:
     from jobkit.checkpoint.restore import export_params, load
     from jobkit.group import initialize
-    from jobkit.notice import Notice
+    from jobkit.preemption.notice import Notice
     from jobkit.run import Run
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "Run": "jobkit.run",
-    "Notice": "jobkit.notice",
+    "Notice": "jobkit.preemption.notice",
     "initialize": "jobkit.group",
     "load": "jobkit.checkpoint.restore",
     "export_params": "jobkit.checkpoint.restore",

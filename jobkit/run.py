@@ -19,7 +19,6 @@ import jax
 import msgspec
 
 from jobkit import adapters, compilecache, contract, faults, names, stacks, unsaved, versions
-from jobkit.agreement import SAVE, STOP, Agreement
 from jobkit.checkpoint import from_orbax, interval, state
 from jobkit.checkpoint.changes import Changes, FirstStep
 from jobkit.checkpoint.checkpointer import Checkpoints
@@ -27,7 +26,6 @@ from jobkit.checkpoint.kinds import Held, Part, ValuePart, part_of
 from jobkit.checkpoint.restore import bring, find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.drill.settings import drill_from
-from jobkit.emergency import Emergency
 from jobkit.errors import (
     ConfigError,
     JobkitError,
@@ -40,12 +38,14 @@ from jobkit.errors import (
     say,
 )
 from jobkit.group import lost_process, open_group
-from jobkit.guard import Guard
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.leaving import Leaving, Loops, by_break
 from jobkit.logged import EVERYTHING, Logged
-from jobkit.notice import Listener, Notice
 from jobkit.optimizer import has_optimizer
+from jobkit.preemption.deadline_saver import Guard
+from jobkit.preemption.emergency_save import Emergency
+from jobkit.preemption.notice import Listener, Notice
+from jobkit.preemption.stop_step import SAVE, STOP, Agreement
 from jobkit.rundir import commits, mirror
 from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.rundir.control import Control, says_stop

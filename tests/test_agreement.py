@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobkit.agreement import SAVE, STOP, Rounds
+from jobkit.preemption.stop_step import SAVE, STOP, Rounds
 
 TOTAL = 12
 

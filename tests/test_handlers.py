@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from jobkit import contract, handlers
-from jobkit.notice import SIGNALS, Listener
+from jobkit import contract
+from jobkit.preemption import handlers
+from jobkit.preemption.notice import SIGNALS, Listener
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
 from tests import training

@@ -89,7 +89,7 @@ import os, signal, sys
 from pathlib import Path
 from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.rundir.ledger import Ledger
-from jobkit.notice import Listener
+from jobkit.preemption.notice import Listener
 
 attempt, link = os.environ["JOBKIT_ATTEMPT"], Path(os.environ["JOBKIT_SUPERVISOR"])
 process = os.environ["JOBKIT_PROCESS"]

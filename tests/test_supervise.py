@@ -15,7 +15,7 @@ import pytest
 
 from jobkit import contract, processes, supervise
 from jobkit.heartbeat import Link, Phase, read_beat
-from jobkit.notice import Listener
+from jobkit.preemption.notice import Listener
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store
 

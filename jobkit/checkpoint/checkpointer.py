@@ -31,7 +31,7 @@ from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, 
 from jobkit.group import Group, raise_told, told_error
 from jobkit.heartbeat import Heartbeat
 from jobkit.leaving import Loops
-from jobkit.plan import Rates
+from jobkit.preemption.plan import Rates
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord, Keep
 from jobkit.rundir.ledger import Ledger

@@ -21,10 +21,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobkit import contract, handlers
+from jobkit import contract
 from jobkit.errors import say
-from jobkit.handlers import CHandler
 from jobkit.heartbeat import open_alive, read_told
+from jobkit.preemption import handlers
+from jobkit.preemption.handlers import CHandler
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""

@@ -20,11 +20,11 @@ from typing import Any
 
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.kinds import Held, Part
-from jobkit.emergency import Emergency
 from jobkit.errors import StorageError
 from jobkit.group import Group
-from jobkit.notice import Listener
-from jobkit.plan import MARGIN, UNKNOWN_S
+from jobkit.preemption.emergency_save import Emergency
+from jobkit.preemption.notice import Listener
+from jobkit.preemption.plan import MARGIN, UNKNOWN_S
 
 _SHARE = 0.01
 """What holding may cost of the time of a step."""

@@ -6,12 +6,13 @@ The training thread comes here at the boundary where it stops, and the guard whe
 import contextlib
 from collections.abc import Callable, Mapping
 
-from jobkit import contract, plan
+from jobkit import contract
 from jobkit.checkpoint import state
 from jobkit.checkpoint.checkpointer import Checkpoints
 from jobkit.errors import JobkitError, SupersededError
-from jobkit.notice import Listener
-from jobkit.plan import Choice, Plan, Rates, Situation
+from jobkit.preemption import plan
+from jobkit.preemption.notice import Listener
+from jobkit.preemption.plan import Choice, Plan, Rates, Situation
 from jobkit.rundir.ledger import Event, Ledger, tail_events
 from jobkit.rundir.store import Store
 
