@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 import jax
 import msgspec
 
-from jobkit import adapters, compilecache, contract, faults, names, stacks, unsaved, versions
+from jobkit import adapters, compilecache, contract, faults, names, versions
 from jobkit.checkpoint import from_orbax, interval, state
 from jobkit.checkpoint.changes import Changes, FirstStep
 from jobkit.checkpoint.checkpointer import Checkpoints
@@ -38,7 +38,6 @@ from jobkit.errors import (
     say,
 )
 from jobkit.group import lost_process, open_group
-from jobkit.heartbeat import Heartbeat, Phase
 from jobkit.leaving import Leaving, Loops, by_break
 from jobkit.logged import EVERYTHING, Logged
 from jobkit.optimizer import has_optimizer
@@ -51,8 +50,10 @@ from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
+from jobkit.supervise import stacks, unsaved
+from jobkit.supervise.heartbeat import Heartbeat, Phase
+from jobkit.supervise.unsaved import Unsaved
 from jobkit.trackers import Following, Tracker
-from jobkit.unsaved import Unsaved
 from jobkit.values import Values
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, mirror
 from jobkit.rundir.ledger import Event, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from jobkit.units import show_duration
 from launch import backends, leftovers, report
 from launch import spec as specs

@@ -23,11 +23,11 @@ from rich.table import Table
 from jobkit import contract
 from jobkit.contract import Outcome, State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.heartbeat import Phase
 from jobkit.rundir import ledger
 from jobkit.rundir.ledger import Event
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote, local_path
+from jobkit.supervise.heartbeat import Phase
 from jobkit.units import show_duration
 from launch import drive, local, report
 from launch.console import Console

@@ -14,7 +14,7 @@ import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
-from jobkit.slurm import parse_pairs
+from jobkit.supervise.slurm_grace import parse_pairs
 from jobkit.units import show_duration, show_size
 from launch import scontrol
 from launch.slurm import WARNING_S, python

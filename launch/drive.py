@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.errors import JobkitError
-from jobkit.heartbeat import Beat, read_beat
 from jobkit.rundir import ledger
 from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store, remove_tree
+from jobkit.supervise import processes
+from jobkit.supervise.heartbeat import Beat, read_beat
 from launch import leftovers, lock
 
 COMPARE_S = 900.0

@@ -7,11 +7,12 @@ attempts until the job has to end, and its exit code tells the scheduler what to
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.contract import Exit, State
 from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import notify, report, restart, submission
 from launch.runner import Runner
 from launch.spec import JobSpec

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobkit import contract, decode, names, processes
+from jobkit import contract, decode, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import DamagedError, JobkitError
-from jobkit.heartbeat import belongs, read_beat
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json
 from jobkit.rundir.store import Store, remove_tree
+from jobkit.supervise import processes
+from jobkit.supervise.heartbeat import belongs, read_beat
 
 NOTICE_S = 1.0
 """A program whose supervisor died notices by itself; only after this long it is told by SIGTERM."""

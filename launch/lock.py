@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jobkit import contract, decode, names, processes
+from jobkit import contract, decode, names
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store, explain
+from jobkit.supervise import processes
 
 PROBE_S = 0.3
 """How long to try against a lock that `held` may be probing right now; a probe takes microseconds."""

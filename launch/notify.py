@@ -30,12 +30,13 @@ from typing import Any
 import tenacity
 
 import jobkit
-from jobkit import contract, decode, names, processes
+from jobkit import contract, decode, names
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.patience import Patience
 from jobkit.rundir.ledger import Event, Ledger
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import leftovers, targets, troubles, webhook
 from launch.webhook import Again
 

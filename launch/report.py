@@ -13,11 +13,11 @@ import msgspec
 from jobkit import contract, decode, names
 from jobkit.contract import State
 from jobkit.errors import JobkitError
-from jobkit.heartbeat import Beat, read_beat
 from jobkit.rundir import mirror
 from jobkit.rundir.control import says_stop
 from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store
+from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
 from launch import lease, leftovers
 from launch import spec as specs

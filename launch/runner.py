@@ -19,13 +19,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobkit import contract, names, processes
+from jobkit import contract, names
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import JobkitError, say
 from jobkit.patience import Patience, at_once
 from jobkit.rundir import emptying, mirror
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store, explain
+from jobkit.supervise import processes
 from launch import container, leftovers, notify, report, restart, snapshot
 from launch import spec as specs
 from launch.command import command_in, in_container, search_path

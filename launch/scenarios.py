@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobkit import contract, faults, processes
+from jobkit import contract, faults
 from jobkit.contract import Outcome
 from jobkit.drill.settings import Drill
 from jobkit.errors import JobkitError
-from jobkit.heartbeat import Beat, Phase
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
+from jobkit.supervise.heartbeat import Beat, Phase
 from launch import leftovers, local, lock, scontrol, slurm
 from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
 from launch.runner import Runner

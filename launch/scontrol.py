@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.slurm import parse_pairs, parse_time
+from jobkit.supervise.slurm_grace import parse_pairs, parse_time
 from launch import sweep
 
 _COMMAND_S = 30.0

@@ -17,7 +17,7 @@ from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
-from jobkit.slurm import parse_time
+from jobkit.supervise.slurm_grace import parse_time
 from launch import leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
 from launch.job_runner import JobRunner

@@ -14,8 +14,8 @@ import msgspec
 from jobkit.checkpoint.interval import Cost, interval_s
 from jobkit.contract import Outcome
 from jobkit.rundir.ledger import Event
+from jobkit.supervise.unsaved import nothing_new
 from jobkit.units import show_duration, show_size
-from jobkit.unsaved import nothing_new
 from launch import troubles
 from launch.goodput import Attempt, Goodput, lost_unseen
 from launch.history import History, number_of

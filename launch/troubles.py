@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from jobkit import contract
-from jobkit.heartbeat import read_unsaved
 from jobkit.rundir.ledger import Event, newest_event
 from jobkit.rundir.store import Store
-from jobkit.unsaved import nothing_new
+from jobkit.supervise.heartbeat import read_unsaved
+from jobkit.supervise.unsaved import nothing_new
 from launch import leftovers
 from launch.history import number_of
 

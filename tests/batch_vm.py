@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobkit import processes
+from jobkit.supervise import processes
 from tests.engine import Engine
 from tests.metadata_server import Gce
 

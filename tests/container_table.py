@@ -25,7 +25,7 @@ PROGRAM = """
 import os, pathlib, signal, sys, time
 beat = None
 if "JOBKIT_SUPERVISOR" in os.environ:
-    from jobkit.heartbeat import Heartbeat, Phase
+    from jobkit.supervise.heartbeat import Heartbeat, Phase
     beat = Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"]))
 print("importing", flush=True)
 while os.environ.get("MOMENT") == "importing":

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jobkit import processes
+from jobkit.supervise import processes
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".venv" / "docker"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobkit import processes
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import leftovers, local, lock, report
 from launch.spec import JobSpec
 from launch.submission import open_run
@@ -23,7 +23,7 @@ JOB = '''\
 """job.py PLAN...: attempt n does PLAN[n] (the last one for all later): words joined by commas."""
 import fcntl, json, os, select, signal, sys, time
 from pathlib import Path
-from jobkit.heartbeat import Heartbeat, Phase, open_alive
+from jobkit.supervise.heartbeat import Heartbeat, Phase, open_alive
 
 run, attempt = Path(os.environ["JOBKIT_RUN"]), int(os.environ["JOBKIT_ATTEMPT"])
 link = Path(os.environ["JOBKIT_SUPERVISOR"])
@@ -205,7 +205,7 @@ def project(path: Path) -> Iterator[Project]:
 
 IN_A_CONTAINER = """
 import os, pathlib, shutil, signal, sys, time
-from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.supervise.heartbeat import Heartbeat, Phase
 beat, deaf = Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"])), sys.argv[1:] == ["deaf"]
 noticed = []
 signal.signal(signal.SIGTERM, lambda *_: noticed.append(1))

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jobkit import processes
-from jobkit.slurm import parse_pairs
+from jobkit.supervise import processes
+from jobkit.supervise.slurm_grace import parse_pairs
 from tests import slurm_packages
 
 CONF = """\

@@ -763,7 +763,7 @@ def test_mistakes(tmp_path: Path, arguments: list[str], told: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     assert told in done.stderr
     assert "Traceback" not in done.stderr
-    from jobkit import processes
+    from jobkit.supervise import processes
 
     assert not processes.with_environment(contract.ENV_RUN, str(tmp_path))
 
@@ -893,7 +893,7 @@ def test_interrupted_drill_leaves_nothing(tmp_path: Path) -> None:
             time.sleep(0.05)
         started.send_signal(signal.SIGINT)
         assert started.wait(60) == 130
-    from jobkit import processes
+    from jobkit.supervise import processes
 
     assert not processes.with_environment(contract.ENV_RUN, str(tmp_path / "d/reference"))
     assert not (tmp_path / "d").exists()

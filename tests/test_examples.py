@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from jobkit.compare import compare
-from jobkit.heartbeat import Phase, read_beat
 from jobkit.rundir.ledger import read_events, read_json
 from jobkit.rundir.store import Store
+from jobkit.supervise.heartbeat import Phase, read_beat
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "jobkit/examples"

@@ -17,9 +17,10 @@ from google.api_core.exceptions import Conflict
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import batch_v1
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import backends, gcp, gcp_request, report, submission, vm_job, watch
 from launch.cloud import RETRIED, Cloud
 from launch.spec import JobSpec

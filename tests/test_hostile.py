@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from jobkit import contract, decode, trackers, watchdog
+from jobkit import contract, decode, trackers
 from jobkit.errors import JobkitError
 from jobkit.rundir import commits, ledger, mirror
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.control import Control
 from jobkit.rundir.store import Store, checksum
+from jobkit.supervise import stall
 from launch import cli, lease, leftovers, lock, report, sweep
 from launch import spec as specs
 from launch.history import read_history
@@ -161,7 +162,7 @@ READERS: list[Callable[[Store], object]] = [
     lambda store: Control(store).new(contract.SAVE),
     lambda store: trackers.logged_before(store, 3, 1000),
     lambda store: trackers.ending_of(store, 2),
-    lambda store: watchdog.learn(store, 3, "supervisor"),
+    lambda store: stall.learn(store, 3, "supervisor"),
     lambda store: [leftovers.of_all_processes(store, attempt) for attempt in store.numbers(contract.ATTEMPTS)],
     lambda store: [leftovers.last_step(store, attempt) for attempt in store.numbers(contract.ATTEMPTS)],
     leftovers.committed_step,

@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import leftovers, local, lock, report, watch
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
@@ -87,7 +88,7 @@ def test_kill_and_go_on(project: Project, victim: str, number: signal.Signals) -
 LIKE_A_RUN = """
 import os, signal, sys
 from pathlib import Path
-from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.supervise.heartbeat import Heartbeat, Phase
 from jobkit.rundir.ledger import Ledger
 from jobkit.preemption.notice import Listener
 

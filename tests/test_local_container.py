@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import container, drive, leftovers, local, lock, report
 from launch.container import Container
 from launch.spec import JobSpec

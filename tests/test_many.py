@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_json
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import leftovers, local
 from launch.goodput import measure
 from launch.history import read_history

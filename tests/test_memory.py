@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobkit.memory import Memory
+from jobkit.supervise.oom import Memory
 
 V2 = "0::/jobs/1\n"
 V1 = "5:cpu:/jobs/1\n3:hugetlb,memory:/jobs/1\n0::/init\n"

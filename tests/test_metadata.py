@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from jobkit import metadata
 from jobkit.errors import ConfigError
-from jobkit.heartbeat import Phase
-from jobkit.metadata import Kind, Said, Watch, cloud_of
 from jobkit.rundir.ledger import attempt_events
+from jobkit.supervise import cloud_metadata
+from jobkit.supervise.cloud_metadata import Kind, Said, Watch, cloud_of
+from jobkit.supervise.heartbeat import Phase
 from tests.jobs import until
 from tests.metadata_server import Aws, Azure, Cloud, Gce
 from tests.test_supervise import PROGRAM, Supervised
@@ -159,7 +159,7 @@ def test_a_server_that_fails_is_asked_again(kind: Any, name: str, watch_of: Star
 
 def test_a_server_that_never_answers_is_told_of_once(watch_of: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no warning can come, the ledger says so and why it may be."""
-    monkeypatch.setattr(metadata, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(cloud_metadata, "_PATIENCE_S", 0.5)
     cloud = Aws()
     cloud.close()
     watch = watch_of(cloud, "aws")

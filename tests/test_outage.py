@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch import local, lock, report
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.heartbeat import Beat, Phase
 from jobkit.rundir.ledger import Ledger, writer_events
 from jobkit.rundir.store import Store
-from jobkit.sentry import Sentry
-from jobkit.watchdog import Known, Watchdog, learn
+from jobkit.supervise.heartbeat import Beat, Phase
+from jobkit.supervise.stall import Known, Watchdog, learn
+from jobkit.supervise.stall_monitor import Sentry
 from launch import report, troubles
 from launch.goodput import measure
 from launch.history import read_history

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit.slurm import parse_pairs, parse_time, preemption_s
+from jobkit.supervise.slurm_grace import parse_pairs, parse_time, preemption_s
 from launch import scontrol
 from launch.scontrol import Cause
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from jobkit import contract, processes
+from jobkit import contract
 from jobkit.checkpoint import restore
-from jobkit.heartbeat import read_beat
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import read_events, read_json
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
+from jobkit.supervise.heartbeat import read_beat
 from launch import leftovers, report
 from tests import jobs, training
 from tests.gcs_server import GcsServer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobkit import processes
+from jobkit.supervise import processes
 from tests import slurm_packages
 from tests.jobs import ROOT, until
 from tests.slurm import Cluster

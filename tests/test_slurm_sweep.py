@@ -15,7 +15,7 @@ from tests.slurm import SlurmError
 _PROGRAM = """\
 import json, os, signal, sys, time
 from pathlib import Path
-from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.supervise.heartbeat import Heartbeat, Phase
 run, told, (number, steps, pause) = Path(os.environ["JOBKIT_RUN"]), [], map(float, sys.argv[1:4])
 heartbeat = Heartbeat(Path(os.environ["JOBKIT_SUPERVISOR"]))
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))

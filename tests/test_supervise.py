@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 
-from jobkit import contract, processes, supervise
-from jobkit.heartbeat import Link, Phase, read_beat
+from jobkit import contract
 from jobkit.preemption.notice import Listener
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes, supervisor
+from jobkit.supervise.heartbeat import Link, Phase, read_beat
 
 # A stand-in for a training that needs no jax: it speaks the heartbeat and serves SIGTERM like a Run does.
 PROGRAM = """
 import os, pathlib, signal, sys, time
-from jobkit.heartbeat import Heartbeat, Phase
+from jobkit.supervise.heartbeat import Heartbeat, Phase
 beat = Heartbeat(pathlib.Path(os.environ["JOBKIT_SUPERVISOR"]))
 noticed = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
@@ -168,11 +169,11 @@ def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
     listener = Listener(link.directory)
     listener.open()
     try:
-        attempt = supervise.Attempt(Store(tmp_path / "run"), 0, (0, 1), ["true"], None, child=os.getpid())
+        attempt = supervisor.Attempt(Store(tmp_path / "run"), 0, (0, 1), ["true"], None, child=os.getpid())
         ledger = Ledger(tmp_path / "ledger")
         told = []
         for source, deadline_s in ("gce", 30.0), ("SIGTERM", 40.0), ("SIGTERM", 10.0), ("stop", None):
-            supervise.give_notice(attempt, link, ledger, source=source, reason=f"by {source}", deadline_s=deadline_s)
+            supervisor.give_notice(attempt, link, ledger, source=source, reason=f"by {source}", deadline_s=deadline_s)
             time.sleep(0.05)
             assert listener.notice is not None
             assert listener.notice.deadline_s is not None
@@ -289,7 +290,7 @@ def test_the_exit_code_of_a_command_that_was_told_to_end(own: int, tmp_path: Pat
 
 def test_a_supervisor_that_was_gone_before_its_program_listened(tmp_path: Path) -> None:
     """A program whose supervisor was killed while it was importing notices that as well."""
-    gone = "import os, sys; from pathlib import Path; from jobkit.heartbeat import Link\n"
+    gone = "import os, sys; from pathlib import Path; from jobkit.supervise.heartbeat import Link\n"
     gone += "print(Link(Path(sys.argv[1]), 0).directory, flush=True); os.kill(os.getpid(), 9)"
     printed = subprocess.run([sys.executable, "-c", gone, str(tmp_path)], stdout=subprocess.PIPE, text=True).stdout
     directory = Path(printed.strip())

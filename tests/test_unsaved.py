@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from jobkit import contract
 from jobkit.checkpoint.changes import _is_key, _is_source
 from jobkit.errors import ConfigError
-from jobkit.heartbeat import Heartbeat, Link, read_unsaved
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import Ledger, attempt_events, newest_event
 from jobkit.rundir.store import Store
-from jobkit.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
+from jobkit.supervise.heartbeat import Heartbeat, Link, read_unsaved
+from jobkit.supervise.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
 from launch import drill, local, notify, report
 from tests import jobs, ledgers, training
 from tests.jobs import Project, until, until_over

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit import contract, stacks
-from jobkit.heartbeat import Beat, Phase
+from jobkit import contract
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store
-from jobkit.watchdog import FACTOR, FLOOR_S, UNSEEN_S, Known, Stall, Watchdog, learn
+from jobkit.supervise import stacks
+from jobkit.supervise.heartbeat import Beat, Phase
+from jobkit.supervise.stall import FACTOR, FLOOR_S, UNSEEN_S, Known, Stall, Watchdog, learn
 from tests.test_supervise import Supervised
 
 HOUR_S = 3600.0

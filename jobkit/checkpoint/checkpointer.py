@@ -29,15 +29,15 @@ from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
 from jobkit.group import Group, raise_told, told_error
-from jobkit.heartbeat import Heartbeat
 from jobkit.leaving import Loops
 from jobkit.preemption.plan import Rates
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord, Keep
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, explain, files_below, free_bytes, remove_tree
+from jobkit.supervise.heartbeat import Heartbeat
+from jobkit.supervise.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 from jobkit.units import show_size
-from jobkit.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 
 _ORBAX_TMP = ".orbax-checkpoint-tmp"
 _SAVE_S = 1800.0

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from jobkit import contract
 from jobkit.checkpoint.leaves import Record, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
-from jobkit.memory import Memory
 from jobkit.rundir.store import explain
+from jobkit.supervise.oom import Memory
 
 # Measured at 1 GB (zstd costs 60 % of the time and a copy of the state in memory, and saves 7 % of weights).
 _HANDLER_OPTIONS: dict[str, Any] = {"use_ocdbt": True, "use_zarr3": True, "use_compression": False}

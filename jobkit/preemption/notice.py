@@ -23,9 +23,9 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.errors import say
-from jobkit.heartbeat import open_alive, read_told
 from jobkit.preemption import handlers
 from jobkit.preemption.handlers import CHandler
+from jobkit.supervise.heartbeat import open_alive, read_told
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""

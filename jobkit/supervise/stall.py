@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jobkit import contract
-from jobkit.heartbeat import Beat, Phase
-from jobkit.pace import Pace, Silence
 from jobkit.rundir.ledger import writer_events
 from jobkit.rundir.store import Store
+from jobkit.supervise.heartbeat import Beat, Phase
+from jobkit.supervise.pace import Pace, Silence
 from jobkit.units import show_duration
 
 _MINUTE_S, _HOUR_S = 60.0, 3600.0

@@ -24,18 +24,20 @@ from typing import IO
 
 import click
 
-from jobkit import compilecache, contract, metadata, names, processes, watchdog
+from jobkit import compilecache, contract, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, JobkitError, leave, say
-from jobkit.heartbeat import SHARED, Beat, Link, Phase
-from jobkit.memory import Memory
 from jobkit.patience import Patience
 from jobkit.rundir import commits, mirror
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger, tail_events
 from jobkit.rundir.store import Store, explain
-from jobkit.sentry import Sentry
-from jobkit.slurm import Respite
+from jobkit.supervise import cloud_metadata, processes
+from jobkit.supervise import stall as watchdog
+from jobkit.supervise.heartbeat import SHARED, Beat, Link, Phase
+from jobkit.supervise.oom import Memory
+from jobkit.supervise.slurm_grace import Respite
+from jobkit.supervise.stall_monitor import Sentry
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _LEFTOVER_S = 5.0
@@ -121,7 +123,7 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     wakeup = _listen(asked)
     # What is read and written before and after the program waits for the storage a while; whoever started us goes on.
     patient = store.patient(Patience(over=lambda: bool(asked), deadline_s=_OUTAGE_S))
-    watch = metadata.Watch(metadata.cloud_of())
+    watch = cloud_metadata.Watch(cloud_metadata.cloud_of())
     given, (index, count) = contract.attempt_from(), contract.process_from()
     if given is None and count > 1:
         raise ConfigError(f"{count} processes but no {contract.ENV_ATTEMPT} that they share: use jobkit submit")
@@ -260,7 +262,7 @@ def _watch(
     ledger: Ledger,
     wakeup: int,
     carrier: mirror.Mirror,
-    watch: metadata.Watch,
+    watch: cloud_metadata.Watch,
     sentry: Sentry,
 ) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
@@ -309,16 +311,16 @@ def _watch(
     return _exit_code(attempt, link.read(), sentry.stall)
 
 
-def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: metadata.Said) -> None:
+def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: cloud_metadata.Said) -> None:
     """Act on what a cloud says of this machine."""
-    if said.kind is metadata.Kind.NOTICE:
+    if said.kind is cloud_metadata.Kind.NOTICE:
         left_s = None if said.deadline_at is None else max(0.0, said.deadline_at - time.monotonic())
         attempt.until = min(attempt.until, said.deadline_at or float("inf"))
         give_notice(attempt, link, ledger, source=said.source, reason=said.reason, deadline_s=left_s)
     else:
         ledger.append("metadata", source=said.source, kind=said.kind, reason=said.reason)
-    if said.kind is not metadata.Kind.INFORMATION:
-        attempt.going = said.kind is metadata.Kind.NOTICE and not attempt.asked
+    if said.kind is not cloud_metadata.Kind.INFORMATION:
+        attempt.going = said.kind is cloud_metadata.Kind.NOTICE and not attempt.asked
 
 
 def _put_off(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -> None:
@@ -330,7 +332,7 @@ def _put_off(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -
         ledger.append("put_off", deadline_s=round(deadline_at - time.monotonic(), 3))
 
 
-def _stay(attempt: Attempt, code: int, wakeup: int, watch: metadata.Watch) -> None:
+def _stay(attempt: Attempt, code: int, wakeup: int, watch: cloud_metadata.Watch) -> None:
     """Stay until a machine that its cloud takes away is gone, or is not going any more.
 
     Everything is on storage. Who starts the run again would do it on this machine, and lose one of its tries; SLURM
@@ -344,7 +346,7 @@ def _stay(attempt: Attempt, code: int, wakeup: int, watch: metadata.Watch) -> No
         numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
         if any(number in _FORWARDED for number in numbers):
             attempt.going = False
-        if any(said.kind is metadata.Kind.WITHDRAWN for said in watch.said()):
+        if any(said.kind is cloud_metadata.Kind.WITHDRAWN for said in watch.said()):
             attempt.going = False
 
 
@@ -581,7 +583,3 @@ def main(url: str | None, cwd: Path | None, command: tuple[str, ...]) -> None:
         say(str(told))
         code = told.exit_code
     leave(int(code))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,9 +12,9 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.errors import UnsavedError
-from jobkit.heartbeat import Heartbeat
 from jobkit.rundir.ledger import Ledger, tail_events
 from jobkit.rundir.store import Store
+from jobkit.supervise.heartbeat import Heartbeat
 
 STATE, STORAGE, UNCHANGED, NUMBERS = "state", "storage", "unchanged", "numbers"
 _MOST = 2

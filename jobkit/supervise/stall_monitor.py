@@ -1,4 +1,4 @@
-"""The supervisor's eye on its program's progress: when watchdog.py calls it stalled, where it hangs, and its end."""
+"""The supervisor's eye on its program's progress: when stall.py calls it stalled, where it hangs, and its end."""
 
 import contextlib
 import os
@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobkit import contract, names, processes, stacks
-from jobkit.heartbeat import Beat, Phase
-from jobkit.pace import Silence
+from jobkit import contract, names
 from jobkit.rundir.ledger import Ledger
-from jobkit.watchdog import Known, Stall, Watchdog
+from jobkit.supervise import processes, stacks
+from jobkit.supervise.heartbeat import Beat, Phase
+from jobkit.supervise.pace import Silence
+from jobkit.supervise.stall import Known, Stall, Watchdog
 
 _ASKED_S = 30.0
 """A stalled program gets this long to commit what it can, which its threads may still be able to, before SIGKILL."""

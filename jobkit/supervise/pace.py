@@ -1,13 +1,13 @@
 """How fast a program steps, and when it has been silent for so long that it trains no more.
 
-A watchdog is patient, for it ends what it takes for a stall (watchdog.py). This is for telling: far longer than any
+A watchdog is patient, for it ends what it takes for a stall (stall.py). This is for telling: far longer than any
 step of this run ever took, and long enough for a person to care. An evaluation that comes for the first time is told of
 too; from then on it counts as a step like any other.
 """
 
 from dataclasses import dataclass
 
-from jobkit.heartbeat import Beat, Phase
+from jobkit.supervise.heartbeat import Beat, Phase
 
 FACTOR, FLOOR_S = 10.0, 60.0
 """Silence is longer than so many times the longest step, and than this."""

@@ -23,7 +23,7 @@ _MAIN = "main thread"
 _THREAD = re.compile(r"(?:Current thread|Thread) (0x[0-9a-f]+)")
 _FRAME = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
 _LIBRARY = re.compile(r"/lib(?:64)?/python3[^/]*/|^<frozen ")
-_OURS = str(Path(__file__).parent) + os.sep
+_OURS = str(Path(__file__).parent.parent) + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 
 

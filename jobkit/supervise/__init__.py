@@ -1,0 +1,1 @@
+"""The supervisor of an attempt, and what it shares with the program."""
