@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 import jax
 import msgspec
 
-from jobkit import adapters, compilecache, contract, faults, names, versions
+from jobkit import compilecache, contract, faults, names, versions
 from jobkit.checkpoint import from_orbax, interval, state
 from jobkit.checkpoint.changes import Changes, FirstStep
 from jobkit.checkpoint.checkpointer import Checkpoints
@@ -39,7 +39,6 @@ from jobkit.errors import (
 )
 from jobkit.group import lost_process, open_group
 from jobkit.leaving import Leaving, Loops, by_break
-from jobkit.logged import EVERYTHING, Logged
 from jobkit.optimizer import has_optimizer
 from jobkit.preemption.deadline_saver import Guard
 from jobkit.preemption.emergency_save import Emergency
@@ -53,7 +52,9 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import stacks, unsaved
 from jobkit.supervise.heartbeat import Heartbeat, Phase
 from jobkit.supervise.unsaved import Unsaved
-from jobkit.trackers import Following, Tracker
+from jobkit.tracking import adapters
+from jobkit.tracking.log_buffer import EVERYTHING, Logged
+from jobkit.tracking.trackers import Following, Tracker
 from jobkit.values import Values
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Run:
         keep_best: A metric and 'min' or 'max': the best checkpoint by it stays too.
         start_from: URL of a checkpoint that plain Orbax wrote, to begin with where the run has none of its own yet.
         trackers: Where `log` goes besides the ledger, as one run over all attempts: 'tensorboard', 'wandb', 'mlflow',
-            or objects like jobkit.trackers.Tracker. By default TensorBoard, where tensorboardX is installed.
+            or objects like jobkit.tracking.trackers.Tracker. By default TensorBoard, where tensorboardX is installed.
 
     Raises:
         ConfigError: If an argument makes no sense or the run directory cannot be used.

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from jobkit import contract, decode, trackers
+from jobkit import contract, decode
 from jobkit.errors import JobkitError
 from jobkit.rundir import commits, ledger, mirror
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.control import Control
 from jobkit.rundir.store import Store, checksum
 from jobkit.supervise import stall
+from jobkit.tracking import trackers
 from launch import cli, lease, leftovers, lock, report, sweep
 from launch import spec as specs
 from launch.history import read_history

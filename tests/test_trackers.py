@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jobkit.run
-from jobkit import adapters, contract
-from jobkit.adapters import TensorBoard, records, resolve
+from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger, read_metrics
 from jobkit.rundir.store import Store
-from jobkit.trackers import Following, Opening, Point, Tail
+from jobkit.tracking import adapters
+from jobkit.tracking.adapters import TensorBoard, records, resolve
+from jobkit.tracking.trackers import Following, Opening, Point, Tail
 from tests import training
 from tests.gcs_server import GcsServer
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.errors import ConfigError
-from jobkit.trackers import Opening, Point, Tracker
+from jobkit.tracking.trackers import Opening, Point, Tracker
 
 _FLUSH_S = 5.0
 """TensorBoard's file is synced this often at most."""

@@ -1,0 +1,1 @@
+"""What `run.log` records, and the trackers it goes to."""
