@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jobkit.checkpoint.restore import export_params, load
     from jobkit.group import initialize
     from jobkit.preemption.notice import Notice
-    from jobkit.run import Run
+    from jobkit.run.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Run": "jobkit.run",
+    "Run": "jobkit.run.run",
     "Notice": "jobkit.preemption.notice",
     "initialize": "jobkit.group",
     "load": "jobkit.checkpoint.restore",

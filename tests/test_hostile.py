@@ -324,7 +324,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import jax.numpy as jnp
     import numpy as np
 
-    from jobkit.run import Run
+    from jobkit.run.run import Run
 
     url = tmp_path_factory.mktemp("trained") / "bad"
     with Run(url) as run:

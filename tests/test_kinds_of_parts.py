@@ -22,7 +22,7 @@ from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import ValuePart, part_of
 from jobkit.checkpoint.restore import export_params, restore
 from jobkit.errors import ConfigError
-from jobkit.optimizer import has_optimizer
+from jobkit.run.optimizer_check import has_optimizer
 from tests.test_state import parts_of, same, saved, through
 
 

@@ -14,7 +14,7 @@ import pytest
 import jobkit
 from jobkit import contract
 from jobkit.errors import ConfigError, Preempted, StorageError
-from jobkit.leaving import Loops, by_break
+from jobkit.run.leaving import Loops, by_break
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store

@@ -504,7 +504,7 @@ def test_every_command_refuses_a_run_that_is_no_text(tmp_path: Path, monkeypatch
 
 def test_a_program_of_its_own_keeps_off_backslashes(tmp_path: Path) -> None:
     """A Run that nobody submitted refuses the path at which it would find all its checkpoints damaged."""
-    from jobkit.run import Run  # brings jax in
+    from jobkit.run.run import Run  # brings jax in
 
     with pytest.raises(ConfigError, match="holds"):
         Run(f"{tmp_path}/a\\b")

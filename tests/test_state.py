@@ -32,7 +32,7 @@ from jobkit.checkpoint.leaves import DTYPES as DTYPES_HELD
 from jobkit.checkpoint.leaves import is_leaf
 from jobkit.checkpoint.restore import restore
 from jobkit.errors import ConfigError
-from jobkit.optimizer import has_optimizer
+from jobkit.run.optimizer_check import has_optimizer
 from jobkit.rundir.commits import Keep
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store

@@ -109,7 +109,7 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
     import wandb
     from mlflow import MlflowClient
 
-    jobkit.run._TRACKERS_NOTICED_S = 60.0  # a busy machine
+    jobkit.run.run._TRACKERS_NOTICED_S = 60.0  # a busy machine
     run._logged.flush(run._ledger, below=1 << 60)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -122,7 +122,7 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
                 break
     else:
         raise AssertionError("the trackers do not follow")
-    assert sys.excepthook is jobkit.run._hook  # W&B replaces it, and with it our exit codes
+    assert sys.excepthook is jobkit.run.run._hook  # W&B replaces it, and with it our exit codes
     os.kill(os.getpid(), number)
 
 

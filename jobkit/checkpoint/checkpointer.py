@@ -29,8 +29,8 @@ from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
 from jobkit.group import Group, raise_told, told_error
-from jobkit.leaving import Loops
 from jobkit.preemption.plan import Rates
+from jobkit.run.leaving import Loops
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord, Keep
 from jobkit.rundir.ledger import Ledger

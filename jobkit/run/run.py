@@ -38,12 +38,13 @@ from jobkit.errors import (
     say,
 )
 from jobkit.group import lost_process, open_group
-from jobkit.leaving import Leaving, Loops, by_break
-from jobkit.optimizer import has_optimizer
 from jobkit.preemption.deadline_saver import Guard
 from jobkit.preemption.emergency_save import Emergency
 from jobkit.preemption.notice import Listener, Notice
 from jobkit.preemption.stop_step import SAVE, STOP, Agreement
+from jobkit.run.leaving import Leaving, Loops, by_break
+from jobkit.run.optimizer_check import has_optimizer
+from jobkit.run.state_view import Values
 from jobkit.rundir import commits, mirror
 from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
@@ -55,7 +56,6 @@ from jobkit.supervise.unsaved import Unsaved
 from jobkit.tracking import adapters
 from jobkit.tracking.log_buffer import EVERYTHING, Logged
 from jobkit.tracking.trackers import Following, Tracker
-from jobkit.values import Values
 
 if TYPE_CHECKING:
     from jobkit.drill.fingerprints import Probe

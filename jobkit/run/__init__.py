@@ -1,0 +1,1 @@
+"""Run, the front door of the training side."""
