@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from launch.aws import Aws
     from launch.cloud import Cloud
     from launch.gcp import Gcp
+    from launch.lifecycle.run_status import Status
     from launch.local import Local
-    from launch.report import Status
     from launch.slurm import Slurm
     from launch.spec import JobSpec
 
@@ -29,7 +29,7 @@ _HOMES = {
     "JobSpec": "launch.spec",
     "Local": "launch.local",
     "Slurm": "launch.slurm",
-    "Status": "launch.report",
+    "Status": "launch.lifecycle.run_status",
 }
 
 

@@ -3,8 +3,9 @@
 import os
 
 from jobkit.contract import State
-from launch import aws, backends, control, gcp, local, slurm, submission
-from launch.report import Status
+from launch import aws, backends, control, gcp, local, slurm
+from launch.lifecycle import submission
+from launch.lifecycle.run_status import Status
 from launch.spec import JobSpec
 
 Backend = local.Local | slurm.Slurm | gcp.Gcp | aws.Aws

@@ -9,10 +9,11 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
-from launch import aws, gcp, local, local_sweep, report, slurm, submission
+from launch import aws, gcp, local, local_sweep, slurm
 from launch import spec as specs
+from launch.lifecycle import run_status, submission
+from launch.lifecycle.run_status import Job, Status
 from launch.managed import Managed
-from launch.report import Job, Status
 from launch.spec import JobSpec
 
 
@@ -85,8 +86,8 @@ def status(store: Store) -> Status:
 
 def _told(store: Store, jobs: Mapping[str, Job]) -> Status:
     spec = specs.read(store)
-    told = [report.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
-    return report.of_sweep(store, told) if spec.sweep else told[0]
+    told = [run_status.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
+    return run_status.of_sweep(store, told) if spec.sweep else told[0]
 
 
 def _jobs(stores: Sequence[Store]) -> dict[str, Job]:
@@ -135,7 +136,7 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
     for store in stores:
         try:
             of(store)
-            report.events(store)
+            run_status.events(store)
             readable.append(store)
         except JobkitError as error:
             tell(str(error))
@@ -162,7 +163,7 @@ def runs_below(directory: str) -> tuple[str, list[str]]:
     path = submission.open_run(directory).path
     if not path.is_dir():
         raise ConfigError(f"{path} is not a directory; name one that holds runs: jobkit ls DIRECTORY")
-    return str(path), [str(run) for run in report.find_runs(path)]
+    return str(path), [str(run) for run in run_status.find_runs(path)]
 
 
 def _is_run_file(name: str) -> bool:

@@ -78,7 +78,8 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
       jobkit logs --attempt 2 runs/mnist
     """
     from jobkit import contract
-    from launch import spec, submission, watch
+    from launch import spec, watch
+    from launch.lifecycle import submission
 
     store = submission.open_run(run)
     spec.read(store)
@@ -152,7 +153,7 @@ def doctor(
     """
     from jobkit.units import duration_s
     from launch import doctor as doctor_
-    from launch import report
+    from launch.lifecycle import run_status
 
     if on != "slurm":
         raise ConfigError(f"--on {on!r}: doctor examines slurm")
@@ -163,7 +164,7 @@ def doctor(
     if probe and run:
         found += doctor_.probe(run, partition, options)
     if as_json:
-        print(report.to_json(found))
+        print(run_status.to_json(found))
     else:
         marks = {"ok": "ok", "warning": "warning", "fail": "FAIL"}
         print(aligned([(marks[one.verdict], one.topic, one.text) for one in found]))

@@ -32,8 +32,9 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
       jobkit checkpoints runs/mnist rm 400
     """
     from jobkit import contract
-    from launch import checkpoints, report, submission
+    from launch import checkpoints
     from launch import spec as specs
+    from launch.lifecycle import run_status, submission
 
     store = submission.open_run(run)
     if specs.exists(store) and specs.read(store).sweep:
@@ -45,12 +46,12 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
         raise ConfigError(f"{store.url} holds no checkpoints: it is no run, or it has not started")
     if action == "list":
         rows = checkpoints.listed(store)
-        print(report.to_json(rows) if as_json else _table(rows))
+        print(run_status.to_json(rows) if as_json else _table(rows))
     elif action == "verify":
         steps = checkpoints.chosen(store, step, every=every)
         found = checkpoints.verify(store, steps, lambda step, wrong: None if as_json else _print_verdict(step, wrong))
         if as_json:
-            print(report.to_json({str(step): wrong for step, wrong in found.items()}))
+            print(run_status.to_json({str(step): wrong for step, wrong in found.items()}))
         sys.exit(1 if any(found.values()) else 0)
     elif action == "export":
         if not params:
@@ -61,13 +62,14 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
             raise ConfigError("rm which step? jobkit checkpoints RUN lists them")
         number = checkpoints.chosen(store, step, every=False)[0]
         checkpoints.remove(store, number)
-        print(report.to_json({"run": store.url, "removed": [number]}) if as_json else f"removed step {number}")
+        print(run_status.to_json({"run": store.url, "removed": [number]}) if as_json else f"removed step {number}")
 
 
 def _list_sweep(store: "Store", as_json: bool) -> None:
     """List what each point of a sweep has committed."""
-    from launch import checkpoints, report
+    from launch import checkpoints
     from launch import spec as specs
+    from launch.lifecycle import run_status
 
     told: list[dict[str, Any]] = []
     for number, point in enumerate(specs.points(store, specs.read(store))):
@@ -77,7 +79,7 @@ def _list_sweep(store: "Store", as_json: bool) -> None:
             shown = "  ".join(f"{name}={value}" for name, value in values.items())
             print(f"point {number}: {shown}\n{_table(rows)}\n", flush=True)
     if as_json:
-        print(report.to_json(told))
+        print(run_status.to_json(told))
 
 
 def _print_verdict(step: int, wrong: list[str]) -> None:

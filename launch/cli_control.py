@@ -34,11 +34,12 @@ def save(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
       jobkit save runs/mnist
       jobkit save gs://bucket/mnist --timeout 20m
     """
-    from launch import control, report
+    from launch import control
+    from launch.lifecycle import run_status
 
     answer = control.save(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
     if as_json:
-        print(report.to_json(answer))
+        print(run_status.to_json(answer))
     elif answer.done:
         print(f"{run}: step {answer.committed_step} is committed")
     else:
@@ -60,12 +61,13 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
     Examples:
       jobkit stop runs/mnist
     """
-    from launch import control, report, submission
+    from launch import control
     from launch import spec as specs
+    from launch.lifecycle import run_status, submission
 
     answer = control.stop(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
     if as_json:
-        print(report.to_json(answer))
+        print(run_status.to_json(answer))
         return
     store = submission.open_run(run)
     if specs.exists(store) and specs.read(store).sweep:

@@ -86,12 +86,13 @@ def drill(
     """
     from jobkit.units import duration_s
     from launch import drill as drill_
-    from launch import drill_card, drill_page, report
+    from launch import drill_card, drill_page
     from launch.cli_where import container_of
+    from launch.lifecycle import run_status
 
     wanted = drill_.chosen(only, quick, on)
     if listing:
-        print(report.to_json(drill_card.listed(wanted)) if as_json else drill_card.listing(wanted))
+        print(run_status.to_json(drill_card.listed(wanted)) if as_json else drill_card.listing(wanted))
         return
     if not command:
         raise ConfigError("no command to drill; write it after '--': jobkit drill -- python train.py")
@@ -127,14 +128,14 @@ def drill(
             result = drill_.drill(options, wanted, telling)
     except JobkitError as error:
         if as_json:
-            print(report.to_json(drill_card.not_judged(command, str(error))))
+            print(run_status.to_json(drill_card.not_judged(command, str(error))))
         raise
     if html is not None:
         html.write_text(drill_page.page(result), encoding="utf-8")
     if png is not None:
         drill_page.write_card(png, result)
     if as_json:
-        print(report.to_json(drill_card.document(result)))
+        print(run_status.to_json(drill_card.document(result)))
     else:
         drill_card.show(result, written, kept=options.place.exists())
     sys.exit(result.verdict.exit_code)

@@ -10,7 +10,7 @@ from jobkit.errors import ConfigError, JobkitError
 from launch.printed import aligned
 
 if TYPE_CHECKING:
-    from launch.report import Status
+    from launch.lifecycle.run_status import Status
 
 
 @click.command(short_help="List the runs below DIRECTORY, which may be in a bucket.")
@@ -29,7 +29,8 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
       jobkit ls gs://bucket/runs
       jobkit ls --on gcp --region us-central1
     """
-    from launch import backends, report, submission
+    from launch import backends
+    from launch.lifecycle import run_status, submission
 
     if on is not None and on != "gcp":
         raise ConfigError(f"ls --on {on!r}: only gcp lists runs; give a directory or a bucket's URL instead")
@@ -46,7 +47,7 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
             tell(str(error))
     listed = backends.listed(stores, tell)
     if as_json:
-        print(report.to_json(listed))
+        print(run_status.to_json(listed))
         return
     print(_table(top, listed) if listed else f"no runs below {top}")
 

@@ -13,8 +13,8 @@ from jobkit.errors import ConfigError, JobkitError
 
 if TYPE_CHECKING:
     from jobkit.rundir.store import Store
-    from launch.history import History
-    from launch.report import Status
+    from launch.lifecycle.history import History
+    from launch.lifecycle.run_status import Status
 
 
 @click.command(short_help="Say what the time of RUNS was spent on.")
@@ -39,7 +39,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
       jobkit report runs/sweep --json
     """
     from launch.goodput import measure
-    from launch.report import to_json
+    from launch.lifecycle.run_status import to_json
 
     if live and (as_json or html or png):
         raise ConfigError("--live is a view in the terminal: leave out --json, --html and --png")
@@ -77,7 +77,7 @@ def explain(run: str, as_json: bool) -> None:
     """
     from launch import story
     from launch.goodput import measure
-    from launch.report import to_json
+    from launch.lifecycle.run_status import to_json
     from launch.shown import clock
 
     histories = _read(_stores([run]), curves=False)
@@ -110,9 +110,9 @@ def _watch(stores: "Sequence[Store]") -> None:
 
     from rich.live import Live
 
-    from launch import submission
     from launch.console import Console
     from launch.goodput import measure
+    from launch.lifecycle import submission
     from launch.shown import overview, shown
 
     with Live(console=Console(highlight=False, markup=False), auto_refresh=False, vertical_overflow="visible") as view:
@@ -133,7 +133,7 @@ def _watch(stores: "Sequence[Store]") -> None:
 
 
 def _open(run: str) -> "Store":
-    from launch import submission
+    from launch.lifecycle import submission
 
     return submission.open_run(run)
 
@@ -159,14 +159,14 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
 
 def _below(run: str) -> "Iterator[Store]":
     from jobkit.rundir.store import is_remote
-    from launch import report
+    from launch.lifecycle import run_status
 
     if is_remote(run):
         found = _remote_runs(run)
     else:
         store = _open(run)
         lone = store.exists(contract.RUN_JSON) or store.exists(contract.ATTEMPTS)
-        found = [store.url] if lone else [str(path) for path in report.find_runs(store.path)]
+        found = [store.url] if lone else [str(path) for path in run_status.find_runs(store.path)]
     if not found:
         raise ConfigError(f"{run} is not a run and holds none; jobkit ls DIRECTORY lists runs")
     yield from map(_open, found)
@@ -212,17 +212,17 @@ def _read(stores: "Sequence[Store]", *, curves: bool = True) -> "list[History]":
 
 
 def _of_status(store: "Store", status: "Status", *, curves: bool) -> "History":
-    from launch.history import read_history
+    from launch.lifecycle.history import read_history
 
     over = status.state.over
     return read_history(store, state=str(status.state), reason=status.reason, over=over, curves=curves)
 
 
 def _by_ledger(store: "Store", *, curves: bool) -> "History":
-    from launch import report
-    from launch.history import read_history
+    from launch.lifecycle import run_status
+    from launch.lifecycle.history import read_history
 
-    last = report.last_life_event(store)
+    last = run_status.last_life_event(store)
     state = str(last.get("state", "")) if last.get("event") == "ended" else ""
     return read_history(store, state=state, reason=str(last.get("reason", "")), curves=curves)
 

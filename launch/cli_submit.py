@@ -12,8 +12,8 @@ from launch.cli_where import Launching, where, where_options
 from launch.printed import follow, print_status
 
 if TYPE_CHECKING:
+    from launch.lifecycle.submission import Plan
     from launch.spec import JobSpec
-    from launch.submission import Plan
 
 
 @click.command(cls=Launching, context_settings={"allow_interspersed_args": False})
@@ -126,8 +126,9 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import backends, report, slurm, snapshot, submission, sweep
+    from launch import backends, slurm, snapshot, sweep
     from launch.command import shown_in_container
+    from launch.lifecycle import run_status, submission
     from launch.managed import Managed
 
     service = backends.named(backend)
@@ -143,7 +144,7 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     code = snapshot.digest(plan.tree) if plan.tree is not None else None
     spec = msgspec.structs.replace(plan.spec, code=code)
     if as_json:
-        print(report.to_json(spec))
+        print(run_status.to_json(spec))
         return
     files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
     if spec.sweep:

@@ -20,9 +20,10 @@ from jobkit.rundir.ledger import Event, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.units import show_duration
-from launch import backends, leftovers, report
+from launch import backends
 from launch import spec as specs
-from launch.submission import ask, ask_to_cancel, open_run, refresh
+from launch.lifecycle import orphans, run_status
+from launch.lifecycle.submission import ask, ask_to_cancel, open_run, refresh
 
 _POLL_S, _POLL_REMOTE_S = 0.2, 2.0
 PATIENCE_S = 300.0
@@ -168,13 +169,13 @@ def _submitted(store: Store) -> bool:
 
 def _over(store: Store, attempt: int) -> bool:
     """Tell whether an attempt has ended."""
-    if leftovers.read_outcome(store, attempt) is not None or store.numbers(contract.ATTEMPTS)[-1] != attempt:
+    if orphans.read_outcome(store, attempt) is not None or store.numbers(contract.ATTEMPTS)[-1] != attempt:
         return True
     pids = [int(event.get("pid", 0)) for event in _said(store, attempt, "opened") if event.get("host") == _here()]
     supervisor = read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json")
     if supervisor is None and last_word(writer_events(store, attempt, "0")):
         return True  # nobody but the program itself could write down more
-    if specs.exists(store) and report.last_life_event(store).get("event") == "ended":
+    if specs.exists(store) and run_status.last_life_event(store).get("event") == "ended":
         return True
     # As far as this machine can see: killed, and nobody was left to write that down.
     return bool(pids) and not any(processes.alive(pid) for pid in [*pids, int((supervisor or {}).get("pid", 0))])

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from jobkit.contract import Outcome
 from launch.goodput import Goodput
-from launch.history import History, drawn
+from launch.lifecycle.history import History, drawn
 
 _POINTS = 600
 """More are not seen on a page; of each stretch the lowest and the highest value are kept."""

@@ -19,7 +19,7 @@ from jobkit.drill.settings import Drill
 from jobkit.errors import DONATED, JobkitError
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
-from launch import leftovers
+from launch.lifecycle import orphans
 from launch.scenarios import Shown
 
 _DONATED = re.compile(rf"{DONATED}|[Aa]rray has been deleted|deleted or donated")
@@ -135,7 +135,7 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
         "notice": probed | {ENV_FAULT: notice(shown)},
         "kill": paced | {ENV_FAULT: f"{_point(shown)}@0"},
     }
-    if (leftovers.read_outcome(Store(run), 0) or {}).get("outcome") == Outcome.KILLED:
+    if (orphans.read_outcome(Store(run), 0) or {}).get("outcome") == Outcome.KILLED:
         ways = dict(reversed(ways.items()))
     ask = _Ask(start, Path(shown.run).parent)
     (way, stopped), other = ways.items()
@@ -564,7 +564,7 @@ def must_end(store: Store) -> None:
     Raises:
         AskedError: If it did not.
     """
-    outcomes = [leftovers.read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
+    outcomes = [orphans.read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
     if not outcomes or outcomes[-1].get("outcome") != Outcome.DONE:
         reason = next((told["reason"] for told in reversed(outcomes) if told.get("reason")), "it did not end in time")
         raise AskedError(f"another run, {store.url}, came to nothing: {reason}")

@@ -26,11 +26,12 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import backends, diagnosis, drive, leftovers, local, lock, own_files, report, scenarios, scontrol
+from launch import backends, diagnosis, drive, local, own_files, scenarios, scontrol
 from launch import spec as specs
 from launch.container import Container
 from launch.diagnosis import Diagnosis
 from launch.drive import Comparer, LateError, MissedError
+from launch.lifecycle import lock, orphans, run_status
 from launch.scenarios import Scenario, Shown, Stage, describe
 from launch.spec import JobSpec
 from launch.verdict import Found, Result, Untried, judge, judge_files
@@ -197,12 +198,12 @@ class _Drill:
         """The scenario whose run is probed."""
         self._probed_besides: Store | None = None
         self._local = options.on == local.BACKEND
-        self._looked: dict[str, tuple[float, report.Status]] = {}
+        self._looked: dict[str, tuple[float, run_status.Status]] = {}
 
-    def _status(self, store: Store) -> report.Status:
+    def _status(self, store: Store) -> run_status.Status:
         """Read what a run is doing; a scheduler is asked every few seconds only."""
         if self._local:
-            return report.status(store)
+            return run_status.status(store)
         at, status = self._looked.get(store.url, (0.0, None))
         if status is None or time.monotonic() - at > _ASK_S:
             status = backends.status(store)
@@ -313,7 +314,7 @@ class _Drill:
             time.sleep(0.05)
         return False
 
-    def _why_not(self, store: Store, status: report.Status) -> str:
+    def _why_not(self, store: Store, status: run_status.Status) -> str:
         log = store.file(contract.log_file(0))
         last = status.endings[-1].reason if status.endings else status.reason
         return f"the program cannot be drilled: without any interruption it ended with {last}; its log: {log}"
@@ -371,7 +372,7 @@ class _Drill:
         found.done, found.run = stage.done, store.url
         found.broken += stage.wrong
         judge(found, scenario, store, shown)
-        if self._local and leftovers.processes_of(store):
+        if self._local and orphans.processes_of(store):
             found.broken.append("a process of the run is still alive")
         self._end(store)
         self._compare(found, shown, comparer)
@@ -388,7 +389,7 @@ class _Drill:
             status = self._status(store)
             step = f"step {status.step}" if status.step is not None else status.phase or "starting"
             self._telling.moved(name, f"attempt {status.attempt or 0}, {step}")
-            return status.state.over and not (self._local and leftovers.processes_of(store))
+            return status.state.over and not (self._local and orphans.processes_of(store))
 
         while not over():
             if self._aborted:
@@ -559,7 +560,7 @@ def _shown(store: Store, at: int | None = None) -> Shown:
     save_s = max((event["durable_s"] for event in events if event["event"] == "saved"), default=0.0)
     step_s = max(0.0, end - start - save_s) / max(1, steps - 1)
     finished = [float(event["t"]) for event in events if event["event"] == "finished"]
-    ended = (leftovers.read_outcome(store, 0) or {}).get("ended")
+    ended = (orphans.read_outcome(store, 0) or {}).get("ended")
     times = named.get("step_times", {})
     return Shown(
         run=store.url,

@@ -24,7 +24,7 @@ from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store, remove_tree
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Beat, read_beat
-from launch import leftovers, lock
+from launch.lifecycle import lock, orphans
 
 COMPARE_S = 900.0
 """How long a comparison of two runs may take."""
@@ -74,14 +74,14 @@ def end_now(store: Store) -> None:
     if isinstance(signed, int) and signed > 1 and signed != os.getpid():
         send(signed, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while (left := [pid for pid in leftovers.processes_of(store) if processes.alive(pid)]) and (
+    while (left := [pid for pid in orphans.processes_of(store) if processes.alive(pid)]) and (
         time.monotonic() < deadline
     ):
         for pid in left:
-            leftovers.send(pid, signal.SIGKILL)
+            orphans.send(pid, signal.SIGKILL)
         time.sleep(0.02)
     for attempt in store.numbers(contract.ATTEMPTS):  # their supervisors had no time to
-        if (directory := leftovers.heartbeat_directory(store, attempt)) is not None:
+        if (directory := orphans.heartbeat_directory(store, attempt)) is not None:
             remove_tree(directory)
 
 
@@ -116,7 +116,7 @@ class Ending:
 
 def ending_of(store: Store, attempt: int) -> Ending:
     """Read from the ledger how an attempt ended."""
-    outcome = leftovers.read_outcome(store, attempt) or {}
+    outcome = orphans.read_outcome(store, attempt) or {}
     later = [number for number in store.numbers(contract.ATTEMPTS) if number > attempt]
     # The next one may have died before it had restored anything.
     following = [event for number in later for event in ledger.attempt_events(store, number)]

@@ -15,9 +15,10 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
-from launch import gcp_request, report
+from launch import gcp_request
 from launch.cloud import RETRIED, Cloud
 from launch.googleapi import GoogleError, Session
+from launch.lifecycle import run_status
 from launch.managed import Job, Managed, Service
 from launch.spec import JobSpec
 
@@ -73,7 +74,7 @@ class Batch(Managed):
 
     def create(self, store: Store, spec: JobSpec, job: str) -> None:
         """See `Managed`."""
-        number = len(report.jobs(store, BACKEND))
+        number = len(run_status.jobs(store, BACKEND))
         query = {"jobId": job, "requestId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{store.url} {job} {number}"))}
         try:
             self._session.call(

@@ -35,7 +35,7 @@ from statistics import median
 import msgspec
 
 from jobkit.contract import Outcome
-from launch.history import History, count_of, number_of
+from launch.lifecycle.history import History, count_of, number_of
 from launch.lives import Span, from_outside, notice_of, saved_on_notice, spans_of
 from launch.timeline import Interval, Phase, blocked_s, timeline
 

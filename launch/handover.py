@@ -12,9 +12,10 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import backends, container, lease, local, slurm, submission
+from launch import backends, container, local, slurm
 from launch import spec as specs
 from launch.cli_where import Where
+from launch.lifecycle import lease, submission
 from launch.managed import Managed
 from launch.spec import JobSpec
 

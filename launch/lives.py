@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from jobkit.contract import Outcome
 from jobkit.rundir.ledger import Event, last_word
-from launch.history import History, Life, count_of, number_of
+from launch.lifecycle.history import History, Life, count_of, number_of
 
 
 @dataclass

@@ -19,13 +19,13 @@ from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import container, lease, leftovers, report
+from launch import container
 from launch import spec as specs
 from launch.command import in_container
-from launch.lease import Lease
-from launch.lock import RunLock, acquire, held, runner_alive
-from launch.spec import JobSpec
-from launch.submission import (
+from launch.lifecycle import lease, orphans, run_status
+from launch.lifecycle.lease import Lease
+from launch.lifecycle.lock import RunLock, acquire, held, runner_alive
+from launch.lifecycle.submission import (
     LEAVING_S,
     Plan,
     ask_to_cancel,
@@ -41,6 +41,7 @@ from launch.submission import (
     take_back_cancel,
     who,
 )  # fmt: skip
+from launch.spec import JobSpec
 
 BACKEND = "local"
 _ELSEWHERE_S = 2.0
@@ -161,20 +162,20 @@ def resume(
     spec = specs.read(store)
     make_point(store)
     cancel_seen = cancel_content(store)
-    if report.status(store).state is State.DONE:
+    if run_status.status(store).state is State.DONE:
         return State.DONE
     if _has_runner(store):
         raise ConfigError(says_alive(store))
-    if not take_over and not report.has_ended(store):
+    if not take_over and not run_status.has_ended(store):
         lease.refuse_elsewhere(store)
     lock = acquire(store, wait_s=spec.grace_s + 10 if wait_s is None else wait_s)
     if lock is None:
         raise ConfigError(says_alive(store))
     try:
-        if report.status(store).state is State.DONE:
+        if run_status.status(store).state is State.DONE:
             lock.close()
             return State.DONE
-        number = lease.claim(store, take_over=take_over, leaving=report.has_ended(store))
+        number = lease.claim(store, take_over=take_over, leaving=run_status.has_ended(store))
         lock.sign(os.getpid())
         if clear_cancel:
             take_back_cancel(store, cancel_seen)
@@ -190,7 +191,7 @@ def resume(
 
 def refuse_alive(store: Store, *, take_over: bool = False) -> None:
     """Raise ConfigError if a run has a runner here, or, unless that is taken over, on another machine."""
-    if _has_runner(store) or held(store) or leftovers.processes_of(store):
+    if _has_runner(store) or held(store) or orphans.processes_of(store):
         raise ConfigError(says_alive(store))
     if not take_over:
         lease.refuse_elsewhere(store)
@@ -200,7 +201,7 @@ def _has_runner(store: Store) -> bool:
     """Tell whether a run has a runner; one that was killed this very moment, or is leaving, gets time to be gone."""
     begun = time.monotonic()
     while held(store) and runner_alive(store):
-        if time.monotonic() - begun > (LEAVING_S if report.has_ended(store) else 1.0):
+        if time.monotonic() - begun > (LEAVING_S if run_status.has_ended(store) else 1.0):
             return True
         time.sleep(0.05)
     return False
@@ -228,7 +229,7 @@ def cancel(
     """
     store = open_run(url)
     spec = specs.read(store)
-    if report.status(store).state is State.DONE:
+    if run_status.status(store).state is State.DONE:
         raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
     make_point(store)
     content = ask_to_cancel(store, word)
@@ -238,12 +239,12 @@ def cancel(
         progress(f"waiting for {store.url}{on} to save and stop (killed after {show_duration(spec.grace_s)})")
     if where is None or _until_it_ends_there(store, content, wait=wait):
         _finish_cancel(store, spec, content, wait=wait)
-    return report.status(store).state
+    return run_status.status(store).state
 
 
 def _until_it_ends_there(store: Store, content: bytes, *, wait: bool) -> bool:
     """Wait for the runner of another machine, which finds the cancel; tell whether it died without an answer."""
-    while cancel_content(store) == content and not report.has_ended(store):
+    while cancel_content(store) == content and not run_status.has_ended(store):
         if lease.elsewhere(store) is None:
             return True
         if not wait:
@@ -256,16 +257,16 @@ def _until_it_ends_there(store: Store, content: bytes, *, wait: bool) -> bool:
 
 def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -> None:
     """Wait for the runner, or do its part where it is dead."""
-    clearing: leftovers.Clearing | None = None
+    clearing: orphans.Clearing | None = None
     while cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
         lock = acquire(store, wait_s=0.0 if wait else 0.3)
         if lock is not None:
             with contextlib.closing(lock):
-                bury(store, spec, State.CANCELLED, report.cancel_reason(store))
+                bury(store, spec, State.CANCELLED, run_status.cancel_reason(store))
             return
         if not runner_alive(store):
-            clearing = clearing or leftovers.Clearing(grace_s=spec.grace_s, notice_s=0.0)
-            clearing.step(leftovers.processes_of(store))
+            clearing = clearing or orphans.Clearing(grace_s=spec.grace_s, notice_s=0.0)
+            clearing.step(orphans.processes_of(store))
         if not wait:
             return
         time.sleep(0.05)
@@ -273,13 +274,13 @@ def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -
 
 def bury(store: Store, spec: JobSpec, state: State, reason: str) -> None:
     """Write down the end of a run that has no runner; the lock is ours."""
-    status = report.status(store, assume_held=False)
+    status = run_status.status(store, assume_held=False)
     if status.ended:
         return
-    leftovers.clear(store, grace_s=spec.grace_s)
+    orphans.clear(store, grace_s=spec.grace_s)
     if spec.container is not None:
         container.remove(store.url)
-    leftovers.close_attempts(store, "the supervisor was killed")
+    orphans.close_attempts(store, "the supervisor was killed")
     record(store, "ended", state=state, reason=reason)
 
 
@@ -290,7 +291,7 @@ def main(arguments: list[str]) -> int:
         arguments: The run, the descriptor of its lock, the descriptor to answer on; the run alone takes the lock
             itself and stays in the foreground.
     """
-    from launch.runner import Runner
+    from launch.lifecycle.runner import Runner
 
     store = open_run(arguments[0])
     with detached(store, arguments[1:]) as (lock, held_lease, ready):

@@ -17,12 +17,12 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
-from launch import lease, leftovers, local, report
+from launch import local
 from launch import spec as specs
-from launch.lease import Lease
-from launch.lock import acquire, held, holder
-from launch.spec import JobSpec
-from launch.submission import (
+from launch.lifecycle import lease, orphans, run_status
+from launch.lifecycle.lease import Lease
+from launch.lifecycle.lock import acquire, held, holder
+from launch.lifecycle.submission import (
     ask_to_cancel,
     begin_point,
     cancel_content,
@@ -32,6 +32,7 @@ from launch.submission import (
     take_back_cancel,
     who,
 )  # fmt: skip
+from launch.spec import JobSpec
 
 _POLL_S = 0.2
 _MAX_RESUMES = 3
@@ -47,7 +48,7 @@ def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
 
     Signals: main thread only; SIGTERM, SIGINT, SIGHUP are passed on to the points that run.
     """
-    left = [point for point in specs.points(store, spec) if report.status(point).state is not State.DONE]
+    left = [point for point in specs.points(store, spec) if run_status.status(point).state is not State.DONE]
     running: list[Store] = []
     resumes: Counter[str] = Counter()
     try:
@@ -61,7 +62,7 @@ def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
                 raise _StopError
             for point in list(running):
                 # That we would take it up again is no sign of life.
-                status = report.status(point, assume_held=held(point) or lease.elsewhere(point) is not None)
+                status = run_status.status(point, assume_held=held(point) or lease.elsewhere(point) is not None)
                 if status.runner == "gone" and status.state is State.FAILED and resumes[point.url] < _MAX_RESUMES:
                     resumes[point.url] += 1
                     _start(store, point)
@@ -72,7 +73,7 @@ def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
     except _StopError:
         for point in running:
             if pid := holder(point).get("pid") if held(point) else None:
-                leftovers.send(int(pid), signal.SIGTERM)
+                orphans.send(int(pid), signal.SIGTERM)
 
 
 def _start(store: Store, point: Store) -> bool:
@@ -80,7 +81,7 @@ def _start(store: Store, point: Store) -> bool:
     try:
         if not begin_point(store, point) or cancel_content(point) is not None:
             return False
-        if report.events(point)[-1:] and report.events(point)[-1]["event"] != "submitted":
+        if run_status.events(point)[-1:] and run_status.events(point)[-1]["event"] != "submitted":
             local.resume(point.url, clear_cancel=False)
         elif (lock := acquire(point)) is not None:
             local.start(point, lock)
@@ -109,7 +110,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True, take_over:
     spec = specs.read(store)
     points = specs.points(store, spec)
     cancels = {one: cancel_content(one) for one in (store, *points)}
-    if all(report.status(point).state is State.DONE for point in points):
+    if all(run_status.status(point).state is State.DONE for point in points):
         return State.DONE
     lock = acquire(store)
     if lock is None:
@@ -143,7 +144,7 @@ def cancel(
     store = open_run(url)
     spec = specs.read(store)
     points = specs.points(store, spec)
-    if all(report.status(point).state is State.DONE for point in points):
+    if all(run_status.status(point).state is State.DONE for point in points):
         raise ConfigError(f"sweep {store.url} is already done; there is nothing to cancel")
     ask_to_cancel(store, word)
     for patience in (False, wait):  # told all of them before the first is waited for
@@ -157,11 +158,11 @@ def cancel(
 
 
 def _alive(points: list[Store]) -> list[Store]:
-    return [point for point in points if specs.exists(point) and not report.status(point).state.over]
+    return [point for point in points if specs.exists(point) and not run_status.status(point).state.over]
 
 
 def _state(points: list[Store]) -> State:
-    states = {report.status(point).state for point in points}
+    states = {run_status.status(point).state for point in points}
     return next(
         (state for state in states if not state.over), State.DONE if states == {State.DONE} else State.CANCELLED
     )

@@ -24,11 +24,12 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
-from launch import cloud, leftovers, report, snapshot, submission
+from launch import cloud, snapshot
 from launch import spec as specs
 from launch.cloud import Cloud
+from launch.lifecycle import orphans, run_status, submission
+from launch.lifecycle.submission import Plan, ask_to_cancel, cancel_content, new_run, open_run, prepare, record, who
 from launch.spec import JobSpec
-from launch.submission import Plan, ask_to_cancel, cancel_content, new_run, open_run, prepare, record, who
 
 _POLL_S = 1.0
 _HEARD_S = 15.0
@@ -88,7 +89,7 @@ class Managed(ABC):
 
     def printed(self, store: Store) -> list[str]:
         """Return what the service's own log has of a run's newest job."""
-        jobs = report.jobs(store, self.name)
+        jobs = run_status.jobs(store, self.name)
         return self.output(specs.read(store), jobs[-1]) if jobs else []
 
     def check(self, spec: JobSpec) -> Plan:
@@ -139,7 +140,7 @@ class Managed(ABC):
             return None
         if not store.remote.create(contract.RUN_JSON, store.read(contract.RUN_JSON)):
             return None
-        if not report.last_life_event(store):
+        if not run_status.last_life_event(store):
             record(store, "submitted", command=list(old.command), code=old.code, by=who())
         return old
 
@@ -156,7 +157,7 @@ class Managed(ABC):
         old = specs.read(store)
         code = snapshot.digest(plan.tree) if plan.tree is not None else None
         same = old.same_job(msgspec.structs.replace(plan.spec, code=code)) and old.cloud == plan.spec.cloud
-        last = report.last_life_event(store).get("event")
+        last = run_status.last_life_event(store).get("event")
         if not same or last not in (None, "submitted") or specs.read_backend(store)[0] != self.name:
             return None
         job = self._newest(store)
@@ -164,7 +165,7 @@ class Managed(ABC):
 
     def _start(self, store: Store, spec: JobSpec) -> str:
         """Have the service start the run; return the job's id."""
-        known = report.jobs(store, self.name)
+        known = run_status.jobs(store, self.name)
         if known and self.find(spec, known[-1]) is None:
             job = known[-1]  # written down by a submit that got no further
         else:
@@ -181,17 +182,17 @@ class Managed(ABC):
         return {store.url: self._newest(store) for store in stores}
 
     def _newest(self, store: Store) -> Job:
-        job = (report.jobs(store, self.name) or [""])[-1]
-        if not job or report.last_life_event(store).get("event") == "ended":
+        job = (run_status.jobs(store, self.name) or [""])[-1]
+        if not job or run_status.last_life_event(store).get("event") == "ended":
             return Job(id=job, state="GONE")
         try:
             return self.find(specs.read(store), job) or Job(id=job, state="GONE")
         except JobkitError as error:
             return Job(id=job, state="UNKNOWN", reason=str(error))
 
-    def status(self, store: Store) -> report.Status:
+    def status(self, store: Store) -> run_status.Status:
         """Read what a run is doing."""
-        return report.status(store, job=self._newest(store))
+        return run_status.status(store, job=self._newest(store))
 
     def resume(self, url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
         """Submit a job for a run that has none; what it committed is where it goes on.
@@ -209,13 +210,13 @@ class Managed(ABC):
         if clear_cancel:
             submission.take_back_cancel(store, cancel_seen)
         attempts = len(store.numbers(contract.ATTEMPTS))
-        record(store, "resumed", by=who(), attempts=attempts, committed=leftovers.committed_step(store))
+        record(store, "resumed", by=who(), attempts=attempts, committed=orphans.committed_step(store))
         self._start(store, spec)
         return State.QUEUED
 
     def refuse_alive(self, store: Store) -> None:
         """Raise ConfigError if a run has a job that is not over, or nobody can tell."""
-        job = (report.jobs(store, self.name) or [""])[-1]
+        job = (run_status.jobs(store, self.name) or [""])[-1]
         try:
             found = self.find(specs.read(store), job) if job else None
         except JobkitError as error:
@@ -265,7 +266,7 @@ class Managed(ABC):
         return self.status(store).state
 
     def _newest_of(self, spec: JobSpec, store: Store) -> Job | None:
-        job = (report.jobs(store, self.name) or [""])[-1]
+        job = (run_status.jobs(store, self.name) or [""])[-1]
         return self.find(spec, job) if job else None
 
 

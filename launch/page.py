@@ -14,7 +14,7 @@ from jobkit.rundir.store import explain as says
 from jobkit.units import show_duration
 from launch.curve import Curve, curve_of, nice_steps
 from launch.goodput import Attempt, Goodput, by_share, lost_of, measure
-from launch.history import History, number_of
+from launch.lifecycle.history import History, number_of
 from launch.phases import COLORS, MEANING, WORDS, ink_on, percent
 from launch.shown import WAITING, clock, end_of, figures, overview_head, overview_row, steps_of
 from launch.story import explain

@@ -9,7 +9,7 @@ from jobkit.rundir.store import explain
 from jobkit.units import show_duration
 from launch.curve import Curve, curve_of
 from launch.goodput import Goodput, by_share, lost_of, measure
-from launch.history import History
+from launch.lifecycle.history import History
 from launch.phases import COLORS, WORDS, ink_on, percent
 from launch.shown import WAITING
 from launch.timeline import Interval, Phase

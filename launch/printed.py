@@ -15,7 +15,8 @@ def aligned(lines: list[tuple[str, ...]]) -> str:
 
 def follow(url: str, as_json: bool) -> int:
     """Follow a run until it is over; return the exit code that tells how."""
-    from launch import submission, watch
+    from launch import watch
+    from launch.lifecycle import submission
 
     try:
         code = watch.follow(submission.open_run(url), quiet=as_json)
@@ -30,6 +31,6 @@ def follow(url: str, as_json: bool) -> int:
 def print_status(url: str) -> None:
     """Print a run's status as one JSON document."""
     import launch
-    from launch import report
+    from launch.lifecycle import run_status
 
-    print(report.to_json(launch.status(url)))
+    print(run_status.to_json(launch.status(url)))

@@ -20,11 +20,12 @@ from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Beat, Phase
-from launch import leftovers, local, lock, scontrol, slurm
+from launch import local, scontrol, slurm
 from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
-from launch.runner import Runner
+from launch.lifecycle import lock, orphans
+from launch.lifecycle.runner import Runner
+from launch.lifecycle.submission import runner_environment
 from launch.spec import JobSpec
-from launch.submission import runner_environment
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Stage:
     def kill(self, attempt: int = 0) -> None:
         """Send the program a SIGKILL."""
         beat = self.beat(attempt)
-        pid = beat.pid or max(leftovers.program_pids(self.store, attempt)[-1:], default=0)
+        pid = beat.pid or max(orphans.program_pids(self.store, attempt)[-1:], default=0)
         if not pid or not send(pid, signal.SIGKILL):
             raise MissedError("the attempt was over before it could be killed")
         self.say(f"SIGKILL to attempt {attempt} ({_where(beat)})")
@@ -201,7 +202,7 @@ class Scenario:
 
 
 def _while_starting(stage: Stage) -> None:
-    stage.until(lambda: leftovers.program_pids(stage.store, 0), "the program was started")
+    stage.until(lambda: orphans.program_pids(stage.store, 0), "the program was started")
     time.sleep(min(0.3, stage.shown.start_s / 10))
     stage.notice()
 
@@ -484,7 +485,7 @@ def _requeue(stage: Stage) -> None:
 
 def _damage_between(stage: Stage) -> None:
     """Flip a bit of the newest checkpoint while no attempt runs: the job waits in the queue."""
-    stage.until(lambda: leftovers.read_outcome(stage.store, 0), "attempt 0 had ended")
+    stage.until(lambda: orphans.read_outcome(stage.store, 0), "attempt 0 had ended")
     newest = commits.steps(stage.store)[-1]
     _flip(stage, newest)
     stage.until(lambda: stage.events("restored", 1) or stage.events("fresh", 1), "the next attempt had restored")

@@ -25,12 +25,11 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import container, leftovers, report, scontrol, sweep
+from launch import container, scontrol, sweep
 from launch import spec as specs
 from launch.command import in_container
-from launch.scontrol import Job, SlurmError
-from launch.spec import JobSpec
-from launch.submission import (
+from launch.lifecycle import orphans, run_status
+from launch.lifecycle.submission import (
     OURS,
     Plan,
     ask_to_cancel,
@@ -45,6 +44,8 @@ from launch.submission import (
     take_back_cancel,
     who,
 )  # fmt: skip
+from launch.scontrol import Job, SlurmError
+from launch.spec import JobSpec
 
 BACKEND = "slurm"
 FOLDER = "slurm"
@@ -258,10 +259,10 @@ _SLURM_OURS = ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLU
 
 def jobs(store: Store) -> list[str]:
     """List the numbers of a run's jobs that are in its ledger, oldest first; of a point also its tasks of arrays."""
-    own = report.jobs(store, BACKEND)
+    own = run_status.jobs(store, BACKEND)
     place = specs.sweep_of(store)
     if place is not None:
-        told = [event for event in report.events(place[0]) if event["event"] == "job" and "array" in event]
+        told = [event for event in run_status.events(place[0]) if event["event"] == "job" and "array" in event]
         own += [f"{event['id']}_{place[1]}" for event in told if place[1] in sweep.expand(str(event["array"]))]
     return sorted(set(own), key=scontrol.number)
 
@@ -293,7 +294,7 @@ def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
     UNKNOWN.
     """
     try:
-        known = queued([store for store in stores if report.last_life_event(store).get("event") != "ended"])
+        known = queued([store for store in stores if run_status.last_life_event(store).get("event") != "ended"])
     except JobkitError as error:
         unknown = str(error)
         return {store.url: Job((jobs(store) or [""])[-1], "UNKNOWN", unknown) for store in stores}
@@ -311,7 +312,7 @@ def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
 
 def _status(stores: Sequence[Store]) -> dict[str, State]:
     jobs = jobs_of(stores)
-    return {store.url: report.status(store, job=jobs[store.url]).state for store in stores}
+    return {store.url: run_status.status(store, job=jobs[store.url]).state for store in stores}
 
 
 def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
@@ -337,7 +338,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
             take_back_cancel(one, cancels[one])
     for one in left:
         if specs.exists(one):
-            attempts, committed = len(one.numbers(contract.ATTEMPTS)), leftovers.committed_step(one)
+            attempts, committed = len(one.numbers(contract.ATTEMPTS)), orphans.committed_step(one)
             record(one, "resumed", by=who(), attempts=attempts, committed=committed)
     sbatch(store, spec, points=[members.index(one) for one in left])
     return State.QUEUED

@@ -18,13 +18,14 @@ from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_time
-from launch import leftovers, nodes, report, restart, scontrol, slurm, slurm_again, sweep
+from launch import nodes, scontrol, slurm, slurm_again, sweep
 from launch import spec as specs
-from launch.job_runner import JobRunner
-from launch.runner import KILLED, free_port
+from launch.lifecycle import orphans, restart, run_status
+from launch.lifecycle.job_runner import JobRunner
+from launch.lifecycle.runner import KILLED, free_port
+from launch.lifecycle.submission import OURS, begin_point, open_run
 from launch.scontrol import Cause, Job, SlurmError
 from launch.spec import JobSpec
-from launch.submission import OURS, begin_point, open_run
 
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""
@@ -56,14 +57,14 @@ class SlurmRunner(JobRunner):
 
     def _attempts_in_job(self) -> int:
         here = {"job": self._job, "restarts": self._restarts}
-        again = any(here.items() <= event.items() for event in report.events(self._store))
+        again = any(here.items() <= event.items() for event in run_status.events(self._store))
         self._write_down("job_started", **here, nodes=_nodes())
         if self._restarts and not again:
             self._strike_lost()
         self._clear()
         ended_by = "the runner was killed" if again else "SLURM ended the job"
         preempted = self._restarts > 0 and not again
-        leftovers.close_attempts(self._store, ended_by, preempted=preempted)
+        orphans.close_attempts(self._store, ended_by, preempted=preempted)
         if (cancelled := self._cancelled_before()) is not None:
             return self._end(State.CANCELLED, cancelled)
         policy = self._remember()
@@ -112,13 +113,13 @@ class SlurmRunner(JobRunner):
 
     def _strike(self) -> None:
         """Hold the death of a process against its node, where SLURM had nothing to do with it."""
-        outcome = leftovers.read_outcome(self._store, self._newest_attempt) or {}
+        outcome = orphans.read_outcome(self._store, self._newest_attempt) or {}
         if self._history[-1].outcome in (Outcome.KILLED, Outcome.STALLED) and "node" in outcome:
             self._write_down("strike", node=outcome["node"], why=outcome.get("reason"))
 
     def _strike_lost(self) -> None:
         """Hold it against a node of the job's life before this one that SLURM has given up on."""
-        before = [event for event in report.events(self._store) if event["event"] == "job_started"][:-1]
+        before = [event for event in run_status.events(self._store) if event["event"] == "job_started"][:-1]
         if before:
             for node in scontrol.lost_nodes(str(before[-1].get("nodes", ""))):
                 self._write_down("strike", node=node, why="SLURM lost it", lost=True)
@@ -127,7 +128,7 @@ class SlurmRunner(JobRunner):
         """Leave this allocation for one without the nodes that failed us, if it has any and SLURM has others."""
         here = set(scontrol.hostnames(_nodes()))
         # Ours first: others are spared before them, if all cannot be.
-        bad = sorted(nodes.avoid(report.events(self._store), time.time()), key=lambda node: node not in here)
+        bad = sorted(nodes.avoid(run_status.events(self._store), time.time()), key=lambda node: node not in here)
         if not bad or bad[0] not in here:
             return False
         try:
@@ -143,7 +144,7 @@ class SlurmRunner(JobRunner):
         if not self._secured:
             bad: list[str] = []
             with contextlib.suppress(JobkitError):
-                bad = nodes.avoid(report.events(self._quick), time.time())
+                bad = nodes.avoid(run_status.events(self._quick), time.time())
             self._secured = slurm_again.again(self._quick, self._spec, self._job, running=running, avoid=bad)
             self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
 
@@ -230,8 +231,8 @@ class SlurmRunner(JobRunner):
     def _cancelled_before(self) -> str | None:
         """Tell whether a person cancelled the job that this one is the successor of."""
         if self._cancelled():
-            return report.cancel_reason(self._store)
-        life = [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed", "job")]
+            return run_status.cancel_reason(self._store)
+        life = [event for event in run_status.events(self._store) if event["event"] in ("submitted", "resumed", "job")]
         mine = [str(event.get("id")) for event in life].index(self._job)
         if mine == 0 or life[mine - 1]["event"] != "job":  # submitted or resumed by a person, not by a job
             return None
@@ -249,7 +250,7 @@ class SlurmRunner(JobRunner):
 
     def _over(self) -> tuple[State, str] | None:
         # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.
-        return (State.CANCELLED, report.cancel_reason(self._quick)) if self._cancelled() else None
+        return (State.CANCELLED, run_status.cancel_reason(self._quick)) if self._cancelled() else None
 
     # One attempt is one step.
 
@@ -276,7 +277,7 @@ class SlurmRunner(JobRunner):
         return super()._follow(started) or KILLED
 
     def _close(self, attempt: int, code: int) -> None:
-        read = leftovers.read_outcome if self._tasks() == 1 else leftovers.of_all_processes
+        read = orphans.read_outcome if self._tasks() == 1 else orphans.of_all_processes
         deadline = time.monotonic() + _ASK_S  # srun may be gone before the supervisors have written how it ended
         while read(self._store, attempt) is None and time.monotonic() < deadline:
             self._nap(0.1)

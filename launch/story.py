@@ -16,9 +16,9 @@ from jobkit.contract import Outcome
 from jobkit.rundir.ledger import Event
 from jobkit.supervise.unsaved import nothing_new
 from jobkit.units import show_duration, show_size
-from launch import troubles
 from launch.goodput import Attempt, Goodput, lost_unseen
-from launch.history import History, number_of
+from launch.lifecycle import troubles
+from launch.lifecycle.history import History, number_of
 from launch.lives import PEER, from_outside
 from launch.phases import percent
 from launch.timeline import Phase

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from jobkit.rundir.ledger import Event
-from launch.history import History, number_of
+from launch.lifecycle.history import History, number_of
 from launch.lives import Span, reached_at, rising
 
 

@@ -20,11 +20,12 @@ from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import cloud, leftovers, report, restart
+from launch import cloud
 from launch import spec as specs
-from launch.job_runner import JobRunner
+from launch.lifecycle import orphans, restart, run_status
+from launch.lifecycle.job_runner import JobRunner
+from launch.lifecycle.submission import OURS, open_run
 from launch.spec import JobSpec
-from launch.submission import OURS, open_run
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.vm_job")
@@ -64,7 +65,7 @@ class VmRunner(JobRunner):
     def _attempts_in_job(self) -> int:
         self._write_down("job_started", job=self._job, backend=self._backend, restarts=self._retries)
         # What the service starts again it has lost by no fault of the program's.
-        leftovers.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
+        orphans.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
         policy = self._remember()
         self._set_limit()
         if self._history:
@@ -97,7 +98,7 @@ class VmRunner(JobRunner):
 
     def _over(self) -> tuple[State, str] | None:
         if self._cancelled():
-            return State.CANCELLED, report.cancel_reason(self._quick)
+            return State.CANCELLED, run_status.cancel_reason(self._quick)
         if time.monotonic() >= self._limit_at:
             assert self._spec.cloud is not None
             limit = show_duration(self._spec.cloud.time_s or 0.0)
@@ -110,11 +111,11 @@ class VmRunner(JobRunner):
         return self._leave(reason, Exit.PREEMPTED) if state is State.REQUEUED else super()._end(state, reason)
 
     def _superseded(self) -> str | None:
-        newest = (report.jobs(self._store, self._backend) or [self._job])[-1]
+        newest = (run_status.jobs(self._store, self._backend) or [self._job])[-1]
         return super()._superseded() or (f"job {newest}" if newest != self._job else None)
 
     def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
-        outcome = leftovers.read_outcome(self._store, attempt) or {}
+        outcome = orphans.read_outcome(self._store, attempt) or {}
         lasted = outcome.get("ended", 0) - outcome.get("started", 0)
         return super()._ended(attempt, duration_s or max(0.0, lasted), code)
 

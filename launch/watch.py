@@ -15,10 +15,11 @@ from jobkit.printable import printable
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import backends, report, submission
+from launch import backends
 from launch import spec as specs
+from launch.lifecycle import run_status, submission
+from launch.lifecycle.run_status import Status
 from launch.managed import Managed
-from launch.report import Status
 from launch.terminal import unguarded
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
     if status.metrics:
         shown = sorted(status.metrics.items(), key=lambda item: (item[0] != "loss", item[0]))
         yield "metrics", "  ".join(f"{name} {'nan' if value is None else f'{value:.6g}'}" for name, value in shown)
-    if (seconds := report.age(status.updated)) is not None:
+    if (seconds := run_status.age(status.updated)) is not None:
         yield "updated", f"{show_duration(seconds)} ago"
     if status.storage:
         yield "storage", status.storage

@@ -13,9 +13,10 @@ from typing import Any
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import leftovers, local, lock, report
+from launch import local
+from launch.lifecycle import lock, orphans, run_status
+from launch.lifecycle.submission import open_run
 from launch.spec import JobSpec
-from launch.submission import open_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,9 +131,9 @@ class Project:
 
     def close(self) -> None:
         """End whatever a test left, and fail if two programs of one run ever lived at once."""
-        for path in report.find_runs(self.runs):
+        for path in run_status.find_runs(self.runs):
             store = open_run(path)
-            for pid in [runner_pid(store), *leftovers.processes_of(store)]:
+            for pid in [runner_pid(store), *orphans.processes_of(store)]:
                 if pid and lock.held(store):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -154,7 +155,7 @@ def supervisor_pid(store: Store, attempt: int = 0) -> int:
 
 def program_pid(store: Store, attempt: int = 0) -> int:
     """Return the pid of an attempt's program, 0 before it has one."""
-    return max(leftovers.program_pids(store, attempt)[-1:], default=0)
+    return max(orphans.program_pids(store, attempt)[-1:], default=0)
 
 
 def until(condition: Callable[[], Any], what: str, *, seconds: float = 20.0) -> Any:
@@ -171,22 +172,22 @@ def until_stepping(store: Store, attempt: int = 0) -> None:
     """Wait until an attempt's program works."""
 
     def stepping() -> bool:
-        status = report.status(store)
+        status = run_status.status(store)
         return status.attempt == attempt and status.phase == "listening" and (status.step or 0) > 0
 
     until(stepping, f"attempt {attempt} steps")
 
 
-def until_over(store: Store, *, seconds: float = 30.0) -> report.Status:
+def until_over(store: Store, *, seconds: float = 30.0) -> run_status.Status:
     """Wait until a run is over and nothing of it is left, and return its status."""
-    until(lambda: report.status(store).state.over and not lock.held(store), "the run is over", seconds=seconds)
-    assert leftovers.processes_of(store) == []
-    return report.status(store)
+    until(lambda: run_status.status(store).state.over and not lock.held(store), "the run is over", seconds=seconds)
+    assert orphans.processes_of(store) == []
+    return run_status.status(store)
 
 
 def outcomes(store: Store) -> list[str]:
     """Return how the attempts ended, oldest first."""
-    return [ending.outcome for ending in report.status(store).endings]
+    return [ending.outcome for ending in run_status.status(store).endings]
 
 
 def events(store: Store, name: str) -> list[dict[str, Any]]:

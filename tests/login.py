@@ -12,7 +12,7 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.rundir.store import Store
-from launch import leftovers
+from launch.lifecycle import orphans
 from tests import training
 from tests.slurm import Cluster
 
@@ -92,7 +92,7 @@ class Login:
     def outcomes(self) -> list[dict[str, Any]]:
         """Return how each attempt ended."""
         numbers = self.store.numbers(contract.ATTEMPTS)
-        return [leftovers.read_outcome(self.store, number) or {} for number in numbers]
+        return [orphans.read_outcome(self.store, number) or {} for number in numbers]
 
     def check_end(self, digest: str) -> None:
         """Wait for the end, which must be the undisturbed run's to the last bit; no job is left."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from launch.history import read_history
+from launch.lifecycle.history import read_history
+from launch.lifecycle.submission import open_run
 from launch.page import write_page
-from launch.submission import open_run
 from tests import browser
 
 PICTURE = Path(__file__).parent.parent / "launch/static/report.png"

@@ -14,7 +14,8 @@ import pytest
 
 import jobkit
 from jobkit.rundir.store import Store
-from launch import local, report
+from launch import local
+from launch.lifecycle import run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
 
@@ -141,7 +142,7 @@ def test_interrupt_only_detaches(project: Project) -> None:
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.strip() == f"detached; the run goes on. To stop it: jobkit cancel {store.url}"
-    assert report.status(store).state == "running"
+    assert run_status.status(store).state == "running"
     local.cancel(store.url)
 
 

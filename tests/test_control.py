@@ -21,7 +21,8 @@ from jobkit.rundir import commits, mirror
 from jobkit.rundir.control import Control
 from jobkit.rundir.ledger import attempt_events, read_events
 from jobkit.rundir.store import Store
-from launch import control, local, report, slurm, submission
+from launch import control, local, slurm
+from launch.lifecycle import run_status, submission
 from launch.spec import JobSpec
 from tests import jobs, training
 from tests.gcs_server import GcsServer
@@ -161,13 +162,13 @@ def test_stop_of_a_submitted_run(project: Project) -> None:
     saved = launch.save(store.url)
     assert saved.done
     answer = launch.stop(store.url)
-    status = report.status(store)
+    status = run_status.status(store)
     assert (answer.done, status.state, jobs.outcomes(store)) == (True, "cancelled", ["preempted"])
     assert status.reason.startswith("stopped by ")
     assert answer.committed_step == status.committed_step
     assert (answer.committed_step or 0) > (saved.committed_step or 0)
     time.sleep(1.5)
-    assert report.status(store).attempts == 1
+    assert run_status.status(store).attempts == 1
     local.resume(store.url)
     until_training(store, attempt=1)
     local.cancel(store.url)
@@ -277,8 +278,8 @@ def test_from_another_machine(how: str, project: Project, tmp_path: Path) -> Non
         if program is not None:
             assert program.wait(30) == contract.Exit.PREEMPTED
         else:
-            until(lambda: report.last_life_event(Store(home)).get("event") == "ended", "the runner has ended")
-            last = report.last_life_event(Store(home))
+            until(lambda: run_status.last_life_event(Store(home)).get("event") == "ended", "the runner has ended")
+            last = run_status.last_life_event(Store(home))
             assert (last["state"], last["reason"].split(" by ")[0]) == ("cancelled", "stopped")
 
 
@@ -339,7 +340,7 @@ def test_who_waited_for_a_cancel_ends_no_run_that_goes_on(project: Project, monk
     for stop, last in (taken_back, "resumed"), (lambda stores, **how: None, "ended"):
         monkeypatch.setattr(slurm, "_stop", stop)
         slurm.cancel(store.url)
-        assert report.last_life_event(store)["event"] == last
+        assert run_status.last_life_event(store)["event"] == last
 
 
 def test_a_launched_attempt_hears_the_cancel_it_finds(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import backends, gcp, gcp_request, report, submission, vm_job, watch
+from launch import backends, gcp, gcp_request, vm_job, watch
 from launch.cloud import RETRIED, Cloud
+from launch.lifecycle import run_status, submission
 from launch.spec import JobSpec
 from tests import training
 from tests.batch_server import BatchServer, Job, RefusedError, checked
@@ -284,7 +285,7 @@ def test_a_job_that_ends_between_two_looks(desk: Desk, batch: BatchServer, monke
     submit(desk, command=("python", "train.py"))
     home, ask = submission.open_run(URL), backends.status
 
-    def when_over(store: Store) -> report.Status:
+    def when_over(store: Store) -> run_status.Status:
         end_of(batch.only_job())
         return ask(store)
 
@@ -495,7 +496,7 @@ def test_googles_own_client(batch: BatchServer, desk: Desk) -> None:
     tasks = list(client.list_tasks(parent=f"{made.name}/taskGroups/group0"))
     assert [event.task_execution.exit_code for event in tasks[0].status.status_events] == [75, 75]
     assert [job.name for job in client.list_jobs(parent=parent)] == [made.name]
-    assert report.jobs(submission.open_run(URL), "gcp") == []
+    assert run_status.jobs(submission.open_run(URL), "gcp") == []
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.goodput import Goodput, measure
-from launch.history import History, Life, read_history
+from launch.lifecycle.history import History, Life, read_history
 from launch.timeline import Phase
 from tests import ledgers
 from tests.jobs import ROOT, Project
@@ -141,10 +141,10 @@ def test_command(tmp_path: Path) -> None:
 
 def to_json(run: ledgers.Written) -> str:
     """Return what is to be printed for a run that is over."""
-    from launch import report
+    from launch.lifecycle import run_status
 
     history = read_history(run.store, state="done", reason="done")
-    return report.to_json(measure(history))
+    return run_status.to_json(measure(history))
 
 
 def no_jax(path: Path) -> Path:

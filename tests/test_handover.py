@@ -10,9 +10,10 @@ import pytest
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
-from launch import handover, local, submission
+from launch import handover, local
 from launch import spec as specs
 from launch.cli_where import Where
+from launch.lifecycle import submission
 from tests import jobs, training
 from tests.batch_server import BatchServer
 from tests.desk import NAME, TRAIN, URL, Desk

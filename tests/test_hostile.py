@@ -23,9 +23,10 @@ from jobkit.rundir.control import Control
 from jobkit.rundir.store import Store, checksum
 from jobkit.supervise import stall
 from jobkit.tracking import trackers
-from launch import cli, lease, leftovers, lock, report, sweep
+from launch import cli, sweep
 from launch import spec as specs
-from launch.history import read_history
+from launch.lifecycle import lease, lock, orphans, run_status
+from launch.lifecycle.history import read_history
 from tests import ledgers
 
 FEW, MANY = 6, 200
@@ -153,7 +154,7 @@ COMMANDS: list[list[str]] = [
     ["checkpoints"], ["checkpoints", "--json"], ["report", "--html", "page.html"],
 ]  # fmt: skip
 READERS: list[Callable[[Store], object]] = [
-    report.status,
+    run_status.status,
     read_history,
     ledger.read_metrics,
     ledger.read_events,
@@ -164,9 +165,9 @@ READERS: list[Callable[[Store], object]] = [
     lambda store: trackers.logged_before(store, 3, 1000),
     lambda store: trackers.ending_of(store, 2),
     lambda store: stall.learn(store, 3, "supervisor"),
-    lambda store: [leftovers.of_all_processes(store, attempt) for attempt in store.numbers(contract.ATTEMPTS)],
-    lambda store: [leftovers.last_step(store, attempt) for attempt in store.numbers(contract.ATTEMPTS)],
-    leftovers.committed_step,
+    lambda store: [orphans.of_all_processes(store, attempt) for attempt in store.numbers(contract.ATTEMPTS)],
+    lambda store: [orphans.last_step(store, attempt) for attempt in store.numbers(contract.ATTEMPTS)],
+    orphans.committed_step,
     lock.holder,
     lock.runner_alive,
     lease.newest,
@@ -425,4 +426,6 @@ def test_a_job_of_the_ledger_is_a_name(tmp_path: Path, job: object) -> None:
     """What a scheduler's command is given as a job's name is one, never an option."""
     run = ledgers.Written(tmp_path)
     run.launcher(1, "job", id=job, backend="slurm")
-    assert report.jobs(run.store, "slurm") == ([str(job)] if job in (7, "12_3", "arn:aws:batch:x:1:job/a-b") else [])
+    assert run_status.jobs(run.store, "slurm") == (
+        [str(job)] if job in (7, "12_3", "arn:aws:batch:x:1:job/a-b") else []
+    )

@@ -14,7 +14,7 @@ import pytest
 from jobkit import contract
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
-from launch import report
+from launch.lifecycle import run_status
 from tests import jobs, training
 
 
@@ -235,7 +235,7 @@ def test_a_run_waits_for_room_on_its_disk(tmp_path: Path, tiny: Path) -> None:
     jobs.until(ballast.exists, "the disk is full")
     jobs.until(lambda: jobs.events(store, "exited"), "the first attempt has ended")
     time.sleep(4)  # restarts after 1, 2, 4 seconds
-    assert not report.status(store).state.over
+    assert not run_status.status(store).state.over
     assert store.numbers(contract.ATTEMPTS) == [0]
     ballast.unlink()
     told = jobs.until_over(store, seconds=60)

@@ -20,8 +20,8 @@ from jobkit.errors import ConfigError, StorageError
 from jobkit.rundir import mirror
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
-from launch import lease, report
 from launch import spec as specs
+from launch.lifecycle import lease, run_status
 from launch.spec import JobSpec
 from tests.gcs_server import GcsServer
 from tests.jobs import until
@@ -224,7 +224,7 @@ def test_status_between_two_attempts_elsewhere(on: Callable[[str], Store]) -> No
     mirror.carry_described(store)
     there = on("bob")
     mirror.refresh(there)
-    status = report.status(there)
+    status = run_status.status(there)
     assert (status.state, status.runner, status.host, status.reason) == ("requeued", "alive", "ada", "killed")
     assert status.place.startswith(" on ada (last sign ")
     store.write(
@@ -232,7 +232,7 @@ def test_status_between_two_attempts_elsewhere(on: Callable[[str], Store]) -> No
     )
     mirror.carry_described(store)
     mirror.refresh(there)
-    status = report.status(there)
+    status = run_status.status(there)
     assert (status.state, status.runner, status.host, status.sign_s) == ("done", "ended", "", None)
 
 

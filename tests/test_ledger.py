@@ -18,7 +18,7 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.ledger import Ledger, attempt_events, read_events, read_json, read_metrics
 from jobkit.rundir.store import Store
-from launch.history import drawn
+from launch.lifecycle.history import drawn
 from tests.outage import Outage
 
 _SPAWN = multiprocessing.get_context("spawn")

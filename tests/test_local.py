@@ -17,7 +17,8 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import leftovers, local, lock, report, watch
+from launch import local, watch
+from launch.lifecycle import lock, orphans, run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
 
@@ -58,7 +59,7 @@ def test_running_status(project: Project) -> None:
     """A running attempt shows phase and step live, from the heartbeat."""
     store = project.submit("commit:4,hold")
     until_stepping(store)
-    status = report.status(store)
+    status = run_status.status(store)
     assert (status.state, status.attempt, status.phase, status.committed_step) == (State.RUNNING, 0, "listening", 4)
     assert (status.step or 0) >= 4
     local.cancel(store.url)
@@ -71,7 +72,7 @@ def test_kill_and_go_on(project: Project, victim: str, number: signal.Signals) -
     store = project.submit("hold", "exit:0")
     until_stepping(store)
     find = jobs.program_pid if victim == "program" else jobs.supervisor_pid
-    link = leftovers.heartbeat_directory(store, 0)
+    link = orphans.heartbeat_directory(store, 0)
     assert link is not None
     os.kill(find(store), number)
     status = until_over(store)
@@ -152,7 +153,7 @@ def test_runner_killed_then_resumed(project: Project) -> None:
     until_stepping(store)
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     until(lambda: not lock.held(store), "the supervisor ends")
-    status = report.status(store)
+    status = run_status.status(store)
     assert (status.state, status.runner) == (State.FAILED, "gone")
     assert status.reason == f"the local runner is gone; continue with: jobkit resume {store.url}"
     assert jobs.outcomes(store) == ["preempted"]
@@ -190,7 +191,7 @@ def test_both_killed_and_program_does_not_listen(project: Project) -> None:
     until(lambda: b"stubborn" in store.read("attempts/0/log-0.txt"), "it ignores SIGTERM")
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     os.kill(jobs.supervisor_pid(store), signal.SIGKILL)
-    assert leftovers.processes_of(store)
+    assert orphans.processes_of(store)
     local.resume(store.url)
     assert until_over(store).state is State.DONE
     assert jobs.outcomes(store)[0] == "killed"
@@ -228,9 +229,9 @@ def test_cancel_of_a_run_whose_runner_never_came_up(project: Project) -> None:
     until_over(store)
     half = Store(project.runs / "half")
     half.write(contract.RUN_JSON, store.read(contract.RUN_JSON))
-    assert report.status(half).runner == "gone"
+    assert run_status.status(half).runner == "gone"
     assert local.cancel(half.url) is State.CANCELLED
-    assert report.status(half).attempts == 0
+    assert run_status.status(half).attempts == 0
     assert not (project.runs / "half" / "attempts").exists()
 
 
@@ -250,11 +251,11 @@ def test_cancel_while_running(project: Project) -> None:
     store = project.submit("hold")
     until_stepping(store)
     assert local.cancel(store.url) is State.CANCELLED
-    status = report.status(store)
+    status = run_status.status(store)
     assert (status.state, status.attempts, jobs.outcomes(store)) == (State.CANCELLED, 1, ["preempted"])
     assert status.committed_step is not None
     assert status.reason.startswith("cancelled by ")
-    assert leftovers.processes_of(store) == []
+    assert orphans.processes_of(store) == []
     assert not lock.held(store)
     assert local.cancel(store.url) is State.CANCELLED
 
@@ -274,7 +275,7 @@ def test_cancel_in_backoff(project: Project) -> None:
     """A cancel between attempts ends the wait at once."""
     store = project.submit("kill:9")
     until(lambda: [one for one in jobs.events(store, "decision") if one["delay_s"] >= 4], "a long backoff")
-    assert report.status(store).state is State.REQUEUED
+    assert run_status.status(store).state is State.REQUEUED
     start = time.monotonic()
     assert local.cancel(store.url) is State.CANCELLED
     assert time.monotonic() - start < 2
@@ -289,8 +290,8 @@ def test_cancel_after_the_runner_was_killed(project: Project) -> None:
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     assert lock.held(store)
     assert local.cancel(store.url) is State.CANCELLED
-    assert leftovers.processes_of(store) == []
-    assert report.status(store).attempts == 1
+    assert orphans.processes_of(store) == []
+    assert run_status.status(store).attempts == 1
 
 
 def test_cancel_after_runner_and_supervisor_were_killed(project: Project) -> None:
@@ -301,7 +302,7 @@ def test_cancel_after_runner_and_supervisor_were_killed(project: Project) -> Non
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     os.kill(jobs.supervisor_pid(store), signal.SIGKILL)
     assert local.cancel(store.url) is State.CANCELLED
-    assert leftovers.processes_of(store) == []
+    assert orphans.processes_of(store) == []
     assert jobs.outcomes(store) == ["killed"]
 
 
@@ -311,7 +312,7 @@ def test_cancelled_run_is_resumed_only_by_a_person(project: Project) -> None:
     until_stepping(store)
     local.cancel(store.url)
     assert watch.follow(store, quiet=True) == 3
-    assert report.status(store).attempts == 1
+    assert run_status.status(store).attempts == 1
     local.resume(store.url)
     assert until_over(store).state is State.DONE
     assert not store.exists(contract.CANCEL)
@@ -353,7 +354,7 @@ def test_done_run(project: Project) -> None:
     with pytest.raises(ConfigError, match="is already done; there is nothing to cancel"):
         local.cancel(store.url)
     assert local.resume(store.url) is State.DONE
-    assert report.status(store).attempts == 1
+    assert run_status.status(store).attempts == 1
 
 
 def test_live_run_is_not_submitted_or_resumed_again(project: Project) -> None:
@@ -374,7 +375,7 @@ def test_directory_of_an_ended_run_is_refused(project: Project, plan: str, what:
     until_over(store)
     with pytest.raises(ConfigError, match=rf"already holds {what} .*jobkit resume .*or give a new --run"):
         project.submit(plan)
-    assert report.status(store).attempts == 1
+    assert run_status.status(store).attempts == 1
 
 
 def test_concurrent_submits(project: Project) -> None:
@@ -389,7 +390,7 @@ def test_concurrent_submits(project: Project) -> None:
     until_stepping(store)
     assert len(jobs.events(store, "submitted")) == 1
     local.cancel(store.url)
-    assert report.status(store).attempts == 1
+    assert run_status.status(store).attempts == 1
 
 
 def test_submit_killed_anywhere(project: Project) -> None:
@@ -486,7 +487,7 @@ def test_unreadable_run_json(project: Project) -> None:
     store = project.submit("exit:0")
     until_over(store)
     store.write(contract.RUN_JSON, "{")
-    for command in (local.resume, local.cancel, lambda url: report.status(Store(url))):
+    for command in (local.resume, local.cancel, lambda url: run_status.status(Store(url))):
         with pytest.raises(JobkitError, match="is damaged"):
             command(store.url)
 

@@ -15,8 +15,9 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import container, drive, leftovers, local, lock, report
+from launch import container, drive, local
 from launch.container import Container
+from launch.lifecycle import lock, orphans, run_status
 from launch.spec import JobSpec
 from tests.engine import BASE, ROOT, Engine
 from tests.jobs import IN_A_CONTAINER, until
@@ -90,9 +91,9 @@ class Submitted:
         self.store = Store(place / "run")
 
     @property
-    def status(self) -> report.Status:
+    def status(self) -> run_status.Status:
         """What it is doing."""
-        return report.status(self.store)
+        return run_status.status(self.store)
 
     def steps(self) -> dict[str, int]:
         """Wait until it steps; return the process ids of runner, docker's client, supervisor and program."""
@@ -103,9 +104,9 @@ class Submitted:
         (client,) = processes.children(runner)
         return {"runner": runner, "client": client, "supervisor": link["pid"], "program": drive.beat_of(link).pid}
 
-    def ends(self) -> report.Status:
+    def ends(self) -> run_status.Status:
         """Wait until it is over and nothing of it is left."""
-        until(lambda: self.status.state.over and not leftovers.processes_of(self.store), "it is over", seconds=90)
+        until(lambda: self.status.state.over and not orphans.processes_of(self.store), "it is over", seconds=90)
         return self.status
 
 
@@ -182,8 +183,8 @@ def test_a_runner_that_is_killed_before_the_container_is_there(
     until((tmp_path / "asked").exists, "docker is asked for a container")
     os.kill(lock.holder(made.store)["pid"], signal.SIGKILL)
     (tmp_path / "go").touch()
-    until(lambda: not leftovers.processes_of(made.store), "nothing of the run is left", seconds=30)
-    assert report.status(made.store).step is None
+    until(lambda: not orphans.processes_of(made.store), "nothing of the run is left", seconds=30)
+    assert run_status.status(made.store).step is None
 
 
 @pytest.mark.slow
@@ -205,8 +206,8 @@ def test_an_image_that_is_gone(docker: Engine, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "train.py").touch()
     told = Container(image="jobkit-test:nobody-built-it", runtime="docker")
     store = local.submit(JobSpec(command=("python3", "train.py"), run=str(tmp_path / "run"), container=told))
-    until(lambda: report.status(store).state.over, "it is over", seconds=90)
-    ended = report.status(store)
+    until(lambda: run_status.status(store).state.over, "it is over", seconds=90)
+    ended = run_status.status(store)
     assert ended.state is State.FAILED
     assert "docker could not start the container (exit code 125): see " in ended.endings[0].reason
     assert "nobody-built-it" in store.file("runner.log").read_text()

@@ -17,9 +17,10 @@ from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import leftovers, local
+from launch import local
 from launch.goodput import measure
-from launch.history import read_history
+from launch.lifecycle import orphans
+from launch.lifecycle.history import read_history
 from launch.lives import PEER
 from tests import jobs, training
 from tests.jobs import Project, until, until_over
@@ -141,7 +142,7 @@ def test_one_of_four_is_killed(project: Project) -> None:
     assert last.startswith(f"jobkit: process 2 on {os.uname().nodename}: killed by SIGKILL"), last
     status = until_over(store, seconds=180)
     assert (status.state, jobs.outcomes(store)) == ("done", ["killed", "done"])
-    assert leftovers.processes_of(store) == []
+    assert orphans.processes_of(store) == []
     found = measure(read_history(store))
     assert (found.attempts[0].notice, found.notices, found.to_save) == (PEER, 0, 0)
 
@@ -178,6 +179,6 @@ def told_of(store: Store, codes: tuple[int, ...], *, noticed: bool = True) -> tu
         told = {"process": process, "processes": len(codes), "node": "n1", "exit_code": code, "ended": float(process)}
         told |= {"reason": f"code {code}", "step": 0, "notice": {"source": "SIGTERM"} if noticed else None}
         store.write(contract.process_outcome(0, process), json.dumps(told))
-    together = leftovers.of_all_processes(store, 0)
+    together = orphans.of_all_processes(store, 0)
     assert together is not None
     return together["exit_code"], together["reason"]

@@ -26,8 +26,9 @@ from jobkit.rundir import commits, mirror
 from jobkit.rundir.commits import Commit, FileRecord
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, home_of
-from launch import cli, leftovers, lock, report, snapshot
+from launch import cli, snapshot
 from launch import spec as specs
+from launch.lifecycle import lock, orphans, run_status
 from launch.spec import JobSpec
 from tests import test_hostile
 from tests.gcs_server import GcsServer
@@ -303,8 +304,8 @@ def test_a_supervisors_directory_is_one_of_this_run(tmp_path: Path) -> None:
     (tmp_path / "jobkit-link").symlink_to(thesis)
     for place in (thesis, tmp_path / "jobkit-link", "jobkit-\0", 7, ["jobkit-x"]):
         store.write(f"{contract.attempt_dir(0)}/supervisor.json", json.dumps({"heartbeat": place}, default=str))
-        assert leftovers.heartbeat_directory(store, 0) is None
-    leftovers.write_outcome(store, 0, program_code=None, reason="killed")
+        assert orphans.heartbeat_directory(store, 0) is None
+    orphans.write_outcome(store, 0, program_code=None, reason="killed")
     assert (thesis / "chapter").read_text() == "mine"
 
 
@@ -589,7 +590,7 @@ def attack(gcs: GcsServer, tmp_path: Path, many: int) -> list[str]:
             lambda store: mirror.fetch_step(store, 100, attempt=0),
             lambda store: mirror.problems(store, 100),
             lambda store: mirror.fetch_newest(store, Ledger(store.file("events.jsonl")), attempt=0),
-            report.status,
+            run_status.status,
         ):
             with contextlib.suppress(JobkitError):
                 look_at(Store(f"gs://bucket/{run}", deadline_s=1.0))

@@ -17,7 +17,7 @@ import pytest
 
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import notify, report, targets
+from launch.lifecycle import notify, run_status, targets
 from tests import ledgers
 from tests.jobs import Project, events, supervisor_pid, until, until_over, until_stepping
 from tests.jobs import project as make_project
@@ -139,7 +139,7 @@ def tell(run: ledgers.Written, *targets: str, written: int = 1) -> None:
 def ledger(store: Store) -> list[dict[str, Any]]:
     """Return what is written of the notifications."""
     names = ("notified", "notify_failed")
-    return [event for event in report.events(store) if event["event"] in names]
+    return [event for event in run_status.events(store) if event["event"] in names]
 
 
 def test_tried_again(tmp_path: Path, server: Server) -> None:

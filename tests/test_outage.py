@@ -17,7 +17,8 @@ from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import local, lock, report
+from launch import local
+from launch.lifecycle import lock, run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
 from tests.outage import Outage
@@ -53,7 +54,7 @@ def told_by_runner(store: Store) -> list[str]:
 def test_a_run_goes_on_after_an_outage(victim: str, writes: bool, project: Project, outage: Outage) -> None:
     """Somebody is killed while the disk does not answer: nobody gives up, and the outcome is not lost."""
     store = local.submit(project.spec("commit:1,sleep:6,exit:75", "exit:0"), environ=outage.environ)
-    until(lambda: report.status(store).committed_step == 1, "it has committed")
+    until(lambda: run_status.status(store).committed_step == 1, "it has committed")
     find = jobs.program_pid if victim == "program" else jobs.supervisor_pid
     pid = find(store)
     outage.begin(writes=writes)
@@ -65,7 +66,7 @@ def test_a_run_goes_on_after_an_outage(victim: str, writes: bool, project: Proje
     status = until_over(store)
     assert (status.state, status.attempts) == (State.DONE, 2), status
     assert status.endings[0].outcome == "killed"
-    assert [event["event"] for event in report.events(store)] == ["submitted", "decision", "decision", "ended"]
+    assert [event["event"] for event in run_status.events(store)] == ["submitted", "decision", "decision", "ended"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_a_run_goes_on_after_an_outage(victim: str, writes: bool, project: Proje
 def test_an_end_during_an_outage_is_not_lost(number: int, project: Project, outage: Outage) -> None:
     """A program that ends well while the disk does not answer is done, in one attempt; a person is told once."""
     store = local.submit(project.spec("commit:3,sleep:1,exit:0"), environ=outage.environ)
-    until(lambda: report.status(store).committed_step == 3, "it has committed")
+    until(lambda: run_status.status(store).committed_step == 3, "it has committed")
     supervisor = jobs.supervisor_pid(store)
     with outage.during(number):
         until(lambda: not any(map(processes.alive, processes.descendants(supervisor))), "the program has ended")
@@ -134,11 +135,11 @@ def test_a_sweep_goes_on_after_an_outage(project: Project, outage: Outage) -> No
     """The runner of a sweep waits for the disk as those of its points do."""
     spec = project.spec("commit:{x},sleep:1", run="s", sweep={"x": ("1", "2", "3")})
     store = local.submit(spec, environ=outage.environ)
-    until(lambda: report.status(Store(f"{store.url}/points/0")).state is State.RUNNING, "the first point runs")
+    until(lambda: run_status.status(Store(f"{store.url}/points/0")).state is State.RUNNING, "the first point runs")
     with outage.during():
         time.sleep(3)
     until(lambda: not lock.held(store), "the sweep is over", seconds=90)
-    states = [report.status(Store(f"{store.url}/points/{number}")).state for number in range(3)]
+    states = [run_status.status(Store(f"{store.url}/points/{number}")).state for number in range(3)]
     assert states == [State.DONE] * 3
 
 
@@ -147,7 +148,7 @@ def test_who_waits_goes_on_waiting(project: Project, outage: Outage) -> None:
     options = ("--run", str(project.runs / "r"), "--wait", "--", "python", "job.py", "commit:1,sleep:3,exit:0")
     with project.start("submit", *options, **outage.environ) as waiting:
         store = Store(project.runs / "r")
-        until(lambda: report.status(store).committed_step == 1 if store.exists("run.json") else False, "it trains")
+        until(lambda: run_status.status(store).committed_step == 1 if store.exists("run.json") else False, "it trains")
         with outage.during():
             time.sleep(2)
         out, err = waiting.communicate(timeout=90)
@@ -251,7 +252,7 @@ def test_no_room_for_a_heartbeat_names_the_right_disk(tmp_path: Path) -> None:
 def test_events_of_an_outage(project: Project, outage: Outage) -> None:
     """What happened to a run while its disk did not answer is in its ledger afterwards."""
     store = local.submit(project.spec("commit:2,sleep:2,exit:3", "exit:0"), environ=outage.environ)
-    until(lambda: report.status(store).committed_step == 2, "it has committed")
+    until(lambda: run_status.status(store).committed_step == 2, "it has committed")
     supervisor = jobs.supervisor_pid(store)
     with outage.during(errno.ESTALE, writes=True):
         until(lambda: not any(map(processes.alive, processes.descendants(supervisor))), "the program has ended")

@@ -13,9 +13,10 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
-from launch import local, report
+from launch import local
 from launch.goodput import Goodput, lost_of, measure
-from launch.history import read_history
+from launch.lifecycle import run_status
+from launch.lifecycle.history import read_history
 from launch.shown import figures
 from launch.story import explain
 from launch.timeline import Phase
@@ -109,7 +110,7 @@ def test_a_status_is_never_behind_its_commits(tmp_path: Path) -> None:
     """After a program that was started by hand, which no supervisor writes an end of, the step is the committed one."""
     run = epochs(tmp_path / "r")
     run.store.write("checkpoints/500/commit.json", "{}")
-    status = report.status(run.store, assume_held=False)
+    status = run_status.status(run.store, assume_held=False)
     assert (status.step, status.committed_step) == (500, 500)
 
 
@@ -168,4 +169,4 @@ def test_a_real_loop_of_ones_own(project: Project, how: str) -> None:
     assert lost_of(found) == "?"
     (own,) = [event for event in read_events(store) if event["event"] == "own_loop" and event["attempt"] == 0]
     assert own["step"] == 10
-    assert report.status(store).step == 50
+    assert run_status.status(store).step == 50

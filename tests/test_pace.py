@@ -16,9 +16,9 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, Phase
 from jobkit.supervise.stall import Known, Watchdog, learn
 from jobkit.supervise.stall_monitor import Sentry
-from launch import report, troubles
 from launch.goodput import measure
-from launch.history import read_history
+from launch.lifecycle import run_status, troubles
+from launch.lifecycle.history import read_history
 from tests import ledgers
 from tests.jobs import Project, until
 from tests.jobs import project as make_project
@@ -207,7 +207,7 @@ def test_everybody_says_the_same(tmp_path: Path) -> None:
     from launch.cli_ls import _table
 
     run = silent(tmp_path / "run", ago_s=360)
-    status = report.status(run.store, assume_held=True)
+    status = run_status.status(run.store, assume_held=True)
     text = "no step for 6 min (usually 0.02 s); restarted after 1 h: --stall"
     assert status.state is State.RUNNING
     assert [one.text for one in status.troubles] == [text]
@@ -215,11 +215,11 @@ def test_everybody_says_the_same(tmp_path: Path) -> None:
     assert text in _table(str(tmp_path), [status])
     assert watch._change_line(status).endswith(", no step")
     assert text in watch._moving(status)
-    assert json.loads(report.to_json(status))["troubles"] == [{"kind": "silent", "short": "no step", "text": text}]
-    assert report.status(silent(tmp_path / "again", ago_s=360, again=True).store, assume_held=True).troubles == []
+    assert json.loads(run_status.to_json(status))["troubles"] == [{"kind": "silent", "short": "no step", "text": text}]
+    assert run_status.status(silent(tmp_path / "again", ago_s=360, again=True).store, assume_held=True).troubles == []
     over = silent(tmp_path / "over", ago_s=360)
     over.launcher(time.time(), "ended", state="cancelled")
-    assert report.status(over.store, assume_held=False).troubles == []
+    assert run_status.status(over.store, assume_held=False).troubles == []
 
 
 def test_what_nobody_restarts() -> None:
@@ -243,10 +243,10 @@ def test_a_program_that_hangs(project: Project, monkeypatch: pytest.MonkeyPatch)
     """A real program stops after steps of 20 ms: after a minute everybody knows, once, and when it goes on, too."""
     monkeypatch.setenv("TELL", f"sh -c 'cat >> {project.path}/told; echo >> {project.path}/told'")
     store = project.submit("step:300,sleep:75,hold", notify=("env:TELL",))
-    until(lambda: report.status(store).troubles, "it is noticed", seconds=120)
+    until(lambda: run_status.status(store).troubles, "it is noticed", seconds=120)
     assert "no step for " in project.cli("status", store.url).stdout
     assert "(usually 0.0" in project.cli("ls", str(project.runs)).stdout
-    until(lambda: not report.status(store).troubles, "it goes on", seconds=60)
+    until(lambda: not run_status.status(store).troubles, "it goes on", seconds=60)
     until((project.path / "told").exists, "it is told")
     project.cli("cancel", store.url)
     told = [json.loads(line) for line in (project.path / "told").read_text().splitlines()]

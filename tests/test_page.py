@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import backends, curve, local, report
+from launch import backends, curve, local
 from launch.goodput import measure
-from launch.history import read_history
+from launch.lifecycle import run_status
+from launch.lifecycle.history import read_history
 from launch.page import LEFTWARDS, LETTER, legible, page
 from launch.picture import write_picture
 from tests import browser, ledgers
@@ -147,7 +148,7 @@ def test_live(tmp_path: Path) -> None:
     until_stepping(store)
     with project.start("report", "--live", store.url) as view:
         assert view.stdout is not None
-        until(lambda: report.status(store).state == "running", "it runs")
+        until(lambda: run_status.status(store).state == "running", "it runs")
         assert project.cli("report", "--json", store.url).stdout.find('"ended": null') > 0
         assert view.poll() is None
         local.cancel(store.url)

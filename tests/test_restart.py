@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.contract import Outcome, State
-from launch.restart import Decision, Ended, Policy, decide
+from launch.lifecycle.restart import Decision, Ended, Policy, decide
 
 CODES = {"done": 0, "preempted": 75, "storage": 74, "config": 78, "stalled": 76, "failed": 1, "killed": 137}
 INTERRUPTED = [Outcome.PREEMPTED, Outcome.STORAGE, Outcome.STALLED, Outcome.FAILED, Outcome.KILLED]

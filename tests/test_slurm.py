@@ -19,7 +19,7 @@ from jobkit.rundir.ledger import read_events, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import read_beat
-from launch import leftovers, report
+from launch.lifecycle import orphans, run_status
 from tests import jobs, training
 from tests.gcs_server import GcsServer
 from tests.login import SCRIPT, Login
@@ -36,7 +36,7 @@ def node_of(login: Login, job: str) -> str:
 def trainer(login: Login) -> int:
     """Return the process that trains."""
     attempt = login.store.numbers(contract.ATTEMPTS)[-1]
-    link = leftovers.heartbeat_directory(login.store, attempt)
+    link = orphans.heartbeat_directory(login.store, attempt)
     assert link is not None
     return read_beat(link).pid
 
@@ -162,14 +162,14 @@ def test_a_preemption_between_two_attempts(login: Login) -> None:
     job = login.submit_command("sh", "-c", f"test -e {login.home}/room || exit 74", options=("-p", "cancel5"))
 
     def delays() -> list[float]:
-        return [event["delay_s"] for event in report.events(login.store) if event["event"] == "decision"]
+        return [event["delay_s"] for event in run_status.events(login.store) if event["event"] == "decision"]
 
     login.until(lambda told: max(delays(), default=0.0) >= 16.0)
     preempt(login, job)
     (login.home / "room").touch()
     told = login.until(lambda told: told["state"] in ("done", "failed", "cancelled"), 60)
     assert told["state"] == "done", told
-    assert [event for event in report.events(login.store) if event["event"] == "requeued"]
+    assert [event for event in run_status.events(login.store) if event["event"] == "requeued"]
     login.until_no_job()
 
 
@@ -405,7 +405,7 @@ def test_a_successor_where_requeues_are_held_back(tmp_path: Path, undisturbed: s
         login.check_end(undisturbed)
         assert login.status()["job"] != job
         login.jobkit("resume", "run")
-        told = [event for event in report.events(login.store) if event["event"] == "requeued"]
+        told = [event for event in run_status.events(login.store) if event["event"] == "requeued"]
         assert "since a requeue is held back for 2 min 0 s" in told[0]["how"]
 
 
@@ -508,7 +508,7 @@ def test_an_srun_that_loses_its_step_is_not_the_end(
     login.submit(pause_s=0.01)
     login.check_end(undisturbed)
     assert (login.home / "lied").exists()
-    decisions = [event for event in report.events(login.store) if event["event"] == "decision"]
+    decisions = [event for event in run_status.events(login.store) if event["event"] == "decision"]
     assert decisions[0]["action"] == "restart"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch import report
+from launch.lifecycle import run_status
 from tests.jobs import JOB
 from tests.login import Login
 
@@ -64,7 +64,7 @@ def test_a_lost_node_is_left_out_at_once(login: Login) -> None:
     login.cluster.resume(lost)
     told = login.until(lambda told: told["state"] in ("done", "failed"))
     assert told["state"] == "done", told
-    strikes = [event for event in report.events(login.store) if event["event"] == "strike"]
+    strikes = [event for event in run_status.events(login.store) if event["event"] == "strike"]
     assert [(strike["node"], strike["lost"]) for strike in strikes[:1]] == [(lost, True)]
     second, third, _ = where(login)[1:]
     assert second == third != lost

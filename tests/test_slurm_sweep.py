@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobkit.rundir.store import Store
-from launch import report
+from launch.lifecycle import run_status
 from tests.login import Login
 from tests.slurm import SlurmError
 
@@ -156,7 +156,7 @@ def test_points_are_on_their_own(login: Login) -> None:
     login.until_no_job()
     login.jobkit("resume", "run")
     told = login.until(lambda told: told["state"] == "done")
-    arrays = [event["array"] for event in report.events(login.store) if event["event"] == "job"]
+    arrays = [event["array"] for event in run_status.events(login.store) if event["event"] == "job"]
     assert arrays == ["0-3", "0,2"]
     for number in range(4):
         assert counted(login, number) == list(range(1, 61))

@@ -161,7 +161,7 @@ def test_a_grace_that_is_over_just_before(held: Login) -> None:
     submit = (
         "import sys, msgspec\n"
         "from launch import slurm_again, spec\n"
-        "from launch.submission import open_run\n"
+        "from launch.lifecycle.submission import open_run\n"
         "store = open_run('run')\n"
         "now = msgspec.structs.replace(spec.read(store), sbatch={})\n"
         "print(slurm_again.again(store, now, sys.argv[1], running=False))\n"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from launch.goodput import measure
-from launch.history import History, read_history
+from launch.lifecycle.history import History, read_history
 from launch.story import Story, explain
 from tests import ledgers
 from tests.jobs import Project
@@ -407,7 +407,7 @@ def test_a_long_queue_and_a_bad_disk(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=60)
 def test_any_history_is_told(history: History) -> None:
     """Whatever the ledgers hold, a story comes of it, in order of time up to its end, and it is JSON."""
-    from launch.report import to_json
+    from launch.lifecycle.run_status import to_json
 
     told = explain(measure(history), history)
     times = [one.t for one in told.story if one.cause != "end"]

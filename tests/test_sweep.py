@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import backends, local, local_sweep, lock, report, submission, sweep
+from launch import backends, local, local_sweep, sweep
 from launch import spec as specs
-from launch.submission import make_point, new_run
+from launch.lifecycle import lock, run_status, submission
+from launch.lifecycle.submission import make_point, new_run
 from tests import jobs
 from tests.jobs import until
 
@@ -109,7 +110,7 @@ def project(tmp_path: Path) -> Iterator[jobs.Project]:
     try:
         yield made
     finally:
-        for path in report.find_runs(made.runs):
+        for path in run_status.find_runs(made.runs):
             if pid := jobs.runner_pid(Store(path)):
                 os.kill(pid, signal.SIGKILL)
             for point in (path / "points").glob("*"):
@@ -154,8 +155,8 @@ def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPat
         submission.record(store, "ended", state="failed", reason="failed twice")
         return False
 
-    monkeypatch.setattr(report, "held", ends_meanwhile)  # the reader is slow: the run is over when it reads on
-    told = report.status(point)
+    monkeypatch.setattr(run_status, "held", ends_meanwhile)  # the reader is slow: the run is over when it reads on
+    told = run_status.status(point)
     assert (told.runner, told.reason) == ("ended", "failed twice")
 
 
@@ -205,10 +206,10 @@ def test_points_run_one_after_another(project: jobs.Project) -> None:
     assert told.state is State.FAILED
     assert told.reason == "2 done, 2 failed"
     assert [point.committed_step for point in told.points] == [1, 1, 2, 2]
-    began = [report.status(Store(point.run)).started or 0.0 for point in told.points]
+    began = [run_status.status(Store(point.run)).started or 0.0 for point in told.points]
     assert began == sorted(began)
     ended = [
-        next(event["t"] for event in report.events(Store(point.run)) if event["event"] == "ended")
+        next(event["t"] for event in run_status.events(Store(point.run)) if event["event"] == "ended")
         for point in told.points
     ]
     assert all(end <= begin for end, begin in zip(ended, began[1:], strict=False)), "two points ran at once"

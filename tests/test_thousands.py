@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.history import read_history
+from launch.lifecycle.history import read_history
 from tests import ledgers
 
 COUNT = """

@@ -27,7 +27,8 @@ from jobkit.rundir.ledger import Ledger, attempt_events, newest_event
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Heartbeat, Link, read_unsaved
 from jobkit.supervise.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
-from launch import drill, local, notify, report
+from launch import drill, local
+from launch.lifecycle import notify, run_status
 from tests import jobs, ledgers, training
 from tests.jobs import Project, until, until_over
 
@@ -382,7 +383,7 @@ def told(project: Project) -> list[dict[str, Any]]:
 
 def wrong(store: Store, kind: str) -> str:
     """Return what a status says is wrong of a kind, '' if nothing."""
-    return next((one.text for one in report.status(store).troubles if one.kind == kind), "")
+    return next((one.text for one in run_status.status(store).troubles if one.kind == kind), "")
 
 
 def test_storage_that_fails_is_told(project: Project) -> None:
@@ -391,7 +392,7 @@ def test_storage_that_fails_is_told(project: Project) -> None:
     until(lambda: commits.steps(store)[-1:] > [0], "a step is committed", seconds=60)
     _swap(store, block=True)
     text = until(lambda: wrong(store, "save_failed"), "status knows", seconds=30)
-    status = report.status(store)
+    status = run_status.status(store)
     newest = f"the newest committed step is {status.committed_step}"
     assert status.state == "running"
     assert re.match(rf"step \d+ is not saved.*; {newest}$", text)
@@ -402,7 +403,7 @@ def test_storage_that_fails_is_told(project: Project) -> None:
     until(lambda: [one["event"] for one in told(project)] == ["save_failed"], "somebody is told")
     assert newest in told(project)[0]["reason"]
     _swap(store, block=False)
-    until(lambda: not report.status(store).troubles, "it is over")
+    until(lambda: not run_status.status(store).troubles, "it is over")
     local.cancel(store.url)
     assert "is not saved" in waiting.communicate(timeout=60)[0]
     assert newest in (project.runs / "r/attempts/0/log-0.txt").read_text()
@@ -492,7 +493,7 @@ def _linked(store: Store) -> Iterator[Link]:
 
 
 def _told(store: Store) -> list[str]:
-    return [one.text for one in report._troubles(store, 0)]
+    return [one.text for one in run_status._troubles(store, 0)]
 
 
 @given(st.lists(st.sampled_from(["failed", "saved", "unchanged", "metrics", "torn"]), max_size=30), st.integers(1, 300))

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError
-from launch import webhook
+from launch.lifecycle import webhook
 
 HERE = "127.0.0.1"
 METADATA = "169.254.169.254"

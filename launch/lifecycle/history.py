@@ -9,7 +9,7 @@ from jobkit import contract
 from jobkit.errors import JobkitError
 from jobkit.rundir.ledger import Event, Series, read_json, read_lines, read_metrics
 from jobkit.rundir.store import Store
-from launch import leftovers
+from launch.lifecycle import orphans
 
 
 @dataclass
@@ -93,7 +93,7 @@ def _life(store: Store, number: int, logged: int) -> Life:
     try:
         life.outcome = read_json(store, f"{contract.attempt_dir(number)}/{contract.OUTCOME}") or {}
     except JobkitError:
-        life.outcome = leftovers.of_all_processes(store, number) or {}
+        life.outcome = orphans.of_all_processes(store, number) or {}
     for name in sorted(store.names(contract.attempt_dir(number))):
         if name.startswith("events-") and name.endswith(".jsonl"):
             writer = name.removeprefix("events-").removesuffix(".jsonl")

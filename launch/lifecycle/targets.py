@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from jobkit.errors import ConfigError
-from launch import webhook
+from launch.lifecycle import webhook
 
 _FORMS = "write env:NAME, a variable that holds it, or file:PATH, a file that does"
 _IN_A_CLOUD = "keep it with the cloud's secret manager, and give --secret NAME=SECRET and --notify env:NAME"

@@ -22,10 +22,11 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, is_remote, local_path, remove_tree
-from launch import lease, report, snapshot, sweep, targets
+from launch import snapshot, sweep
 from launch import spec as specs
 from launch.command import check_command, check_script
-from launch.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
+from launch.lifecycle import lease, run_status, targets
+from launch.lifecycle.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import JobSpec
 
 OURS = (
@@ -285,7 +286,7 @@ def _new_directory(store: Store, *, fresh: bool, shared: bool) -> Iterator[RunLo
         for _ in range(10):
             store.make(shared=shared)
             try:
-                lock = acquire(store, wait_s=LEAVING_S if report.has_ended(store) else PROBE_S)
+                lock = acquire(store, wait_s=LEAVING_S if run_status.has_ended(store) else PROBE_S)
                 break
             except JobkitError:
                 if store.path.exists():
@@ -367,7 +368,7 @@ def end_cancelled(store: Store, content: bytes) -> None:
     """
     with cancel_mutex(store):
         if cancel_content(store) == content:
-            end(store, State.CANCELLED, report.cancel_reason(store))
+            end(store, State.CANCELLED, run_status.cancel_reason(store))
 
 
 def _read_if_there(read: Callable[[str], bytes]) -> bytes | None:
@@ -397,7 +398,7 @@ def record(store: Store, event: str, **fields: object) -> None:
 
 def end(store: Store, state: State, reason: str) -> None:
     """Write down the end of a run, unless it is written."""
-    if report.last_life_event(store).get("event") == "ended":
+    if run_status.last_life_event(store).get("event") == "ended":
         return
     record(store, "ended", state=state, reason=reason)
     with contextlib.suppress(JobkitError):
@@ -408,7 +409,7 @@ def runner_environment() -> dict[str, str]:
     """Return the environment in which a runner finds the same packages; nothing of another run is handed on."""
     environ = {name: value for name, value in os.environ.items() if name not in OURS}
     path = [os.path.abspath(entry) for entry in _python_path()]
-    home = Path(__file__).absolute().parent.parent
+    home = Path(__file__).absolute().parents[2]
     if home.name not in ("site-packages", "dist-packages") and str(home) not in path:
         path.append(str(home))  # running from a checkout: the runner and the program find it too
     return environ | ({"PYTHONPATH": os.pathsep.join(path)} if path else {})

@@ -13,8 +13,8 @@ from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import notify, report, restart, submission
-from launch.runner import Runner
+from launch.lifecycle import notify, restart, run_status, submission
+from launch.lifecycle.runner import Runner
 from launch.spec import JobSpec
 
 
@@ -56,12 +56,14 @@ class JobRunner(Runner, ABC):
 
     def _take_up(self) -> int:
         """Go on with the run, unless that is another's business by now."""
-        if self._job not in report.jobs(self._store, self._backend):  # its submit was killed before it wrote that down
+        if self._job not in run_status.jobs(
+            self._store, self._backend
+        ):  # its submit was killed before it wrote that down
             self._write_down("job", id=self._job, backend=self._backend)
         self._newest_attempt = max(self._store.numbers(contract.ATTEMPTS), default=-1)
         if (other := self._superseded()) is not None:
             return self._leave(f"{other} has taken over", Exit.DONE)
-        last = report.last_life_event(self._store)
+        last = run_status.last_life_event(self._store)
         if last.get("event") == "ended":
             return self._leave("the run has ended; this job has nothing to do", self._code(last.get("state")))
         return self._attempts_in_job()
@@ -77,7 +79,7 @@ class JobRunner(Runner, ABC):
 
     def _remember(self) -> restart.Policy:
         """Take up the history of the run since it was submitted or resumed: earlier incarnations and jobs."""
-        begun = [event for event in report.events(self._store) if event["event"] in ("submitted", "resumed")]
+        begun = [event for event in run_status.events(self._store) if event["event"] in ("submitted", "resumed")]
         skip, committed = (begun[-1].get("attempts", 0), begun[-1].get("committed", -1)) if begun else (0, -1)
         attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
         self._history = [self._ended(attempt, 0.0) for attempt in attempts]

@@ -27,10 +27,11 @@ from jobkit.rundir import emptying, mirror
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
-from launch import container, leftovers, notify, report, restart, snapshot
+from launch import container, snapshot
 from launch import spec as specs
 from launch.command import command_in, in_container, search_path
-from launch.lease import Lease
+from launch.lifecycle import notify, orphans, restart, run_status
+from launch.lifecycle.lease import Lease
 from launch.spec import JobSpec
 
 POLL_S = 0.1
@@ -147,8 +148,8 @@ class Runner:
         if self._signal is not None or (self._lease is not None and self._lease.lost):
             return
         with contextlib.suppress(JobkitError):
-            stopped = self._cancelled() and report.cancel_reason(self._quick).startswith("stopped")
-            if not stopped and report.has_ended(self._quick):
+            stopped = self._cancelled() and run_status.cancel_reason(self._quick).startswith("stopped")
+            if not stopped and run_status.has_ended(self._quick):
                 emptying.empty(self._quick)
 
     def _listen(self) -> None:
@@ -167,9 +168,9 @@ class Runner:
         self._clear()
         if self._docker:  # made for an attempt whose runner was killed, and never started
             container.remove(self._store.url)
-        leftovers.close_attempts(self._store, "the runner and the supervisor were killed")
+        orphans.close_attempts(self._store, "the runner and the supervisor were killed")
         policy = restart.Policy(
-            max_failures=self._spec.max_failures, committed_at_start=leftovers.committed_step(self._store)
+            max_failures=self._spec.max_failures, committed_at_start=orphans.committed_step(self._store)
         )
         while (over := self._over_anywhere()) is None:
             ended = self._attempt()
@@ -190,7 +191,7 @@ class Runner:
         if self._lease is not None and self._lease.lost:
             return State.FAILED, self._lease.lost
         if self._cancelled():
-            return State.CANCELLED, report.cancel_reason(self._quick)
+            return State.CANCELLED, run_status.cancel_reason(self._quick)
         if self._signal is not None:
             name = signal.Signals(self._signal).name
             return State.FAILED, (
@@ -343,7 +344,7 @@ class Runner:
 
     def _inside(self) -> tuple[set[int], set[int]]:
         """Return the processes that are in containers, and which of them are at the top: their supervisors."""
-        found = set(leftovers.processes_of(self._store)) if self._docker else set()
+        found = set(orphans.processes_of(self._store)) if self._docker else set()
         below = {child for pid in found for child in processes.descendants(pid)}
         return found | below, found - below
 
@@ -354,7 +355,7 @@ class Runner:
         # Those in a container too: Docker's client tells nobody while the daemon hangs.
         for pid in [*started, *self._inside()[1]]:
             if pid not in self._codes:
-                leftovers.send(pid, signal.SIGTERM)
+                orphans.send(pid, signal.SIGTERM)
 
     def _follow(self, started: list[int]) -> int:
         """Wait for what was started, passing on a wish to stop; kill what is left after the grace period.
@@ -384,7 +385,7 @@ class Runner:
                 for pid in {*processes.descendants(), *inside}:
                     # A supervisor a little later: it still writes how the program ended.
                     if pid not in {*started, *tops} or late > 3:
-                        leftovers.send(pid, signal.SIGKILL)
+                        orphans.send(pid, signal.SIGKILL)
         several = KILLED if len(started) > 1 else 0
         return bad or next((code for pid in started if (code := self._codes[pid]) != 0), several)
 
@@ -395,15 +396,15 @@ class Runner:
             self._reap()
             return processes.descendants()
 
-        leftovers.clear(self._store, grace_s=self._spec.grace_s, tick=tick)
+        orphans.clear(self._store, grace_s=self._spec.grace_s, tick=tick)
         self._reap()  # the last one may have ended since: its exit code tells what became of the attempt
 
     def _close(self, attempt: int, code: int) -> None:
         """Write the outcome if the supervisor did not."""
-        if leftovers.read_outcome(self._store, attempt) is not None:
+        if orphans.read_outcome(self._store, attempt) is not None:
             return
         # Only of a program whose supervisor was killed; of several processes it may be any.
-        programs = leftovers.program_pids(self._store, attempt)
+        programs = orphans.program_pids(self._store, attempt)
         program_code = next((self._codes[pid] for pid in reversed(programs) if pid in self._codes), None)
         killed = contract.outcome_of(code) is Outcome.KILLED
         how = f"was killed ({contract.describe_exit(code)})" if killed else f"ended with {contract.describe_exit(code)}"
@@ -419,11 +420,11 @@ class Runner:
                 container.check_docker()
             except JobkitError:  # it was interrupted too: nobody's failure
                 program_code = None
-        leftovers.write_outcome(self._store, attempt, program_code=program_code, reason=reason)
+        orphans.write_outcome(self._store, attempt, program_code=program_code, reason=reason)
 
     def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
         """Return how an attempt ended, as its outcome says; by its exit code where that is not written."""
-        outcome = leftovers.read_outcome(self._store, attempt) or {}
+        outcome = orphans.read_outcome(self._store, attempt) or {}
         told = outcome.get("exit_code")
         code = told if isinstance(told, int) else code
         step = outcome.get("step")
@@ -431,7 +432,7 @@ class Runner:
         return restart.Ended(
             outcome=contract.outcome_of(code),
             exit_code=code,
-            committed_step=leftovers.committed_step(self._store),
+            committed_step=orphans.committed_step(self._store),
             step=step if isinstance(step, int) else -1,
             duration_s=duration_s,
             ready="first_step" in names,

@@ -12,8 +12,8 @@ from jobkit.rundir.ledger import Event, newest_event
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import read_unsaved
 from jobkit.supervise.unsaved import nothing_new
-from launch import leftovers
-from launch.history import number_of
+from launch.lifecycle import orphans
+from launch.lifecycle.history import number_of
 
 
 class Trouble(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ def unsaved(store: Store, attempt: int) -> Event:
 
 def here(store: Store, attempt: int) -> Event:
     """Return what a program on this machine shows as not saved, {} if nothing."""
-    link = leftovers.heartbeat_directory(store, attempt)
+    link = orphans.heartbeat_directory(store, attempt)
     return (read_unsaved(link) if link is not None else None) or {}
 
 

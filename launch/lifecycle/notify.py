@@ -37,8 +37,8 @@ from jobkit.patience import Patience
 from jobkit.rundir.ledger import Event, Ledger
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import leftovers, targets, troubles, webhook
-from launch.webhook import Again
+from launch.lifecycle import orphans, targets, troubles, webhook
+from launch.lifecycle.webhook import Again
 
 SECRET = "JOBKIT_NOTIFY_SECRET"
 """Variable with the key of the signature."""
@@ -69,7 +69,7 @@ def start(store: Store, named: Sequence[str], cwd: str) -> int | None:
     environ = {name: value for name, value in os.environ.items() if name not in _MARKS}
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "launch.notify"],
+            [sys.executable, "-P", "-m", "launch.lifecycle.notify"],
             input=given,
             env=environ,
             stdout=subprocess.PIPE,
@@ -166,7 +166,7 @@ class _Troubles:
 
     def _committed(self) -> int | None:
         with contextlib.suppress(JobkitError):  # it may be what does not answer
-            return committed if (committed := leftovers.committed_step(self._store)) >= 0 else None
+            return committed if (committed := orphans.committed_step(self._store)) >= 0 else None
         return None
 
 
@@ -195,7 +195,7 @@ def message_of(store: Store, event: Event) -> dict[str, Any] | None:
     if event.get("event") not in ("decision", "ended"):
         return None
     attempt = event.get("attempt", max(store.numbers(contract.ATTEMPTS), default=None))
-    outcome = (leftovers.read_outcome(store, attempt) or {}) if attempt is not None else {}
+    outcome = (orphans.read_outcome(store, attempt) or {}) if attempt is not None else {}
     final = event["event"] == "ended"
     name = str(event.get("state") if final else outcome.get("outcome", ""))
     if not final and name in ("", Outcome.DONE):

@@ -19,11 +19,11 @@ from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
-from launch import lease, leftovers
 from launch import spec as specs
-from launch.lease import Holder
-from launch.lock import held
-from launch.troubles import Trouble, standing, unsaved
+from launch.lifecycle import lease, orphans
+from launch.lifecycle.lease import Holder
+from launch.lifecycle.lock import held
+from launch.lifecycle.troubles import Trouble, standing, unsaved
 
 _TAIL_BYTES = 1 << 16
 """How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""
@@ -232,7 +232,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
     running = newest is not None and (not endings or endings[-1].attempt != newest)
     running = running and not (job is not None and job.pending)
     state, reason, runner = _state(store, alive, attempted=newest is not None, running=running, job=job)
-    committed = leftovers.committed_step(store)  # before the heartbeat, which would be older than a commit else
+    committed = orphans.committed_step(store)  # before the heartbeat, which would be older than a commit else
     beat = _beat(store, newest) if running and newest is not None and away is None else None
     if beat is None and state is State.RUNNING and not reason and away is None:
         reason = "starting"
@@ -387,7 +387,7 @@ def _finite(value: object) -> float | None:
 
 
 def _ending(store: Store, attempt: int) -> Ending | None:
-    outcome = leftovers.read_outcome(store, attempt)
+    outcome = orphans.read_outcome(store, attempt)
     if outcome is None:
         return None
     started, ended = outcome.get("started"), outcome.get("ended")
@@ -408,7 +408,7 @@ def _count(value: object) -> int | None:
 
 def _beat(store: Store, attempt: int) -> Beat | None:
     """Return the live heartbeat of an attempt, None if there is none."""
-    link = leftovers.heartbeat_directory(store, attempt)
+    link = orphans.heartbeat_directory(store, attempt)
     beat = read_beat(link) if link is not None else Beat()
     return beat if beat.at_s > 0 else None
 

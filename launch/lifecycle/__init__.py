@@ -1,0 +1,1 @@
+"""The life of a run on the launching side: submission, attempts, restarts, status, messages."""
