@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launch.api import cancel, resume, save, status, stop, submit
     from launch.aws import Aws
-    from launch.cloud import Cloud
     from launch.gcp import Gcp
     from launch.lifecycle.run_status import Status
     from launch.local import Local
     from launch.slurm import Slurm
-    from launch.spec import JobSpec
+    from launch.spec.cloud_options import Cloud
+    from launch.spec.jobspec import JobSpec
 
 __all__ = [
     "Aws", "Cloud", "Gcp", "JobSpec", "Local", "Slurm", "Status", "cancel", "resume", "save", "status", "stop",
@@ -24,9 +24,9 @@ __all__ = [
 
 _HOMES = {
     "Aws": "launch.aws",
-    "Cloud": "launch.cloud",
+    "Cloud": "launch.spec.cloud_options",
     "Gcp": "launch.gcp",
-    "JobSpec": "launch.spec",
+    "JobSpec": "launch.spec.jobspec",
     "Local": "launch.local",
     "Slurm": "launch.slurm",
     "Status": "launch.lifecycle.run_status",

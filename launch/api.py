@@ -6,7 +6,7 @@ from jobkit.contract import State
 from launch import aws, backends, control, gcp, local, slurm
 from launch.lifecycle import submission
 from launch.lifecycle.run_status import Status
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 
 Backend = local.Local | slurm.Slurm | gcp.Gcp | aws.Aws
 

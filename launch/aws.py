@@ -15,9 +15,9 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch import vm_job
-from launch.cloud import Cloud
 from launch.managed import Job, Managed, Service
-from launch.spec import JobSpec
+from launch.spec.cloud_options import Cloud
+from launch.spec.jobspec import JobSpec
 
 BACKEND = "aws"
 _PENDING = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING")

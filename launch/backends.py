@@ -10,11 +10,11 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
 from launch import aws, gcp, local, local_sweep, slurm
-from launch import spec as specs
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Job, Status
 from launch.managed import Managed
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 
 
 class Verbs(Protocol):

@@ -78,13 +78,14 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
       jobkit logs --attempt 2 runs/mnist
     """
     from jobkit import contract
-    from launch import spec, watch
+    from launch import watch
     from launch.lifecycle import submission
+    from launch.spec import jobspec
 
     store = submission.open_run(run)
-    spec.read(store)
+    jobspec.read(store)
     numbers = store.numbers(contract.ATTEMPTS)
-    if attempt is not None and attempt not in numbers and not following and not spec.read(store).sweep:
+    if attempt is not None and attempt not in numbers and not following and not jobspec.read(store).sweep:
         have = f"it has {', '.join(map(str, numbers))}" if numbers else "it has none yet"
         raise ConfigError(f"run {store.url} has no attempt {attempt}; {have}")
     try:

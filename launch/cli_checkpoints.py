@@ -33,8 +33,8 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
     """
     from jobkit import contract
     from launch import checkpoints
-    from launch import spec as specs
     from launch.lifecycle import run_status, submission
+    from launch.spec import jobspec as specs
 
     store = submission.open_run(run)
     if specs.exists(store) and specs.read(store).sweep:
@@ -68,8 +68,8 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
 def _list_sweep(store: "Store", as_json: bool) -> None:
     """List what each point of a sweep has committed."""
     from launch import checkpoints
-    from launch import spec as specs
     from launch.lifecycle import run_status
+    from launch.spec import jobspec as specs
 
     told: list[dict[str, Any]] = []
     for number, point in enumerate(specs.points(store, specs.read(store))):

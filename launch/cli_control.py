@@ -62,8 +62,8 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
       jobkit stop runs/mnist
     """
     from launch import control
-    from launch import spec as specs
     from launch.lifecycle import run_status, submission
+    from launch.spec import jobspec as specs
 
     answer = control.stop(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
     if as_json:

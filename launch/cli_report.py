@@ -140,7 +140,7 @@ def _open(run: str) -> "Store":
 
 def _stores(runs: Sequence[str]) -> "list[Store]":
     """Return the runs and sweeps that are meant, each once; of those below a directory the ones this jobkit reads."""
-    from launch import spec as specs
+    from launch.spec import jobspec as specs
 
     found = list({store.url: store for run in runs for store in _below(run)}.values())
     readable = []

@@ -38,8 +38,8 @@ def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: 
       jobkit resume gs://bucket/r1 --on gcp --region us-central1 --gpus L4:1 --image IMAGE
     """
     from launch import backends, handover
-    from launch import spec as specs
     from launch.lifecycle import submission
+    from launch.spec import jobspec as specs
 
     if profile or any(value not in (None, ()) for value in given.values()):
         old = specs.read_backend(submission.open_run(run))[0]

@@ -13,7 +13,7 @@ from launch.printed import follow, print_status
 
 if TYPE_CHECKING:
     from launch.lifecycle.submission import Plan
-    from launch.spec import JobSpec
+    from launch.spec.jobspec import JobSpec
 
 
 @click.command(cls=Launching, context_settings={"allow_interspersed_args": False})
@@ -75,8 +75,8 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
 def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
     from jobkit.units import duration_s
-    from launch import sweep
-    from launch.spec import JobSpec, read_profile
+    from launch.spec import sweep
+    from launch.spec.jobspec import JobSpec, read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     if given["run"] == "":
@@ -126,10 +126,11 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import backends, slurm, snapshot, sweep
-    from launch.command import shown_in_container
+    from launch import backends, slurm
     from launch.lifecycle import run_status, submission
     from launch.managed import Managed
+    from launch.spec import snapshot, sweep
+    from launch.spec.command import shown_in_container
 
     service = backends.named(backend)
     for line in submission.remarks(plan):

@@ -9,8 +9,8 @@ import click
 from jobkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.cloud import Cloud
-    from launch.container import Container
+    from launch.spec.cloud_options import Cloud
+    from launch.spec.container import Container
 
 F = TypeVar("F", bound=Callable[..., Any])
 MANAGED = ("gcp", "aws")
@@ -105,8 +105,8 @@ def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
     Raises:
         ConfigError: If an option is of another backend than the one that is asked for.
     """
-    from launch import cloud
-    from launch.spec import SBATCH
+    from launch.spec import cloud_options as cloud
+    from launch.spec.jobspec import SBATCH
 
     backend = given["on"] or options.get("on", "local")
     sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
@@ -133,7 +133,7 @@ def container_of(
     backend: str, image: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> "Container | None":
     """Read what the processes of an attempt are in, on this machine or in a SLURM job."""
-    from launch.container import DOCKER, RUNTIMES, Container
+    from launch.spec.container import DOCKER, RUNTIMES, Container
 
     if image is None:
         if given["container_runtime"] or given["mount"]:

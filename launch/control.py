@@ -21,9 +21,9 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.units import show_duration
 from launch import backends
-from launch import spec as specs
 from launch.lifecycle import orphans, run_status
 from launch.lifecycle.submission import ask, ask_to_cancel, open_run, refresh
+from launch.spec import jobspec as specs
 
 _POLL_S, _POLL_REMOTE_S = 0.2, 2.0
 PATIENCE_S = 300.0

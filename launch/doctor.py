@@ -18,7 +18,7 @@ from jobkit.supervise.slurm_grace import parse_pairs
 from jobkit.units import show_duration, show_size
 from launch import scontrol
 from launch.slurm import WARNING_S, python
-from launch.spec import check_line
+from launch.spec.jobspec import check_line
 
 _BY_QOS = "preempt/qos"
 _PROBE_S = 120.0

@@ -27,13 +27,13 @@ from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch import backends, diagnosis, drive, local, own_files, scenarios, scontrol
-from launch import spec as specs
-from launch.container import Container
 from launch.diagnosis import Diagnosis
 from launch.drive import Comparer, LateError, MissedError
 from launch.lifecycle import lock, orphans, run_status
 from launch.scenarios import Scenario, Shown, Stage, describe
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec.container import Container
+from launch.spec.jobspec import JobSpec
 from launch.verdict import Found, Result, Untried, judge, judge_files
 
 ENOUGH_S, ENOUGH_STEPS = 3.0, 24

@@ -16,11 +16,11 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch import gcp_request
-from launch.cloud import RETRIED, Cloud
 from launch.googleapi import GoogleError, Session
 from launch.lifecycle import run_status
 from launch.managed import Job, Managed, Service
-from launch.spec import JobSpec
+from launch.spec.cloud_options import RETRIED, Cloud
+from launch.spec.jobspec import JobSpec
 
 BACKEND = "gcp"
 _PENDING = ("STATE_UNSPECIFIED", "QUEUED", "SCHEDULED")

@@ -6,8 +6,8 @@ from typing import Any
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from launch import vm_job
-from launch.cloud import RETRIED, STOP_S, Cloud
-from launch.spec import JobSpec
+from launch.spec.cloud_options import RETRIED, STOP_S, Cloud
+from launch.spec.jobspec import JobSpec
 from launch.vm_job import COMMAND
 
 OURS, LABEL = "jobkit", "jobkit-run"

@@ -12,12 +12,13 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import backends, container, local, slurm
-from launch import spec as specs
+from launch import backends, local, slurm
 from launch.cli_where import Where
 from launch.lifecycle import lease, submission
 from launch.managed import Managed
-from launch.spec import JobSpec
+from launch.spec import container
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 
 
 def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False) -> State:

@@ -19,9 +19,6 @@ from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import container
-from launch import spec as specs
-from launch.command import in_container
 from launch.lifecycle import lease, orphans, run_status
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import RunLock, acquire, held, runner_alive
@@ -41,7 +38,10 @@ from launch.lifecycle.submission import (
     take_back_cancel,
     who,
 )  # fmt: skip
-from launch.spec import JobSpec
+from launch.spec import container
+from launch.spec import jobspec as specs
+from launch.spec.command import in_container
+from launch.spec.jobspec import JobSpec
 
 BACKEND = "local"
 _ELSEWHERE_S = 2.0

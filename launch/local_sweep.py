@@ -18,7 +18,6 @@ from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from launch import local
-from launch import spec as specs
 from launch.lifecycle import lease, orphans, run_status
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import acquire, held, holder
@@ -32,7 +31,8 @@ from launch.lifecycle.submission import (
     take_back_cancel,
     who,
 )  # fmt: skip
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 
 _POLL_S = 0.2
 _MAX_RESUMES = 3

@@ -24,12 +24,13 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
-from launch import cloud, snapshot
-from launch import spec as specs
-from launch.cloud import Cloud
 from launch.lifecycle import orphans, run_status, submission
 from launch.lifecycle.submission import Plan, ask_to_cancel, cancel_content, new_run, open_run, prepare, record, who
-from launch.spec import JobSpec
+from launch.spec import cloud_options as cloud
+from launch.spec import jobspec as specs
+from launch.spec import snapshot
+from launch.spec.cloud_options import Cloud
+from launch.spec.jobspec import JobSpec
 
 _POLL_S = 1.0
 _HEARD_S = 15.0

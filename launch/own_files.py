@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from jobkit import contract
 from jobkit.rundir.store import Store
-from launch.snapshot import SKIPPED
+from launch.spec.snapshot import SKIPPED
 
 Files = Mapping[str, Path]
 """Where each file lies, by its name below the run directory, or below the copy of the code, in which a program runs."""

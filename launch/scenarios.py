@@ -25,7 +25,7 @@ from launch.drive import MissedError, beat_of, living, newest_attempt, send, wai
 from launch.lifecycle import lock, orphans
 from launch.lifecycle.runner import Runner
 from launch.lifecycle.submission import runner_environment
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.supervise.slurm_grace import parse_pairs, parse_time
-from launch import sweep
+from launch.spec import sweep
 
 _COMMAND_S = 30.0
 """SLURM's own message timeout is 10 s; a controller that restarts answers later."""

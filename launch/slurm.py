@@ -25,9 +25,7 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import container, scontrol, sweep
-from launch import spec as specs
-from launch.command import in_container
+from launch import scontrol
 from launch.lifecycle import orphans, run_status
 from launch.lifecycle.submission import (
     OURS,
@@ -45,7 +43,10 @@ from launch.lifecycle.submission import (
     who,
 )  # fmt: skip
 from launch.scontrol import Job, SlurmError
-from launch.spec import JobSpec
+from launch.spec import container, sweep
+from launch.spec import jobspec as specs
+from launch.spec.command import in_container
+from launch.spec.jobspec import JobSpec
 
 BACKEND = "slurm"
 FOLDER = "slurm"

@@ -14,7 +14,7 @@ from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch import scontrol, slurm
 from launch.scontrol import SlurmError
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 
 
 def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> str:

@@ -18,14 +18,15 @@ from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_time
-from launch import nodes, scontrol, slurm, slurm_again, sweep
-from launch import spec as specs
+from launch import nodes, scontrol, slurm, slurm_again
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.runner import KILLED, free_port
 from launch.lifecycle.submission import OURS, begin_point, open_run
 from launch.scontrol import Cause, Job, SlurmError
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec import sweep
+from launch.spec.jobspec import JobSpec
 
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""

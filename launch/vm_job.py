@@ -20,12 +20,12 @@ from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import cloud
-from launch import spec as specs
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.submission import OURS, open_run
-from launch.spec import JobSpec
+from launch.spec import cloud_options
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.vm_job")
@@ -120,7 +120,7 @@ class VmRunner(JobRunner):
         return super()._ended(attempt, duration_s or max(0.0, lasted), code)
 
     def _grace(self) -> dict[str, str]:
-        return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud.STOP_S):g}"}
+        return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud_options.STOP_S):g}"}
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         return environ | {contract.ENV_RUNNER: str(os.getpid())}

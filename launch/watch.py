@@ -16,10 +16,10 @@ from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch import backends
-from launch import spec as specs
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
 from launch.managed import Managed
+from launch.spec import jobspec as specs
 from launch.terminal import unguarded
 
 if TYPE_CHECKING:

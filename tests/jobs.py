@@ -16,7 +16,7 @@ from jobkit.supervise import processes
 from launch import local
 from launch.lifecycle import lock, orphans, run_status
 from launch.lifecycle.submission import open_run
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ import pytest
 
 from jobkit import contract
 from launch import aws
-from launch.cloud import Cloud
-from launch.spec import JobSpec
+from launch.spec.cloud_options import Cloud
+from launch.spec.jobspec import JobSpec
 from tests.batch_vm import Processes, Vm
 from tests.desk import Desk
 from tests.gcs_server import GcsServer

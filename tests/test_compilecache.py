@@ -14,7 +14,7 @@ from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
 from launch import local
 from launch.lifecycle import run_status
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 from tests.gcs_server import GcsServer
 from tests.jobs import until, until_over
 

@@ -23,7 +23,7 @@ from jobkit.rundir.ledger import attempt_events, read_events
 from jobkit.rundir.store import Store
 from launch import control, local, slurm
 from launch.lifecycle import run_status, submission
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 from tests import jobs, training
 from tests.gcs_server import GcsServer
 from tests.jobs import Project, until, until_over

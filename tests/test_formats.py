@@ -12,8 +12,8 @@ from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
-from launch import spec as specs
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 from tests import training
 
 NEWER = contract.RUN_VERSION + 1

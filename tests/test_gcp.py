@@ -22,9 +22,9 @@ from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch import backends, gcp, gcp_request, vm_job, watch
-from launch.cloud import RETRIED, Cloud
 from launch.lifecycle import run_status, submission
-from launch.spec import JobSpec
+from launch.spec.cloud_options import RETRIED, Cloud
+from launch.spec.jobspec import JobSpec
 from tests import training
 from tests.batch_server import BatchServer, Job, RefusedError, checked
 from tests.batch_vm import Containers

@@ -11,9 +11,9 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from launch import handover, local
-from launch import spec as specs
 from launch.cli_where import Where
 from launch.lifecycle import submission
+from launch.spec import jobspec as specs
 from tests import jobs, training
 from tests.batch_server import BatchServer
 from tests.desk import NAME, TRAIN, URL, Desk

@@ -23,10 +23,11 @@ from jobkit.rundir.control import Control
 from jobkit.rundir.store import Store, checksum
 from jobkit.supervise import stall
 from jobkit.tracking import trackers
-from launch import cli, sweep
-from launch import spec as specs
+from launch import cli
 from launch.lifecycle import lease, lock, orphans, run_status
 from launch.lifecycle.history import read_history
+from launch.spec import jobspec as specs
+from launch.spec import sweep
 from tests import ledgers
 
 FEW, MANY = 6, 200

@@ -20,9 +20,9 @@ from jobkit.errors import ConfigError, StorageError
 from jobkit.rundir import mirror
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
-from launch import spec as specs
 from launch.lifecycle import lease, run_status
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 from tests.gcs_server import GcsServer
 from tests.jobs import until
 

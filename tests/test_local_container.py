@@ -15,10 +15,11 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import container, drive, local
-from launch.container import Container
+from launch import drive, local
 from launch.lifecycle import lock, orphans, run_status
-from launch.spec import JobSpec
+from launch.spec import container
+from launch.spec.container import Container
+from launch.spec.jobspec import JobSpec
 from tests.engine import BASE, ROOT, Engine
 from tests.jobs import IN_A_CONTAINER, until
 from tests.test_drill import SCRIPTS, drill

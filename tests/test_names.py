@@ -26,10 +26,11 @@ from jobkit.rundir import commits, mirror
 from jobkit.rundir.commits import Commit, FileRecord
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, home_of
-from launch import cli, snapshot
-from launch import spec as specs
+from launch import cli
 from launch.lifecycle import lock, orphans, run_status
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec import snapshot
+from launch.spec.jobspec import JobSpec
 from tests import test_hostile
 from tests.gcs_server import GcsServer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobkit.errors import ConfigError
-from launch import container
-from launch.container import Container
+from launch.spec import container
+from launch.spec.container import Container
 from tests import apptainer
 from tests.engine import Engine
 from tests.jobs import IN_A_CONTAINER

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import snapshot
 from launch.lifecycle import submission
+from launch.spec import snapshot
 from tests.jobs import Project, until_over
 from tests.jobs import project as make_project
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch import doctor
-from launch import spec as specs
-from launch.cloud import Cloud
-from launch.container import Container
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec.cloud_options import Cloud
+from launch.spec.container import Container
+from launch.spec.jobspec import JobSpec
 from tests.jobs import Project, until_over
 from tests.jobs import project as make_project
 

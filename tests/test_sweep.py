@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import backends, local, local_sweep, sweep
-from launch import spec as specs
+from launch import backends, local, local_sweep
 from launch.lifecycle import lock, run_status, submission
 from launch.lifecycle.submission import make_point, new_run
+from launch.spec import jobspec as specs
+from launch.spec import sweep
 from tests import jobs
 from tests.jobs import until
 

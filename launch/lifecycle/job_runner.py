@@ -15,7 +15,7 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.lifecycle import notify, restart, run_status, submission
 from launch.lifecycle.runner import Runner
-from launch.spec import JobSpec
+from launch.spec.jobspec import JobSpec
 
 
 class JobRunner(Runner, ABC):

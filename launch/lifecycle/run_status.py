@@ -19,11 +19,11 @@ from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
-from launch import spec as specs
 from launch.lifecycle import lease, orphans
 from launch.lifecycle.lease import Holder
 from launch.lifecycle.lock import held
 from launch.lifecycle.troubles import Trouble, standing, unsaved
+from launch.spec import jobspec as specs
 
 _TAIL_BYTES = 1 << 16
 """How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""

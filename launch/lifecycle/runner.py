@@ -27,12 +27,12 @@ from jobkit.rundir import emptying, mirror
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
-from launch import container, snapshot
-from launch import spec as specs
-from launch.command import command_in, in_container, search_path
 from launch.lifecycle import notify, orphans, restart, run_status
 from launch.lifecycle.lease import Lease
-from launch.spec import JobSpec
+from launch.spec import container, snapshot
+from launch.spec import jobspec as specs
+from launch.spec.command import command_in, in_container, search_path
+from launch.spec.jobspec import JobSpec
 
 POLL_S = 0.1
 """How often cancel.json is looked for."""

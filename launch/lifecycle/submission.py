@@ -22,12 +22,12 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, is_remote, local_path, remove_tree
-from launch import snapshot, sweep
-from launch import spec as specs
-from launch.command import check_command, check_script
 from launch.lifecycle import lease, run_status, targets
 from launch.lifecycle.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
-from launch.spec import JobSpec
+from launch.spec import jobspec as specs
+from launch.spec import snapshot, sweep
+from launch.spec.command import check_command, check_script
+from launch.spec.jobspec import JobSpec
 
 OURS = (
     contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER,

@@ -10,9 +10,9 @@ from pathlib import Path
 from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import container
-from launch import spec as specs
-from launch.spec import JobSpec
+from launch.spec import container
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
 
 _PYTHON = re.compile(r"python(\d+(\.\d+)?)?")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")

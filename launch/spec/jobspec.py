@@ -17,9 +17,9 @@ from jobkit import contract, names, versions
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import duration_s
-from launch import container, sweep
-from launch.cloud import OPTIONS, Cloud
-from launch.container import Container
+from launch.spec import container, sweep
+from launch.spec.cloud_options import OPTIONS, Cloud
+from launch.spec.container import Container
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -1,0 +1,1 @@
+"""What is submitted: the job's specification, its code and its command."""
