@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launch.api import cancel, resume, save, status, stop, submit
     from launch.aws import Aws
+    from launch.backends.local import Local
     from launch.gcp import Gcp
     from launch.lifecycle.run_status import Status
-    from launch.local import Local
     from launch.slurm import Slurm
     from launch.spec.cloud_options import Cloud
     from launch.spec.jobspec import JobSpec
@@ -27,7 +27,7 @@ _HOMES = {
     "Cloud": "launch.spec.cloud_options",
     "Gcp": "launch.gcp",
     "JobSpec": "launch.spec.jobspec",
-    "Local": "launch.local",
+    "Local": "launch.backends.local",
     "Slurm": "launch.slurm",
     "Status": "launch.lifecycle.run_status",
 }

@@ -3,7 +3,8 @@
 import os
 
 from jobkit.contract import State
-from launch import aws, backends, control, gcp, local, slurm
+from launch import aws, gcp, slurm
+from launch.backends import control, local, registry
 from launch.lifecycle import submission
 from launch.lifecycle.run_status import Status
 from launch.spec.jobspec import JobSpec
@@ -32,7 +33,7 @@ def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> S
         from launch import watch
 
         watch.follow(store)
-    return backends.status(store)
+    return registry.status(store)
 
 
 def status(run: str | os.PathLike[str]) -> Status:
@@ -41,7 +42,7 @@ def status(run: str | os.PathLike[str]) -> Status:
     Raises:
         JobkitError: If it is not a run, or its run.json is damaged.
     """
-    return backends.status(submission.open_run(run))
+    return registry.status(submission.open_run(run))
 
 
 def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool = False) -> Status:
@@ -56,7 +57,7 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool =
     Raises:
         ConfigError: If the run is alive.
     """
-    state = backends.resume(run, take_over=take_over)
+    state = registry.resume(run, take_over=take_over)
     if wait and state is not State.DONE:
         from launch import watch
 
@@ -65,7 +66,7 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool =
 
 
 def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = control.PATIENCE_S) -> control.Answer:
-    """Have a run commit the step in progress now, and go on; see `launch.control.save`.
+    """Have a run commit the step in progress now, and go on; see `launch.backends.control.save`.
 
     Raises:
         ConfigError: If nothing of the run trains.
@@ -75,7 +76,7 @@ def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = c
 
 
 def stop(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = control.PATIENCE_S) -> control.Answer:
-    """Have a run commit and stop until somebody resumes it; see `launch.control.stop`.
+    """Have a run commit and stop until somebody resumes it; see `launch.backends.control.stop`.
 
     Raises:
         ConfigError: If the run is done, or was not submitted and does not run.
@@ -94,5 +95,5 @@ def cancel(run: str | os.PathLike[str], *, wait: bool = True) -> Status:
     Raises:
         ConfigError: If the run is already done.
     """
-    backends.cancel(run, wait=wait)
+    registry.cancel(run, wait=wait)
     return status(run)

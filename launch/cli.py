@@ -111,12 +111,12 @@ def cancel(run: str, no_wait: bool, as_json: bool) -> None:
     Examples:
       jobkit cancel runs/mnist
     """
-    from launch import backends
+    from launch.backends import registry
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    state = backends.cancel(run, wait=not no_wait, progress=progress)
+    state = registry.cancel(run, wait=not no_wait, progress=progress)
     if as_json:
         print_status(run)
     elif state is State.DONE:

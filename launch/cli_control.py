@@ -34,7 +34,7 @@ def save(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
       jobkit save runs/mnist
       jobkit save gs://bucket/mnist --timeout 20m
     """
-    from launch import control
+    from launch.backends import control
     from launch.lifecycle import run_status
 
     answer = control.save(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
@@ -61,7 +61,7 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
     Examples:
       jobkit stop runs/mnist
     """
-    from launch import control
+    from launch.backends import control
     from launch.lifecycle import run_status, submission
     from launch.spec import jobspec as specs
 

@@ -29,12 +29,12 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
       jobkit ls gs://bucket/runs
       jobkit ls --on gcp --region us-central1
     """
-    from launch import backends
+    from launch.backends import registry
     from launch.lifecycle import run_status, submission
 
     if on is not None and on != "gcp":
         raise ConfigError(f"ls --on {on!r}: only gcp lists runs; give a directory or a bucket's URL instead")
-    top, urls = backends.runs_of_gcp(project, region) if on else backends.runs_below(directory)
+    top, urls = registry.runs_of_gcp(project, region) if on else registry.runs_below(directory)
 
     def tell(text: str) -> None:
         print(f"jobkit: {text}", file=sys.stderr)
@@ -45,7 +45,7 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
             stores.append(submission.open_run(url))
         except JobkitError as error:  # one run that cannot be read hides no other
             tell(str(error))
-    listed = backends.listed(stores, tell)
+    listed = registry.listed(stores, tell)
     if as_json:
         print(run_status.to_json(listed))
         return

@@ -189,10 +189,10 @@ def _read(stores: "Sequence[Store]", *, curves: bool = True) -> "list[History]":
 
     Each scheduler is asked once. Where one cannot be asked, as on a machine that it does not know, the ledgers tell.
     """
-    from launch import backends
+    from launch.backends import registry
 
     try:
-        told = backends.listed([store for store in stores if store.exists(contract.RUN_JSON)], _warn)
+        told = registry.listed([store for store in stores if store.exists(contract.RUN_JSON)], _warn)
     except JobkitError as error:
         _warn(str(error))
         told = []

@@ -37,16 +37,16 @@ def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: 
       jobkit resume --wait runs/mnist
       jobkit resume gs://bucket/r1 --on gcp --region us-central1 --gpus L4:1 --image IMAGE
     """
-    from launch import backends, handover
+    from launch.backends import move_run, registry
     from launch.lifecycle import submission
     from launch.spec import jobspec as specs
 
     if profile or any(value not in (None, ()) for value in given.values()):
         old = specs.read_backend(submission.open_run(run))[0]
         options = specs.read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
-        state = handover.resume(run, where({"on": old} | options, given), take_over=take_over)
+        state = move_run.resume(run, where({"on": old} | options, given), take_over=take_over)
     else:
-        state = backends.resume(run, take_over=take_over)
+        state = registry.resume(run, take_over=take_over)
     if state is State.DONE:
         print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
     elif not as_json:

@@ -52,11 +52,12 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
-    from launch import backends, local, slurm
+    from launch import slurm
+    from launch.backends import local, registry
     from launch.managed import Managed
 
     spec, name = _spec(profile, given)
-    backend = backends.named(name)
+    backend = registry.named(name)
     if dry_run:
         prepare = slurm.plan if name == slurm.BACKEND else local.plan
         _show_plan(backend.check(spec) if isinstance(backend, Managed) else prepare(spec), name, as_json)
@@ -126,13 +127,14 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import backends, slurm
+    from launch import slurm
+    from launch.backends import registry
     from launch.lifecycle import run_status, submission
     from launch.managed import Managed
     from launch.spec import snapshot, sweep
     from launch.spec.command import shown_in_container
 
-    service = backends.named(backend)
+    service = registry.named(backend)
     for line in submission.remarks(plan):
         say(line)
     if isinstance(service, Managed):

@@ -29,7 +29,8 @@ from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote, local_path
 from jobkit.supervise.heartbeat import Phase
 from jobkit.units import show_duration
-from launch import drive, local
+from launch import drive
+from launch.backends import local
 from launch.console import Console
 from launch.lifecycle import run_status as report
 from launch.lifecycle.history import read_history

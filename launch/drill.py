@@ -26,7 +26,8 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import backends, diagnosis, drive, local, own_files, scenarios, scontrol
+from launch import diagnosis, drive, own_files, scenarios, scontrol
+from launch.backends import local, registry
 from launch.diagnosis import Diagnosis
 from launch.drive import Comparer, LateError, MissedError
 from launch.lifecycle import lock, orphans, run_status
@@ -206,7 +207,7 @@ class _Drill:
             return run_status.status(store)
         at, status = self._looked.get(store.url, (0.0, None))
         if status is None or time.monotonic() - at > _ASK_S:
-            status = backends.status(store)
+            status = registry.status(store)
             self._looked[store.url] = (time.monotonic(), status)
         return status
 
@@ -214,8 +215,8 @@ class _Drill:
         """Leave nothing of a run running."""
         if self._local:
             drive.end_now(store)
-        elif not backends.status(store).state.over:
-            backends.cancel(store.url, wait=False)
+        elif not registry.status(store).state.over:
+            registry.cancel(store.url, wait=False)
 
     def _environ(self, **more: str) -> dict[str, str]:
         """Return what every program of the drill has in its environment.
@@ -250,7 +251,7 @@ class _Drill:
         else:  # a job's environment is the cluster's to make
             words = [f"{name}={value}" for name, value in told.items()]
             spec = msgspec.structs.replace(spec, command=("env", *words, *options.command))
-            store = backends.named(options.on).submit(spec)
+            store = registry.named(options.on).submit(spec)
         with self._mutex:
             self._stores.append(store)
         return store, specs.read(store)

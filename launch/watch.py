@@ -15,7 +15,7 @@ from jobkit.printable import printable
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import backends
+from launch.backends import registry
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
 from launch.managed import Managed
@@ -66,12 +66,12 @@ def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
     look = _looker(store)
     while True:
         look()
-        status = backends.status(store)
+        status = registry.status(store)
         if status.runner == "gone" and status.job is None and status.state is State.FAILED and resumes < _MAX_RESUMES:
             resumes += 1
             print(f"jobkit: the local runner is gone; starting another ({resumes} of {_MAX_RESUMES})", file=out)
             try:
-                backends.resume(store.url, clear_cancel=False)
+                registry.resume(store.url, clear_cancel=False)
             except JobkitError as error:
                 print(f"jobkit: {error}", file=out)
             continue
@@ -221,7 +221,7 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
     while True:
         look()
         # Before the copying: what is written until the run is over must still be copied.
-        status = backends.status(store) if following else None
+        status = registry.status(store) if following else None
         over = status is None or status.state.over
         if following and over:
             with contextlib.suppress(JobkitError):
@@ -278,7 +278,7 @@ def point_table(status: Status) -> list[tuple[str, ...]]:
 
 def print_service_log(store: Store, out: TextIO) -> None:
     """Write what a batch service's own log has of a run's job."""
-    backend = backends.of(store)
+    backend = registry.of(store)
     if isinstance(backend, Managed):
         for line in backend.printed(store):
             print(line, file=out)

@@ -13,7 +13,7 @@ from typing import Any
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import local
+from launch.backends import local
 from launch.lifecycle import lock, orphans, run_status
 from launch.lifecycle.submission import open_run
 from launch.spec.jobspec import JobSpec

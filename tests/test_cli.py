@@ -14,7 +14,7 @@ import pytest
 
 import jobkit
 from jobkit.rundir.store import Store
-from launch import local
+from launch.backends import local
 from launch.lifecycle import run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
@@ -272,7 +272,9 @@ def test_python_api(project: Project) -> None:
     assert launch.status(status.run).committed_step is not None
 
 
-@pytest.mark.parametrize("code", ["import launch", "import launch.cli", "import jobkit, launch.local, launch.watch"])
+@pytest.mark.parametrize(
+    "code", ["import launch", "import launch.cli", "import jobkit, launch.backends.local, launch.watch"]
+)
 def test_light_imports(code: str) -> None:
     """Neither the package nor the command line loads jax, numpy or rich."""
     check = f"import sys; {code}; print([m for m in ('jax', 'numpy', 'rich', 'orbax') if m in sys.modules])"

@@ -12,7 +12,7 @@ from jobkit import compilecache, contract
 from jobkit.drill.settings import Drill
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
-from launch import local
+from launch.backends import local
 from launch.lifecycle import run_status
 from launch.spec.jobspec import JobSpec
 from tests.gcs_server import GcsServer

@@ -21,7 +21,8 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import backends, gcp, gcp_request, vm_job, watch
+from launch import gcp, gcp_request, vm_job, watch
+from launch.backends import registry
 from launch.lifecycle import run_status, submission
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
@@ -269,9 +270,9 @@ def test_a_job_that_ends_while_somebody_looks(
     for name in ("status", "logs"):
         monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / name))
         homes.append(submission.open_run(URL))
-        assert backends.status(homes[-1]).state is State.QUEUED
+        assert registry.status(homes[-1]).state is State.QUEUED
     end_of(batch.only_job())
-    told = backends.status(homes[0])
+    told = registry.status(homes[0])
     assert (told.state, told.runner) == (State.DONE, "ended"), told.reason
     out = io.StringIO()
     watch.copy_logs(homes[1], out, following=True)
@@ -283,13 +284,13 @@ def test_a_job_that_ends_between_two_looks(desk: Desk, batch: BatchServer, monke
     desk.write("print('hello from the VM')")
     batch.queue_s = 2
     submit(desk, command=("python", "train.py"))
-    home, ask = submission.open_run(URL), backends.status
+    home, ask = submission.open_run(URL), registry.status
 
     def when_over(store: Store) -> run_status.Status:
         end_of(batch.only_job())
         return ask(store)
 
-    monkeypatch.setattr(backends, "status", when_over)
+    monkeypatch.setattr(registry, "status", when_over)
     out = io.StringIO()
     watch.copy_logs(home, out, following=True)
     assert "hello from the VM" in out.getvalue()

@@ -10,7 +10,7 @@ import pytest
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
-from launch import handover, local
+from launch.backends import local, move_run
 from launch.cli_where import Where
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
@@ -89,11 +89,11 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
         rewrite(*arguments)
 
     monkeypatch.setattr(specs, "rewrite", rewrite_late)
-    handover.resume(store.url, Where("local", {}, None, None, 1.0))
+    move_run.resume(store.url, Where("local", {}, None, None, 1.0))
     assert jobs.until_over(store).state is State.CANCELLED
     assert store.numbers(contract.ATTEMPTS) == [0]
     monkeypatch.undo()
-    handover.resume(store.url, Where("local", {}, None, None, None))
+    move_run.resume(store.url, Where("local", {}, None, None, None))
     jobs.until_stepping(store, attempt=1)
     local.cancel(store.url)
 

@@ -18,7 +18,7 @@ from jobkit.run.leaving import Loops, by_break
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
-from launch import local
+from launch.backends import local
 from tests import jobs, training
 
 # How a loop was left, as the generator sees it.

@@ -17,7 +17,8 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import local, watch
+from launch import watch
+from launch.backends import local
 from launch.lifecycle import lock, orphans, run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping

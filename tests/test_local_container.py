@@ -15,7 +15,8 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import drive, local
+from launch import drive
+from launch.backends import local
 from launch.lifecycle import lock, orphans, run_status
 from launch.spec import container
 from launch.spec.container import Container

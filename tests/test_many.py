@@ -17,7 +17,7 @@ from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import local
+from launch.backends import local
 from launch.goodput import measure
 from launch.lifecycle import orphans
 from launch.lifecycle.history import read_history

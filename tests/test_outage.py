@@ -17,7 +17,7 @@ from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import local
+from launch.backends import local
 from launch.lifecycle import lock, run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping

@@ -13,7 +13,7 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
-from launch import local
+from launch.backends import local
 from launch.goodput import Goodput, lost_of, measure
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history

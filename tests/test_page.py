@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import backends, curve, local
+from launch import curve
+from launch.backends import local, registry
 from launch.goodput import measure
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
@@ -162,7 +163,7 @@ def test_sweep(tmp_path: Path) -> None:
     """A sweep is reported point by point, each under its values, the ones that have not started too."""
     project = Project(tmp_path)
     store = project.submit("commit:{n},exit:0", sweep={"n": ("1", "2")})
-    until(lambda: {point.state for point in backends.status(store).points} == {"done"}, "the sweep is done")
+    until(lambda: {point.state for point in registry.status(store).points} == {"done"}, "the sweep is done")
     told = json.loads(project.cli("report", "--json", store.url).stdout)
     assert [(one["name"], one["state"], len(one["attempts"])) for one in told] == [
         ("n=1", "done", 1),

@@ -17,7 +17,7 @@ from jobkit.errors import ConfigError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_events, read_metrics
 from jobkit.rundir.store import Store
-from launch import local
+from launch.backends import local
 from tests import jobs, training
 
 

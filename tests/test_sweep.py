@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import backends, local, local_sweep
+from launch.backends import local, local_sweep, registry
 from launch.lifecycle import lock, run_status, submission
 from launch.lifecycle.submission import make_point, new_run
 from launch.spec import jobspec as specs
@@ -127,7 +127,7 @@ def start(project: jobs.Project, *plan: str, parallel: int | None = None, **axes
 
 def states(store: Store) -> list[str]:
     """Return the states of the points."""
-    return [str(point.state) for point in backends.status(store).points]
+    return [str(point.state) for point in registry.status(store).points]
 
 
 def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +140,14 @@ def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPat
         assert states(store) == ["queued", "queued"]
         submission.make_point(point)  # as the runner does a moment before it starts it
         assert states(store) == ["queued", "queued"]
-        assert "resume" not in backends.status(store).reason
+        assert "resume" not in registry.status(store).reason
     listed = project.cli("checkpoints", store.url)
     assert listed.stdout.splitlines()[:2] == ["point 0: a=1", "no committed checkpoint"]
     points = json.loads(project.cli("checkpoints", store.url, "--json").stdout)
     assert [(one["run"], one["values"]) for one in points][1] == (f"{store.url}/points/1", {"a": "2"})
     refused = project.cli("checkpoints", store.url, "verify")
     assert (refused.returncode, "name one of its points, such as" in refused.stderr) == (2, True)
-    told = backends.status(store)
+    told = registry.status(store)
     assert (told.state, told.runner) == (State.FAILED, "gone")
     assert told.reason == f"2 failed; continue with: jobkit resume {store.url}"
 
@@ -193,7 +193,7 @@ def test_a_point_whose_runner_is_killed_again_and_again(project: jobs.Project) -
         assert states(store)[0] != "failed" or len(killed) == 4
     until(lambda: states(store) == ["failed", "done"], "the next point is done", seconds=40)
     until(lambda: not lock.held(store), "the sweep's runner ends")
-    told = backends.status(store)
+    told = registry.status(store)
     assert (told.reason, told.runner) == ("1 done, 1 failed", "ended")
     assert told.points[0].reason == f"its runner was killed 4 times; continue with: jobkit resume {point.url}"
 
@@ -202,8 +202,8 @@ def test_a_point_whose_runner_is_killed_again_and_again(project: jobs.Project) -
 def test_points_run_one_after_another(project: jobs.Project) -> None:
     """A local sweep runs its points in order, one at a time; one that fails stops no other."""
     store = start(project, "commit:{a},exit:{b}", a=("1", "2"), b=("0", "4"))
-    until(lambda: backends.status(store).state.over, "all points are over", seconds=40)
-    told = backends.status(store)
+    until(lambda: registry.status(store).state.over, "all points are over", seconds=40)
+    told = registry.status(store)
     assert told.state is State.FAILED
     assert told.reason == "2 done, 2 failed"
     assert [point.committed_step for point in told.points] == [1, 1, 2, 2]
@@ -224,19 +224,19 @@ def test_a_sweep_whose_runner_is_killed(project: jobs.Project) -> None:
     until(lambda: states(store)[:2] == ["running", "running"], "two points run")
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     until(lambda: states(store) == ["done", "done", "failed"], "the points that ran are done")
-    assert backends.status(store).reason.endswith(f"continue with: jobkit resume {store.url}")
+    assert registry.status(store).reason.endswith(f"continue with: jobkit resume {store.url}")
     assert project.cli("resume", store.url, "--wait").returncode == 0
     assert states(store) == ["done"] * 3
-    assert [point.attempts for point in backends.status(store).points] == [1, 1, 1]
+    assert [point.attempts for point in registry.status(store).points] == [1, 1, 1]
 
 
 def test_cancel_of_a_sweep_and_of_a_point(project: jobs.Project) -> None:
     """A point that waits can be cancelled alone; the cancel of the sweep ends the rest, and nothing starts any more."""
     store = start(project, "hold,commit:{a}", a=("1", "2", "3"))
     until(lambda: states(store) == ["running", "queued", "queued"], "the first point runs")
-    assert backends.cancel(f"{store.url}/points/2") is State.CANCELLED
+    assert registry.cancel(f"{store.url}/points/2") is State.CANCELLED
     assert states(store) == ["running", "queued", "cancelled"]
-    assert backends.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
     assert states(store) == ["cancelled"] * 3
     until(lambda: not lock.held(store), "the sweep's runner ends")
     assert not (store.path / "points" / "1" / "attempts").exists()
@@ -244,7 +244,7 @@ def test_cancel_of_a_sweep_and_of_a_point(project: jobs.Project) -> None:
     assert moved.returncode == 2
     assert "goes on where it was submitted: --on local" in moved.stderr
     with pytest.raises(ConfigError, match="has no point 7"):
-        backends.status(submission.open_run(f"{store.url}/points/7"))
+        registry.status(submission.open_run(f"{store.url}/points/7"))
 
 
 class _Starting(Store):

@@ -1,6 +1,6 @@
 """The local backend: submit, resume and cancel a run on this machine, and the runner's own entry point.
 
-`python -m launch.local RUN` is what `submit` starts, detached; what it does is in runner.py.
+`python -m launch.backends.local RUN` is what `submit` starts, detached; what it does is in runner.py.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None,
         ConfigError: If it has a runner on another machine.
         JobkitError: If the runner does not come up.
     """
-    module = "launch.local_sweep" if specs.read(store).sweep else "launch.local"
+    module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
     ready, write = os.pipe()
     fds = [lock.descriptor, write]
     try:

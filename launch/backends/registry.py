@@ -9,7 +9,8 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
-from launch import aws, gcp, local, local_sweep, slurm
+from launch import aws, gcp, slurm
+from launch.backends import local, local_sweep
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Job, Status
 from launch.managed import Managed

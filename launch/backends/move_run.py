@@ -12,7 +12,8 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import backends, local, slurm
+from launch import slurm
+from launch.backends import local, registry
 from launch.cli_where import Where
 from launch.lifecycle import lease, submission
 from launch.managed import Managed
@@ -37,14 +38,14 @@ def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False
     store = submission.open_run(url)
     spec, (old, created) = specs.read(store), specs.read_backend(store)
     cancels = {one: submission.cancel_content(one) for one in (store, *specs.points(store, spec))}
-    if backends.status(store).state is State.DONE:
+    if registry.status(store).state is State.DONE:
         return State.DONE
     if place.backend != old and (spec.sweep or spec.sweep_url):
         raise ConfigError(f"{store.url} belongs to a sweep, which goes on where it was submitted: --on {old}")
     if take_over and old == local.BACKEND:
         local.refuse_alive(store, take_over=True)
     else:
-        backends.named(old).refuse_alive(store)
+        registry.named(old).refuse_alive(store)
     new = _checked(store, _merged(spec, place, same=place.backend == old), place.backend)
     if old == local.BACKEND != place.backend:  # a runner that lives all the same stops
         lease.release(store, lease.claim(store, take_over=take_over))
@@ -53,7 +54,7 @@ def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False
     specs.rewrite(store, new, place.backend, created)
     for one in filter(specs.exists, cancels):
         submission.take_back_cancel(one, cancels[one])
-    return backends.resume(store.url, clear_cancel=False, take_over=take_over and place.backend == local.BACKEND)
+    return registry.resume(store.url, clear_cancel=False, take_over=take_over and place.backend == local.BACKEND)
 
 
 def _merged(spec: JobSpec, place: Where, *, same: bool) -> JobSpec:
@@ -73,7 +74,7 @@ def _merged(spec: JobSpec, place: Where, *, same: bool) -> JobSpec:
 def _checked(store: Store, spec: JobSpec, name: str) -> JobSpec:
     """Refuse what the new backend cannot do; return the specification with what it leaves open filled in."""
     specs.check(spec)
-    backend = backends.named(name)
+    backend = registry.named(name)
     if isinstance(backend, Managed):
         return backend.completed(store, spec)
     if name == slurm.BACKEND:

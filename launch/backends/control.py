@@ -20,7 +20,7 @@ from jobkit.rundir.ledger import Event, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.units import show_duration
-from launch import backends
+from launch.backends import registry
 from launch.lifecycle import orphans, run_status
 from launch.lifecycle.submission import ask, ask_to_cancel, open_run, refresh
 from launch.spec import jobspec as specs
@@ -123,7 +123,7 @@ def stop(
     """
     store = open_run(url)
     if _submitted(store):
-        state = backends.cancel(url, wait=wait, word="stopped", progress=progress)
+        state = registry.cancel(url, wait=wait, word="stopped", progress=progress)
         attempts = store.numbers(contract.ATTEMPTS)
         return Answer(store.url, attempts[-1] if attempts else None, state.over, _count(_committed(store)))
     attempt = _running(store)
@@ -151,7 +151,7 @@ def _running(store: Store) -> int:
     if _submitted(store):
         if specs.read(store).sweep:
             raise ConfigError(f"{store.url} is a sweep: name one of its points")
-        status = backends.status(store)
+        status = registry.status(store)
         if status.state is not State.RUNNING:
             why = f"{status.state}: {status.reason}" if status.reason else str(status.state)
             raise ConfigError(f"nothing of {store.url} trains just now ({why}); {_newest(_committed(store))}")

@@ -1,7 +1,7 @@
 """The points of a sweep on this machine, one after another or several at once; one detached process looks after them.
 
 Each point is a run with a runner of its own. When this process is killed, the points that run go on, and `jobkit
-resume` starts another that takes up the rest. `python -m launch.local_sweep` is what `submit` starts.
+resume` starts another that takes up the rest. `python -m launch.backends.local_sweep` is what `submit` starts.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
-from launch import local
+from launch.backends import local
 from launch.lifecycle import lease, orphans, run_status
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import acquire, held, holder
