@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from launch.api import cancel, resume, save, status, stop, submit
     from launch.aws import Aws
     from launch.backends.local import Local
+    from launch.backends.slurm.backend import Slurm
     from launch.gcp import Gcp
     from launch.lifecycle.run_status import Status
-    from launch.slurm import Slurm
     from launch.spec.cloud_options import Cloud
     from launch.spec.jobspec import JobSpec
 
@@ -28,7 +28,7 @@ _HOMES = {
     "Gcp": "launch.gcp",
     "JobSpec": "launch.spec.jobspec",
     "Local": "launch.backends.local",
-    "Slurm": "launch.slurm",
+    "Slurm": "launch.backends.slurm.backend",
     "Status": "launch.lifecycle.run_status",
 }
 

@@ -153,7 +153,7 @@ def doctor(
       jobkit doctor --on slurm -p low --run /shared/runs/probe --probe
     """
     from jobkit.units import duration_s
-    from launch import doctor as doctor_
+    from launch.backends.slurm import doctor as doctor_
     from launch.lifecycle import run_status
 
     if on != "slurm":

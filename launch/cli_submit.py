@@ -52,8 +52,8 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
-    from launch import slurm
     from launch.backends import local, registry
+    from launch.backends.slurm import backend as slurm
     from launch.managed import Managed
 
     spec, name = _spec(profile, given)
@@ -127,8 +127,8 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
 
     import msgspec
 
-    from launch import slurm
     from launch.backends import registry
+    from launch.backends.slurm import backend as slurm
     from launch.lifecycle import run_status, submission
     from launch.managed import Managed
     from launch.spec import snapshot, sweep

@@ -26,8 +26,9 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import diagnosis, drive, own_files, scenarios, scontrol
+from launch import diagnosis, drive, own_files, scenarios
 from launch.backends import local, registry
+from launch.backends.slurm import scontrol
 from launch.diagnosis import Diagnosis
 from launch.drive import Comparer, LateError, MissedError
 from launch.lifecycle import lock, orphans, run_status

@@ -20,8 +20,9 @@ from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Beat, Phase
-from launch import scontrol, slurm
 from launch.backends import local
+from launch.backends.slurm import backend as slurm
+from launch.backends.slurm import scontrol
 from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
 from launch.lifecycle import lock, orphans
 from launch.lifecycle.runner import Runner

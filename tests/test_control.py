@@ -21,8 +21,8 @@ from jobkit.rundir import commits, mirror
 from jobkit.rundir.control import Control
 from jobkit.rundir.ledger import attempt_events, read_events
 from jobkit.rundir.store import Store
-from launch import slurm
 from launch.backends import control, local
+from launch.backends.slurm import backend as slurm
 from launch.lifecycle import run_status, submission
 from launch.spec.jobspec import JobSpec
 from tests import jobs, training

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobkit.errors import ConfigError
-from launch import doctor, scontrol
+from launch.backends.slurm import doctor, scontrol
 from tests.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent

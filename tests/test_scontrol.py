@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.supervise.slurm_grace import parse_pairs, parse_time, preemption_s
-from launch import scontrol
-from launch.scontrol import Cause
+from launch.backends.slurm import scontrol
+from launch.backends.slurm.scontrol import Cause
 
 RECORDED = Path(__file__).parent / "recorded"
 

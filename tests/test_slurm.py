@@ -90,7 +90,8 @@ def kill_runner(login: Login, job: str) -> None:
     (pid,) = [
         pid
         for pid in processes.with_environment("SLURM_JOB_ID", job)
-        if b"launch.slurm_job" in (words := Path(f"/proc/{pid}/cmdline").read_bytes()) and words.startswith(b"/")
+        if b"launch.backends.slurm.job" in (words := Path(f"/proc/{pid}/cmdline").read_bytes())
+        and words.startswith(b"/")
     ]
     os.kill(pid, signal.SIGKILL)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import scontrol
+from launch.backends.slurm import scontrol
 from tests import slurm_packages
 from tests.jobs import JOB
 from tests.login import Login

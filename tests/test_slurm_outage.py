@@ -64,7 +64,7 @@ def test_a_job_that_starts_in_an_outage(login: Login, tmp_path: Path, monkeypatc
 STARTS = """
 import sys
 from jobkit.errors import StorageError
-from launch import slurm_job
+from launch.backends.slurm import job as slurm_job
 outage, real = iter([StorageError("the bucket does not answer")]), slurm_job.open_run
 
 def open_run(url):

@@ -160,7 +160,7 @@ def test_a_grace_that_is_over_just_before(held: Login) -> None:
     held.cluster.wait_state(job, "COMPLETING")
     submit = (
         "import sys, msgspec\n"
-        "from launch import slurm_again\nfrom launch.spec import jobspec\n"
+        "from launch.backends.slurm import requeue\nfrom launch.spec import jobspec\n"
         "from launch.lifecycle.submission import open_run\n"
         "store = open_run('run')\n"
         "now = msgspec.structs.replace(spec.read(store), sbatch={})\n"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
-from launch import doctor
+from launch.backends.slurm import doctor
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
 from launch.spec.container import Container

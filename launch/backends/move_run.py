@@ -12,8 +12,8 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import slurm
 from launch.backends import local, registry
+from launch.backends.slurm import backend as slurm
 from launch.cli_where import Where
 from launch.lifecycle import lease, submission
 from launch.managed import Managed

@@ -11,7 +11,7 @@ import msgspec
 
 from jobkit.errors import ConfigError
 from jobkit.units import duration_s, show_duration, size_bytes
-from launch.scontrol import parse_limit
+from launch.backends.slurm.scontrol import parse_limit
 
 MAX_RESTARTS = 10
 """Of both services: taskSpec.maxRetryCount of Google Batch is 0..10; of AWS Batch, retryStrategy.attempts 1..10."""

@@ -1,4 +1,4 @@
-"""What a SLURM job runs, `python -m launch.slurm_job RUN`: attempts as srun steps, until the job has to end.
+"""What a SLURM job runs, `python -m launch.backends.slurm.job RUN`: attempts as srun steps, until the job has to end.
 
 The batch script becomes this process, on the job's first node. SLURM tells the steps of a preemption and of the time
 limit, and tells the batch script of neither; so the supervisor in the step serves the notice, and when the step is
@@ -18,12 +18,14 @@ from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_time
-from launch import nodes, scontrol, slurm, slurm_again
+from launch.backends.slurm import backend as slurm
+from launch.backends.slurm import bad_nodes as nodes
+from launch.backends.slurm import requeue, scontrol
+from launch.backends.slurm.scontrol import Cause, Job, SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.runner import KILLED, free_port
 from launch.lifecycle.submission import OURS, begin_point, open_run
-from launch.scontrol import Cause, Job, SlurmError
 from launch.spec import jobspec as specs
 from launch.spec import sweep
 from launch.spec.jobspec import JobSpec
@@ -133,7 +135,7 @@ class SlurmRunner(JobRunner):
         if not bad or bad[0] not in here:
             return False
         try:
-            self._secured = slurm_again.elsewhere(self._store, self._spec, self._job, bad)
+            self._secured = requeue.elsewhere(self._store, self._spec, self._job, bad)
         except JobkitError as error:
             say(f"stays on {', '.join(bad)}, which failed it: {error}")
             return False
@@ -146,14 +148,14 @@ class SlurmRunner(JobRunner):
             bad: list[str] = []
             with contextlib.suppress(JobkitError):
                 bad = nodes.avoid(run_status.events(self._quick), time.time())
-            self._secured = slurm_again.again(self._quick, self._spec, self._job, running=running, avoid=bad)
+            self._secured = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
             self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
 
     def _lift_hold(self) -> None:
         """See to it, once, that the job, which SLURM has requeued, is not held back for minutes."""
         for _ in range(0 if self._lifted else 3):  # SLURM's SIGTERM may hit sbatch too
             try:
-                waker = slurm_again.wake(self._store, self._spec, self._job)
+                waker = requeue.wake(self._store, self._spec, self._job)
                 self._lifted = True
                 if waker is not None:
                     self._ledger.append("waker", job=self._job, id=waker, durable=True)

@@ -12,8 +12,9 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import scontrol, slurm
-from launch.scontrol import SlurmError
+from launch.backends.slurm import backend as slurm
+from launch.backends.slurm import scontrol
+from launch.backends.slurm.scontrol import SlurmError
 from launch.spec.jobspec import JobSpec
 
 

@@ -16,8 +16,8 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_pairs
 from jobkit.units import show_duration, show_size
-from launch import scontrol
-from launch.slurm import WARNING_S, python
+from launch.backends.slurm import scontrol
+from launch.backends.slurm.backend import WARNING_S, python
 from launch.spec.jobspec import check_line
 
 _BY_QOS = "preempt/qos"

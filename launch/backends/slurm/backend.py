@@ -1,6 +1,6 @@
 """The SLURM backend: submit, resume and cancel runs from a login node.
 
-submitit writes and submits the script; what the job then does, requeues included, is in slurm_job.py. A run's jobs are
+submitit writes and submits the script; what the job then does, requeues included, is in job.py. A run's jobs are
 in its ledger; the newest of them is the one that may run attempts.
 """
 
@@ -25,7 +25,8 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch import scontrol
+from launch.backends.slurm import scontrol
+from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, run_status
 from launch.lifecycle.submission import (
     OURS,
@@ -42,7 +43,6 @@ from launch.lifecycle.submission import (
     take_back_cancel,
     who,
 )  # fmt: skip
-from launch.scontrol import Job, SlurmError
 from launch.spec import container, sweep
 from launch.spec import jobspec as specs
 from launch.spec.command import in_container
@@ -150,7 +150,7 @@ def command(store: Store) -> str:
 
     A runner that is killed alone (out of memory) is started again; SLURM's signals are the runner's business.
     """
-    words = python("-P", "-m", "launch.slurm_job", store.url)
+    words = python("-P", "-m", "launch.backends.slurm.job", store.url)
     again = 'do code=$?; [ "$code" -eq 137 ] || exit "$code"; sleep 1; done'
     return f"trap : TERM USR1 USR2; until {shlex.join(words)}; {again}"
 
