@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launch.api import cancel, resume, save, status, stop, submit
-    from launch.aws import Aws
+    from launch.backends.cloud.aws import Aws
+    from launch.backends.cloud.gcp import Gcp
     from launch.backends.local import Local
     from launch.backends.slurm.backend import Slurm
-    from launch.gcp import Gcp
     from launch.lifecycle.run_status import Status
     from launch.spec.cloud_options import Cloud
     from launch.spec.jobspec import JobSpec
@@ -23,9 +23,9 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Aws": "launch.aws",
+    "Aws": "launch.backends.cloud.aws",
     "Cloud": "launch.spec.cloud_options",
-    "Gcp": "launch.gcp",
+    "Gcp": "launch.backends.cloud.gcp",
     "JobSpec": "launch.spec.jobspec",
     "Local": "launch.backends.local",
     "Slurm": "launch.backends.slurm.backend",

@@ -3,8 +3,8 @@
 import os
 
 from jobkit.contract import State
-from launch import aws, gcp
 from launch.backends import control, local, registry
+from launch.backends.cloud import aws, gcp
 from launch.backends.slurm import backend as slurm
 from launch.lifecycle import submission
 from launch.lifecycle.run_status import Status

@@ -53,8 +53,8 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
     from launch.backends import local, registry
+    from launch.backends.cloud.managed import Managed
     from launch.backends.slurm import backend as slurm
-    from launch.managed import Managed
 
     spec, name = _spec(profile, given)
     backend = registry.named(name)
@@ -128,9 +128,9 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     import msgspec
 
     from launch.backends import registry
+    from launch.backends.cloud.managed import Managed
     from launch.backends.slurm import backend as slurm
     from launch.lifecycle import run_status, submission
-    from launch.managed import Managed
     from launch.spec import snapshot, sweep
     from launch.spec.command import shown_in_container
 

@@ -16,9 +16,9 @@ from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch.backends import registry
+from launch.backends.cloud.managed import Managed
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
-from launch.managed import Managed
 from launch.spec import jobspec as specs
 from launch.terminal import unguarded
 

@@ -16,7 +16,8 @@ import pytest
 from google.auth.compute_engine import _metadata
 
 from jobkit import contract
-from launch import cli, gcp, googleapi
+from launch import cli
+from launch.backends.cloud import gcp, googleapi
 from tests.gcs_server import GcsServer
 
 TRAIN = """\

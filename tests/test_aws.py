@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from jobkit import contract
-from launch import aws
+from launch.backends.cloud import aws
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
 from tests.batch_vm import Processes, Vm

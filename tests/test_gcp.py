@@ -21,8 +21,9 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import gcp, gcp_request, vm_job, watch
+from launch import watch
 from launch.backends import registry
+from launch.backends.cloud import gcp, gcp_request, vm_job
 from launch.lifecycle import run_status, submission
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec

@@ -13,10 +13,10 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from launch.backends import local, registry
+from launch.backends.cloud.managed import Managed
 from launch.backends.slurm import backend as slurm
 from launch.cli_where import Where
 from launch.lifecycle import lease, submission
-from launch.managed import Managed
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec

@@ -9,12 +9,12 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
-from launch import aws, gcp
 from launch.backends import local, local_sweep
+from launch.backends.cloud import aws, gcp
+from launch.backends.cloud.managed import Managed
 from launch.backends.slurm import backend as slurm
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Job, Status
-from launch.managed import Managed
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 

@@ -14,8 +14,8 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
-from launch import vm_job
-from launch.managed import Job, Managed, Service
+from launch.backends.cloud import vm_job
+from launch.backends.cloud.managed import Job, Managed, Service
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
 

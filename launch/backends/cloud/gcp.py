@@ -15,10 +15,10 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
-from launch import gcp_request
-from launch.googleapi import GoogleError, Session
+from launch.backends.cloud import gcp_request
+from launch.backends.cloud.googleapi import GoogleError, Session
+from launch.backends.cloud.managed import Job, Managed, Service
 from launch.lifecycle import run_status
-from launch.managed import Job, Managed, Service
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
 

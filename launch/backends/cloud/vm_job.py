@@ -1,4 +1,6 @@
-"""What the container of a managed batch service runs, `python -m launch.vm_job RUN`: attempts, until the VM has to go.
+"""What the container of a managed batch service runs: attempts, until the VM has to go.
+
+It is `python -m launch.backends.cloud.vm_job RUN`.
 
 It is PID 1 of the container. The VM knows nothing but the run's URL: code and history come from there. The exit code
 tells the service what to do: 75 start the task again (elsewhere, after a preemption), 0 done, anything else stop. A
@@ -28,7 +30,7 @@ from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.vm_job")
+COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
 """What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
 ENV_JOB = "JOBKIT_JOB"
 """The job's id, as the submit chose it."""

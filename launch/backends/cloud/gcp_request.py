@@ -5,10 +5,10 @@ from typing import Any
 
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch import vm_job
+from launch.backends.cloud import vm_job
+from launch.backends.cloud.vm_job import COMMAND
 from launch.spec.cloud_options import RETRIED, STOP_S, Cloud
 from launch.spec.jobspec import JobSpec
-from launch.vm_job import COMMAND
 
 OURS, LABEL = "jobkit", "jobkit-run"
 """Labels of every job of ours; the second one's value is the run's part of the job's id."""
