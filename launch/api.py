@@ -31,9 +31,9 @@ def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> S
     """
     store = (on or local.Local()).submit(spec)
     if wait:
-        from launch import watch
+        from launch.report import follow
 
-        watch.follow(store)
+        follow.follow(store)
     return registry.status(store)
 
 
@@ -60,9 +60,9 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool =
     """
     state = registry.resume(run, take_over=take_over)
     if wait and state is not State.DONE:
-        from launch import watch
+        from launch.report import follow
 
-        watch.follow(submission.open_run(run))
+        follow.follow(submission.open_run(run))
     return status(run)
 
 

@@ -56,7 +56,7 @@ def status(run: str, as_json: bool) -> None:
         print_status(run)
         return
     import launch
-    from launch.watch import point_table, rows
+    from launch.report.follow import point_table, rows
 
     told = launch.status(run)
     for name, value in rows(told):
@@ -78,8 +78,8 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
       jobkit logs --attempt 2 runs/mnist
     """
     from jobkit import contract
-    from launch import watch
     from launch.lifecycle import submission
+    from launch.report import follow
     from launch.spec import jobspec
 
     store = submission.open_run(run)
@@ -89,9 +89,9 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
         have = f"it has {', '.join(map(str, numbers))}" if numbers else "it has none yet"
         raise ConfigError(f"run {store.url} has no attempt {attempt}; {have}")
     try:
-        watch.copy_logs(store, sys.stdout, attempt=attempt, following=following)
+        follow.copy_logs(store, sys.stdout, attempt=attempt, following=following)
         if not store.numbers(contract.ATTEMPTS):  # it never came up: the service may know why
-            watch.print_service_log(store, sys.stdout)
+            follow.print_service_log(store, sys.stdout)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -38,8 +38,8 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
       jobkit report --live runs/mnist
       jobkit report runs/sweep --json
     """
-    from launch.goodput import measure
     from launch.lifecycle.run_status import to_json
+    from launch.report.goodput import measure
 
     if live and (as_json or html or png):
         raise ConfigError("--live is a view in the terminal: leave out --json, --html and --png")
@@ -49,11 +49,11 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
         return
     histories = _read(stores, curves=html is not None or png is not None)
     if html is not None:
-        from launch.page import write_page
+        from launch.report.html import write_page
 
         print(f"report: {write_page(html, histories)}", file=sys.stderr if as_json else sys.stdout)
     if png is not None:
-        from launch.picture import write_picture
+        from launch.report.png import write_picture
 
         print(f"picture: {write_picture(png, histories)}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
@@ -75,10 +75,10 @@ def explain(run: str, as_json: bool) -> None:
       jobkit explain runs/mnist
       jobkit explain runs/mnist --json
     """
-    from launch import story
-    from launch.goodput import measure
     from launch.lifecycle.run_status import to_json
-    from launch.shown import clock
+    from launch.report import explain as story
+    from launch.report.goodput import measure
+    from launch.report.terminal import clock
 
     histories = _read(_stores([run]), curves=False)
     if len(histories) > 1:
@@ -96,8 +96,8 @@ def explain(run: str, as_json: bool) -> None:
 def _print(histories: "Sequence[History]") -> None:
 
     from launch.console import Console
-    from launch.goodput import measure
-    from launch.shown import overview, shown
+    from launch.report.goodput import measure
+    from launch.report.terminal import overview, shown
 
     console = Console(highlight=False, markup=False)
     found = [measure(history) for history in histories]
@@ -111,9 +111,9 @@ def _watch(stores: "Sequence[Store]") -> None:
     from rich.live import Live
 
     from launch.console import Console
-    from launch.goodput import measure
     from launch.lifecycle import submission
-    from launch.shown import overview, shown
+    from launch.report.goodput import measure
+    from launch.report.terminal import overview, shown
 
     with Live(console=Console(highlight=False, markup=False), auto_refresh=False, vertical_overflow="visible") as view:
         while True:

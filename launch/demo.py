@@ -34,7 +34,7 @@ from launch.backends import local
 from launch.console import Console
 from launch.lifecycle import run_status as report
 from launch.lifecycle.history import read_history
-from launch.page import write_page
+from launch.report.html import write_page
 from launch.spec.jobspec import JobSpec
 
 STEPS, LEAST_STEPS = 500, 60

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jobkit.printable import printable
 from launch.drill_card import COLUMNS, MARK_TONES, VERDICT_TONES, Section, cells, headline, mark, sections, title, tried
-from launch.picture import write_figure
+from launch.report.png import write_figure
 from launch.verdict import Found, Result
 
 _STYLE = """

@@ -15,8 +15,8 @@ def aligned(lines: list[tuple[str, ...]]) -> str:
 
 def follow(url: str, as_json: bool) -> int:
     """Follow a run until it is over; return the exit code that tells how."""
-    from launch import watch
     from launch.lifecycle import submission
+    from launch.report import follow as watch
 
     try:
         code = watch.follow(submission.open_run(url), quiet=as_json)

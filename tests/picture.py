@@ -10,7 +10,7 @@ from PIL import Image
 
 from launch.lifecycle.history import read_history
 from launch.lifecycle.submission import open_run
-from launch.page import write_page
+from launch.report.html import write_page
 from tests import browser
 
 PICTURE = Path(__file__).parent.parent / "launch/static/report.png"

@@ -273,7 +273,7 @@ def test_python_api(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import launch", "import launch.cli", "import jobkit, launch.backends.local, launch.watch"]
+    "code", ["import launch", "import launch.cli", "import jobkit, launch.backends.local, launch.report.follow"]
 )
 def test_light_imports(code: str) -> None:
     """Neither the package nor the command line loads jax, numpy or rich."""

@@ -21,10 +21,10 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import watch
 from launch.backends import registry
 from launch.backends.cloud import gcp, gcp_request, vm_job
 from launch.lifecycle import run_status, submission
+from launch.report import follow
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
 from tests import training
@@ -276,7 +276,7 @@ def test_a_job_that_ends_while_somebody_looks(
     told = registry.status(homes[0])
     assert (told.state, told.runner) == (State.DONE, "ended"), told.reason
     out = io.StringIO()
-    watch.copy_logs(homes[1], out, following=True)
+    follow.copy_logs(homes[1], out, following=True)
     assert "hello from the VM" in out.getvalue()
 
 
@@ -293,7 +293,7 @@ def test_a_job_that_ends_between_two_looks(desk: Desk, batch: BatchServer, monke
 
     monkeypatch.setattr(registry, "status", when_over)
     out = io.StringIO()
-    watch.copy_logs(home, out, following=True)
+    follow.copy_logs(home, out, following=True)
     assert "hello from the VM" in out.getvalue()
 
 

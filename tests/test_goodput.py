@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.goodput import Goodput, measure
 from launch.lifecycle.history import History, Life, read_history
-from launch.timeline import Phase
+from launch.report.goodput import Goodput, measure
+from launch.report.timeline import Phase
 from tests import ledgers
 from tests.jobs import ROOT, Project
 

@@ -17,9 +17,9 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import watch
 from launch.backends import local
 from launch.lifecycle import lock, orphans, run_status
+from launch.report import follow
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
 
@@ -243,7 +243,7 @@ def test_follower_leaves_a_cancelled_run_alone(project: Project) -> None:
     half = Store(project.runs / "half")
     half.write(contract.RUN_JSON, store.read(contract.RUN_JSON))
     half.write(contract.CANCEL, "{}")
-    assert watch.follow(half, quiet=True) == 3
+    assert follow.follow(half, quiet=True) == 3
     assert jobs.events(half, "resumed") == []
 
 
@@ -312,7 +312,7 @@ def test_cancelled_run_is_resumed_only_by_a_person(project: Project) -> None:
     store = project.submit("hold", "exit:0")
     until_stepping(store)
     local.cancel(store.url)
-    assert watch.follow(store, quiet=True) == 3
+    assert follow.follow(store, quiet=True) == 3
     assert run_status.status(store).attempts == 1
     local.resume(store.url)
     assert until_over(store).state is State.DONE

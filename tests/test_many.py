@@ -18,10 +18,10 @@ from jobkit.rundir.ledger import attempt_events, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import local
-from launch.goodput import measure
 from launch.lifecycle import orphans
 from launch.lifecycle.history import read_history
-from launch.lives import PEER
+from launch.report.goodput import measure
+from launch.report.lives import PEER
 from tests import jobs, training
 from tests.jobs import Project, until, until_over
 

@@ -14,12 +14,12 @@ from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from launch.backends import local
-from launch.goodput import Goodput, lost_of, measure
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
-from launch.shown import figures
-from launch.story import explain
-from launch.timeline import Phase
+from launch.report.explain import explain
+from launch.report.goodput import Goodput, lost_of, measure
+from launch.report.terminal import figures
+from launch.report.timeline import Phase
 from tests import jobs, ledgers
 from tests.jobs import Project
 

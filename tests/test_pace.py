@@ -16,9 +16,9 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, Phase
 from jobkit.supervise.stall import Known, Watchdog, learn
 from jobkit.supervise.stall_monitor import Sentry
-from launch.goodput import measure
 from launch.lifecycle import run_status, troubles
 from launch.lifecycle.history import read_history
+from launch.report.goodput import measure
 from tests import ledgers
 from tests.jobs import Project, until
 from tests.jobs import project as make_project
@@ -203,18 +203,18 @@ def test_silence_is_no_goodput(tmp_path: Path) -> None:
 
 def test_everybody_says_the_same(tmp_path: Path) -> None:
     """Status, the lines of --wait, and a listing say since when there is no step, and what will become of it."""
-    from launch import watch
     from launch.cli_ls import _table
+    from launch.report import follow
 
     run = silent(tmp_path / "run", ago_s=360)
     status = run_status.status(run.store, assume_held=True)
     text = "no step for 6 min (usually 0.02 s); restarted after 1 h: --stall"
     assert status.state is State.RUNNING
     assert [one.text for one in status.troubles] == [text]
-    assert ("trouble", text) in list(watch.rows(status))
+    assert ("trouble", text) in list(follow.rows(status))
     assert text in _table(str(tmp_path), [status])
-    assert watch._change_line(status).endswith(", no step")
-    assert text in watch._moving(status)
+    assert follow._change_line(status).endswith(", no step")
+    assert text in follow._moving(status)
     assert json.loads(run_status.to_json(status))["troubles"] == [{"kind": "silent", "short": "no step", "text": text}]
     assert run_status.status(silent(tmp_path / "again", ago_s=360, again=True).store, assume_held=True).troubles == []
     over = silent(tmp_path / "over", ago_s=360)

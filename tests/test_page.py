@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import curve
 from launch.backends import local, registry
-from launch.goodput import measure
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
-from launch.page import LEFTWARDS, LETTER, legible, page
-from launch.picture import write_picture
+from launch.report import loss_curve
+from launch.report.goodput import measure
+from launch.report.html import LEFTWARDS, LETTER, legible, page
+from launch.report.png import write_picture
 from tests import browser, ledgers
 from tests.jobs import Project, until, until_stepping
 from tests.test_goodput import no_jax
@@ -203,7 +203,7 @@ def test_curve_shows_what_was_taken_back(tmp_path: Path) -> None:
     """A stretch that was trained twice is drawn on its own, and each interruption is a cut with its lost steps."""
     run = ledgers.interrupted(tmp_path / "r")
     history = read_history(run.store)
-    drawn = curve.curve_of(history, measure(history))
+    drawn = loss_curve.curve_of(history, measure(history))
     assert drawn is not None
     assert [(cut.attempt, cut.step, cut.lost, cut.outcome) for cut in drawn.cuts] == [
         (0, 80, 30, "killed"),
@@ -218,18 +218,18 @@ def test_a_long_curve_keeps_its_peaks() -> None:
     points = [(float(step), 1.0) for step in range(100_000)]
     points[54_321] = (54_321.0, 9.0)
     points[77_777] = (77_777.0, -9.0)
-    drawn = curve.thinned(points)
+    drawn = loss_curve.thinned(points)
     assert len(drawn) <= 600
     assert {9.0, -9.0} <= {value for _, value in drawn}
     assert drawn == sorted(drawn)
-    assert curve._finite({1: float("nan"), 2: 3.0, 3: float("inf")}) == [(2.0, 3.0)]
+    assert loss_curve._finite({1: float("nan"), 2: 3.0, 3: float("inf")}) == [(2.0, 3.0)]
 
 
 def test_round_numbers_on_the_axes() -> None:
     """Ticks are multiples of 1, 2 or 5 times a power of ten."""
-    assert curve.nice_steps(0, 1000, 6) == [0, 200, 400, 600, 800, 1000]
-    assert curve.nice_steps(1.93, 5.1, 5) == [2, 3, 4, 5]
-    assert json.dumps(curve.nice_steps(0, 0.05, 5)) == "[0.0, 0.01, 0.02, 0.03, 0.04, 0.05]"
+    assert loss_curve.nice_steps(0, 1000, 6) == [0, 200, 400, 600, 800, 1000]
+    assert loss_curve.nice_steps(1.93, 5.1, 5) == [2, 3, 4, 5]
+    assert json.dumps(loss_curve.nice_steps(0, 0.05, 5)) == "[0.0, 0.01, 0.02, 0.03, 0.04, 0.05]"
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.sampled_from(["preempted", "killed, 15 lost", "done"])), max_size=9))

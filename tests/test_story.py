@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from launch.goodput import measure
 from launch.lifecycle.history import History, read_history
-from launch.story import Story, explain
+from launch.report.explain import Story, explain
+from launch.report.goodput import measure
 from tests import ledgers
 from tests.jobs import Project
 from tests.test_goodput import histories

@@ -8,7 +8,7 @@ import msgspec
 
 from jobkit.rundir.ledger import Event
 from launch.lifecycle.history import History, number_of
-from launch.lives import Span, reached_at, rising
+from launch.report.lives import Span, reached_at, rising
 
 
 class Phase(enum.StrEnum):

@@ -12,13 +12,13 @@ from jobkit.errors import ConfigError
 from jobkit.printable import printable
 from jobkit.rundir.store import explain as says
 from jobkit.units import show_duration
-from launch.curve import Curve, curve_of, nice_steps
-from launch.goodput import Attempt, Goodput, by_share, lost_of, measure
 from launch.lifecycle.history import History, number_of
-from launch.phases import COLORS, MEANING, WORDS, ink_on, percent
-from launch.shown import WAITING, clock, end_of, figures, overview_head, overview_row, steps_of
-from launch.story import explain
-from launch.timeline import Interval, Phase
+from launch.report.explain import explain
+from launch.report.goodput import Attempt, Goodput, by_share, lost_of, measure
+from launch.report.loss_curve import Curve, curve_of, nice_steps
+from launch.report.phases import COLORS, MEANING, WORDS, ink_on, percent
+from launch.report.terminal import WAITING, clock, end_of, figures, overview_head, overview_row, steps_of
+from launch.report.timeline import Interval, Phase
 
 _TICKS_S = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200]
 _TICKS_S += [86400 * days for days in (1, 2, 5, 10, 20, 50, 100)]

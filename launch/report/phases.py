@@ -1,6 +1,6 @@
 """How a phase of a run is called and coloured, in every picture of it."""
 
-from launch.timeline import Phase
+from launch.report.timeline import Phase
 
 WORDS = {
     Phase.TRAIN: "training",

@@ -36,8 +36,8 @@ import msgspec
 
 from jobkit.contract import Outcome
 from launch.lifecycle.history import History, count_of, number_of
-from launch.lives import Span, from_outside, notice_of, saved_on_notice, spans_of
-from launch.timeline import Interval, Phase, blocked_s, timeline
+from launch.report.lives import Span, from_outside, notice_of, saved_on_notice, spans_of
+from launch.report.timeline import Interval, Phase, blocked_s, timeline
 
 
 class Spread(msgspec.Struct, frozen=True):

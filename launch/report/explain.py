@@ -16,12 +16,12 @@ from jobkit.contract import Outcome
 from jobkit.rundir.ledger import Event
 from jobkit.supervise.unsaved import nothing_new
 from jobkit.units import show_duration, show_size
-from launch.goodput import Attempt, Goodput, lost_unseen
 from launch.lifecycle import troubles
 from launch.lifecycle.history import History, number_of
-from launch.lives import PEER, from_outside
-from launch.phases import percent
-from launch.timeline import Phase
+from launch.report.goodput import Attempt, Goodput, lost_unseen
+from launch.report.lives import PEER, from_outside
+from launch.report.phases import percent
+from launch.report.timeline import Phase
 
 _MOST = 25
 """How many interruptions are told one by one; of more the costliest."""

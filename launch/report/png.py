@@ -7,12 +7,12 @@ from typing import Any
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import explain
 from jobkit.units import show_duration
-from launch.curve import Curve, curve_of
-from launch.goodput import Goodput, by_share, lost_of, measure
 from launch.lifecycle.history import History
-from launch.phases import COLORS, WORDS, ink_on, percent
-from launch.shown import WAITING
-from launch.timeline import Interval, Phase
+from launch.report.goodput import Goodput, by_share, lost_of, measure
+from launch.report.loss_curve import Curve, curve_of
+from launch.report.phases import COLORS, WORDS, ink_on, percent
+from launch.report.terminal import WAITING
+from launch.report.timeline import Interval, Phase
 
 _INK, _SOFT, _GRID = "#17202a", "#5b6672", "#e3e7ec"
 _STYLE: dict[str, Any] = {

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from jobkit.units import show_duration, show_size
-from launch.goodput import Attempt, Goodput, by_share, lost_of, lost_unseen
-from launch.phases import COLORS, WORDS, percent
-from launch.timeline import Phase
+from launch.report.goodput import Attempt, Goodput, by_share, lost_of, lost_unseen
+from launch.report.phases import COLORS, WORDS, percent
+from launch.report.timeline import Phase
 
 _BAR = 64
 """Cells of a bar."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from jobkit.contract import Outcome
-from launch.goodput import Goodput
 from launch.lifecycle.history import History, drawn
+from launch.report.goodput import Goodput
 
 _POINTS = 600
 """More are not seen on a page; of each stretch the lowest and the highest value are kept."""
