@@ -189,7 +189,7 @@ def demo(run: str | None, seed: int | None, steps: int, as_json: bool) -> None:
       jobkit demo
       jobkit demo --seed 7 --steps 100
     """
-    from launch.demo import main as run_demo
+    from launch.drill.demo import main as run_demo
 
     sys.exit(run_demo(run=run, seed=seed, steps=steps, json=as_json))
 

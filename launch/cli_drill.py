@@ -85,14 +85,14 @@ def drill(
       jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
     from jobkit.units import duration_s
-    from launch import drill as drill_
-    from launch import drill_card, drill_page
     from launch.cli_where import container_of
+    from launch.drill import card, page
+    from launch.drill import drill as drill_
     from launch.lifecycle import run_status
 
     wanted = drill_.chosen(only, quick, on)
     if listing:
-        print(run_status.to_json(drill_card.listed(wanted)) if as_json else drill_card.listing(wanted))
+        print(run_status.to_json(card.listed(wanted)) if as_json else card.listing(wanted))
         return
     if not command:
         raise ConfigError("no command to drill; write it after '--': jobkit drill -- python train.py")
@@ -124,20 +124,20 @@ def drill(
         container=container_of(on, image, {"mount": mount, "container_runtime": None}, {}),
     )
     try:
-        with drill_card.telling(as_json, wanted) as telling:
+        with card.telling(as_json, wanted) as telling:
             result = drill_.drill(options, wanted, telling)
     except JobkitError as error:
         if as_json:
-            print(run_status.to_json(drill_card.not_judged(command, str(error))))
+            print(run_status.to_json(card.not_judged(command, str(error))))
         raise
     if html is not None:
-        html.write_text(drill_page.page(result), encoding="utf-8")
+        html.write_text(page.page(result), encoding="utf-8")
     if png is not None:
-        drill_page.write_card(png, result)
+        page.write_card(png, result)
     if as_json:
-        print(run_status.to_json(drill_card.document(result)))
+        print(run_status.to_json(card.document(result)))
     else:
-        drill_card.show(result, written, kept=options.place.exists())
+        card.show(result, written, kept=options.place.exists())
     sys.exit(result.verdict.exit_code)
 
 

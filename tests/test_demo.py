@@ -18,8 +18,8 @@ from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
-from launch import demo
-from launch.demo import Interruption, Result
+from launch.drill import demo
+from launch.drill.demo import Interruption, Result
 from tests import browser
 from tests.gcs_server import GcsServer
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.live import Live
 
 import jobkit
-import launch.drill as drill_module
+import launch.drill.drill as drill_module
 from jobkit import contract, faults
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import part_of
@@ -36,11 +36,13 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
-from launch import diagnosis, drill_card, drill_page, drive, scenarios, verdict
-from launch.diagnosis import Diagnosis
-from launch.drive import Ending
-from launch.scenarios import Shown
-from launch.verdict import Found, Result
+from launch.drill import card as drill_card
+from launch.drill import diagnosis, observe, scenarios, verdict
+from launch.drill import page as drill_page
+from launch.drill.diagnosis import Diagnosis
+from launch.drill.observe import Ending
+from launch.drill.scenarios import Shown
+from launch.drill.verdict import Found, Result
 from tests import browser
 from tests.slurm import Cluster
 
@@ -523,7 +525,7 @@ def test_interruption_of_the_other_kind(tmp_path: Path) -> None:
 
 def test_comparison_that_dies_is_not_the_last(tmp_path: Path) -> None:
     """Where the process that compares dies, that comparison fails, and the next one has a new process."""
-    with drive.Comparer(tmp_path) as comparer:
+    with observe.Comparer(tmp_path) as comparer:
         comparer._process.kill()
         comparer._process.wait()
         with pytest.raises(JobkitError, match="could not be compared: python -m"):

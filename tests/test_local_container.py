@@ -15,8 +15,8 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch import drive
 from launch.backends import local
+from launch.drill import observe
 from launch.lifecycle import lock, orphans, run_status
 from launch.spec import container
 from launch.spec.container import Container
@@ -99,12 +99,14 @@ class Submitted:
 
     def steps(self) -> dict[str, int]:
         """Wait until it steps; return the process ids of runner, docker's client, supervisor and program."""
-        until(lambda: (link := drive.living(self.store, 0)) and drive.beat_of(link).step > 0, "it steps", seconds=60)
-        link = drive.living(self.store, 0)
+        until(
+            lambda: (link := observe.living(self.store, 0)) and observe.beat_of(link).step > 0, "it steps", seconds=60
+        )
+        link = observe.living(self.store, 0)
         assert link is not None
         runner = lock.holder(self.store)["pid"]
         (client,) = processes.children(runner)
-        return {"runner": runner, "client": client, "supervisor": link["pid"], "program": drive.beat_of(link).pid}
+        return {"runner": runner, "client": client, "supervisor": link["pid"], "program": observe.beat_of(link).pid}
 
     def ends(self) -> run_status.Status:
         """Wait until it is over and nothing of it is left."""
@@ -117,7 +119,7 @@ def run(docker: Engine, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
     """Submit a run."""
     made = Submitted(tmp_path, docker.image(), getattr(request, "param", "polite"))
     yield made
-    drive.end_now(made.store)
+    observe.end_now(made.store)
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from jobkit.rundir.store import Store
-from launch import own_files, verdict
-from launch.own_files import Difference
-from launch.verdict import Found
+from launch.drill import own_files, verdict
+from launch.drill.own_files import Difference
+from launch.drill.verdict import Found
 
 
 def left(place: Path, **files: str) -> Store:

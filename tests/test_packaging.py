@@ -108,7 +108,7 @@ def test_jax_is_named_in_few_modules() -> None:
         "import launch",
         "import launch, jobkit; launch.submit, launch.status, launch.JobSpec, launch.Local",
         "import jobkit.supervise",
-        "import launch.demo",
+        "import launch.drill.demo",
         "import sys, launch.cli\nsys.argv = ['jobkit', '--help']\ntry: launch.cli.main()\nexcept SystemExit: pass",
     ],
 )

@@ -27,8 +27,8 @@ from jobkit.rundir.ledger import Ledger, attempt_events, newest_event
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Heartbeat, Link, read_unsaved
 from jobkit.supervise.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
-from launch import drill
 from launch.backends import local
+from launch.drill import drill
 from launch.lifecycle import notify, run_status
 from tests import jobs, ledgers, training
 from tests.jobs import Project, until, until_over

@@ -26,17 +26,17 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch import diagnosis, drive, own_files, scenarios
 from launch.backends import local, registry
 from launch.backends.slurm import scontrol
-from launch.diagnosis import Diagnosis
-from launch.drive import Comparer, LateError, MissedError
+from launch.drill import diagnosis, observe, own_files, scenarios
+from launch.drill.diagnosis import Diagnosis
+from launch.drill.observe import Comparer, LateError, MissedError
+from launch.drill.scenarios import Scenario, Shown, Stage, describe
+from launch.drill.verdict import Found, Result, Untried, judge, judge_files
 from launch.lifecycle import lock, orphans, run_status
-from launch.scenarios import Scenario, Shown, Stage, describe
 from launch.spec import jobspec as specs
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
-from launch.verdict import Found, Result, Untried, judge, judge_files
 
 ENOUGH_S, ENOUGH_STEPS = 3.0, 24
 """The reference is cut after so much training, unless its end is within as much: a drill repeats it a dozen times."""
@@ -147,7 +147,7 @@ def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Res
     _check_place(options.place)
     one = _Drill(options, telling)
     try:
-        with drive.comparer() as comparer:
+        with observe.comparer() as comparer:
             shown = one.reference()
             asked, wanted = wanted, [each for each in wanted if not each.lacking(shown)]
             estimate = shown.scenario_s * sum(1 + 0.3 * len(each.ends) for each in wanted) / options.jobs
@@ -215,7 +215,7 @@ class _Drill:
     def _end(self, store: Store) -> None:
         """Leave nothing of a run running."""
         if self._local:
-            drive.end_now(store)
+            observe.end_now(store)
         elif not registry.status(store).state.over:
             registry.cancel(store.url, wait=False)
 
@@ -282,7 +282,7 @@ class _Drill:
         status = self._status(store)
         if status.state is not State.DONE and not (cut and status.state is State.CANCELLED):
             raise ConfigError(self._why_not(store, status))
-        cut &= bool(drive.first(store, 0, "stopped"))  # else its loop had ended before
+        cut &= bool(observe.first(store, 0, "stopped"))  # else its loop had ended before
         self._cut = cut
         shown = _shown(store, at)
         if cut:
@@ -300,12 +300,12 @@ class _Drill:
                     f"the program did not end within {show_duration(self._options.timeout_s)}: give it fewer steps, "
                     f"or the drill more time (--timeout); its log: {store.file(contract.log_file(0))}"
                 )
-            link = drive.living(store, 0)
-            beat = drive.beat_of(link) if link is not None else None
+            link = observe.living(store, 0)
+            beat = observe.beat_of(link) if link is not None else None
             # A loop of one's own has no end of ours: it is drilled to its own. Only steps() writes `first_step`.
             if beat is not None and beat.step > 0:
                 self._telling.moved("reference", f"step {beat.step}")
-                seen = seen or ((time.monotonic(), beat.step) if drive.first(store, 0, "first_step") else None)
+                seen = seen or ((time.monotonic(), beat.step) if observe.first(store, 0, "first_step") else None)
             trained_s = time.monotonic() - seen[0] if seen is not None else 0.0
             if may_cut and seen is not None and beat is not None and trained_s >= ENOUGH_S:
                 left = max((event["total"] for event in _loops(store)), default=0) - beat.step

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from jobkit.units import show_duration
 from launch.console import Console
-from launch.drill import NOT_ASKED, Telling
+from launch.drill.drill import NOT_ASKED, Telling
+from launch.drill.scenarios import Scenario, Shown
+from launch.drill.verdict import Found, Result, Verdict
 from launch.printed import aligned
-from launch.scenarios import Scenario, Shown
-from launch.verdict import Found, Result, Verdict
 
 
 def listed(wanted: Sequence[Scenario]) -> list[dict[str, Any]]:

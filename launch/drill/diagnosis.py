@@ -19,8 +19,8 @@ from jobkit.drill.settings import Drill
 from jobkit.errors import DONATED, JobkitError
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
+from launch.drill.scenarios import Shown
 from launch.lifecycle import orphans
-from launch.scenarios import Shown
 
 _DONATED = re.compile(rf"{DONATED}|[Aa]rray has been deleted|deleted or donated")
 """What jobkit says of an array that was donated, and what JAX does, in words that depend on who touches it."""

@@ -29,9 +29,9 @@ from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote, local_path
 from jobkit.supervise.heartbeat import Phase
 from jobkit.units import show_duration
-from launch import drive
 from launch.backends import local
 from launch.console import Console
+from launch.drill import observe
 from launch.lifecycle import run_status as report
 from launch.lifecycle.history import read_history
 from launch.report.html import write_page
@@ -177,7 +177,7 @@ def main(run: str | None = None, seed: int | None = None, *, steps: int = STEPS,
         undisturbed = _train("undisturbed", urls["undisturbed"], place, [], screen)
         disturbed = _train("disturbed", urls["disturbed"], place, plan, screen)
         screen.say("comparing the two runs bit for bit")
-        with drive.comparer() as comparer:
+        with observe.comparer() as comparer:
             comparison = comparer.compare(*urls.values())
     stores = {name: Store(url) for name, url in urls.items()}
     _settle(stores["disturbed"], plan)
@@ -265,7 +265,7 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_S
                 over = watched.look()
-            time.sleep(drive.AIM_S if waiting else _LOOK_S / 2)
+            time.sleep(observe.AIM_S if waiting else _LOOK_S / 2)
     finally:
         if not over:  # Ctrl-C, or an error of ours: leave nothing running
             local.cancel(store.url)
@@ -277,15 +277,15 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
 
 def _fire(store: Store, interruption: Interruption, say: Callable[[str], None]) -> bool:
     """Send the signal if its step is reached; tell whether it was sent."""
-    attempt = drive.newest_attempt(store)
-    link = drive.living(store, attempt) if attempt is not None else None
+    attempt = observe.newest_attempt(store)
+    link = observe.living(store, attempt) if attempt is not None else None
     if attempt is None or link is None:
         return False
-    beat = drive.beat_of(link)
+    beat = observe.beat_of(link)
     if beat.phase != Phase.STEPPING or beat.step < interruption.planned_step:
         return False
     pid = beat.pid if interruption.target == "trainer" else link["pid"]
-    if not drive.send(pid, interruption.signum):
+    if not observe.send(pid, interruption.signum):
         return False
     interruption.fired_step, interruption.attempt = beat.step, attempt
     say(f"step {beat.step}: {interruption.name} of attempt {attempt}")
@@ -382,7 +382,7 @@ def _settle(store: Store, plan: Sequence[Interruption]) -> None:
     for interruption in plan:
         if interruption.attempt is None:
             continue
-        ending = drive.ending_of(store, interruption.attempt)
+        ending = observe.ending_of(store, interruption.attempt)
         interruption.outcome, interruption.reached_step = ending.outcome, ending.reached_step
         interruption.commit_s, interruption.restart_s = ending.commit_s, ending.restart_s
         interruption.resumed_step = ending.resumed_step

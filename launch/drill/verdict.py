@@ -9,10 +9,10 @@ from jobkit import contract
 from jobkit.contract import Outcome
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
-from launch import diagnosis, drive, own_files
-from launch.diagnosis import Diagnosis
-from launch.drive import Ending
-from launch.scenarios import Scenario, Shown
+from launch.drill import diagnosis, observe, own_files
+from launch.drill.diagnosis import Diagnosis
+from launch.drill.observe import Ending
+from launch.drill.scenarios import Scenario, Shown
 
 
 class Verdict(StrEnum):
@@ -140,7 +140,7 @@ _FEW = 5
 def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
     """Hold against a run what was promised."""
     attempts = store.numbers(contract.ATTEMPTS)
-    endings = [drive.ending_of(store, attempt) for attempt in attempts]
+    endings = [observe.ending_of(store, attempt) for attempt in attempts]
     found.endings = endings
     last = endings[-1] if endings else None
     if last is None or last.outcome != Outcome.DONE:
@@ -190,6 +190,6 @@ def _forgotten(store: Store, endings: list[Ending]) -> Iterator[str]:
 
 def _failed_saves(store: Store) -> Iterator[str]:
     for attempt in store.numbers(contract.ATTEMPTS):
-        if event := drive.first(store, attempt, "save_failed"):
+        if event := observe.first(store, attempt, "save_failed"):
             yield f"a save failed at step {event.get('step')}: {event.get('reason')}"
             return

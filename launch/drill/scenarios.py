@@ -23,7 +23,7 @@ from jobkit.supervise.heartbeat import Beat, Phase
 from launch.backends import local
 from launch.backends.slurm import backend as slurm
 from launch.backends.slurm import scontrol
-from launch.drive import MissedError, beat_of, living, newest_attempt, send, wait_until
+from launch.drill.observe import MissedError, beat_of, living, newest_attempt, send, wait_until
 from launch.lifecycle import lock, orphans
 from launch.lifecycle.runner import Runner
 from launch.lifecycle.submission import runner_environment

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobkit.printable import printable
-from launch.drill_card import COLUMNS, MARK_TONES, VERDICT_TONES, Section, cells, headline, mark, sections, title, tried
+from launch.drill.card import COLUMNS, MARK_TONES, VERDICT_TONES, Section, cells, headline, mark, sections, title, tried
+from launch.drill.verdict import Found, Result
 from launch.report.png import write_figure
-from launch.verdict import Found, Result
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --dim: #66727f; --back: #ffffff; --line: #dde3ea; --good: #1d7a46;
