@@ -1,6 +1,6 @@
 """`python -m launch`: the jobkit command."""
 
-from launch.cli import main
+from launch.cli.main import main
 
 if __name__ == "__main__":
     main()

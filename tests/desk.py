@@ -16,8 +16,8 @@ import pytest
 from google.auth.compute_engine import _metadata
 
 from jobkit import contract
-from launch import cli
 from launch.backends.cloud import gcp, googleapi
+from launch.cli import main
 from tests.gcs_server import GcsServer
 
 TRAIN = """\
@@ -67,7 +67,7 @@ class Desk:
         before, sys.argv = sys.argv, ["jobkit", *words]
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-                cli.main()
+                main.main()
         finally:
             sys.argv = before
         assert (left.value.code or 0) == code, out.getvalue() + err.getvalue()

@@ -94,7 +94,7 @@ def test_failed_write_leaves_nothing(project: Project) -> None:
     """A submit that cannot write all it must removes what it made, parents too, and says why in one line."""
     (project.path / "weights").write_bytes(os.urandom(200_000))
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-    call = "from launch.cli import main; sys.argv = ['jobkit', *sys.argv[1:]]; main()"
+    call = "from launch.cli.main import main; sys.argv = ['jobkit', *sys.argv[1:]]; main()"
     done = subprocess.run(
         [sys.executable, "-c", limited + call, "submit", "--run", "../deep/er/r", "--", "python", "job.py", "exit:0"],
         cwd=project.path, env=os.environ | {"PYTHONPATH": str(jobs.ROOT)}, capture_output=True, text=True, check=False,
@@ -273,7 +273,7 @@ def test_python_api(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import launch", "import launch.cli", "import jobkit, launch.backends.local, launch.report.follow"]
+    "code", ["import launch", "import launch.cli.main", "import jobkit, launch.backends.local, launch.report.follow"]
 )
 def test_light_imports(code: str) -> None:
     """Neither the package nor the command line loads jax, numpy or rich."""

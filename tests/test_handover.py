@@ -11,7 +11,7 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from launch.backends import local, move_run
-from launch.cli_where import Where
+from launch.cli.options import Where
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
 from tests import jobs, training

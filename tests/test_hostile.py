@@ -23,7 +23,7 @@ from jobkit.rundir.control import Control
 from jobkit.rundir.store import Store, checksum
 from jobkit.supervise import stall
 from jobkit.tracking import trackers
-from launch import cli
+from launch.cli import main
 from launch.lifecycle import lease, lock, orphans, run_status
 from launch.lifecycle.history import read_history
 from launch.spec import jobspec as specs
@@ -145,7 +145,7 @@ def jobkit(*words: str) -> tuple[int, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["jobkit", *words])
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            main.main()
         out.flush()
     return int(left.value.code or 0), out.buffer.getvalue().decode()  # type: ignore[attr-defined]
 

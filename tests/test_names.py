@@ -26,7 +26,7 @@ from jobkit.rundir import commits, mirror
 from jobkit.rundir.commits import Commit, FileRecord
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, home_of
-from launch import cli
+from launch.cli import main
 from launch.lifecycle import lock, orphans, run_status
 from launch.spec import jobspec as specs
 from launch.spec import snapshot
@@ -126,7 +126,7 @@ def jobkit(*words: str) -> tuple[int, str]:
     ):
         patch.setattr(sys, "argv", ["jobkit", *words])
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            main.main()
     return int(left.value.code or 0), out.getvalue()
 
 

@@ -203,7 +203,7 @@ def test_silence_is_no_goodput(tmp_path: Path) -> None:
 
 def test_everybody_says_the_same(tmp_path: Path) -> None:
     """Status, the lines of --wait, and a listing say since when there is no step, and what will become of it."""
-    from launch.cli_ls import _table
+    from launch.cli.ls import _table
     from launch.report import follow
 
     run = silent(tmp_path / "run", ago_s=360)

@@ -109,7 +109,7 @@ def test_jax_is_named_in_few_modules() -> None:
         "import launch, jobkit; launch.submit, launch.status, launch.JobSpec, launch.Local",
         "import jobkit.supervise",
         "import launch.drill.demo",
-        "import sys, launch.cli\nsys.argv = ['jobkit', '--help']\ntry: launch.cli.main()\nexcept SystemExit: pass",
+        "import sys, launch.cli.main\nsys.argv = ['jobkit', '--help']\ntry: launch.cli.main()\nexcept SystemExit: pass",
     ],
 )
 def test_light_imports(code: str) -> None:

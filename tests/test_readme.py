@@ -133,7 +133,7 @@ def test_readme_names_real_options() -> None:
 
 
 def launch_commands() -> dict[str, click.Command]:
-    from launch.cli import cli
+    from launch.cli.main import cli
 
     return dict(cli.commands)
 

@@ -19,7 +19,7 @@ def hook(event, args):
     if event == "open" and args[1] and isinstance(args[0], str) and args[0].startswith(sys.argv[-1] + "/"):
         opened[args[0]] += 1
 sys.addaudithook(hook)
-from launch.cli import main
+from launch.cli.main import main
 try:
     main()
 finally:

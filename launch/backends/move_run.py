@@ -15,7 +15,7 @@ from jobkit.rundir.store import Store
 from launch.backends import local, registry
 from launch.backends.cloud.managed import Managed
 from launch.backends.slurm import backend as slurm
-from launch.cli_where import Where
+from launch.cli.options import Where
 from launch.lifecycle import lease, submission
 from launch.spec import container
 from launch.spec import jobspec as specs

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from jobkit.contract import State
-from launch.cli_where import where, where_options
-from launch.printed import follow, print_status
+from launch.cli.options import where, where_options
+from launch.cli.output import follow, print_status
 
 
 @click.command(short_help="Continue RUN from its newest committed step.")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError, say
-from launch.cli_where import Launching, where, where_options
-from launch.printed import follow, print_status
+from launch.cli.options import Launching, where, where_options
+from launch.cli.output import follow, print_status
 
 if TYPE_CHECKING:
     from launch.lifecycle.submission import Plan

@@ -8,8 +8,8 @@ import click
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
-from launch import cli_checkpoints, cli_control, cli_drill, cli_ls, cli_report, cli_resume, cli_submit
-from launch.printed import aligned, print_status
+from launch.cli import checkpoints, control, drill, ls, report, resume, submit
+from launch.cli.output import aligned, print_status
 from launch.terminal import guard
 
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
@@ -37,7 +37,7 @@ def cli() -> None:
     """
 
 
-cli.add_command(cli_submit.submit)
+cli.add_command(submit.submit)
 
 
 @cli.command()
@@ -96,8 +96,8 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
         sys.exit(130)
 
 
-cli.add_command(cli_control.save)
-cli.add_command(cli_control.stop)
+cli.add_command(control.save)
+cli.add_command(control.stop)
 
 
 @cli.command(short_help="End RUN for good: it saves, and never comes back by itself.")
@@ -125,13 +125,13 @@ def cancel(run: str, no_wait: bool, as_json: bool) -> None:
         print(f"{run} is cancelled" if state.over else f"{run} is stopping")
 
 
-cli.add_command(cli_resume.resume)
+cli.add_command(resume.resume)
 
 
-cli.add_command(cli_ls.ls)
+cli.add_command(ls.ls)
 
 
-cli.add_command(cli_checkpoints.checkpoints)
+cli.add_command(checkpoints.checkpoints)
 
 
 @cli.command(short_help="Say what a cluster will do to a run.")
@@ -172,8 +172,8 @@ def doctor(
     sys.exit(1 if any(one.verdict == "fail" for one in found) else 0)
 
 
-cli.add_command(cli_report.report)
-cli.add_command(cli_report.explain)
+cli.add_command(report.report)
+cli.add_command(report.explain)
 
 
 @cli.command(short_help="Train a small model undisturbed and interrupted; compare.")
@@ -194,7 +194,7 @@ def demo(run: str | None, seed: int | None, steps: int, as_json: bool) -> None:
     sys.exit(run_demo(run=run, seed=seed, steps=steps, json=as_json))
 
 
-cli.add_command(cli_drill.drill)
+cli.add_command(drill.drill)
 
 
 def main() -> None:

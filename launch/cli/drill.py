@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from jobkit.errors import ConfigError, JobkitError
-from launch.cli_where import Launching
+from launch.cli.options import Launching
 
 
 @click.command(
@@ -85,7 +85,7 @@ def drill(
       jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
     from jobkit.units import duration_s
-    from launch.cli_where import container_of
+    from launch.cli.options import container_of
     from launch.drill import card, page
     from launch.drill import drill as drill_
     from launch.lifecycle import run_status
