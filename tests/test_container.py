@@ -141,7 +141,7 @@ def test_the_image_is_as_promised(docker: Engine) -> None:
     told = json.loads(docker.docker("inspect", "-f", "{{json .Config}}", docker.image()).stdout)
     assert told["User"] == "65532:65532"
     assert tuple(told["Entrypoint"]) == container_table.FORMS[0].command[:-2]
-    compiled = "import jobkit.supervise, pathlib; print(pathlib.Path(jobkit.supervise.__cached__).exists())"
+    compiled = "import jobkit.supervise.supervisor as s, pathlib; print(pathlib.Path(s.__cached__).exists())"
     with docker.container(docker.image(), "-c", compiled, options=[*READ_ONLY, "--entrypoint=python3"]) as container:
         assert container.wait() == 0
         assert container.logs().strip() == "True"

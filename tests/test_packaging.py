@@ -107,7 +107,7 @@ def test_jax_is_named_in_few_modules() -> None:
         "import jobkit",
         "import launch",
         "import launch, jobkit; launch.submit, launch.status, launch.JobSpec, launch.Local",
-        "import jobkit.supervise",
+        "import jobkit.supervise.supervisor",
         "import launch.drill.demo",
         "import sys, launch.cli.main\nsys.argv = ['jobkit', '--help']\ntry: launch.cli.main()\nexcept SystemExit: pass",
     ],

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jobkit.run
+import jobkit.run.run
 from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger, read_metrics

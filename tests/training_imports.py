@@ -6,6 +6,6 @@ import jax
 import optax
 import orbax.checkpoint
 
-import jobkit.run
+import jobkit.run.run
 
 __all__ = ["flax", "grain", "jax", "jobkit", "optax", "orbax"]

@@ -17,9 +17,9 @@ class Drill:
         until: `steps()` ends here, as if that were the program's own number of steps; None for the program's own.
         save_every: Save at least this often, in steps, and not by the clock: a drill has no ten minutes.
         pace_s: Added to each step, so that a tiny program can be hit from outside.
-        probe: Completed steps at which fingerprints of all state go to the ledger (see fingerprints.py); where there are
-            any, also in the first two steps of each attempt, wherever a step is saved and in the two after it, and as
-            an attempt ends on a notice.
+        probe: Completed steps at which fingerprints of all state go to the ledger (see fingerprints.py); where there
+            are any, also in the first two steps of each attempt, wherever a step is saved and in the two after it, and
+            as an attempt ends on a notice.
     """
 
     until: int | None = None
