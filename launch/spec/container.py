@@ -99,7 +99,9 @@ def check_image(container: Container) -> None:
         if done.returncode:
             raise ConfigError(f"there is no image {container.image} here, and docker pull says: {_last(done.stderr)}")
     probe = [f"--user={os.getuid()}:{os.getgid()}", "--entrypoint=", container.image]
-    done = _run_docker("run", "--rm", "--network=none", *probe, "python3", "-P", "-c", "import jobkit.supervise.supervisor")
+    done = _run_docker(
+        "run", "--rm", "--network=none", *probe, "python3", "-P", "-c", "import jobkit.supervise.supervisor"
+    )
     if done.returncode:
         raise ConfigError(
             f"the image {container.image} has no jobkit that python3 finds ({_last(done.stderr)}): install the "
