@@ -80,3 +80,17 @@ def show_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def parse_limit(text: str) -> float | None:
+    """Read a time limit as sbatch takes it ('90', '1:30:00', '2-12', '1-00:30:00') in seconds; None if it is none."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        return None
+    days, first, second, third = (int(part) if part else None for part in found.groups())
+    assert first is not None
+    if days is not None:
+        return days * 86400.0 + first * 3600 + (second or 0) * 60 + (third or 0)
+    if third is not None:
+        return first * 3600.0 + (second or 0) * 60 + third
+    return first * 60.0 + (second or 0)

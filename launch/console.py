@@ -8,7 +8,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from jobkit.printable import printable
-from launch.terminal import unguarded
+from launch.printing import unguarded
 
 
 class Console(rich.console.Console):

@@ -171,7 +171,7 @@ def test_missing_packages(tmp_path: Path) -> None:
     code = (
         "import importlib.util as u, sys\nreal = u.find_spec\n"
         "u.find_spec = lambda name: None if name == 'matplotlib' else real(name)\n"
-        "sys.argv = ['jobkit', 'demo', '--run', sys.argv[1]]\nimport launch.cli.main\nlaunch.cli.main()"
+        "sys.argv = ['jobkit', 'demo', '--run', sys.argv[1]]\nimport launch.cli.main\nlaunch.cli.main.main()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

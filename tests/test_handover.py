@@ -11,9 +11,9 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from launch.backends import local, move_run
-from launch.cli.options import Where
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
+from launch.spec.placement import Where
 from tests import jobs, training
 from tests.batch_server import BatchServer
 from tests.desk import NAME, TRAIN, URL, Desk

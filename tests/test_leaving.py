@@ -14,9 +14,10 @@ import pytest
 import jobkit
 from jobkit import contract
 from jobkit.errors import ConfigError, Preempted, StorageError
-from jobkit.run.leaving import Loops, by_break
+from jobkit.run.leaving import by_break
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
+from jobkit.rundir.loops import Loops
 from jobkit.rundir.store import Store
 from launch.backends import local
 from tests import jobs, training

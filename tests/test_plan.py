@@ -6,8 +6,9 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobkit.checkpoint.schedule import Rates
 from jobkit.preemption import plan
-from jobkit.preemption.plan import Choice, Plan, Rates, Situation
+from jobkit.preemption.plan import Choice, Plan, Situation
 
 SECONDS = st.floats(0, 1000, allow_nan=False)
 SITUATIONS = st.builds(

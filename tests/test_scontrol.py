@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.supervise.slurm_grace import parse_pairs, parse_time, preemption_s
+from jobkit.units import parse_limit
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.scontrol import Cause
 
@@ -220,7 +221,7 @@ def test_partition() -> None:
 )  # fmt: skip
 def test_time_limits(text: str, seconds: float | None) -> None:
     """Every form of sbatch(1) is read; what is none is left to sbatch."""
-    assert scontrol.parse_limit(text) == seconds
+    assert parse_limit(text) == seconds
 
 
 def test_kill_wait() -> None:

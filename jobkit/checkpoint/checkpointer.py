@@ -26,14 +26,14 @@ from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.changes import Changes
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.restore import restore
+from jobkit.checkpoint.schedule import Rates
 from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
 from jobkit.group import Group, raise_told, told_error
-from jobkit.preemption.plan import Rates
-from jobkit.run.leaving import Loops
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord, Keep
 from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.loops import Loops
 from jobkit.rundir.store import Store, explain, files_below, free_bytes, remove_tree
 from jobkit.supervise.heartbeat import Heartbeat
 from jobkit.supervise.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved

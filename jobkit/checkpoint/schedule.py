@@ -1,9 +1,10 @@
-"""When to save: by steps, by time, only what is best, or several of these."""
+"""When to save: by steps, by time, only what is best, or several of these; and how long a save will take."""
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from jobkit.checkpoint.interval import UNKNOWN_S, Cost, Interval
@@ -126,3 +127,61 @@ class SaveEvery:
                 "keep_best": keep.best,
             }
         )
+
+
+_SAVE_BYTES_S, _UPLOAD_BYTES_S, _FIXED_S = 100e6, 20e6, 0.5
+"""A first guess, on the slow side."""
+
+
+_RECENT = 5
+
+
+@dataclass
+class Rates:
+    """How long saves and uploads of this run took.
+
+    Args:
+        saves: (bytes, seconds until the local commit), oldest first.
+        uploads: (bytes, seconds) of uploads.
+        first: The run's very first save, which warms everything up: it tells something while there is no other.
+    """
+
+    saves: list[tuple[int, float]] = field(default_factory=list)
+    uploads: list[tuple[int, float]] = field(default_factory=list)
+    first: list[tuple[int, float]] = field(default_factory=list)
+
+    @classmethod
+    def from_events(cls, events: Iterable[dict[str, Any]]) -> "Rates":
+        """Read them from the ledger of an earlier attempt."""
+        made = cls()
+        for event in events:
+            name, nbytes = event.get("event"), event.get("bytes")
+            seconds = event.get("durable_s" if name == "saved" else "seconds")
+            if name in ("saved", "uploaded") and isinstance(nbytes, int) and isinstance(seconds, int | float):
+                made.add((nbytes, float(seconds)), name, event.get("reason"))
+        return made
+
+    def add(self, measured: tuple[int, float], event: str = "saved", reason: object = None) -> None:
+        """Take another one: bytes, seconds.
+
+        Args:
+            measured: Bytes and seconds.
+            event: 'saved' or 'uploaded'.
+            reason: Why it was saved.
+        """
+        (self.uploads if event == "uploaded" else self.first if reason == "start" else self.saves).append(measured)
+
+    def save_s(self, nbytes: int) -> float:
+        """Expect how long a save takes: as long as the slowest of the last ones."""
+        return _expected(self.saves or self.first, nbytes, _SAVE_BYTES_S)
+
+    def upload_s(self, nbytes: int) -> float:
+        """Expect how long an upload takes."""
+        return _expected(self.uploads, nbytes, _UPLOAD_BYTES_S)
+
+
+def _expected(measured: list[tuple[int, float]], nbytes: int, bytes_s: float) -> float:
+    recent = measured[-_RECENT:]
+    if not recent:
+        return _FIXED_S + nbytes / bytes_s
+    return max(seconds * max(1.0, nbytes / size if size else 1.0) for size, seconds in recent)

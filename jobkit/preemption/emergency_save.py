@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from jobkit import contract
 from jobkit.checkpoint import state
 from jobkit.checkpoint.checkpointer import Checkpoints
+from jobkit.checkpoint.schedule import Rates
 from jobkit.errors import JobkitError, SupersededError
 from jobkit.preemption import plan
 from jobkit.preemption.notice import Listener
-from jobkit.preemption.plan import Choice, Plan, Rates, Situation
+from jobkit.preemption.plan import Choice, Plan, Situation
 from jobkit.rundir.ledger import Event, Ledger, tail_events
 from jobkit.rundir.store import Store
 

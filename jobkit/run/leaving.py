@@ -7,62 +7,12 @@ then. Of a step that was committed before the loop was left, in a loop of the pr
 
 import opcode
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from inspect import CO_GENERATOR
 from types import FrameType
 
-import msgspec
-
-from jobkit.rundir.commits import EarlyStop
-
 _DROPS_LOOP = ("POP_TOP", "POP_ITER")
 """The instruction with which `break` and `return` drop what the loop goes through; the second one from 3.14 on."""
-
-
-class Loops:
-    """The loops of one attempt, and which of them the run has left early.
-
-    A loop is known by its kind and by what it is to reach: one that is given another number is another loop. Where a
-    program enters a loop again that it has left, for its next epoch, `break` is its way to end an epoch, no early stop.
-
-    Args:
-        early: The early stops that the restored step knows of.
-    """
-
-    def __init__(self, early: Iterable[EarlyStop] = ()) -> None:
-        self._early = {(stop.kind, stop.total): stop for stop in early}
-        self._begun: list[tuple[str, int]] = []
-
-    @property
-    def early(self) -> list[EarlyStop]:
-        """The early stops of the run."""
-        return list(self._early.values())
-
-    def begin(self, kind: str, total: int) -> EarlyStop | None:
-        """Begin a loop; return what changes by it.
-
-        Args:
-            kind: 'steps' or 'through'.
-            total: What it is to reach.
-
-        Returns:
-            The early stop in an earlier attempt, after which nothing of the loop is left; or one that is none, since
-            the loop is entered `again`; None if it was never left.
-        """
-        key = (kind, total)
-        known, first = self._early.get(key), key not in self._begun
-        self._begun.append(key)
-        if known is None or known.again:
-            return None
-        if not first:
-            known = self._early[key] = msgspec.structs.replace(known, again=True)
-        return known
-
-    def stop(self, step: int) -> None:
-        """Remember that the loop begun last was left early, after so many completed steps."""
-        kind, total = key = self._begun[-1]
-        if key not in self._early:
-            self._early[key] = EarlyStop(kind=kind, total=total, step=step)
 
 
 class Leaving:

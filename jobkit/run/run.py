@@ -42,13 +42,14 @@ from jobkit.preemption.deadline_saver import Guard
 from jobkit.preemption.emergency_save import Emergency
 from jobkit.preemption.notice import Listener, Notice
 from jobkit.preemption.stop_step import SAVE, STOP, Agreement
-from jobkit.run.leaving import Leaving, Loops, by_break
+from jobkit.run.leaving import Leaving, by_break
 from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.state_view import Values
 from jobkit.rundir import commits, mirror
 from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.loops import Loops
 from jobkit.rundir.store import Store
 from jobkit.supervise import stacks, unsaved
 from jobkit.supervise.heartbeat import Heartbeat, Phase

@@ -15,11 +15,11 @@ from jobkit.rundir.store import Store
 from launch.backends import local, registry
 from launch.backends.cloud.managed import Managed
 from launch.backends.slurm import backend as slurm
-from launch.cli.options import Where
 from launch.lifecycle import lease, submission
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
+from launch.spec.placement import Where
 
 
 def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False) -> State:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError
-from launch.cli.output import aligned
+from launch.printing import aligned
 
 if TYPE_CHECKING:
     from jobkit.rundir.store import Store

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobkit.errors import ConfigError, JobkitError
-from launch.cli.output import aligned
+from launch.printing import aligned
 
 if TYPE_CHECKING:
     from launch.lifecycle.run_status import Status

@@ -9,8 +9,8 @@ import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError
 from launch.cli import checkpoints, control, drill, ls, report, resume, submit
-from launch.cli.output import aligned, print_status
-from launch.terminal import guard
+from launch.cli.output import print_status
+from launch.printing import aligned, guard
 
 _EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
 

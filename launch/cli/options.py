@@ -1,15 +1,14 @@
 """Options that say where a run runs and on what: the same for `jobkit submit` and `jobkit resume --on`."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from jobkit.errors import ConfigError
+from launch.spec.placement import Where
 
 if TYPE_CHECKING:
-    from launch.spec.cloud_options import Cloud
     from launch.spec.container import Container
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,24 +78,6 @@ def where_options(function: F) -> F:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
-
-
-@dataclasses.dataclass(frozen=True)
-class Where:
-    """Where a run runs, and on what.
-
-    Args:
-        backend: Its name.
-        sbatch, cloud, container, price_per_hour: As in `JobSpec`.
-        given: Which fields of `cloud` were given.
-    """
-
-    backend: str
-    sbatch: dict[str, str]
-    cloud: "Cloud | None"
-    container: "Container | None"
-    price_per_hour: float | None
-    given: tuple[str, ...] = ()
 
 
 def where(options: dict[str, Any], given: dict[str, Any]) -> Where:

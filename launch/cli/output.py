@@ -3,16 +3,6 @@
 import sys
 
 
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Lay rows of words out in columns; the last one runs free."""
-    lines = [tuple(word.replace("\n", " ") for word in line) for line in lines]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-        for line in lines
-    )
-
-
 def follow(url: str, as_json: bool) -> int:
     """Follow a run until it is over; return the exit code that tells how."""
     from launch.lifecycle import submission

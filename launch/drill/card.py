@@ -19,11 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jobkit.units import show_duration
-from launch.cli.output import aligned
 from launch.console import Console
 from launch.drill.drill import NOT_ASKED, Telling
 from launch.drill.scenarios import Scenario, Shown
 from launch.drill.verdict import Found, Result, Verdict
+from launch.printing import aligned
 
 
 def listed(wanted: Sequence[Scenario]) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from launch.backends import registry
 from launch.backends.cloud.managed import Managed
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
+from launch.printing import unguarded
 from launch.spec import jobspec as specs
-from launch.terminal import unguarded
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from jobkit.errors import ConfigError
-from jobkit.units import duration_s, show_duration, size_bytes
-from launch.backends.slurm.scontrol import parse_limit
+from jobkit.units import duration_s, parse_limit, show_duration, size_bytes
 
 MAX_RESTARTS = 10
 """Of both services: taskSpec.maxRetryCount of Google Batch is 0..10; of AWS Batch, retryStrategy.attempts 1..10."""

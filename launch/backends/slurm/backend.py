@@ -24,7 +24,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
-from jobkit.units import show_duration
+from jobkit.units import parse_limit, show_duration
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, run_status
@@ -128,7 +128,7 @@ def check(options: Mapping[str, str], *, grace_s: float) -> None:
         specs.check_line(f"--{name}", value)
         if not name.replace("-", "").isalnum():
             raise ConfigError(f"--{name}={value!r} is no option of sbatch")
-    limit_s = scontrol.parse_limit(options.get("time", ""))
+    limit_s = parse_limit(options.get("time", ""))
     if limit_s is not None and limit_s < 2 * (grace_s + WARNING_S):
         raise ConfigError(
             f"--time {options['time']} leaves hardly time to train: the warning comes "

@@ -15,7 +15,7 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_pairs
-from jobkit.units import show_duration, show_size
+from jobkit.units import parse_limit, show_duration, show_size
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.backend import WARNING_S, python
 from launch.spec.jobspec import check_line
@@ -132,7 +132,7 @@ def _preemption(
             )
             return Finding("preemption", text, "warning")
         mode = whole if qos["PreemptMode"] in ("", "cluster") else qos["PreemptMode"].upper()
-        grace, exempt = scontrol.parse_limit(qos["GraceTime"]) or 0.0, qos["PreemptExemptTime"] or exempt
+        grace, exempt = parse_limit(qos["GraceTime"]) or 0.0, qos["PreemptExemptTime"] or exempt
         whose, by = "QOS", f"by QOS {qos['Name']}, whatever the partition says: "
     if config.get("PreemptType", "preempt/none") == "preempt/none" or mode == "OFF":
         return Finding("preemption", f"jobs of this {whose} are not preempted")
@@ -143,7 +143,7 @@ def _preemption(
     kill = max(5.0, _seconds(config.get("KillWait", "30")))
     notice = grace + kill
     what = f"{by}PreemptMode={mode}, GraceTime={grace:.0f} s, KillWait={kill:.0f} s"
-    if exempt_s := scontrol.parse_limit(exempt):
+    if exempt_s := parse_limit(exempt):
         what += f", none in a job's first {show_duration(exempt_s)} (PreemptExemptTime)"
     what += f": a notice comes {show_duration(notice)}"
     then = (

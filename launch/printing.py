@@ -31,3 +31,13 @@ def guard() -> None:
 def unguarded(stream: Any) -> Any:
     """Return what is behind a guard, for what is printable already."""
     return stream.unguarded if isinstance(stream, _Guarded) else stream
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Lay rows of words out in columns; the last one runs free."""
+    lines = [tuple(word.replace("\n", " ") for word in line) for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,190 @@
+"""The house: which room may import which, and how large a room and a module may grow.
+
+The rooms and their order stand in docs/architecture.md; this holds the code to it. An import counts at any depth, in a
+function or for types alone.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BASE = ("contract", "errors", "printable", "units", "names", "decode", "patience", "versions", "faults")
+JOBKIT = [
+    BASE,
+    ("rundir",),
+    ("compilecache", "group"),
+    ("tracking",),
+    ("supervise",),
+    ("checkpoint",),
+    ("preemption",),
+    ("drill",),
+    ("run",),
+    ("compare", "export"),
+]
+"""The rooms of jobkit and the modules beside them, from the ground up: a floor imports only from itself and below."""
+LAUNCH = [
+    ("printing", "console", "checkpoints"),
+    ("spec",),
+    ("lifecycle",),
+    ("backends",),
+    ("report",),
+    ("drill",),
+    ("api",),
+    ("cli",),
+]
+LIGHT = {"rundir", "supervise", *BASE}
+"""What launch takes from jobkit: nothing that needs jax."""
+ALSO = {"jobkit.drill.settings", "jobkit.checkpoint.interval", "jobkit.compilecache"}
+"""Light modules of other rooms, which launch takes too."""
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
+NAMES_JAX = {"checkpoint", "run", "drill", "group", "compilecache", "compare", "export"}
+"""The only rooms that may name jax and its family."""
+MOST_MODULES, MOST_LINES = 14, 450
+LONG = {
+    "jobkit.checkpoint.checkpointer": 560,
+    "jobkit.checkpoint.kinds": 454,
+    "jobkit.drill.fingerprints": 493,
+    "jobkit.run.run": 1185,
+    "jobkit.rundir.commits": 480,
+    "jobkit.rundir.mirror": 705,
+    "jobkit.rundir.store": 491,
+    "jobkit.supervise.supervisor": 585,
+    "launch.drill.demo": 524,
+    "launch.drill.diagnosis": 606,
+    "launch.drill.drill": 581,
+    "launch.drill.scenarios": 522,
+    "launch.lifecycle.run_status": 494,
+    "launch.lifecycle.runner": 458,
+    "launch.report.explain": 464,
+    "launch.spec.jobspec": 473,
+    "launch.spec.snapshot": 496,
+}
+"""Modules that are longer, and how long they may be: a list to empty, never to add to."""
+
+
+def modules(package: str) -> list[Path]:
+    """Return the source files of a package, but for the examples, which are programs of their own."""
+    found = sorted((ROOT / package).rglob("*.py"))
+    return [path for path in found if "examples" not in path.parts]
+
+
+def name_of(path: Path) -> str:
+    """Return the dotted name of a source file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path) for package in ("jobkit", "launch") for path in modules(package)}
+
+
+def all_imports(path: Path) -> Iterator[str]:
+    """Yield what a file imports: 'package.module', and 'package.module.name' of what it takes from there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the modules of ours that a file imports."""
+    for name in all_imports(path):
+        if name in NAMES:
+            yield name
+        elif name.rpartition(".")[0] in NAMES and name.count(".") > 1:
+            yield name.rpartition(".")[0]
+
+
+def room_of(name: str) -> str:
+    """Return the room of a module, or the module itself where it stands beside the rooms."""
+    return name.split(".")[1] if "." in name else ""
+
+
+@pytest.mark.parametrize(("package", "order"), [("jobkit", JOBKIT), ("launch", LAUNCH)])
+def test_each_room_imports_only_from_those_below(package: str, order: list[tuple[str, ...]]) -> None:
+    """The table is whole, and no import climbs."""
+    floor = {room: level for level, rooms in enumerate(order) for room in rooms}
+    wrong = []
+    for path in modules(package):
+        name = name_of(path)
+        if path.parent == ROOT / package and path.stem.startswith("__"):
+            continue
+        assert room_of(name) in floor, f"{name} stands in no room: give it a place in tests/test_rooms.py"
+        for other in imports_of(path):
+            if other.split(".")[0] != package or not room_of(other):
+                continue
+            if floor[room_of(other)] > floor[room_of(name)]:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ["jobkit", "launch"])
+def test_no_import_goes_in_a_circle(package: str) -> None:
+    """Modules can be read from the ground up, inside a room too."""
+    graph = {name_of(path): set(imports_of(path)) - {name_of(path)} for path in modules(package)}
+    for name in [package, *(f"{package}.{room}" for room in ("run", "drill"))]:
+        graph.pop(name, None)  # the package itself names its front door for types
+    list(TopologicalSorter({k: {v for v in vs if v in graph} for k, vs in graph.items()}).static_order())
+
+
+def test_launch_takes_from_jobkit_what_is_light() -> None:
+    """It imports the run's directory, the supervisor's side and the ground of jobkit; jobkit nothing of it."""
+    wrong = [
+        f"{name_of(path)} imports {other}"
+        for path in modules("launch")
+        for other in imports_of(path)
+        if other.startswith("jobkit.") and room_of(other) not in LIGHT and other not in ALSO
+    ]
+    wrong += [f"{path} imports {o}" for path in modules("jobkit") for o in imports_of(path) if o.startswith("launch")]
+    assert not wrong
+
+
+def test_jax_is_named_in_few_rooms() -> None:
+    """The run's directory, the supervisor and all of launch know nothing of jax and its family."""
+    for path in [*modules("jobkit"), *modules("launch")]:
+        if {name.split(".")[0] for name in all_imports(path)} & HEAVY:
+            assert name_of(path).split(".")[:2] in [["jobkit", room] for room in NAMES_JAX], path
+
+
+def test_rooms_and_modules_stay_small() -> None:
+    """A folder that nobody can take in, or a module nobody reads to its end, is two."""
+    folders: dict[Path, int] = {}
+    for package in ("jobkit", "launch"):
+        for path in modules(package):
+            folders[path.parent] = folders.get(path.parent, 0) + 1
+            lines, name = len(path.read_text().splitlines()), name_of(path)
+            assert lines <= LONG.get(name, MOST_LINES), f"{name} has {lines} lines"
+            assert name not in LONG or lines > MOST_LINES, f"{name} is short now: take it off the list"
+    assert not {str(folder): count for folder, count in folders.items() if count > MOST_MODULES}
+
+
+@pytest.mark.parametrize(
+    "line", ["from launch.cli import main", "import launch.report.explain", "from jobkit import run"]
+)
+def test_a_wrong_import_is_seen(line: str, tmp_path: Path) -> None:
+    """The tests above see each form of an import."""
+    planted = tmp_path / "planted.py"
+    planted.write_text(f"def f() -> None:\n    {line}\n")
+    assert list(imports_of(planted))
+
+
+def test_the_rooms_have_words() -> None:
+    """Each room says in one sentence what it is for."""
+    for package in ("jobkit", "launch"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_light_side_loads_no_jax() -> None:
+    """Every module of launch, and all that it takes from jobkit, can be imported where there is no jax."""
+    names = [name for name in sorted(NAMES) if name.startswith("launch") and not name.endswith("__main__")]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+    code += f"heavy = sorted({HEAVY} & set(sys.modules))\nassert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
