@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,8 +19,10 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import local
-from launch.lifecycle import lock, orphans, run_status
+from launch.backends.local_runner import runner_of
+from launch.lifecycle import lock, orphans, restart, run_status
 from launch.report import follow
+from launch.spec.jobspec import JobSpec
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
 
@@ -161,6 +164,43 @@ def test_runner_killed_then_resumed(project: Project) -> None:
     assert local.resume(store.url) is State.RUNNING
     assert until_over(store).state is State.DONE
     assert jobs.outcomes(store) == ["preempted", "done"]
+
+
+def test_a_killed_runner_keeps_the_failure_budget(project: Project) -> None:
+    """A runner that is killed between attempts, three times over, grants no failure beyond --max-failures."""
+    store = project.submit(*(f"commit:{step},exit:1" for step in range(1, 9)), max_failures=3)
+    for failures in range(1, 4):
+        until(lambda count=failures: len(decisions(store)) >= count, "the next attempt is put off")
+        os.kill(jobs.runner_pid(store), signal.SIGKILL)
+        until(lambda: not lock.held(store), "the runner is gone")
+        assert len(jobs.outcomes(store)) == failures
+        local.resume(store.url)
+    status = until_over(store)
+    assert (status.state, len(jobs.outcomes(store))) == (State.FAILED, 4)
+    assert status.reason == "4 failures, and 3 are allowed (--max-failures)"
+    local.resume(store.url)  # after its end a resume is a new start
+    until(lambda: len(jobs.outcomes(store)) > 4, "another attempt")
+    local.cancel(store.url)
+
+
+def decisions(store: Store) -> list[dict[str, Any]]:
+    """Return what the runners decided so far."""
+    return [event for event in run_status.events(store) if event["event"] == "decision"]
+
+
+def test_a_long_history_with_progress_is_no_standstill(tmp_path: Path) -> None:
+    """What each attempt had committed is remembered as it was: thirty preemptions with progress end no run."""
+    store = Store(tmp_path / "run")
+    spec = JobSpec(command=("python", "train.py"), run=store.url)
+    store.make()
+    for attempt in range(30):
+        told = {"exit_code": 75, "outcome": "preempted", "step": attempt, "committed_step": attempt}
+        store.file(f"attempts/{attempt}").mkdir(parents=True)
+        store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
+    runner = runner_of(store, spec)
+    policy = runner._remember()
+    decision = restart.decide(runner._history, policy)
+    assert (decision.restart, decision.delay_s) == (True, 0.0)
 
 
 def test_resume_waits_for_the_attempt_of_a_killed_runner(project: Project) -> None:

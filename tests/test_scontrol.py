@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jobkit.supervise.slurm_grace import parse_pairs, parse_time, preemption_s
 from jobkit.units import parse_limit
 from launch.backends.slurm import scontrol
-from launch.backends.slurm.scontrol import Cause
+from launch.lifecycle.restart import Cause
 
 RECORDED = Path(__file__).parent / "recorded"
 
@@ -29,7 +29,7 @@ def test_a_user_s_own_text_forges_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "cause", "preempt_mode"),
     [
-        ("running", Cause.OWN, "REQUEUE"),
+        ("running", Cause.PROGRAM, "REQUEUE"),
         ("preempt-notice", Cause.PREEMPTED, "REQUEUE"),
         ("preempted-without-grace", Cause.REQUEUED, "REQUEUE"),
         ("requeued", Cause.REQUEUED, "REQUEUE"),
@@ -52,7 +52,7 @@ def test_cause(name: str, cause: Cause, preempt_mode: str) -> None:
 @pytest.mark.parametrize(
     ("name", "cause", "preempt_mode"),
     [
-        ("running", Cause.OWN, "REQUEUE"),
+        ("running", Cause.PROGRAM, "REQUEUE"),
         ("preempt-notice", Cause.PREEMPTED, "REQUEUE"),
         ("preempted-without-grace", Cause.REQUEUED, "REQUEUE"),
         ("held-back", Cause.REQUEUED, "REQUEUE"),
@@ -119,13 +119,13 @@ def test_a_near_end_is_the_time_limit() -> None:
     end = parse_time(job["EndTime"])
     assert end is not None
     assert scontrol.cause(job, restarts=0, now=end - 100, warned_s=125) is Cause.TIME_LIMIT
-    assert scontrol.cause(job, restarts=0, now=end - 130, warned_s=125) is Cause.OWN
+    assert scontrol.cause(job, restarts=0, now=end - 130, warned_s=125) is Cause.PROGRAM
 
 
 def test_an_incarnation_knows_its_own_restarts() -> None:
     """A job that was restarted before is not taken for one that is being restarted now."""
     job = recorded("running") | {"Restarts": "2"}
-    assert scontrol.cause(job, restarts=2, now=0.0, warned_s=125) is Cause.OWN
+    assert scontrol.cause(job, restarts=2, now=0.0, warned_s=125) is Cause.PROGRAM
     assert scontrol.cause(job, restarts=1, now=0.0, warned_s=125) is Cause.REQUEUED
 
 

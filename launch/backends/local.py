@@ -32,11 +32,11 @@ from launch.lifecycle.submission import (
     open_run,
     prepare,
     record,
+    record_resumed,
     refresh,
     runner_environment,
     says_alive,
     take_back_cancel,
-    who,
 )  # fmt: skip
 from launch.spec import container
 from launch.spec import jobspec as specs
@@ -182,7 +182,7 @@ def resume(
     except JobkitError:
         lock.close()
         raise
-    record(store, "resumed", by=who())
+    record_resumed(store)
     with contextlib.suppress(JobkitError):  # the runner carries it again
         mirror.carry_described(store)
     start(store, lock, environ, number=number)
@@ -291,11 +291,11 @@ def main(arguments: list[str]) -> int:
         arguments: The run, the descriptor of its lock, the descriptor to answer on; the run alone takes the lock
             itself and stays in the foreground.
     """
-    from launch.lifecycle.runner import Runner
+    from launch.backends.local_runner import runner_of
 
     store = open_run(arguments[0])
     with detached(store, arguments[1:]) as (lock, held_lease, ready):
-        runner = Runner(store, specs.read(store), lock.descriptor, held_lease)
+        runner = runner_of(store, specs.read(store), lock.descriptor, held_lease)
         runner.run(ready)
     runner.empty_home()  # still under the lock, which nobody elsewhere waits for
     return 0
@@ -323,7 +323,7 @@ def detached(store: Store, given: list[str]) -> Iterator[tuple[RunLock, Lease, C
         if taken is None:
             raise ConfigError(says_alive(store))
         lock, number = taken, lease.claim(store)
-        record(store, "resumed", by=who())
+        record_resumed(store)
     lock.sign(os.getpid())
     held_lease = Lease(store, number)
     held_lease.start()

@@ -21,11 +21,11 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Beat, Phase
 from launch.backends import local
+from launch.backends.local_runner import runner_of
 from launch.backends.slurm import backend as slurm
 from launch.backends.slurm import scontrol
 from launch.drill.observe import MissedError, beat_of, living, newest_attempt, send, wait_until
 from launch.lifecycle import lock, orphans
-from launch.lifecycle.runner import Runner
 from launch.lifecycle.submission import runner_environment
 from launch.spec.jobspec import JobSpec
 
@@ -358,7 +358,7 @@ def _freeze_and_wake(stage: Stage) -> None:
 
 def _start_elsewhere(stage: Stage) -> "subprocess.Popen[bytes]":
     """Start an attempt the way another machine does, which does not see this one's lock."""
-    command, environ = Runner(stage.store, stage.spec, None).prepare(runner_environment() | dict(stage.environ))
+    command, environ = runner_of(stage.store, stage.spec).prepare(runner_environment() | dict(stage.environ))
     return subprocess.Popen(
         command, cwd=stage.store.path, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,

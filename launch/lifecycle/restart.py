@@ -5,7 +5,9 @@ Every cause has its own count of attempts since the last progress, so that no mi
 """
 
 import dataclasses
-from collections.abc import Sequence
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from jobkit.contract import Outcome, State, describe_exit
 
@@ -33,6 +35,22 @@ class Ended:
     duration_s: float = 0.0
     ready: bool = False
     unsaved: bool = False
+
+
+class Cause(enum.StrEnum):
+    """Why an attempt has ended or is to end, as who runs the machine has it."""
+
+    PROGRAM = "own"
+    """Nobody's doing but the program's: the machine stays, and the next attempt may start there at once."""
+    PREEMPTED = "preempted"
+    """Notice with a grace period; the machine will go, and whether the run is started again is not known."""
+    REQUEUED = "requeued"
+    """The job is queued again already: preemption without grace, a lost node, or an administrator."""
+    TIME_LIMIT = "time limit"
+    CANCELLED = "cancelled"
+    """By a person; never undone."""
+    GONE = "gone"
+    """The job is being ended and will not start again; whether by a preemption or by a person is seen later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +93,20 @@ class Decision:
     def restart(self) -> bool:
         """Whether another attempt is due."""
         return self.action == "restart"
+
+
+def budget_from(events: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Tell since when the attempts of a run count, in events of the launching side: the submit, or the last resume
+    after an end. Where only the runner had died, whoever goes on has what budget is left.
+
+    Returns:
+        Number of the first attempt that counts, and the newest step that was committed before it, -1 for none.
+    """
+    begun: Mapping[str, Any] = {}
+    for event in events:
+        if event["event"] == "submitted" or (event["event"] == "resumed" and "attempts" in event):
+            begun = event
+    return begun.get("attempts", 0), begun.get("committed", -1)
 
 
 def decide(history: Sequence[Ended], policy: Policy) -> Decision:

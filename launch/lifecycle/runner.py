@@ -1,10 +1,12 @@
-"""The local runner: what a cluster's scheduler is elsewhere. One process per run, detached, with no memory of its own.
+"""The runner: one attempt after another until the run has ended or goes on elsewhere. One loop for every backend.
 
-Everything it knows is in the run directory, so it may be killed at any instant: its supervisor then stops the program,
-and `jobkit resume` starts another runner. It never starts an attempt while a process of an earlier one lives.
+It has no memory of its own. Everything it knows is in the run directory, so it may be killed at any instant: its
+supervisor then stops the program, and the next runner takes up the history as the ledgers have it. It never starts an
+attempt while a process of an earlier one lives.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -14,7 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,10 +31,10 @@ from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
 from launch.lifecycle import notify, orphans, restart, run_status
-from launch.lifecycle.lease import Lease
+from launch.lifecycle.restart import Cause
 from launch.spec import container, snapshot
 from launch.spec import jobspec as specs
-from launch.spec.command import command_in, in_container, search_path
+from launch.spec.command import command_in, environment, in_container
 from launch.spec.jobspec import JobSpec
 
 POLL_S = 0.1
@@ -41,26 +44,9 @@ _CLAIM_S = 20.0
 _FOLLOW_S = 6.0
 """How long the other processes of an attempt may go on when one of them has ended badly: without it they can commit
 nothing, and most hang in a collective."""
-_DAEMON_S = 300.0
-"""How long Docker may be down between two attempts, for an upgrade."""
-_NOT_STARTED = (125, 126, 127)
-"""Of `docker run`: no container could be made of the image, or its python3 could not be started."""
 KILLED = 128 + signal.SIGKILL
 """Exit code of what has not told how it ended."""
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def environment(store: Store, environ: dict[str, str], *, path: str) -> dict[str, str]:
-    """Return the environment of a supervisor.
-
-    Args:
-        store: The run.
-        environ: The runner's own.
-        path: PYTHONPATH.
-    """
-    ours = {"PATH": search_path(environ), contract.ENV_RUN: store.url}
-    # Lines printed before a SIGKILL must be in the log.
-    return {"PYTHONUNBUFFERED": "1"} | environ | ours | ({"PYTHONPATH": path} if path else {})
 
 
 def free_port() -> int:
@@ -72,27 +58,26 @@ def free_port() -> int:
             return port
 
 
-def _end_with_us() -> None:
-    """Have the kernel tell a child when this process dies."""
-    processes.signal_on_parent_death(signal.SIGTERM)
-
-
-class Runner:
-    """Run attempts of one run until there is nothing more to do.
+class Runner(ABC):
+    """Run attempts of one run until there is nothing more to do here.
 
     Args:
         store: The run.
         spec: What was submitted.
-        lock_fd: Descriptor of the run's lock; supervisors inherit it. None where a scheduler sees to it that a run is
-            not run twice.
-        lease: The run's lease, where there is a lock.
     """
 
     output: int | None = subprocess.DEVNULL
     """Where supervisors copy the program's output to: the attempt's log has it in any case."""
+    lock_fd: int | None = None
+    """Descriptor of the run's lock, which supervisors inherit; None where a scheduler runs no run twice."""
+    codes: Mapping[State, int] = {State.DONE: Exit.DONE, State.CANCELLED: Exit.DONE}
+    """Exit code of the runner by how the run ended; any other end is a failure."""
+    superseded_code: int = Exit.DONE
+    in_child: Callable[[], None] | None = None
+    """Called in a supervisor's process before it begins."""
 
-    def __init__(self, store: Store, spec: JobSpec, lock_fd: int | None, lease: Lease | None = None) -> None:
-        self._spec, self._lock_fd, self._lease = spec, lock_fd, lease
+    def __init__(self, store: Store, spec: JobSpec) -> None:
+        self._spec = spec
         self._store = store.patient(Patience(nap=self._bide, over=lambda: self._over() is not None))
         """Waits for a storage that does not answer, until the run is to stop: nothing else is lost by waiting."""
         self._quick = store.patient(at_once)
@@ -103,8 +88,8 @@ class Runner:
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
 
-    def run(self, ready: Callable[[], None] = lambda: None) -> State:
-        """Run to the end and return the run's state.
+    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+        """Run until the run has ended or goes on elsewhere; return the exit code that says so.
 
         Args:
             ready: Called once signals are heard.
@@ -113,22 +98,108 @@ class Runner:
         """
         self._listen()
         ready()
-        notify.start(self._store, self._spec.notify, self._spec.cwd)
+        self._telling = notify.start(self._store, self._spec.notify, self._spec.cwd)
         processes.become_subreaper()
         try:
-            state, reason = self._attempts()
+            return self._attempts()
         except JobkitError as error:
-            state, reason = self._over() or (State.FAILED, str(error))
-        # Whoever has the run now writes its ledger on the URL: where that cannot be asked, ours stays in the home.
-        sure = self._lease is None or self._lease.look()
-        if self._lease is not None and self._lease.lost:
-            say(self._lease.lost)
-            return state
-        with contextlib.suppress(JobkitError):
-            self._write_down("ended", state=state, reason=reason)
-            if sure:
-                mirror.carry_described(self._store)
-        return state
+            return self._end(*(self._over() or (State.FAILED, str(error))))
+
+    def _attempts(self) -> int:
+        """The loop: take up the history, then an attempt and a decision in turn."""
+        if (code := self._begin()) is not None:
+            return code
+        policy = self._remember()
+        if self._history and (code := self._decide(policy, Cause.PROGRAM, before=True)) is not None:
+            return code
+        while True:
+            if (over := self._over_anywhere()) is not None:
+                return self._end(*over)
+            self._history.append(self._attempt())
+            if (code := self._decide(policy, self._cause_of(self._history[-1].outcome))) is not None:
+                return code
+
+    @abstractmethod
+    def _begin(self) -> int | None:
+        """Clear up after an earlier runner; return an exit code if there is nothing to do here."""
+
+    def _remember(self) -> restart.Policy:
+        """Take up the history of the run since it was submitted, or resumed after its end: earlier runners and jobs."""
+        skip, committed = restart.budget_from(run_status.events(self._store))
+        attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
+        self._history = [
+            dataclasses.replace(self._ended(attempt, 0.0), committed_step=self._committed_by(attempt))
+            for attempt in attempts
+        ]
+        return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
+
+    def _committed_by(self, attempt: int) -> int:
+        """Return the newest committed step as an attempt left it, -1 if it is not told."""
+        step = (orphans.read_outcome(self._store, attempt) or {}).get("committed_step")
+        return step if isinstance(step, int) else -1
+
+    def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
+        """Act on how the last attempt ended; return an exit code, or None to go on here.
+
+        Args:
+            policy: Budgets.
+            why: Why it ended.
+            before: Whether it is an attempt of an earlier runner, of which that has written down a decision.
+        """
+        if (other := self._superseded()) is not None:
+            return self._leave(f"{other} has taken over", self.superseded_code)
+        decision = restart.decide(self._history, policy)
+        # A run that got to its end is done, whoever asked to stop it meanwhile.
+        if decision.state is State.DONE:
+            return self._end(State.DONE, decision.reason)
+        if (over := self._over()) is not None and over[0] is not State.REQUEUED:
+            return self._end(*over)
+        if why is Cause.CANCELLED:
+            return self._end(State.CANCELLED, f"{self._place} was cancelled")
+        if not before:
+            told = {"action": decision.action, "delay_s": decision.delay_s} | self._facts(decision, why)
+            self._write_down("decision", **told, attempt=self._newest_attempt)
+        if not decision.restart and why is not Cause.REQUEUED:
+            return self._end(decision.state, decision.reason)
+        return None if before else self._go_on(decision, why)
+
+    @property
+    def _place(self) -> str:
+        """What attempts run in, for a person."""
+        return "the local runner"
+
+    def _facts(self, decision: restart.Decision, why: Cause) -> dict[str, Any]:
+        """Return what the ledger is told of a decision besides what is done."""
+        return {"reason": decision.reason}
+
+    def _cause_of(self, outcome: Outcome) -> Cause:
+        """Tell why the attempt that has just ended did."""
+        return Cause.PROGRAM
+
+    def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
+        """Wait until the next attempt may start here, or hand the run over; return an exit code then."""
+        self._wait(decision.delay_s)
+        return None
+
+    def _superseded(self) -> str | None:
+        """Name what has taken over from this runner."""
+        return None
+
+    @abstractmethod
+    def _end(self, state: State, reason: str) -> int:
+        """Write down the end of the run, and leave."""
+
+    def _leave(self, reason: str, code: int) -> int:
+        """Leave; bring what the run says of itself to its URL first."""
+        say(reason)
+        try:
+            mirror.carry_described(self._store)
+        except JobkitError as error:
+            say(str(error))
+        return int(code)
+
+    def _code(self, state: object) -> int:
+        return int(next((code for ended, code in self.codes.items() if ended == state), Exit.FAILED))
 
     @functools.cached_property
     def _ledger(self) -> Ledger:
@@ -145,7 +216,7 @@ class Runner:
 
     def empty_home(self) -> None:
         """Give back the room on this node once the run has ended, unless somebody is likely to go on here soon."""
-        if self._signal is not None or (self._lease is not None and self._lease.lost):
+        if self._signal is not None:
             return
         with contextlib.suppress(JobkitError):
             stopped = self._cancelled() and run_status.cancel_reason(self._quick).startswith("stopped")
@@ -164,47 +235,14 @@ class Runner:
         if number != signal.SIGCHLD:
             self._signal = self._signal or number
 
-    def _attempts(self) -> tuple[State, str]:
-        self._clear()
-        if self._docker:  # made for an attempt whose runner was killed, and never started
-            container.remove(self._store.url)
-        orphans.close_attempts(self._store, "the runner and the supervisor were killed")
-        policy = restart.Policy(
-            max_failures=self._spec.max_failures, committed_at_start=orphans.committed_step(self._store)
-        )
-        while (over := self._over_anywhere()) is None:
-            ended = self._attempt()
-            self._history.append(ended)
-            decision = restart.decide(self._history, policy)
-            # A run that got to its end is done, whoever asked to stop it meanwhile.
-            if decision.state is not State.DONE and (over := self._over()) is not None:
-                break
-            told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
-            self._write_down("decision", **told, attempt=self._newest_attempt)
-            if not decision.restart:
-                return decision.state, decision.reason
-            self._wait(decision.delay_s)
-        return over
-
+    @abstractmethod
     def _over(self) -> tuple[State, str] | None:
-        """Tell how the run ends if no further attempt may start."""
-        if self._lease is not None and self._lease.lost:
-            return State.FAILED, self._lease.lost
-        if self._cancelled():
-            return State.CANCELLED, run_status.cancel_reason(self._quick)
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            return State.FAILED, (
-                f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
-            )
-        return None
+        """Tell how the run ends if no further attempt may start; REQUEUED where it goes on elsewhere."""
 
     def _over_anywhere(self) -> tuple[State, str] | None:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
         with contextlib.suppress(JobkitError):
             mirror.hear(self._store, contract.CANCEL)
-        if self._lease is not None:
-            self._lease.look()
         return self._over()
 
     def _cancelled(self) -> bool:
@@ -225,15 +263,11 @@ class Runner:
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
         started = time.monotonic()
-        if self._docker:
-            self._until_docker()
         command, environ = self._store.insist(lambda: self.prepare(dict(os.environ)))
         attempt = self._store.insist(lambda: mirror.claim(self._quick.with_deadline(_CLAIM_S)))
         self._newest_attempt = attempt
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
-        if self._docker and code != 0:  # its client may have been killed while it was making one
-            container.remove(self._store.url)
         lasted_s = time.monotonic() - started
         self._close(attempt, code)
         return self._ended(attempt, lasted_s, code)
@@ -272,11 +306,13 @@ class Runner:
         environ = environment(self._store, environ, path=path) | told
         if spec.container is None:
             return supervise, environ
-        environ |= container.ENVIRONMENT
-        if self._docker and self._store.remote is not None:
-            environ[contract.ENV_HOME] = str(self._store.path.parent)
+        environ |= container.ENVIRONMENT | self._in_container()
         words = in_container(self._store, spec, cwd=cwd, environ=environ)
         return [*words, *container.command(supervise)], environ
+
+    def _in_container(self) -> dict[str, str]:
+        """Return what a container is told besides."""
+        return {}
 
     def _grace(self) -> dict[str, str]:
         """Return how long an attempt has between being asked to stop and being killed."""
@@ -297,8 +333,8 @@ class Runner:
                 env=self._hand_down(environ),
                 stdin=subprocess.DEVNULL,
                 stdout=self.output,
-                pass_fds=[self._lock_fd] if self._lock_fd is not None else [],
-                preexec_fn=_end_with_us if self._docker else None,
+                pass_fds=[self.lock_fd] if self.lock_fd is not None else [],
+                preexec_fn=self.in_child,
             )
         except (FileNotFoundError, PermissionError) as error:
             raise JobkitError(f"cannot start the supervisor: {error}") from None
@@ -321,38 +357,16 @@ class Runner:
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
         """Add to a supervisor's environment what ties it to this process."""
-        told = environ | {contract.ENV_RUNNER: str(os.getpid())}
-        return told if self._docker else told | {contract.ENV_LOCK: str(self._lock_fd)}  # its client holds the lock
-
-    @property
-    def _docker(self) -> bool:
-        """Whether attempts are children of Docker's daemon, and what we start is its client."""
-        return self._spec.container is not None and self._spec.container.runtime == container.DOCKER
-
-    def _until_docker(self) -> None:
-        """Wait for a daemon that is just being started again, a few minutes at most."""
-        deadline, told = time.monotonic() + _DAEMON_S, False
-        while self._over() is None and time.monotonic() < deadline:
-            try:
-                container.check_docker()
-                break
-            except JobkitError as error:
-                if not told:
-                    say(f"{error}; waiting for it")
-                told = True
-            self._nap(1.0)
+        return environ
 
     def _inside(self) -> tuple[set[int], set[int]]:
-        """Return the processes that are in containers, and which of them are at the top: their supervisors."""
-        found = set(orphans.processes_of(self._store)) if self._docker else set()
-        below = {child for pid in found for child in processes.descendants(pid)}
-        return found | below, found - below
+        """Return the processes of the attempt that are no children of ours, and which of them are supervisors."""
+        return set(), set()
 
-    def _while_running(self) -> None:
+    def _while_running(self) -> None:  # noqa: B027  (most have nothing to do)
         """Do what is due while an attempt runs."""
 
     def _ask_to_stop(self, started: list[int]) -> None:
-        # Those in a container too: Docker's client tells nobody while the daemon hangs.
         for pid in [*started, *self._inside()[1]]:
             if pid not in self._codes:
                 orphans.send(pid, signal.SIGTERM)
@@ -413,14 +427,13 @@ class Runner:
         reason = f"the supervisor {how}"
         if program_code is not None:
             reason += f"; the program ended with {contract.describe_exit(program_code)}"
-        if self._docker and code in _NOT_STARTED and not programs:
-            where = self._store.file(contract.RUNNER_LOG)
-            reason = f"docker could not start the container ({contract.describe_exit(code)}): see {where}"
-            try:
-                container.check_docker()
-            except JobkitError:  # it was interrupted too: nobody's failure
-                program_code = None
+        if not programs:
+            reason, program_code = self._not_started(code, reason, program_code)
         orphans.write_outcome(self._store, attempt, program_code=program_code, reason=reason)
+
+    def _not_started(self, code: int, reason: str, program_code: int | None) -> tuple[str, int | None]:
+        """Say why a supervisor never started a program, where that is known."""
+        return reason, program_code
 
     def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
         """Return how an attempt ended, as its outcome says; by its exit code where that is not written."""

@@ -22,7 +22,7 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, is_remote, local_path, remove_tree
-from launch.lifecycle import lease, run_status, targets
+from launch.lifecycle import lease, orphans, run_status, targets
 from launch.lifecycle.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import jobspec as specs
 from launch.spec import snapshot, sweep
@@ -394,6 +394,19 @@ def record(store: Store, event: str, **fields: object) -> None:
         store.insist(ledger.settle)
     finally:
         ledger.close()
+
+
+def record_resumed(store: Store, *, afresh: bool | None = None) -> None:
+    """Write down that a person resumes a run: with fresh budgets after its end, with what is left of them elsewhere.
+
+    Args:
+        store: The run.
+        afresh: Whether budgets begin afresh; by default if the run has ended.
+    """
+    fields: dict[str, object] = {}
+    if run_status.has_ended(store) if afresh is None else afresh:
+        fields = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
+    record(store, "resumed", by=who(), **fields)
 
 
 def end(store: Store, state: State, reason: str) -> None:

@@ -140,3 +140,16 @@ _TOLD = (
     "PYTHONUNBUFFERED",
 )
 """What the environment of an attempt has for a supervisor."""
+
+
+def environment(store: Store, environ: dict[str, str], *, path: str) -> dict[str, str]:
+    """Return the environment of a supervisor.
+
+    Args:
+        store: The run.
+        environ: The runner's own.
+        path: PYTHONPATH.
+    """
+    ours = {"PATH": search_path(environ), contract.ENV_RUN: store.url}
+    # Lines printed before a SIGKILL must be in the log.
+    return {"PYTHONUNBUFFERED": "1"} | environ | ours | ({"PYTHONPATH": path} if path else {})

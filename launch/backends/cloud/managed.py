@@ -24,8 +24,18 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
-from launch.lifecycle import orphans, run_status, submission
-from launch.lifecycle.submission import Plan, ask_to_cancel, cancel_content, new_run, open_run, prepare, record, who
+from launch.lifecycle import run_status, submission
+from launch.lifecycle.submission import (
+    Plan,
+    ask_to_cancel,
+    cancel_content,
+    new_run,
+    open_run,
+    prepare,
+    record,
+    record_resumed,
+    who,
+)
 from launch.spec import cloud_options as cloud
 from launch.spec import jobspec as specs
 from launch.spec import snapshot
@@ -210,8 +220,7 @@ class Managed(ABC):
         spec = self._completed(spec)
         if clear_cancel:
             submission.take_back_cancel(store, cancel_seen)
-        attempts = len(store.numbers(contract.ATTEMPTS))
-        record(store, "resumed", by=who(), attempts=attempts, committed=orphans.committed_step(store))
+        record_resumed(store, afresh=True)
         self._start(store, spec)
         return State.QUEUED
 

@@ -24,6 +24,7 @@ from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
+from launch.lifecycle.restart import Cause
 from launch.lifecycle.submission import OURS, open_run
 from launch.spec import cloud_options
 from launch.spec import jobspec as specs
@@ -54,6 +55,7 @@ class VmRunner(JobRunner):
     """
 
     codes: Mapping[State, int] = {State.DONE: Exit.DONE, State.CANCELLED: CANCELLED, State.REQUEUED: Exit.PREEMPTED}
+    superseded_code = Exit.FAILED
     output = None  # the service's own log gets what the program prints, too
 
     def __init__(self, store: Store, spec: JobSpec, *, job: str, backend: str, retries: int) -> None:
@@ -64,34 +66,23 @@ class VmRunner(JobRunner):
         self._limit_at = float("inf")
         """When the run's time is used up, on the clock of `time.monotonic`."""
 
-    def _attempts_in_job(self) -> int:
+    def _begin(self) -> int | None:
+        if (code := super()._begin()) is not None:
+            return code
         self._write_down("job_started", job=self._job, backend=self._backend, restarts=self._retries)
         # What the service starts again it has lost by no fault of the program's.
         orphans.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
-        policy = self._remember()
+        return None
+
+    def _remember(self) -> restart.Policy:
+        policy = super()._remember()
         self._set_limit()
-        if self._history:
-            decision = restart.decide(self._history, policy)
-            if decision.state is State.DONE or not decision.restart:
-                return self._end(decision.state, decision.reason)
-        while (over := self._over_anywhere()) is None:
-            self._history.append(self._attempt())
-            if (other := self._superseded()) is not None:
-                return self._leave(f"{other} has taken over", Exit.FAILED)
-            decision = restart.decide(self._history, policy)
-            # A run that got to its end is done, whoever asked to stop it meanwhile.
-            if decision.state is State.DONE:
-                return self._end(State.DONE, decision.reason)
-            told = {"action": decision.action, "delay_s": decision.delay_s, "reason": decision.reason}
-            self._write_down("decision", **told, attempt=self._newest_attempt, job=self._job)
-            if (over := self._over()) is not None and over[0] is not State.REQUEUED:
-                break
-            if not decision.restart:
-                return self._end(decision.state, decision.reason)
-            if over is not None or self._history[-1].outcome is Outcome.PREEMPTED:
-                return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
-            self._wait(decision.delay_s)
-        return self._end(*over)
+        return policy
+
+    def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
+        if self._over() is not None or self._history[-1].outcome is Outcome.PREEMPTED:
+            return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
+        return super()._go_on(decision, why)
 
     def _set_limit(self) -> None:
         if self._spec.cloud is not None and self._spec.cloud.time_s is not None:
@@ -154,7 +145,7 @@ def main(arguments: list[str]) -> int:
     except StorageError as error:
         say(str(error))
         return int(Exit.PREEMPTED)  # perhaps another VM gets there
-    return VmRunner(store, specs.read(store), job=job, backend=backend, retries=retries).run_job()
+    return VmRunner(store, specs.read(store), job=job, backend=backend, retries=retries).run()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any
 
 import msgspec
 
-from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
@@ -27,7 +26,7 @@ from jobkit.rundir.store import Store, explain
 from jobkit.units import parse_limit, show_duration
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.scontrol import Job, SlurmError
-from launch.lifecycle import orphans, run_status
+from launch.lifecycle import run_status
 from launch.lifecycle.submission import (
     OURS,
     Plan,
@@ -39,6 +38,7 @@ from launch.lifecycle.submission import (
     open_run,
     prepare,
     record,
+    record_resumed,
     runner_environment,
     take_back_cancel,
     who,
@@ -339,8 +339,7 @@ def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
             take_back_cancel(one, cancels[one])
     for one in left:
         if specs.exists(one):
-            attempts, committed = len(one.numbers(contract.ATTEMPTS)), orphans.committed_step(one)
-            record(one, "resumed", by=who(), attempts=attempts, committed=committed)
+            record_resumed(one, afresh=True)
     sbatch(store, spec, points=[members.index(one) for one in left])
     return State.QUEUED
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
@@ -21,9 +22,10 @@ from jobkit.supervise.slurm_grace import parse_time
 from launch.backends.slurm import backend as slurm
 from launch.backends.slurm import bad_nodes as nodes
 from launch.backends.slurm import requeue, scontrol
-from launch.backends.slurm.scontrol import Cause, Job, SlurmError
+from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
+from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED, free_port
 from launch.lifecycle.submission import OURS, begin_point, open_run
 from launch.spec import jobspec as specs
@@ -58,7 +60,9 @@ class SlurmRunner(JobRunner):
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
 
-    def _attempts_in_job(self) -> int:
+    def _begin(self) -> int | None:
+        if (code := super()._begin()) is not None:
+            return code
         here = {"job": self._job, "restarts": self._restarts}
         again = any(here.items() <= event.items() for event in run_status.events(self._store))
         self._write_down("job_started", **here, nodes=_nodes())
@@ -68,42 +72,21 @@ class SlurmRunner(JobRunner):
         ended_by = "the runner was killed" if again else "SLURM ended the job"
         preempted = self._restarts > 0 and not again
         orphans.close_attempts(self._store, ended_by, preempted=preempted)
-        if (cancelled := self._cancelled_before()) is not None:
-            return self._end(State.CANCELLED, cancelled)
-        policy = self._remember()
-        if self._history and (code := self._decide(policy, Cause.OWN, before=True)) is not None:
-            return code
-        while True:
-            if (over := self._over_anywhere()) is not None:
-                return self._end(*over)
-            self._history.append(self._attempt())
-            why = self._ask(self._history[-1].outcome)
-            if (code := self._decide(policy, why)) is not None:
-                return code
+        cancelled = self._cancelled_before()
+        return None if cancelled is None else self._end(State.CANCELLED, cancelled)
 
-    def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
-        """Act on how the last attempt ended; return the job's exit code, or None to go on in this allocation."""
-        if (other := self._superseded()) is not None:
-            return self._leave(f"{other} has taken over", Exit.DONE)
-        decision = restart.decide(self._history, policy)
-        if decision.state is State.DONE:
-            return self._end(State.DONE, decision.reason)
-        if (over := self._over()) is not None:
-            return self._end(*over)
-        if why is Cause.CANCELLED:
-            return self._end(State.CANCELLED, f"job {self._job} was cancelled (scancel)")
-        if not before:
-            reason = f"{decision.reason}; {_WORDS[why]}"
-            told = {"action": decision.action, "delay_s": decision.delay_s, "reason": reason, "cause": why}
-            self._write_down("decision", **told, attempt=self._newest_attempt, job=self._job)
+    @property
+    def _place(self) -> str:
+        return f"job {self._job}"
+
+    def _facts(self, decision: restart.Decision, why: Cause) -> dict[str, Any]:
+        return super()._facts(decision, why) | {"reason": f"{decision.reason}; {_WORDS[why]}", "cause": why}
+
+    def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
         if why is Cause.REQUEUED:
             self._lift_hold()
             return self._leave("SLURM starts the job again", Exit.PREEMPTED)
-        if not decision.restart:
-            return self._end(decision.state, decision.reason)
-        if why is Cause.OWN:
-            if before:
-                return None
+        if why is Cause.PROGRAM:
             self._strike()
             if self._move_away():
                 return self._leave(self._secured, Exit.PREEMPTED)
@@ -213,23 +196,23 @@ class SlurmRunner(JobRunner):
             preempt_mode=scontrol.preempt_mode(job),
         )
 
-    def _ask(self, outcome: Outcome) -> Cause:
+    def _cause_of(self, outcome: Outcome) -> Cause:
         """Ask SLURM why the step has ended."""
         if outcome is Outcome.DONE or self._cancelled():
-            return Cause.OWN
+            return Cause.PROGRAM
         deadline = time.monotonic() + _ASK_S
-        told = Cause.OWN
+        told = Cause.PROGRAM
         while True:
             try:
                 told = self._cause()
             except SlurmError as error:
                 say(str(error))
             stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
-            if told is not Cause.OWN or not stopped or time.monotonic() >= deadline:
+            if told is not Cause.PROGRAM or not stopped or time.monotonic() >= deadline:
                 break
             self._nap(0.25)
         limit = told is Cause.TIME_LIMIT and outcome not in (Outcome.PREEMPTED, Outcome.KILLED, Outcome.STORAGE)
-        return Cause.OWN if limit else told
+        return Cause.PROGRAM if limit else told
 
     def _cancelled_before(self) -> str | None:
         """Tell whether a person cancelled the job that this one is the successor of."""
@@ -307,7 +290,7 @@ class SlurmRunner(JobRunner):
 
 
 _WORDS = {
-    Cause.OWN: "the job goes on",
+    Cause.PROGRAM: "the job goes on",
     Cause.PREEMPTED: "SLURM preempts the job",
     Cause.REQUEUED: "SLURM has requeued the job",
     Cause.TIME_LIMIT: "the job's time limit",
@@ -342,7 +325,7 @@ def main(arguments: list[str]) -> int:
             say("the sweep was cancelled")
             return int(Exit.DONE)
         store = point
-    return SlurmRunner(store, specs.read(store), job, int(restarts) if restarts.isdecimal() else 0).run_job()
+    return SlurmRunner(store, specs.read(store), job, int(restarts) if restarts.isdecimal() else 0).run()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Sources: scontrol(1), squeue(1); what a job sees on each event was measured on a
 """
 
 import contextlib
-import enum
 import os
 import pwd
 import re
@@ -17,6 +16,7 @@ import msgspec
 
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.supervise.slurm_grace import parse_pairs, parse_time
+from launch.lifecycle.restart import Cause
 from launch.spec import sweep
 
 _COMMAND_S = 30.0
@@ -202,22 +202,6 @@ def kill_wait_s(config: str | None = None) -> float:
     return max(5.0, float(found[1]) if found else _DEFAULT_KILL_WAIT_S) - 0.5
 
 
-class Cause(enum.StrEnum):
-    """Why an attempt inside a job has ended or is to end."""
-
-    OWN = "own"
-    """Not SLURM's doing: the job runs on, and may start the next attempt at once."""
-    PREEMPTED = "preempted"
-    """Notice with a grace period; SLURM will end the job, and whether it requeues it is not known."""
-    REQUEUED = "requeued"
-    """SLURM has requeued the job already: preemption without grace, a lost node, or an administrator."""
-    TIME_LIMIT = "time limit"
-    CANCELLED = "cancelled"
-    """By a person; never undone."""
-    GONE = "gone"
-    """SLURM is ending the job and will not start it again; whether by a preemption or by a person is seen later."""
-
-
 def cause(job: Mapping[str, str], *, restarts: int, now: float, warned_s: float, preempt_mode: str = "") -> Cause:
     """Tell why a job is being stopped; a pure function of what `scontrol show job` says.
 
@@ -248,7 +232,7 @@ def cause(job: Mapping[str, str], *, restarts: int, now: float, warned_s: float,
         if preempted:
             return Cause.PREEMPTED
         end = parse_time(job.get("EndTime", ""))
-        return Cause.TIME_LIMIT if end is not None and end - now < warned_s else Cause.OWN
+        return Cause.TIME_LIMIT if end is not None and end - now < warned_s else Cause.PROGRAM
     if state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
         return Cause.REQUEUED
     if state == "CANCELLED":

@@ -1,0 +1,146 @@
+"""The local runner: what a cluster's scheduler is elsewhere. One process per run, detached; and attempts in Docker.
+
+`jobkit resume` starts another one where it was killed.
+"""
+
+import contextlib
+import os
+import signal
+import time
+
+from jobkit import contract
+from jobkit.contract import Exit, State
+from jobkit.errors import JobkitError, say
+from jobkit.rundir import mirror
+from jobkit.rundir.store import Store
+from jobkit.supervise import processes
+from launch.lifecycle import orphans, restart, run_status
+from launch.lifecycle.lease import Lease
+from launch.lifecycle.runner import Runner
+from launch.spec import container
+from launch.spec.jobspec import JobSpec
+
+_DAEMON_S = 300.0
+"""How long Docker may be down between two attempts, for an upgrade."""
+_NOT_STARTED = (125, 126, 127)
+"""Of `docker run`: no container could be made of the image, or its python3 could not be started."""
+
+
+def runner_of(store: Store, spec: JobSpec, lock_fd: int | None = None, lease: Lease | None = None) -> "LocalRunner":
+    """Return the runner of a run on this machine.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        lock_fd: Descriptor of the run's lock.
+        lease: The run's lease, where there is a lock.
+    """
+    in_docker = spec.container is not None and spec.container.runtime == container.DOCKER
+    return (DockerRunner if in_docker else LocalRunner)(store, spec, lock_fd, lease)
+
+
+class LocalRunner(Runner):
+    """Run attempts on this machine, under the run's lock and lease; arguments as `runner_of` has them."""
+
+    def __init__(self, store: Store, spec: JobSpec, lock_fd: int | None, lease: Lease | None) -> None:
+        super().__init__(store, spec)
+        self.lock_fd, self._lease = lock_fd, lease
+
+    def _begin(self) -> int | None:
+        self._clear()
+        orphans.close_attempts(self._store, "the runner and the supervisor were killed")
+        return None
+
+    def _over(self) -> tuple[State, str] | None:
+        if self._lease is not None and self._lease.lost:
+            return State.FAILED, self._lease.lost
+        if self._cancelled():
+            return State.CANCELLED, run_status.cancel_reason(self._quick)
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            return State.FAILED, (
+                f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
+            )
+        return None
+
+    def _over_anywhere(self) -> tuple[State, str] | None:
+        if self._lease is not None:
+            self._lease.look()
+        return super()._over_anywhere()
+
+    def _end(self, state: State, reason: str) -> int:
+        # Whoever has the run now writes its ledger on the URL: where that cannot be asked, ours stays in the home.
+        sure = self._lease is None or self._lease.look()
+        if self._lease is not None and self._lease.lost:
+            say(self._lease.lost)
+            return int(Exit.FAILED)
+        with contextlib.suppress(JobkitError):
+            self._write_down("ended", state=state, reason=reason)
+            if sure:
+                mirror.carry_described(self._store)
+        return self._code(state)
+
+    def empty_home(self) -> None:
+        """Give back the room on this node, unless another machine has the run now."""
+        if self._lease is None or not self._lease.lost:
+            super().empty_home()
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self.lock_fd)}
+
+
+class DockerRunner(LocalRunner):
+    """Run attempts that are children of Docker's daemon; what is started here is its client, which holds the lock."""
+
+    @staticmethod
+    def in_child() -> None:
+        """Have the kernel tell the client when this process dies."""
+        processes.signal_on_parent_death(signal.SIGTERM)
+
+    def _begin(self) -> int | None:
+        self._clear()
+        container.remove(self._store.url)  # made for an attempt whose runner was killed, and never started
+        return super()._begin()
+
+    def _attempt(self) -> restart.Ended:
+        self._until_docker()
+        return super()._attempt()
+
+    def _until_docker(self) -> None:
+        """Wait for a daemon that is just being started again, a few minutes at most."""
+        deadline, told = time.monotonic() + _DAEMON_S, False
+        while self._over() is None and time.monotonic() < deadline:
+            try:
+                container.check_docker()
+                break
+            except JobkitError as error:
+                if not told:
+                    say(f"{error}; waiting for it")
+                told = True
+            self._nap(1.0)
+
+    def _in_container(self) -> dict[str, str]:
+        return {} if self._store.remote is None else {contract.ENV_HOME: str(self._store.path.parent)}
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ | {contract.ENV_RUNNER: str(os.getpid())}
+
+    def _inside(self) -> tuple[set[int], set[int]]:
+        found = set(orphans.processes_of(self._store))
+        below = {child for pid in found for child in processes.descendants(pid)}
+        return found | below, found - below
+
+    def _close(self, attempt: int, code: int) -> None:
+        if code != 0:  # its client may have been killed while it was making one
+            container.remove(self._store.url)
+        super()._close(attempt, code)
+
+    def _not_started(self, code: int, reason: str, program_code: int | None) -> tuple[str, int | None]:
+        if code not in _NOT_STARTED:
+            return reason, program_code
+        where = self._store.file(contract.RUNNER_LOG)
+        try:
+            container.check_docker()
+        except JobkitError:  # it was interrupted too: nobody's failure
+            program_code = None
+        return f"docker could not start the container ({contract.describe_exit(code)}): see {where}", program_code
