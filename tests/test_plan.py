@@ -60,7 +60,7 @@ def test_more_time_is_never_worse(now: Situation, left: list[float]) -> None:
 
 
 def test_plans_by_example() -> None:
-    """The cases that the design names, at one second per save."""
+    """Each kind of choice, at one second per save."""
     behind = Situation(step=6, committed=0, saving=5, saving_for_s=0.1, save_s=1.0, left_s=30.0, can_abandon=True)
     assert plan.choose(behind) == Plan(Choice.FULL, 1.0 + plan.ABANDON_S, abandon=True)
     assert plan.choose(dataclasses.replace(behind, can_abandon=False)) == Plan(Choice.FULL, 1.9)

@@ -1,23 +1,8 @@
 """The ledger: append-only events of a run, one JSON line each, written by every process of every attempt.
 
 A line is one `write` to a file opened with O_APPEND, so that a SIGKILL tears at most the last line of one file;
-the reader drops a torn line. The events, by who writes them:
-
-    submitted, resumed, cancelled, stopped, decision, ended, job (id, backend), job_started,
-    moved (source, target)                                  by the launching side, in events.jsonl
-    started, notice (source, reason, deadline_s), stalled (phase, step, waited_s, budget_s, frame, stacks),
-    silent (step, waited_s, usual_s, budget_s), heard_again (after_s): no step for far longer than any before,
-    put_off (deadline_s: a preemption on SLURM leaves longer), exited (longest_s: the longest without progress by
-    phase, longest_step_s)                                  by the supervisor of an attempt
-    metadata (source, kind, reason)                         by it: what a cloud says beside notices
-    uploaded, upload_failed, upload_back, superseded        by whoever carries the run to its URL
-    opened, fresh, restored, first_step, own_loop (no steps(): from its second round or first save on), saved,
-    scored (step, metrics: after its commit), skipped, save_failed (step, kind, count, reason, committed_step),
-    unchanged (the same: what is saved holds nothing new), changed, superseded, abandoned, set_aside, rehearsed,
-    removed, interval, save_asked (id, by, step), notice, plan, stopped, finished, goes_on (with another loop, after it
-    had finished), metrics, compiled,
-    unsaved (it ended without one step of the run)          by the program
-    probed, donated (step, leaves)                          by it, in a drill
+the reader drops a torn line. Every event, with who writes it, its fields and its meaning, stands in
+docs/architecture.md; one that does not fails the build.
 """
 
 import contextlib

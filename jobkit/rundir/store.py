@@ -1,4 +1,4 @@
-"""Where a run directory lies, and the only place that writes files durably.
+"""Where a run directory lies, and how its small files are written durably (docs/architecture.md: who writes others).
 
 A file is either there as a whole or not there: content goes to a temporary name, is fsynced, gets its name in one
 step, and the directory is fsynced after it. What a SIGKILL leaves behind are temporary names, which no reader

@@ -1,4 +1,7 @@
-"""Which backend a run was submitted to, and its verbs: the one place that knows them all."""
+"""Which backend a run was submitted to, found by name in the one table there is, and its verbs.
+
+What differs between backends beyond the verbs is known elsewhere too; docs/architecture.md says where.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -1,9 +1,9 @@
 """Why a resumed run differs: evidence from more runs of the same program, not guesses.
 
 Two runs that nobody interrupts tell whether the program repeats itself at all. If it does, the fingerprints that an
-interrupted run leaves at the same step before and after its restart (jobkit/probe.py) tell what was carried over and
-what was not; if it does not, runs with a wall clock that stands still and with a fixed hash seed tell what it depends
-on.
+interrupted run leaves at the same step before and after its restart (jobkit/drill/fingerprints.py) tell what was
+carried over and what was not; if it does not, runs with a wall clock that stands still and with a fixed hash seed tell
+what it depends on.
 """
 
 import os

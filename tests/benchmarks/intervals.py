@@ -1,6 +1,6 @@
 """What is lost between preemptions: a fixed interval, Young/Daly with the true rate, and `save_every="auto"`.
 
-A simulation, driven by the class that runs use (jobkit/interval.py). Time up is spent on useful steps, on waiting for
+A simulation, driven by the class that runs use (interval.py). Time up is spent on useful steps, on waiting for
 saves and notices, and on steps that a loss takes back; queue and restart are the same for all and left out. One step
 is as short as you like. A save holds training up for b seconds and is durable d seconds after it began.
 

@@ -260,8 +260,8 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
         check_line(f"--{name}", value)
     parent = Path.cwd() if "://" in url else Path(Store(url).path).parent
     with _shared_directory(parent) as folder:
-        (folder / "fingerprints.py").write_text(_PROBE)
-        words = python(str(folder / "fingerprints.py"), url, str(_PROBE_BYTES))
+        (folder / "probe.py").write_text(_PROBE)
+        words = python(str(folder / "probe.py"), url, str(_PROBE_BYTES))
         script = folder / "probe.sh"
         script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
         given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
