@@ -1,7 +1,7 @@
 """What the launching side and the training side agree on: environment, exit codes, run-directory layout.
 
 Nothing here imports more than the standard library, so that a login node, a supervisor and a trainer can all
-read it at no cost.
+read it at no cost. docs/architecture.md says of each variable, code and file who sets, reads or writes it.
 """
 
 import enum

@@ -1,4 +1,4 @@
-"""Every error jobkit raises on purpose, each with the exit code it ends a process with.
+"""The errors that a user is told, each with the exit code it ends a process with.
 
 A message says the fact, the values found and the remedy; the command line and `Run` print it as one sentence,
 without a traceback.

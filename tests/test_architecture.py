@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -14,7 +15,7 @@ from launch.backends import registry
 from launch.drill import scenarios
 from launch.lifecycle import submission
 from tests import test_rooms as rooms
-from tests.test_rooms import ROOT, modules
+from tests.test_rooms import ROOT, all_imports, modules
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 SOURCES = {path: path.read_text() for package in ("jobkit", "launch") for path in modules(package)}
@@ -127,6 +128,11 @@ def test_backends_are_found_in_one_place() -> None:
     assert tables == ["registry.py"]
     assert claim("Backends by name") == {"launch/backends/registry.py"}
     assert set(registry.NAMES) == {"local", "slurm", "gcp", "aws"}
+
+
+def test_the_contract_costs_nothing() -> None:
+    """What both sides agree on imports nothing but the standard library."""
+    assert {name.split(".")[0] for name in all_imports(ROOT / "jobkit/contract.py")} <= sys.stdlib_module_names
 
 
 class Appends(ast.NodeVisitor):
