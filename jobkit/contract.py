@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Mapping
+from typing import NamedTuple
 
 RUN_VERSION = 1
 """Version of the run directory's layout; written to run.json, commit.json and state.json."""
@@ -47,6 +48,53 @@ ENV_FAULT = "JOBKIT_FAULT"
 """Signal this process at a named point, for drills and tests (see faults.py)."""
 ENV_DRILL = "JOBKIT_DRILL"
 """What `jobkit drill` asks of the program, as JSON (see settings.py)."""
+
+
+class Variable(NamedTuple):
+    """An environment variable of ours, and how far it is handed on.
+
+    Args:
+        name: Its name.
+        of_attempt: Whether it tells of one attempt: a run that is submitted from inside never gets it. The others are
+            a person's, and hold for all that is started below.
+        crosses: Whether it goes into a container by name, since its value is not known when the words are made.
+        ends_here: Whether it ties the supervisor to who started it, and the program does not get it.
+    """
+
+    name: str
+    of_attempt: bool = True
+    crosses: bool = True
+    ends_here: bool = False
+
+
+VARIABLES = (
+    Variable(ENV_RUN),
+    Variable(ENV_ATTEMPT),
+    Variable(ENV_SUPERVISOR, crosses=False),
+    Variable(ENV_LOCK, crosses=False, ends_here=True),
+    Variable(ENV_RUNNER, ends_here=True),
+    Variable(ENV_HOME, of_attempt=False),
+    Variable(ENV_PROCESS),
+    Variable(ENV_PROCESSES),
+    Variable(ENV_COORDINATOR),
+    Variable(ENV_GRACE),
+    Variable(ENV_WARNED),
+    Variable(ENV_ENDS_AT),
+    Variable(ENV_STALL, crosses=False),
+    Variable(ENV_METADATA, of_attempt=False, crosses=False),
+    Variable(ENV_AZURE_METADATA, of_attempt=False, crosses=False),
+    Variable(ENV_FAULT, of_attempt=False, crosses=False),
+    Variable(ENV_DRILL, of_attempt=False, crosses=False),
+)
+"""All of them; who hides one, hands one on or takes one away asks this table."""
+
+
+def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment as a run that is submitted from it gets it: with nothing of an attempt that it is in."""
+    told = {variable.name for variable in VARIABLES if variable.of_attempt}
+    if ENV_ATTEMPT in environ:
+        told |= {ENV_FAULT, ENV_DRILL}  # of the drill that goes on around it
+    return {name: value for name, value in environ.items() if name not in told}
 
 
 class Exit(enum.IntEnum):

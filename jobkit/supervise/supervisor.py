@@ -214,8 +214,9 @@ def _start(attempt: Attempt, link: Link, log: IO[bytes]) -> int:
         "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
     }
     environment |= compilecache.environment(attempt.store, environment)
-    for name in (contract.ENV_LOCK, contract.ENV_RUNNER):
-        environment.pop(name, None)
+    for variable in contract.VARIABLES:
+        if variable.ends_here:
+            environment.pop(variable.name, None)
     try:
         # CMD's group is its own, so that a Ctrl-C at our terminal reaches it once, through us.
         process = subprocess.Popen(

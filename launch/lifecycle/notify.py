@@ -66,7 +66,7 @@ def start(store: Store, named: Sequence[str], cwd: str) -> int | None:
     since = 0 if found is None else found.st_size
     given = json.dumps({"run": store.url, "since": since, "runner": os.getpid(), "targets": list(named), "cwd": cwd})
     # No mark of a run: whoever looks for what is left of one must not find it.
-    environ = {name: value for name, value in os.environ.items() if name not in _MARKS}
+    environ = contract.handed_on(os.environ)
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "launch.lifecycle.notify"],
@@ -82,9 +82,6 @@ def start(store: Store, named: Sequence[str], cwd: str) -> int | None:
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         say(f"nobody is notified of {store.url}: {error}")
         return None
-
-
-_MARKS = (contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_RUNNER, contract.ENV_LOCK)
 
 
 def finish(pid: int | None) -> None:

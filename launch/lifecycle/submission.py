@@ -29,11 +29,6 @@ from launch.spec import snapshot, sweep
 from launch.spec.command import check_command, check_script
 from launch.spec.jobspec import JobSpec
 
-OURS = (
-    contract.ENV_RUN, contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_LOCK, contract.ENV_RUNNER,
-    contract.ENV_PROCESS, contract.ENV_PROCESSES, contract.ENV_COORDINATOR, contract.ENV_STALL,
-)  # fmt: skip
-"""What a submit from inside another run must not hand on."""
 LEAVING_S = 60.0
 """How long the runner of a run that has ended may take to be gone: it empties the home of one in a bucket."""
 _PATIENCE_S = 20.0
@@ -420,7 +415,7 @@ def end(store: Store, state: State, reason: str) -> None:
 
 def runner_environment() -> dict[str, str]:
     """Return the environment in which a runner finds the same packages; nothing of another run is handed on."""
-    environ = {name: value for name, value in os.environ.items() if name not in OURS}
+    environ = contract.handed_on(os.environ)
     path = [os.path.abspath(entry) for entry in _python_path()]
     home = Path(__file__).absolute().parents[2]
     if home.name not in ("site-packages", "dist-packages") and str(home) not in path:

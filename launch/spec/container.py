@@ -223,17 +223,7 @@ def ours(environ: Mapping[str, str]) -> list[str]:
     return [name for name in environ if name.startswith("JOBKIT_") or name in _PYTHON]
 
 
-LATER = (
-    contract.ENV_RUN,
-    contract.ENV_ATTEMPT,
-    contract.ENV_GRACE,
-    contract.ENV_WARNED,
-    contract.ENV_PROCESS,
-    contract.ENV_PROCESSES,
-    contract.ENV_COORDINATOR,
-    contract.ENV_HOME,
-    contract.ENV_RUNNER,
-)
+LATER = tuple(variable.name for variable in contract.VARIABLES if variable.crosses)
 """Variables of ours that an attempt may have, though they are not known yet when its words are made."""
 _LABEL = "jobkit.run"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

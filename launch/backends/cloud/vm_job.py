@@ -25,7 +25,7 @@ from jobkit.units import show_duration
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.restart import Cause
-from launch.lifecycle.submission import OURS, open_run
+from launch.lifecycle.submission import open_run
 from launch.spec import cloud_options
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
@@ -136,8 +136,8 @@ def main(arguments: list[str]) -> int:
     job, backend = os.environ.get(ENV_JOB), os.environ.get(ENV_BACKEND, "")
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")
-    for name in OURS:
-        os.environ.pop(name, None)
+    for name in set(os.environ) - contract.handed_on(os.environ).keys():
+        del os.environ[name]
     # AWS counts attempts from 1, Google retries from 0.
     retries = int(os.environ.get("BATCH_TASK_RETRY_ATTEMPT") or int(os.environ.get("AWS_BATCH_JOB_ATTEMPT") or 1) - 1)
     try:

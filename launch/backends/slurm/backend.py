@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
@@ -28,7 +29,6 @@ from launch.backends.slurm import scontrol
 from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import run_status
 from launch.lifecycle.submission import (
-    OURS,
     Plan,
     ask_to_cancel,
     cancel_content,
@@ -246,16 +246,18 @@ def _said(text: str) -> str:
 @contextlib.contextmanager
 def clean_environment() -> Any:
     """Hide what belongs to a run that this process is part of: sbatch hands the environment on."""
-    ours = [name for name in os.environ if name in (*OURS, *_SLURM_OURS) or name.startswith("SLURM_ARRAY_")]
-    hidden = {name: os.environ.pop(name) for name in ours}
+    kept = contract.handed_on(os.environ)
+    if "SLURM_JOB_ID" in os.environ:  # srun would take what SLURM says of this job for orders, a program for its own
+        kept = {name: value for name, value in kept.items() if name in _ASKS or not name.startswith("SLURM_")}
+    hidden = {name: os.environ.pop(name) for name in set(os.environ) - kept.keys()}
     try:
         yield
     finally:
         os.environ.update(hidden)
 
 
-_SLURM_OURS = ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_NTASKS", "SLURM_NPROCS")
-"""Of the job that a successor is submitted from: srun would take them for orders."""
+_ASKS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT", "SLURM_DEBUG_FLAGS")
+"""What tells SLURM's commands whom to ask, inside a job and outside."""
 
 
 def jobs(store: Store) -> list[str]:

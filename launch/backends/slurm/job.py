@@ -27,7 +27,7 @@ from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED, free_port
-from launch.lifecycle.submission import OURS, begin_point, open_run
+from launch.lifecycle.submission import begin_point, open_run
 from launch.spec import jobspec as specs
 from launch.spec import sweep
 from launch.spec.jobspec import JobSpec
@@ -309,8 +309,8 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: The run.
     """
-    for name in OURS:
-        os.environ.pop(name, None)
+    for name in set(os.environ) - contract.handed_on(os.environ).keys():
+        del os.environ[name]
     job = os.environ.get("SLURM_JOB_ID")
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a SLURM job: use jobkit submit --on slurm")
