@@ -10,7 +10,7 @@ import msgspec
 
 from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.ledger import Ledger, read_events
 from jobkit.rundir.store import Store
 
@@ -49,7 +49,7 @@ def listed(store: Store) -> list[Row]:
             damaged.pop(event["step"], None)
         elif event["event"] == "damaged":
             damaged[event["step"]] = str(event.get("reason", ""))
-    remote = mirror.remote_steps(store.remote) if store.remote is not None else []
+    remote = remote_steps.steps(store.remote) if store.remote is not None else []
     rows = []
     for step in sorted({*commits.steps(store), *remote}):
         uploaded = step in remote if store.remote is not None else None
@@ -79,7 +79,7 @@ def _commit(store: Store, step: int) -> commits.Commit:
     if step in commits.steps(store):
         return commits.read(store, step)
     assert store.remote is not None
-    return commits.with_scores(store, mirror.read_remote(store.remote, step))
+    return commits.with_scores(store, remote_steps.read(store.remote, step))
 
 
 def verify(store: Store, steps: list[int], tell: Callable[[int, list[str]], None]) -> dict[int, list[str]]:
@@ -96,8 +96,8 @@ def verify(store: Store, steps: list[int], tell: Callable[[int, list[str]], None
     ledger = Ledger(store.file(contract.EVENTS))
     found = {}
     for step in steps:
-        remote = store.remote is not None and step in mirror.remote_steps(store.remote)
-        found[step] = mirror.problems(store, step) if remote else commits.problems(store, step)
+        remote = store.remote is not None and step in remote_steps.steps(store.remote)
+        found[step] = remote_steps.problems(store, step) if remote else commits.problems(store, step)
         if not found[step]:
             ledger.append("verified", step=step)
         else:
@@ -135,7 +135,7 @@ def remove(store: Store, step: int) -> None:
         raise ConfigError(f"step {step} is the newest of {store.url}, from which a restart goes on; it stays")
     commits.remove(store, step)
     if store.remote is not None:
-        mirror.remove(store.remote, step)
+        remote_steps.remove(store.remote, step)
 
 
 def export(store: Store, out: str, step: str | None, *, as_json: bool = False) -> int:

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from jobkit import contract
-from jobkit.rundir import commits, emptying, mirror
+from jobkit.rundir import commits, emptying, mirror, remote_steps, uploader
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
@@ -50,7 +50,7 @@ def _ended(url: str) -> Store:
     store = Store(url)
     attempt = mirror.claim(store)
     store.write(contract.STRATEGY, json.dumps({"keep": 9, "keep_best": None}))
-    carrier = mirror.Mirror(store, attempt, Ledger(store.file(contract.events_file(attempt, "supervisor"))))
+    carrier = uploader.Uploader(store, attempt, Ledger(store.file(contract.events_file(attempt, "supervisor"))))
     store.write(contract.STRATEGY, json.dumps({"keep": 9, "keep_best": None}))
     for step in (10, 20):
         _commit(store, step, attempt, f"step {step}")
@@ -89,7 +89,7 @@ def test_what_takes_room_goes_and_comes_back(run: Store) -> None:
     assert commits.steps(run) == []
     mirror.refresh(run)
     mirror.fetch_logs(run)
-    assert mirror.fetch_newest(run, Ledger(run.file("test.jsonl")), attempt=1) == 20
+    assert remote_steps.fetch_newest(run, Ledger(run.file("test.jsonl")), attempt=1) == 20
     again = _files(run)
     kept = {name for name in before if not name.startswith(("checkpoints/10", "cache", "code/abc/"))}
     assert {name: again.get(name) for name in kept} == {name: before[name] for name in kept}
@@ -179,7 +179,7 @@ def test_a_step_that_the_url_would_not_keep_goes_too(run: Store) -> None:
     """A step that retention has removed from the bucket, and not here yet, keeps nothing waiting."""
     assert run.remote is not None
     run.write(contract.STRATEGY, json.dumps({"keep": 1, "keep_best": None}))
-    mirror.remove(run.remote, 10)
+    remote_steps.remove(run.remote, 10)
     assert emptying.empty(run)
     assert commits.steps(run) == []
 
@@ -203,7 +203,7 @@ def test_a_kill_while_it_is_emptied_harms_nothing(times: int, gcs: GcsServer) ->
     assert all(commits.problems(store, step) == [] for step in commits.steps(store))
     mirror.refresh(store)
     ledger = Ledger(store.file("test.jsonl"))
-    assert mirror.fetch_newest(store, ledger, attempt=1) == (None if times == 1 else 20)
+    assert remote_steps.fetch_newest(store, ledger, attempt=1) == (None if times == 1 else 20)
     assert commits.problems(store, 20) == []
     assert emptying.empty(store)
 
@@ -250,6 +250,6 @@ def test_every_command_works_on_an_emptied_home(gcs: GcsServer, tmp_path: Path) 
     loaded = f"import jobkit, numpy as np; print(jobkit.load({url!r}, n=0, h=np.zeros(1000)).n)"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, check=True).stdout.strip() == b"21"
     jobkit("resume", "--wait", url)
-    assert mirror.remote_steps(Remote(url))[-1] == 40
+    assert remote_steps.steps(Remote(url))[-1] == 40
     assert "trained 40" in jobkit("logs", url)
     until(lambda: list((home / "checkpoints").glob("*/commit.json")) == [], "it is emptied again", seconds=60)

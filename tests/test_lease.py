@@ -17,7 +17,7 @@ import pytest
 
 from jobkit import contract
 from jobkit.errors import ConfigError, StorageError
-from jobkit.rundir import mirror
+from jobkit.rundir import mirror, remote_steps
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from launch.lifecycle import lease, run_status
@@ -385,7 +385,7 @@ def test_a_run_elsewhere_is_refused_and_taken_over(machines: Machines) -> None:
     assert (told["attempts"], told["committed_step"]) == (2, 400)
     told = until(lambda: (told := machines.status("ada"))["state"] == "done" and told, "ada hears of it", seconds=30)
     assert told["attempts"] == 2
-    assert mirror.remote_steps(Remote(machines.url))[-1] == 400
+    assert remote_steps.steps(Remote(machines.url))[-1] == 400
     ledger = Remote(machines.url).read(contract.EVENTS).decode().splitlines()
     assert [json.loads(line)["event"] for line in ledger].count("ended") == 1
 
@@ -396,7 +396,7 @@ def test_a_dead_machine_is_waited_for(machines: Machines, gcs: GcsServer) -> Non
     """A machine that lost its power keeps the run for ten minutes; after them a plain resume goes on elsewhere."""
     machines.submit("ada", 100)
     until(lambda: (machines.status("ada")["committed_step"] or 0) >= 40, "it trains", seconds=120)
-    until(lambda: mirror.remote_steps(Remote(machines.url))[-1:] >= [40], "a step is in the bucket", seconds=60)
+    until(lambda: remote_steps.steps(Remote(machines.url))[-1:] >= [40], "a step is in the bucket", seconds=60)
     machines.pull_the_plug("ada")
     assert machines.status("bob")["runner"] == "alive"
     machines.jobkit("bob", "resume", machines.url, code=2)
@@ -438,7 +438,7 @@ def test_a_deleted_run_is_submitted_anew(machines: Machines) -> None:
     machines.submit("ada", 30)
     told = until(lambda: (told := machines.status("ada"))["state"] == "done" and told, "it is done again", seconds=120)
     assert (told["attempts"], told["committed_step"]) == (1, 30)
-    assert mirror.remote_steps(remote)[-1] == 30
+    assert remote_steps.steps(remote)[-1] == 30
     (home,) = (machines.path / "ada").glob("*-*")
     (aside,) = home.glob(".old-*")
     assert "50" in (aside / "run.json").read_text()

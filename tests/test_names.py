@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, mirror, remote_steps
 from jobkit.rundir.commits import Commit, FileRecord
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, home_of
@@ -211,8 +211,8 @@ def test_folders_that_a_console_made_are_nobodys(gcs: GcsServer, capsys: pytest.
     remote = Store(url).remote
     assert remote is not None
     assert list(remote.find()) == ["attempts/0/claim.json"]
-    assert mirror.remote_attempts(remote) == [0]
-    assert mirror.remote_steps(remote) == []
+    assert remote_steps.attempts(remote) == [0]
+    assert remote_steps.steps(remote) == []
     assert capsys.readouterr().err == ""
 
 
@@ -588,9 +588,9 @@ def attack(gcs: GcsServer, tmp_path: Path, many: int) -> list[str]:
         for look_at in (
             lambda store: mirror.refresh(store),
             lambda store: mirror.fetch_ledgers(store, 9),
-            lambda store: mirror.fetch_step(store, 100, attempt=0),
-            lambda store: mirror.problems(store, 100),
-            lambda store: mirror.fetch_newest(store, Ledger(store.file("events.jsonl")), attempt=0),
+            lambda store: remote_steps.fetch(store, 100, attempt=0),
+            lambda store: remote_steps.problems(store, 100),
+            lambda store: remote_steps.fetch_newest(store, Ledger(store.file("events.jsonl")), attempt=0),
             run_status.status,
         ):
             with contextlib.suppress(JobkitError):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jobkit import contract
 from jobkit.errors import StorageError
-from jobkit.rundir import growing_files, mirror
+from jobkit.rundir import growing_files, mirror, remote_steps, uploader
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
@@ -241,7 +241,7 @@ def test_ledgers_are_brought_in_parts_too(tmp_path: Path, monkeypatch: pytest.Mo
     here, there = _stores(tmp_path, monkeypatch)
     attempt = mirror.claim(here)
     ledger = Ledger(here.file(contract.events_file(attempt, 0)))
-    carrier = mirror.Mirror(here, attempt, ledger)
+    carrier = uploader.Uploader(here, attempt, ledger)
     _append(here, b"printed\n")
     for step in range(3):
         ledger.append("metrics", step=step)
@@ -262,13 +262,13 @@ def test_the_next_attempt_sends_what_a_killed_one_left(tmp_path: Path, monkeypat
     here, there = _stores(tmp_path, monkeypatch)
     first = mirror.claim(here)
     _append(here, b"half\n")
-    carrier = mirror.Mirror(here, first, Ledger(here.file(contract.events_file(first, "supervisor"))))
+    carrier = uploader.Uploader(here, first, Ledger(here.file(contract.events_file(first, "supervisor"))))
     carrier.carry_files()
     _append(here, b"the other half\n")
     here.write("attempts/0/outcome.json", "{}")
     second = mirror.claim(here)
     ledger = Ledger(here.file(contract.events_file(second, "supervisor")))
-    mirror.Mirror(here, second, ledger).carry_files()
+    uploader.Uploader(here, second, ledger).carry_files()
     assert _seen(there) == b"half\nthe other half\n"
     assert here.remote is not None
     assert here.remote.read("attempts/0/outcome.json") == b"{}"
@@ -292,12 +292,12 @@ def test_a_slow_log_keeps_nothing_waiting(gcs: GcsServer, tmp_path: Path, monkey
     attempt = mirror.claim(store)
     _append(store, bytes(500_000))
     gcs.faults.stall(3.0, None, match="log-0")
-    carrier = mirror.Mirror(store, attempt, Ledger(store.file("test.jsonl")))
+    carrier = uploader.Uploader(store, attempt, Ledger(store.file("test.jsonl")))
     carrier.start()
     until(lambda: gcs.faults.fired["stall"], "the log is being sent")
     _commit(store, 10, attempt, "step 10")
     store.remote.write(contract.CANCEL, b"{}")
-    until(lambda: mirror.remote_steps(store.remote) == [10] and store.exists(contract.CANCEL), "both", seconds=60)  # type: ignore[arg-type]
+    until(lambda: remote_steps.steps(store.remote) == [10] and store.exists(contract.CANCEL), "both", seconds=60)  # type: ignore[arg-type]
     assert growing_files.size_of(growing_files.grouped(store.remote.find()).get(LOG, {})) < 500_000
     gcs.faults.clear()
     carrier.close(deadline_s=60)
@@ -306,7 +306,7 @@ def test_a_slow_log_keeps_nothing_waiting(gcs: GcsServer, tmp_path: Path, monkey
 
 MEASURED = """
 import os, resource, sys, time
-from jobkit.rundir import mirror
+from jobkit.rundir import mirror, uploader
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
 store = Store(sys.argv[1])
@@ -316,7 +316,7 @@ with open(store.file("attempts/0/log-0.txt"), "wb") as log:
     for number in range(120):
         log.write(os.urandom(1 << 20))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-carrier = mirror.Mirror(store, attempt, Ledger(store.file("attempts/0/events-supervisor.jsonl")))
+carrier = uploader.Uploader(store, attempt, Ledger(store.file("attempts/0/events-supervisor.jsonl")))
 carrier.carry_files(until=time.monotonic() + 300)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """

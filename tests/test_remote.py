@@ -18,7 +18,7 @@ import pytest
 
 from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, mirror, remote_steps, uploader
 from jobkit.rundir.ledger import Ledger, read_events, read_metrics
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
@@ -154,14 +154,14 @@ def test_a_bucket_that_does_not_exist_is_said_so(place: Place) -> None:
 def test_a_run_moves_from_node_to_node(place: Place, undisturbed: Path) -> None:
     """Three nodes without a shared disk: preempted, killed, finished; the bits are the undisturbed run's."""
     assert attempt(place, "a", at={20: "SIGTERM"}, pause_s=0.01)[0] == 75
-    assert 21 in mirror.remote_steps(Remote(place.url))
+    assert 21 in remote_steps.steps(Remote(place.url))
     code, printed = attempt(place, "b", at={45: "SIGKILL"}, pause_s=0.05)
     assert code == -9
     assert "resumes at step 21" in printed
     code, printed = attempt(place, "c")
     assert code == 0, printed
     remote = Remote(place.url)
-    steps = mirror.remote_steps(remote)
+    steps = remote_steps.steps(remote)
     assert steps[-1] == training.STEPS
     assert len(steps) <= 2
     store = Store(place.homes / "c" / next(path.name for path in (place.homes / "c").iterdir()))
@@ -201,7 +201,7 @@ def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> Non
     )
     assert ended.returncode == 137
     remote = Remote(place.url)
-    assert 6 in mirror.remote_steps(remote)
+    assert 6 in remote_steps.steps(remote)
     assert json.loads(remote.read("attempts/0/outcome.json"))["outcome"] == "killed"
     there = _elsewhere(place, 0)
     mirror.refresh(there)
@@ -230,8 +230,8 @@ def test_the_same_step_with_other_bytes_stays_as_committed(place: Place, monkeyp
     before = {name: remote.read(name) for name in remote.find(contract.step_dir(3))}
     attempt_on("a", 1.0, 4)
     assert {name: remote.read(name) for name in remote.find(contract.step_dir(3))} == before
-    assert mirror.problems(_elsewhere(place, 3), 3) == []
-    assert mirror.problems(_elsewhere(place, 4), 4) == []
+    assert remote_steps.problems(_elsewhere(place, 3), 3) == []
+    assert remote_steps.problems(_elsewhere(place, 4), 4) == []
 
 
 def _damage(place: Place, kind: str, name: str, remote: Remote) -> None:
@@ -273,7 +273,7 @@ def test_damage_in_the_bucket_is_found_and_the_older_step_used(kind: str, place:
         store = _elsewhere(place, index)
         ledger = Ledger(store.file("events.jsonl"))
         # A deleted commit.json is a step that was never committed; everything else is damage.
-        assert mirror.fetch_newest(store, ledger, attempt=9) == 1
+        assert remote_steps.fetch_newest(store, ledger, attempt=9) == 1
         assert commits.problems(store, 1) == []
         told = [event for event in read_events(store) if event["event"] == "set_aside"]
         if not (kind == "delete" and name.endswith(contract.COMMIT)):
@@ -297,7 +297,7 @@ def test_an_old_attempt_cannot_commit_to_the_bucket(place: Place) -> None:
     elsewhere = _elsewhere(place, 1)
     assert mirror.claim(elsewhere) == old + 1
     with pytest.raises(ConfigError, match=f"attempt {old + 1} has taken over"):
-        mirror.check_newest(Remote(place.url), old)
+        remote_steps.check_newest(Remote(place.url), old)
 
 
 def test_submit_status_and_cancel_on_a_bucket(place: Place) -> None:
@@ -388,7 +388,7 @@ def test_fifty_random_kills_with_uploads(place: Place, undisturbed: Path) -> Non
         process.join(moments.uniform(0.8, 2.2))
         process.kill()
         process.join()
-        steps = mirror.remote_steps(Remote(place.url))
+        steps = remote_steps.steps(Remote(place.url))
         assert max(steps, default=-1) >= newest, "a commit was lost"
         newest = max(steps, default=-1)
     code, printed = attempt(place, "c")
@@ -397,8 +397,8 @@ def test_fifty_random_kills_with_uploads(place: Place, undisturbed: Path) -> Non
     assert training.digest(home) == training.digest(undisturbed)
     for again in read_metrics(Store(home)).repeated.values():
         assert all(len(set(values)) == 1 for values in again.values())
-    found = mirror.group(Remote(place.url).find(contract.CHECKPOINTS))
-    assert sorted(found) == mirror.remote_steps(Remote(place.url)), "an unfinished upload was left"
+    found = remote_steps.group(Remote(place.url).find(contract.CHECKPOINTS))
+    assert sorted(found) == remote_steps.steps(Remote(place.url)), "an unfinished upload was left"
     shutil.rmtree(home)
 
 
@@ -452,8 +452,8 @@ def test_passing_faults_are_retried(fault: str, gs: Place, gcs: GcsServer) -> No
     )
     assert code == 0, printed
     assert sum(gcs.faults.fired.values()) > 0, "the fault never fired"
-    assert mirror.remote_steps(Remote(gs.url))[-1] == 30
-    assert mirror.problems(_elsewhere(gs, 0), 30) == []
+    assert remote_steps.steps(Remote(gs.url))[-1] == 30
+    assert remote_steps.problems(_elsewhere(gs, 0), 30) == []
 
 
 @pytest.mark.slow
@@ -461,7 +461,7 @@ def test_a_dead_bucket_does_not_stop_the_training(gs: Place, gcs: GcsServer) -> 
     """While the bucket is down training goes on and saves stay here, loudly; when it is back everything lands."""
     log = gs.homes / "log"
     process = training.start(_plain, gs.url, log=log, environment=gs.node("a"), steps=400)
-    until(lambda: mirror.remote_steps(Remote(gs.url)), "a step is in the bucket", seconds=90)
+    until(lambda: remote_steps.steps(Remote(gs.url)), "a step is in the bucket", seconds=90)
     deadline = time.monotonic() + 90
     gcs.faults.down = "503"
     (home,) = (gs.homes / "a").iterdir()
@@ -475,8 +475,8 @@ def test_a_dead_bucket_does_not_stop_the_training(gs: Place, gcs: GcsServer) -> 
     gcs.faults.down = None
     process.join(120)
     assert process.exitcode == 0, log.read_text()
-    assert mirror.remote_steps(Remote(gs.url))[-1] == 400
-    assert mirror.problems(_elsewhere(gs, 0), 400) == []
+    assert remote_steps.steps(Remote(gs.url))[-1] == 400
+    assert remote_steps.problems(_elsewhere(gs, 0), 400) == []
 
 
 def test_no_permission_is_said_at_once(gs: Place, gcs: GcsServer) -> None:
@@ -499,7 +499,7 @@ def test_a_continued_old_attempt_changes_nothing_in_the_bucket(place: Place, und
         training.train, place.url, log=log, environment=place.node("a"), pause_s=0.05, save_every="2 steps"
     )
     remote, deadline = Remote(place.url), time.monotonic() + 60
-    while max(mirror.remote_steps(remote), default=0) < 6:
+    while max(remote_steps.steps(remote), default=0) < 6:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert old.pid is not None
@@ -557,18 +557,18 @@ def test_a_superseded_attempt_leaves_its_successor_s_steps_alone(place: Place) -
     _keep(a, 9)
     _commit(a, 20, old, "by a")
     _commit(a, 30, old, "by a")
-    carrier = mirror.Mirror(a, old, _ledger(a))
+    carrier = uploader.Uploader(a, old, _ledger(a))
     _keep(a, 9)
-    assert mirror.push_step(a, 30, attempt=old, ledger=_ledger(a))
+    assert remote_steps.push(a, 30, attempt=old, ledger=_ledger(a))
     new = mirror.claim(b)
     _commit(b, 20, new, "by b")
     assert b.remote is not None
     b.remote.create(f"{contract.step_dir(10)}/state.json", b"being uploaded by b")
-    assert mirror.push_step(b, 20, attempt=new, ledger=_ledger(b))
-    mirror.push_step(a, 20, attempt=old, ledger=_ledger(a))
+    assert remote_steps.push(b, 20, attempt=new, ledger=_ledger(b))
+    remote_steps.push(a, 20, attempt=old, ledger=_ledger(a))
     with pytest.raises(ConfigError, match="has taken over"):
         carrier._retain()
-    assert mirror.problems(b, 20) == []
+    assert remote_steps.problems(b, 20) == []
     assert b.remote.find(contract.step_dir(10))
 
 
@@ -581,13 +581,13 @@ def test_an_old_home_s_strategy_removes_nothing(place: Place) -> None:
     _keep(b, 9)
     for step in (10, 20, 30):
         _commit(b, step, number, "by b")
-    carrier = mirror.Mirror(b, number, _ledger(b))
+    carrier = uploader.Uploader(b, number, _ledger(b))
     _keep(b, 9)
     carrier.close(deadline_s=0.0)
     later = mirror.claim(a)
-    mirror.Mirror(a, later, _ledger(a)).close(deadline_s=0.0)
+    uploader.Uploader(a, later, _ledger(a)).close(deadline_s=0.0)
     assert b.remote is not None
-    assert mirror.remote_steps(b.remote) == [10, 20, 30]
+    assert remote_steps.steps(b.remote) == [10, 20, 30]
     assert json.loads(b.remote.read(contract.STRATEGY))["keep"] == 9
 
 
@@ -602,8 +602,8 @@ def test_a_damaged_local_step_holds_nothing_up(place: Place) -> None:
     assert a.remote is not None
     a.remote.write(contract.CANCEL, b"{}")
     with pytest.raises(JobkitError):
-        mirror.Mirror(a, number, _ledger(a)).close(deadline_s=0.0)
-    assert mirror.remote_steps(a.remote) == [20]
+        uploader.Uploader(a, number, _ledger(a)).close(deadline_s=0.0)
+    assert remote_steps.steps(a.remote) == [20]
     assert a.exists(contract.CANCEL)
 
 
@@ -613,22 +613,22 @@ def test_one_bad_download_costs_no_step(place: Place, monkeypatch: pytest.Monkey
     number = mirror.claim(a)
     for step in (10, 20, 30):
         _commit(a, step, number, "by a")
-    mirror.Mirror(a, number, _ledger(a)).close(deadline_s=0.0)
+    uploader.Uploader(a, number, _ledger(a)).close(deadline_s=0.0)
     assert b.remote is not None
     read, short = b.remote.read, []
 
     def reading(name: str) -> bytes:
         if name.endswith("30/commit.json"):
-            mirror.remove(b.remote, 30)  # type: ignore[arg-type]
+            remote_steps.remove(b.remote, 30)  # type: ignore[arg-type]
         if name.endswith("20/state.json") and not short:
             short.append(name)
             return read(name)[:-1]
         return read(name)
 
     monkeypatch.setattr(b.remote, "read", reading)
-    assert mirror.fetch_newest(b, _ledger(b), attempt=mirror.claim(b)) == 20
+    assert remote_steps.fetch_newest(b, _ledger(b), attempt=mirror.claim(b)) == 20
     assert short
-    assert mirror.remote_steps(b.remote) == [10, 20]
+    assert remote_steps.steps(b.remote) == [10, 20]
 
 
 def test_a_url_that_is_used_again_is_another_run(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
@@ -640,10 +640,10 @@ def test_a_url_that_is_used_again_is_another_run(place: Place, capfd: pytest.Cap
     b = _node(place, "b")
     number = mirror.claim(b)
     _commit(b, 13, number, "the new run")
-    mirror.Mirror(b, number, _ledger(b)).close(deadline_s=0.0)
+    uploader.Uploader(b, number, _ledger(b)).close(deadline_s=0.0)
     mirror.claim(a)
     assert commits.steps(a) == []
-    assert mirror.fetch_newest(a, _ledger(a), attempt=9) == 13
+    assert remote_steps.fetch_newest(a, _ledger(a), attempt=9) == 13
     assert "held another run of the same URL" in capfd.readouterr().err
 
 
@@ -652,7 +652,7 @@ def test_every_step_damaged_is_no_new_start(place: Place) -> None:
     code, printed = attempt(place, "a", at={5: "SIGTERM"}, keep=1)
     assert code == 75, printed
     remote = Remote(place.url)
-    (step,) = [step for step in mirror.remote_steps(remote) if step > 0] or [0]
+    (step,) = [step for step in remote_steps.steps(remote) if step > 0] or [0]
     for name in remote.find(contract.CHECKPOINTS):
         if name.endswith("state.json"):
             remote.write(name, b"{}")
@@ -696,11 +696,11 @@ def test_a_last_evaluation_counts_on_every_node(place: Place, monkeypatch: pytes
 
     assert train("a", 3, {"loss": 1.0}) == 3
     assert train("b", 5, {"accuracy": 0.5}) == 3
-    assert mirror.remote_steps(Remote(place.url)) == [3, 5]
+    assert remote_steps.steps(Remote(place.url)) == [3, 5]
     monkeypatch.setenv(contract.ENV_HOME, str(place.homes / "c"))
     assert jobkit.load(place.url, step="best", n=0).n == 3
     assert commits.metrics(Store(place.url)) == {3: {"loss": 1.0}}
-    assert mirror.remote_metrics(Remote(place.url)) == {3: {"loss": 1.0}, 5: {"loss": 5.0, "accuracy": 0.5}}
+    assert remote_steps.metrics(Remote(place.url)) == {3: {"loss": 1.0}, 5: {"loss": 5.0, "accuracy": 0.5}}
 
 
 # Names that others have put there.

@@ -15,7 +15,7 @@ from jobkit.checkpoint.kinds import Part, ValuePart, part_of
 from jobkit.checkpoint.leaves import Record, quoted
 from jobkit.checkpoint.table import table_of
 from jobkit.errors import ConfigError, StorageError, end_in_words
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, mirror, remote_steps
 from jobkit.rundir.store import Store
 
 
@@ -130,7 +130,7 @@ def fetch(store: Store, step: int | str) -> None:
         return
     mirror.refresh(store)
     scores = store.remote.find(contract.SCORES)
-    known = {at: mirror.metrics_of(store.remote, at, scores) for at in mirror.remote_steps(store.remote)}
+    known = {at: remote_steps.metrics_of(store.remote, at, scores) for at in remote_steps.steps(store.remote)}
     wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
     number = step if isinstance(step, int) else wanted
     if number is not None and number in known and number not in commits.steps(store):
@@ -143,7 +143,7 @@ def bring(store: Store, step: int, *, attempt: int) -> None:
     Raises:
         StorageError: If it is damaged.
     """
-    wrong = mirror.fetch_step(store, step, attempt=attempt)
+    wrong = remote_steps.fetch(store, step, attempt=attempt)
     if wrong:
         raise StorageError(f"step {step} of {store.url} is damaged: {wrong[0]}; choose another step")
 

@@ -45,7 +45,7 @@ from jobkit.preemption.stop_step import SAVE, STOP, Agreement
 from jobkit.run.leaving import Leaving, by_break
 from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.state_view import Values
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, mirror, remote_steps, uploader
 from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger
@@ -184,7 +184,7 @@ class Run:
             self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, self._group.index)))
             # Under a supervisor the uploads are its own, so that they survive this process.
             alone = given is None and self._group.first
-            self._carrier = mirror.Mirror(self._store, self.attempt, self._ledger) if alone else None
+            self._carrier = uploader.Uploader(self._store, self.attempt, self._ledger) if alone else None
             if self._carrier is not None:
                 self._carrier.start()
             self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, versions=versions.found())
@@ -488,8 +488,8 @@ class Run:
         """Bring the newest step into the home, after tidying up there."""
         sweep(self._store, attempt=self.attempt)
         if self._store.remote is not None:
-            mirror.fetch_newest(self._store, self._ledger, attempt=self.attempt)
-            self._checkpoints.elsewhere = mirror.remote_metrics(self._store.remote)
+            remote_steps.fetch_newest(self._store, self._ledger, attempt=self.attempt)
+            self._checkpoints.elsewhere = remote_steps.metrics(self._store.remote)
 
     def _take(self, parts: Mapping[str, Part | Held]) -> state.Snapshot:
         return state.take(parts, shared=self._group.count > 1)
@@ -534,7 +534,7 @@ class Run:
         remote = self._store.remote
         wanted = self._checkpoints.best_step() if step == "best" else step
         absent = isinstance(wanted, int) and wanted not in commits.steps(self._store)
-        if remote is not None and absent and wanted in mirror.remote_steps(remote):
+        if remote is not None and absent and wanted in remote_steps.steps(remote):
             bring(self._store, int(wanted), attempt=self.attempt)
         return find_step(self._store, step)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jobkit import contract
 from jobkit.errors import StorageError
-from jobkit.rundir import commits, growing_files, mirror
+from jobkit.rundir import commits, growing_files, mirror, remote_steps
 from jobkit.rundir.outbox import Outbox
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, in_words, remove_tree
@@ -68,12 +68,12 @@ def empty(store: Store) -> bool:
 
 def _wanted(store: Store, remote: Remote, here: Metrics, found: Mapping[str, int]) -> list[int]:
     """List the steps of the home that the URL is to have: all but those that it would not keep."""
-    by_step, scores = mirror.group(_below(found, contract.CHECKPOINTS)), _below(found, contract.SCORES)
+    by_step, scores = remote_steps.group(_below(found, contract.CHECKPOINTS)), _below(found, contract.SCORES)
     known: Metrics = {}
     for step, names in by_step.items():
         if f"{contract.step_dir(step)}/{contract.COMMIT}" in names:
             with contextlib.suppress(StorageError):  # damaged: then it is not there
-                known[step] = mirror.metrics_of(remote, step, scores)
+                known[step] = remote_steps.metrics_of(remote, step, scores)
     superfluous = mirror.keep_of(store).superfluous(here | known)
     return [step for step in here if step in known or step not in superfluous]
 
@@ -86,7 +86,7 @@ def _below(found: Mapping[str, int], place: str) -> dict[str, int]:
 def _is_up(remote: Remote, step: int, found: Mapping[str, int]) -> bool:
     """Tell whether the URL has a whole step of that number."""
     try:
-        commit = mirror.read_remote(remote, step)
+        commit = remote_steps.read(remote, step)
     except StorageError:
         return False
     place = contract.step_dir(step)

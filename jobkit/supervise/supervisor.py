@@ -28,7 +28,7 @@ from jobkit import compilecache, contract, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, mirror, uploader
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger, tail_events
 from jobkit.rundir.store import Store, explain
@@ -131,7 +131,7 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     attempt = Attempt(patient, mirror.claim(patient) if given is None else given, (index, count), command, cwd)
     attempt.control = control
     ledger = patient.insist(lambda: Ledger(store.file(contract.events_file(attempt.number, attempt.writer))))
-    carrier = mirror.Mirror(store, attempt.number, ledger)
+    carrier = uploader.Uploader(store, attempt.number, ledger)
     link = _link(attempt)
     known = watchdog.learn(patient, attempt.number, attempt.writer)
     sentry = Sentry(known, link.directory, ledger, attempt.log)
@@ -247,7 +247,7 @@ class _Tail:
         self.offset = 0
 
 
-def _upload(attempt: Attempt, carrier: mirror.Mirror, code: int) -> int:
+def _upload(attempt: Attempt, carrier: uploader.Uploader, code: int) -> int:
     """Finish what the program left to upload; the attempt is neither done nor preempted in good order without it."""
     try:
         carrier.close(deadline_s=_UPLOAD_NOTICED_S if attempt.notice else _UPLOAD_S)
@@ -262,7 +262,7 @@ def _watch(
     link: Link,
     ledger: Ledger,
     wakeup: int,
-    carrier: mirror.Mirror,
+    carrier: uploader.Uploader,
     watch: cloud_metadata.Watch,
     sentry: Sentry,
 ) -> int:

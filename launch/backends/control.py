@@ -15,7 +15,7 @@ import msgspec
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.rundir import commits, mirror
+from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.ledger import Event, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
@@ -194,7 +194,7 @@ def _committed(store: Store) -> int:
     """Return the newest committed step, on the URL where there is one; -1 if there is none."""
     if store.remote is None:
         return max(commits.steps(store), default=-1)
-    return max(mirror.remote_steps(store.remote), default=-1)
+    return max(remote_steps.steps(store.remote), default=-1)
 
 
 def _count(step: int) -> int | None:

@@ -52,13 +52,13 @@ def _orbax(manager: Any, args: Any, step: int) -> float:
 
 
 def _jobkit(run: Any, step: int) -> float:
-    from jobkit.rundir import mirror
+    from jobkit.rundir import remote_steps
     from jobkit.rundir.ledger import Ledger
 
     begun = time.perf_counter()
     run.save(step, wait=True)
     ledger = Ledger(run._store.file("bench.jsonl"))
-    assert mirror.push_step(run._store, step, attempt=run.attempt, ledger=ledger)
+    assert remote_steps.push(run._store, step, attempt=run.attempt, ledger=ledger)
     return time.perf_counter() - begun
 
 

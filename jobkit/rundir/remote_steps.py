@@ -1,0 +1,270 @@
+"""The steps of a run on its URL: uploaded, listed, checked, downloaded, removed."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import IO
+
+import google_crc32c
+
+from jobkit import contract, names
+from jobkit.errors import DamagedError, JobkitError, StorageError, SupersededError
+from jobkit.rundir import commits
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.progress import transfer
+from jobkit.rundir.remote import Remote, each
+from jobkit.rundir.store import Store, checksum, in_words, remove_tree, sync_tree
+
+
+def commit_name(step: int) -> str:
+    """Return the name of the file that makes a step committed."""
+    return f"{contract.step_dir(step)}/{contract.COMMIT}"
+
+
+def group(found: Mapping[str, int]) -> dict[int, list[str]]:
+    """Group object names below checkpoints/ by step."""
+    steps: dict[int, list[str]] = {}
+    for name in found:
+        step = names.number(name.removeprefix(contract.CHECKPOINTS + "/").partition("/")[0])
+        if step is not None:
+            steps.setdefault(step, []).append(name)
+    return steps
+
+
+def read(remote: Remote, step: int) -> Commit:
+    """Read a remote step's commit.json."""
+    try:
+        return commits.parse(remote.read(commit_name(step)), step, where=f"{remote.url}/{commit_name(step)}")
+    except FileNotFoundError:
+        raise DamagedError(f"step {step} of {remote.url} is not committed") from None
+
+
+def steps(remote: Remote) -> list[int]:
+    """List the committed steps on a URL, in rising order, with one request per thousand objects."""
+    steps = group(remote.find(contract.CHECKPOINTS))
+    return sorted(step for step, found in steps.items() if commit_name(step) in found)
+
+
+def metrics(remote: Remote) -> dict[int, dict[str, float]]:
+    """Return the metrics of every committed step on a URL."""
+    found, scores = {}, remote.find(contract.SCORES)
+    for step in steps(remote):
+        with contextlib.suppress(StorageError):
+            found[step] = metrics_of(remote, step, scores)
+    return found
+
+
+def metrics_of(remote: Remote, step: int, scores: Container[str]) -> dict[str, float]:
+    """Return the metrics of a step on a URL, those that came after its commit included.
+
+    Args:
+        remote: The URL.
+        step: A committed step.
+        scores: Names of the files there with such metrics.
+    """
+    commit = read(remote, step)
+    name = commits.score_file(commit)
+    return dict((commits.scored(commit, remote.read(name)) if name in scores else commit).metrics)
+
+
+def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool = False) -> bool:
+    """Upload a committed local step and commit it on the URL.
+
+    Args:
+        store: The run directory.
+        step: A step that is committed in the home.
+        attempt: Number of the attempt that uploads.
+        ledger: Where the upload is written.
+        shown: Whether a person at a terminal sees a progress bar.
+
+    Returns:
+        False if retention removed it locally before its files could be opened.
+
+    Raises:
+        SupersededError: If a newer attempt has begun on the URL.
+        JobkitError: If the upload failed.
+    """
+    remote = store.remote
+    assert remote is not None
+    begun = time.monotonic()
+    if commit_name(step) in remote.find(contract.step_dir(step)):
+        # Perhaps with other bytes, of an attempt on another node: what is committed on the URL is never touched.
+        ledger.append("skipped", step=step, reason="committed on the URL before")
+        return True
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(in_words(f"cannot read step {step} of {store.path}"))
+        try:
+            # Opened all at once, so that retention in the program may remove the step while it is being uploaded.
+            content = store.read(commit_name(step))
+            commit = commits.parse(content, step, where=str(store.file(commit_name(step))))
+            root = contract.step_dir(step)
+            files = {
+                name: stack.enter_context(open(store.file(f"{root}/{name}"), "rb", opener=names.opener))
+                for name in commit.files
+            }
+        except FileNotFoundError:
+            return False
+        with transfer(f"uploading step {step}", commit.nbytes, shown=shown) as advance:
+
+            def push(name: str) -> None:
+                _push_file(remote, commit, name, files[name], attempt)
+                advance(commit.files[name].size)
+
+            for _ in each(push, files):
+                pass
+    check_newest(remote, attempt)
+    if not remote.create(commit_name(step), content):
+        ledger.append("skipped", step=step, reason="committed on the URL before")
+        return True
+    seconds = round(time.monotonic() - begun, 6)
+    ledger.append("uploaded", durable=True, step=step, seconds=seconds, bytes=commit.nbytes)
+    return True
+
+
+def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes], attempt: int) -> None:
+    """Create one file; what a dead attempt left under its name gives way, what is the same stays."""
+    target = f"{contract.step_dir(commit.step)}/{name}"
+    content = file.read()
+    expected = commit.files[name]
+    if f"{google_crc32c.value(content):08x}" != expected.crc32c:
+        raise StorageError(f"{name} of step {commit.step} changed on the local disk after its commit")
+    for _ in range(5):
+        if remote.create(target, content) or not content:
+            return
+        # Only the newest attempt may take a file away, and none of a step that has been committed meanwhile.
+        check_newest(remote, attempt)
+        if commit_name(commit.step) in remote.find(contract.step_dir(commit.step)):
+            raise StorageError(f"step {commit.step} of {remote.url} was committed by another attempt meanwhile")
+        remote.remove([target])
+    raise StorageError(f"{remote.url}/{target} is being written by another attempt")
+
+
+def check_newest(remote: Remote, attempt: int) -> None:
+    """Refuse to commit once a newer attempt has claimed the run.
+
+    Raises:
+        SupersededError: Naming it.
+    """
+    newest = max(attempts(remote), default=attempt)
+    if newest > attempt:
+        raise SupersededError(f"attempt {attempt} may not commit to {remote.url}: attempt {newest} has taken over")
+
+
+def attempts(remote: Remote) -> list[int]:
+    """List the attempts that claimed a number on a URL."""
+    claimed = {name.removeprefix(contract.ATTEMPTS + "/").partition("/")[0] for name in remote.find(contract.ATTEMPTS)}
+    return sorted(number for text in claimed if (number := names.number(text)) is not None)
+
+
+def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
+    """Bring the newest whole step of the URL into the home, unless the home has it or a newer one.
+
+    A step that does not check out is set aside on the URL, with the reason, and the next older one is taken.
+    """
+    remote = store.remote
+    assert remote is not None
+    for step in reversed(steps(remote)):
+        if any(have >= step and not commits.problems(store, have) for have in commits.steps(store)):
+            return None
+        try:
+            wrong = fetch(store, step, attempt=attempt)
+            if wrong:  # once more: one bad download is no reason to lose a step
+                wrong = fetch(store, step, attempt=attempt)
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        if not wrong:
+            return step
+        set_aside(remote, step, wrong)
+        ledger.append("set_aside", step=step, reason=wrong[0], durable=True)
+    return None
+
+
+def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
+    """Download a step into the home and check every byte; return what is wrong with it."""
+    remote = store.remote
+    assert remote is not None
+    try:
+        content = remote.read(commit_name(step))
+        commit = commits.parse(content, step, where=f"{remote.url}/{commit_name(step)}")
+    except DamagedError as error:
+        return [str(error)]
+    stage = commits.new_stage(store, step, attempt)
+    try:
+        with in_words(f"cannot write step {step} into {store.path}"):
+            wrong = _fetch_files(remote, commit, f"downloading step {step}", stage)
+            if wrong:
+                return wrong
+            stage.mkdir(exist_ok=True)
+            (stage / contract.COMMIT).write_bytes(content)
+            sync_tree(stage)
+            final = store.file(contract.step_dir(step))
+            if final.exists():  # damaged here: the home's own copy gives way to the URL's
+                commits.set_aside(store, step, commits.problems(store, step))
+            os.rename(stage, final)
+        with contextlib.suppress(FileNotFoundError, JobkitError):
+            store.write(commits.score_file(commit), remote.read(commits.score_file(commit)))
+        return []
+    finally:
+        remove_tree(stage)
+
+
+def _fetch_files(remote: Remote, commit: Commit, doing: str, stage: Path, *, keep: bool = True) -> list[str]:
+    """Download a step's files in parallel; return what is wrong with them."""
+    with transfer(doing, commit.nbytes) as advance:
+
+        def fetch(name: str) -> str:
+            wrong = _fetch_file(remote, commit, name, stage)
+            if not keep:
+                (stage / name).unlink(missing_ok=True)
+            advance(commit.files[name].size)
+            return wrong
+
+        return [told for told in each(fetch, commit.files) if told]
+
+
+def _fetch_file(remote: Remote, commit: Commit, name: str, stage: Path) -> str:
+    """Download one file; return what is wrong with it, or ''."""
+    try:
+        remote.fetch(f"{contract.step_dir(commit.step)}/{name}", stage / name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    size, crc = checksum(stage / name)
+    expected = commit.files[name]
+    return "" if (size, crc) == (expected.size, expected.crc32c) else f"{name} differs from its checksum"
+
+
+def problems(store: Store, step: int) -> list[str]:
+    """Check every byte of a step on the URL against its commit.json; return what is wrong."""
+    remote = store.remote
+    assert remote is not None
+    try:
+        commit = read(remote, step)
+    except DamagedError as error:
+        return [str(error)]
+    with tempfile.TemporaryDirectory(prefix="jobkit-verify-") as scratch:
+        wrong = _fetch_files(remote, commit, f"verifying step {step}", Path(scratch), keep=False)
+    prefix = contract.step_dir(step) + "/"
+    present = {name.removeprefix(prefix) for name in remote.find(contract.step_dir(step))}
+    extra = sorted(present - commit.files.keys() - {contract.COMMIT})
+    return wrong + [f"{name} does not belong there" for name in extra]
+
+
+def remove(remote: Remote, step: int) -> None:
+    """Remove a step from a URL; commit.json first, so that no reader takes a half-removed step for whole."""
+    found = remote.find(contract.step_dir(step))
+    remote.remove([name for name in found if name == commit_name(step)])
+    remote.remove([name for name in found if name != commit_name(step)])
+
+
+def set_aside(remote: Remote, step: int, reasons: list[str]) -> None:
+    """Move a damaged step on the URL out of the way, with the reason; commit.json goes first."""
+    target = f"{contract.SET_ASIDE}/{step}-{int(time.time())}"
+    found = sorted(remote.find(contract.step_dir(step)), key=lambda name: not name.endswith(contract.COMMIT))
+    remote.write(f"{target}.reason.txt", "\n".join(reasons).encode())
+    for name in found:
+        remote.write(name.replace(contract.step_dir(step), target, 1), remote.read(name))
+        remote.remove([name])

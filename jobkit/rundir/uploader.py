@@ -1,0 +1,224 @@
+"""The uploader: threads of the supervisor that carry what is new in the home to the run's URL.
+
+A step's files go up in parallel, each created only if it is not there yet, and commit.json last. A program that is
+killed right after its local commit still gets its save into the bucket. Logs and ledgers (outbox.py), and what is asked
+of the run, have threads of their own: neither keeps a checkpoint waiting.
+
+Under a dead bucket the training goes on; saves wait in the home, as many as retention keeps, until the bucket is back.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+
+from jobkit import contract
+from jobkit.errors import JobkitError, StorageError, SupersededError, say
+from jobkit.rundir import commits, mirror, remote_steps
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.outbox import Outbox
+from jobkit.rundir.store import Store
+
+_TICK_S = 0.5
+
+
+_TELL_S = 10.0
+
+
+_FILES_S = 2.0
+"""Logs and ledgers of a running attempt reach the URL this often."""
+
+
+_REST_S = 10.0
+"""How long logs and ledgers may take once everything else is there."""
+
+
+_CANCEL_S = 2.0
+"""A cancel that was written on another machine is seen after this long."""
+
+
+class Uploader:
+    """Carries one attempt's home to its URL until closed; has nothing to do for a run on a file system.
+
+    Args:
+        store: The run directory.
+        attempt: Number of the attempt; the mirror commits nothing once a newer one exists.
+        ledger: Where uploads and their failures are written.
+    """
+
+    def __init__(self, store: Store, attempt: int, ledger: Ledger) -> None:
+        # A dead bucket is told of soon; whoever carries tries again anyway.
+        self._store = store.with_deadline(_TELL_S)
+        self._attempt, self._ledger = attempt, ledger
+        self._since = time.time() - 0.05  # file systems keep coarse times
+        self._done: set[int] = set()
+        self._old_uploads = True
+        self._outbox = Outbox(self._store, attempt, self._check_newest)
+        self._failing: dict[str, float] = {}
+        """What fails, and since when."""
+        self._failing_lock = threading.Lock()
+        self._closing = threading.Event()
+        # A log of any size, or a bucket that is slow to take a step, must not keep the others waiting.
+        self._threads = [
+            threading.Thread(target=self._go_on, args=(name, every_s, work), name=f"jobkit-{name}", daemon=True)
+            for name, every_s, work in (
+                ("steps", _TICK_S, self._carry_steps),
+                ("files", _FILES_S, self._carry_files_on),
+                ("requests", _CANCEL_S, self._hear_requests),
+            )
+        ]
+        self.superseded: SupersededError | None = None
+        """Says which newer attempt has taken over, once one has; nothing is carried from then on."""
+
+    def start(self) -> None:
+        """Begin carrying, in threads."""
+        if self._store.remote is not None:
+            for thread in self._threads:
+                thread.start()
+
+    def close(self, *, deadline_s: float) -> None:
+        """Carry everything that is left and end.
+
+        Raises:
+            StorageError: If the newest committed step is not on the URL after `deadline_s`; it stays in the home.
+        """
+        if self._store.remote is None:
+            return
+        self._closing.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        end = time.monotonic() + deadline_s
+        while True:
+            try:
+                self._carry(until=max(end, time.monotonic() + _REST_S))
+                return
+            except SupersededError:
+                raise
+            except JobkitError as error:
+                if time.monotonic() >= end:
+                    raise StorageError(f"{error}; the newest saves wait in {self._store.path}") from error
+                self._fails("the rest", error)
+                time.sleep(_TICK_S)
+
+    def _go_on(self, name: str, every_s: float, work: Callable[[], None]) -> None:
+        while not self._closing.wait(every_s) and self.superseded is None:
+            try:
+                work()
+            except SupersededError as error:
+                self._give_way(error)
+            except JobkitError as error:
+                self._fails(name, error)
+            except Exception as error:  # whatever it is, saves must go on being carried
+                self._fails(name, StorageError(f"cannot upload to {self._store.url}: {type(error).__name__}: {error}"))
+            else:
+                self._works(name)
+
+    def _give_way(self, error: SupersededError) -> None:
+        with self._failing_lock:
+            if self.superseded is None:
+                self.superseded = error
+                self._ledger.append("superseded", reason=str(error))
+
+    def _fails(self, name: str, error: JobkitError) -> None:
+        with self._failing_lock:
+            if not self._failing:
+                self._ledger.append("upload_failed", reason=str(error))
+                say(f"{error}; saves wait in {self._store.path} meanwhile")
+            self._failing.setdefault(name, time.monotonic())
+
+    def _works(self, name: str) -> None:
+        with self._failing_lock:
+            since = min(self._failing.values(), default=0.0)
+            if self._failing.pop(name, None) is not None and not self._failing:
+                self._ledger.append("upload_back", after_s=round(time.monotonic() - since, 3))
+
+    def _carry(self, *, until: float) -> None:
+        """Carry everything that is left, steps first."""
+        # At the end in any case: who decides whether the run goes on looks into the home.
+        self._hear_requests()
+        self._carry_steps(shown=True)
+        self.carry_files(until=until)
+
+    def _hear_requests(self) -> None:
+        mirror.hear(self._store, contract.CANCEL)
+        mirror.hear(self._store, contract.SAVE)
+
+    def _carry_steps(self, *, shown: bool = False) -> None:
+        """Carry new steps, newest before older; one that cannot be carried holds up no other."""
+        assert self._store.remote is not None
+        if self._old_uploads:
+            self._old_uploads = False
+            with contextlib.suppress(JobkitError):
+                # Of dead attempts: this one has claimed its number, so that no older one can commit any more.
+                self._store.remote.abort_uploads()
+        failed: JobkitError | None = None
+        waiting = [step for step in reversed(commits.steps(self._store)) if step not in self._done]
+        for step in waiting:
+            try:
+                if remote_steps.push(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=shown):
+                    self._done.add(step)
+            except SupersededError:
+                raise
+            except JobkitError as error:
+                failed = failed or error
+        if waiting and failed is None and self._said_what_to_keep():
+            self._retain()
+        if failed is not None:
+            raise failed
+
+    def _said_what_to_keep(self) -> bool:
+        """Tell whether the program of this attempt has said what to keep; what is in the home may be old."""
+        found = self._store.stat(contract.STRATEGY)
+        return found is not None and found.st_mtime >= self._since
+
+    def carry_files(self, *, until: float | None = None) -> None:
+        """Carry the rest of logs, ledgers and what describes the run; what is not up in time waits in the home.
+
+        Args:
+            until: No further part of a log is sent then, on the clock of `time.monotonic`; by default in a few seconds.
+
+        Raises:
+            JobkitError: If the URL cannot be written.
+        """
+        if self._store.remote is None:
+            return
+        end = time.monotonic() + _REST_S if until is None else until
+        if not self._outbox.carry(self._described(), final=True, go_on=lambda: time.monotonic() < end):
+            say(f"not all logs of {self._store.url} are there yet; the rest waits in {self._store.path}")
+
+    def _carry_files_on(self) -> None:
+        self._outbox.carry(
+            self._described(), final=False, go_on=lambda: not self._closing.is_set() and self.superseded is None
+        )
+
+    def _described(self) -> list[str]:
+        """List what describes the run and is the running side's to say."""
+        saying = self._said_what_to_keep()
+        return [
+            name
+            for name in mirror.described(self._store)
+            if name != contract.RUN_JSON and (name != contract.STRATEGY or saying)
+        ]
+
+    def _check_newest(self) -> None:
+        assert self._store.remote is not None
+        remote_steps.check_newest(self._store.remote, self._attempt)
+
+    def _retain(self) -> None:
+        """Remove remote steps that retention does not keep, and what dead attempts left unfinished."""
+        remote, strategy = self._store.remote, mirror.keep_of(self._store)
+        assert remote is not None
+        by_step = remote_steps.group(remote.find(contract.CHECKPOINTS))
+        committed = {step for step, found in by_step.items() if remote_steps.commit_name(step) in found}
+        scores = remote.find(contract.SCORES)
+        known = {step: remote_steps.metrics_of(remote, step, scores) for step in committed}
+        newest, local = max(committed, default=-1), commits.steps(self._store)
+        unfinished = [step for step in by_step.keys() - committed if step < newest and step not in local]
+        superfluous = strategy.superfluous(known)
+        if superfluous or unfinished:
+            remote_steps.check_newest(remote, self._attempt)  # what looks unfinished may be a newer attempt's upload
+        for step in superfluous:
+            remote_steps.remove(remote, step)
+        for step in unfinished:
+            remote.remove(by_step[step])
