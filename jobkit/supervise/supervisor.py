@@ -214,9 +214,8 @@ def _start(attempt: Attempt, link: Link, log: IO[bytes]) -> int:
         "PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1"),
     }
     environment |= compilecache.environment(attempt.store, environment)
-    for variable in contract.VARIABLES:
-        if variable.ends_here:
-            environment.pop(variable.name, None)
+    for ours in filter(lambda variable: variable.ends_here, contract.VARIABLES):
+        environment.pop(ours.name, None)
     try:
         # CMD's group is its own, so that a Ctrl-C at our terminal reaches it once, through us.
         process = subprocess.Popen(
