@@ -5,7 +5,9 @@ further: `pytest --hypothesis-profile search`, with `--hypothesis-seed N` to see
 """
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +34,29 @@ settings.load_profile("same")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the versions that the tests ran on."""
+TEMPORARY = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the tests, and all that they start, write their temporary files into one directory of this run."""
+    if not hasattr(config, "workerinput"):  # pytest's workers inherit it
+        config.stash[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="jobkit-tests-")
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Name the versions that the tests ran on, and where it lies what they wrote, if any has failed."""
     from tests import libraries
 
     terminalreporter.write_line(f"on {libraries.in_use()}")
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        terminalreporter.write_line(f"what the tests wrote is kept in {config.stash[TEMPORARY]}")
+        del config.stash[TEMPORARY]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave nothing behind."""
+    if directory := config.stash.get(TEMPORARY, None):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

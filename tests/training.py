@@ -5,6 +5,7 @@ flax and orbax but started no backend, so that a test can afford dozens of them.
 """
 
 import atexit
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -21,10 +22,15 @@ from jobkit import contract
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.training_imports"])
 
-_CACHE = tempfile.mkdtemp(prefix="jobkit-test-cache-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-
 STEPS = 60
+
+
+@functools.cache
+def _cache() -> str:
+    """Make the directory of what this process's trainings compile; they import this module too, and need none."""
+    made = tempfile.mkdtemp(prefix="jobkit-test-cache-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 def train(
@@ -190,8 +196,6 @@ def train_many(
 
 def train_changing(url: str, *, steps: int) -> None:
     """Train in several processes from numpy weights, which become arrays across all; each keeps a list of its own."""
-    import functools
-
     import jobkit
 
     jobkit.initialize()
@@ -255,7 +259,7 @@ def start(
     ours = ("RUN", "ATTEMPT", "SUPERVISOR", "FAULT", "PROCESS", "PROCESSES", "COORDINATOR")
     clean = dict.fromkeys([f"JOBKIT_{name}" for name in ours], "")
     process = _SERVER.Process(
-        target=_child, args=(function, str(log), _CACHE, clean | (environment or {}), arguments, named), daemon=True
+        target=_child, args=(function, str(log), _cache(), clean | (environment or {}), arguments, named), daemon=True
     )
     process.start()
     return process
