@@ -11,6 +11,7 @@ LIBRARIES := lowest newest
 BROWSER := .venv/.browser
 # pytest's workers; each one starts trainings of its own. The slow tests mostly wait.
 WORKERS ?= $(if $(CI),3,2)
+TESTS := $(BIN)/python -m tests.classify -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo test test-all $(LIBRARIES:%=test-%) lint format types bench clean
@@ -30,24 +31,24 @@ ifdef CI
 test: test-all
 else
 test: lint types $(SLURM) $(BROWSER)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+	$(TESTS) -m "not slow"
 endif
 
-# With a container engine: CI installs and starts one where none answers (tests/engine.py). What fails beside other tests
-# is run once more, alone (tests/second_look.py).
+# With a container engine: CI installs and starts one where none answers (tests/engine.py). Tests about time come first and
+# alone, and what fails is run once more, to tell a race from a fault (tests/classify.py).
 test-all: lint types $(SLURM) $(BROWSER) $(NEWER_SLURMS)
-	$(BIN)/python -m tests.engine $(BIN)/python -m tests.second_look -n $(WORKERS) --dist worksteal --durations=30
+	$(BIN)/python -m tests.engine $(TESTS) --durations=30
 	$(MAKE) -s $(NEWER:%=test-slurm-%) $(LIBRARIES:%=test-%)
 
 # On the SLURM of a later Debian: the tests that its version can change.
 test-slurm-%: .venv/.slurm-%
 	@echo "on SLURM $*:"
-	JOBKIT_SLURM=.venv/slurm-$* $(BIN)/python -m tests.second_look -n $(WORKERS) --dist worksteal @tests/slurm_versions.txt
+	JOBKIT_SLURM=.venv/slurm-$* $(TESTS) @tests/slurm_versions.txt
 
 # On another set of libraries: what a version of them can change, and the demo.
 $(LIBRARIES:%=test-%): test-%: .venv/.libraries-%
 	@echo "on the $* libraries:"
-	.venv/$*/bin/python -m tests.second_look -n $(WORKERS) --dist worksteal -m "not slow" @tests/libraries.txt
+	$(TESTS:$(BIN)/%=.venv/$*/bin/%) -m "not slow" @tests/libraries.txt
 	.venv/$*/bin/jobkit demo --steps 100
 
 lint: $(READY)

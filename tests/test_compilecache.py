@@ -88,6 +88,7 @@ def test_why_it_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.timing
 def test_carried_to_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a bucket what one node compiled is there on the next, and nobody waits for it."""
     with GcsServer() as server:

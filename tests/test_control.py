@@ -217,6 +217,7 @@ def test_a_kill_between_request_and_answer(project: Project) -> None:
     assert asked(store) == []
 
 
+@pytest.mark.timing
 def test_patience_ends(project: Project) -> None:
     """Who waits for a program in a long step hears, in time, that it has not answered, and what is committed."""
     store = Store(project.runs / "r")

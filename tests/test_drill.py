@@ -127,6 +127,7 @@ def test_clock_that_stands_still() -> None:
     assert done.stdout.split() == ["1700000000.0", "1700000000000000000", when, "2023", "True"]
 
 
+@pytest.mark.timing
 def test_probe_measures_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ledger has each loop's total and the steps that took much longer than usual, without the drill's own pace."""
     monkeypatch.setenv(contract.ENV_DRILL, Drill(until=12, pace_s=0.01).to_json())

@@ -327,6 +327,7 @@ def test_composing(server: GcsServer, raw: Raw) -> None:
     assert server.read("all") == b"012"
 
 
+@pytest.mark.timing
 def test_continue_is_told_at_once(server: GcsServer) -> None:
     """A client that waits for 100 before it sends its content gets it before any latency; libcurl would wait 1 s."""
     server.faults.latency_s = 0.3
@@ -500,6 +501,7 @@ def test_gcsfs_creates_exclusively(server: GcsServer, fs: Any, tmp_path: Any) ->
     one_winner(create, server)
 
 
+@pytest.mark.timing
 def test_tensorstore(server: GcsServer) -> None:
     """Tensorstore writes on condition, reads ranges, lists and deletes a range, and does not wait for 100."""
     tensorstore = pytest.importorskip("tensorstore")
@@ -548,6 +550,7 @@ def test_orbax(server: GcsServer) -> None:
 # Faults: each fires, and is counted.
 
 
+@pytest.mark.timing
 def test_latency(server: GcsServer, raw: Raw) -> None:
     """Every answer comes that much later, for all connections at once."""
     raw.put("a")
@@ -665,6 +668,7 @@ def test_a_lost_answer(server: GcsServer, raw: Raw) -> None:
     assert server.faults.fired["lost"] == 1
 
 
+@pytest.mark.timing
 def test_a_stall(server: GcsServer, raw: Raw) -> None:
     """The server falls silent: before an answer, in the middle of a download, in the middle of an upload."""
     server.write("a", bytes(MIB))

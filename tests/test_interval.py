@@ -176,6 +176,7 @@ def _ends_soon(point: str, run: Any) -> None:
         os.environ |= {contract.ENV_ENDS_AT: str(time.time() + 32), "SLURM_JOB_END_TIME": "1"}
 
 
+@pytest.mark.timing
 def test_a_run_on_auto_measures_and_tells(tmp_path: Path) -> None:
     """A real training: killed once, it tells the interval and why, and the next attempt knows of the loss."""
     url = tmp_path / "run"

@@ -301,6 +301,7 @@ def test_cancel_while_running(project: Project) -> None:
     assert local.cancel(store.url) is State.CANCELLED
 
 
+@pytest.mark.timing
 def test_cancel_of_a_program_that_does_not_listen(project: Project) -> None:
     """A program that ignores SIGTERM is killed after the grace period."""
     store = project.submit("stubborn", grace_s=1.0)
@@ -312,6 +313,7 @@ def test_cancel_of_a_program_that_does_not_listen(project: Project) -> None:
     assert jobs.outcomes(store) == ["killed"]
 
 
+@pytest.mark.timing
 def test_cancel_in_backoff(project: Project) -> None:
     """A cancel between attempts ends the wait at once."""
     store = project.submit("kill:9")

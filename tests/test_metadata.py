@@ -85,6 +85,7 @@ def watch_of() -> Iterator[Callable[[Cloud, str], Watch]]:
 Start = Callable[[Cloud, str], Watch]
 
 
+@pytest.mark.timing
 def test_gce_tells_the_instant_it_changes(watch_of: Start) -> None:
     """A preemption comes through the request that waits for it, with 30 s left; the server is not asked meanwhile."""
     with Gce() as cloud:
@@ -108,6 +109,7 @@ def test_gce_maintenance_is_information(watch_of: Start) -> None:
     assert "TERMINATE_ON_HOST_MAINTENANCE" in said.reason
 
 
+@pytest.mark.timing
 def test_aws_tells_the_time_and_renews_its_token(watch_of: Start) -> None:
     """A rebalance recommendation is information; the action has its time, asked for with a token of now."""
     with Aws(token_s=1) as cloud:
@@ -123,6 +125,7 @@ def test_aws_tells_the_time_and_renews_its_token(watch_of: Start) -> None:
     assert 85 < said.deadline_at - time.monotonic() <= 101
 
 
+@pytest.mark.timing
 def test_azure_heeds_its_own_events_and_hears_them_withdrawn(watch_of: Start) -> None:
     """Other machines of a scale set are not ours; an event that begins is still the same; one may be taken back."""
     with Azure() as cloud:
@@ -226,6 +229,7 @@ def told(under_test: Supervised) -> dict[str, Any]:
     return dict(json.loads(under_test.store.read("attempts/0/outcome.json")))
 
 
+@pytest.mark.timing
 def test_a_preempted_vm_is_left_in_good_order(tmp_path: Path) -> None:
     """The program saves with the cloud's deadline in hand; the supervisor stays until the shutdown, then exits 75.
 

@@ -154,6 +154,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
     yield from jobs.project(tmp_path)
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["through", "plain"])
 def test_a_real_loop_of_ones_own(project: Project, how: str) -> None:

@@ -558,6 +558,7 @@ def _slow_step(url: str) -> None:
                 time.sleep(6)
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_step_that_comes_in_time_after_all(tmp_path: Path) -> None:
     """Where saves were slow the guard commits early; the step in progress that still completes is committed too."""

@@ -174,6 +174,7 @@ def test_a_preemption_between_two_attempts(login: Login) -> None:
     login.until_no_job()
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_step_that_takes_longer_than_kill_wait(login: Login, undisturbed: str) -> None:
     """The grace of a preemption counts whole: a step that is through in time is not given up at the end of KillWait."""

@@ -58,6 +58,7 @@ def test_preempted_job_runs_again(free: Cluster, tmp_path: Path) -> None:
     assert read(tmp_path / "out").split().index("TERM") > 0
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_notice_then_preempted(free: Cluster, tmp_path: Path) -> None:
     """A job with grace works on after the notice; where preemption cancels, the end of the grace is its end."""

@@ -163,6 +163,7 @@ def test_the_program_learns_what_is_known_of_a_notice(tmp_path: Path) -> None:
         assert expected in printed
 
 
+@pytest.mark.timing
 def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
     """The first notice wins, and counts from when it came; a later one may only bring its deadline nearer."""
     link = Link(tmp_path, 0)
@@ -185,6 +186,7 @@ def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
         link.close()
 
 
+@pytest.mark.timing
 def test_a_preemption_puts_off_no_cancel(program: list[str], tmp_path: Path) -> None:
     """Cancelled inside the grace of a preemption a program has the grace of the cancel, not the rest of the other."""
     scontrol = tmp_path / "bin" / "scontrol"
