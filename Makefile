@@ -1,9 +1,10 @@
-# `make demo` runs the main job, `make test` checks the code; both set up what they need in .venv.
+# `make demo` runs the main job, `make test` checks the code; each sets up what it needs in .venv, once.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 READY := .venv/.ready
+DEMO := .venv/.demo
 SLURM := .venv/.slurm
 NEWER := 24.11 26.05
 NEWER_SLURMS := $(NEWER:%=.venv/.slurm-%)
@@ -13,18 +14,28 @@ BROWSER := .venv/.browser
 WORKERS ?= $(if $(CI),3,2)
 TESTS := $(BIN)/python -m tests.classify -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Our own modules are compiled once, not in each of the thousands of processes that the tests start.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all $(LIBRARIES:%=test-%) lint format types bench clean
+.PHONY: help demo test test-all $(LIBRARIES:%=test-%) check one search lint format types bench clean
 help:
 	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
 	@echo "make test-all   the slow tests too"
+	@echo "make test-slurm-24.11, make test-slurm-26.05"
+	@echo "                what a version of SLURM can change, on a newer one"
 	@echo "make test-lowest, make test-newest"
 	@echo "                training, storage and the demo on the lowest libraries allowed and on the newest"
+	@echo "make check      lint, types and the tests that start nothing (SEED=7: other examples)"
+	@echo "make one T=name the tests whose name holds that, one after the other and with every word"
+	@echo "make search     search for two minutes for what breaks a property (SEED=7, FOR=600)"
+	@echo "make lint, make types, make format"
+	@echo "                ruff and mypy; format mends what ruff can"
 	@echo "make bench      what a step and a save cost"
 	@echo "make clean      remove .venv and everything generated"
 
-demo: $(READY)
+# The training and report extras are enough; where everything is set up, nothing more is.
+demo: $(or $(wildcard $(READY)),$(DEMO))
 	$(BIN)/jobkit demo $(if $(RUN),--run '$(subst ','\'',$(RUN))')
 
 ifdef CI
@@ -33,6 +44,17 @@ else
 test: lint types $(SLURM) $(BROWSER)
 	$(TESTS) -m "not slow"
 endif
+
+check: lint types
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(if $(SEED),--hypothesis-profile=search --hypothesis-seed=$(SEED)) -m "not slow" @tests/pure.txt
+
+one: $(READY) $(SLURM) $(BROWSER)
+	@test -n "$(T)" || { echo "which tests? make one T=sigkill" >&2; exit 2; }
+	$(BIN)/python -m pytest -v -k '$(subst ','\'',$(T))'
+
+# Other examples of the property tests, apart from the tests: a seed that finds something finds it again.
+search: $(READY)
+	$(BIN)/python -m tests.search $(SEED) $(if $(FOR),--for $(FOR))
 
 # With a container engine: CI installs and starts one where none answers (tests/engine.py). Tests about time come first and
 # alone, and what fails is run once more, to tell a race from a fault (tests/classify.py).
@@ -69,11 +91,13 @@ clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find jobkit launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+$(READY): EXTRAS = all
+$(DEMO): EXTRAS = train,report
+$(READY) $(DEMO): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "jobkit needs Python 3.11 or newer; install one (apt-get install python3.11) and run make again" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) -s .venv-make
 	@echo "setting up .venv from constraints.txt (the first time takes a few minutes) ..."
-	@$(BIN)/python -m pip install -q -e '.[all]' -c constraints.txt
+	@$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]' -c constraints.txt
 	@touch $@
 
 # SLURM for the tests, unpacked below .venv where it is not installed; made again while there is none.
