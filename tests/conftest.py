@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Have the tests, and all that they start, write their temporary files into one directory of this run."""
     if not hasattr(config, "workerinput"):  # pytest's workers inherit it
         config.stash[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="jobkit-tests-")
+        os.chmod(tempfile.tempdir, 0o1777)  # as /tmp is: some of what they start has another user
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
