@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 def python(script: str, store: Store, outage: Outage, *, seconds: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a script in which `store` is the run directory, with a disk that may not answer."""
-    before = f"from jobkit.rundir import commits\nfrom jobkit.storage import Store\nstore = Store({store.url!r})\n"
+    before = f"from jobkit.rundir import commits\nfrom jobkit.rundir.store import Store\nstore = Store({store.url!r})\n"
     return subprocess.run(
         [sys.executable, "-c", before + script],
         env=os.environ | outage.environ,
