@@ -155,7 +155,7 @@ class Runner(ABC):
         if (over := self._over()) is not None and over[0] is not State.REQUEUED:
             return self._end(*over)
         if why is Cause.CANCELLED:
-            return self._end(State.CANCELLED, f"{self._place} was cancelled")
+            return self._end(State.CANCELLED, self._says_cancelled())
         if not before:
             told = {"action": decision.action, "delay_s": decision.delay_s} | self._facts(decision, why)
             self._write_down("decision", **told, attempt=self._newest_attempt)
@@ -163,10 +163,9 @@ class Runner(ABC):
             return self._end(decision.state, decision.reason)
         return None if before else self._go_on(decision, why)
 
-    @property
-    def _place(self) -> str:
-        """What attempts run in, for a person."""
-        return "the local runner"
+    def _says_cancelled(self) -> str:
+        """Say who ended the attempt for good, where it was whoever runs the machine."""
+        return run_status.cancel_reason(self._quick)
 
     def _facts(self, decision: restart.Decision, why: Cause) -> dict[str, Any]:
         """Return what the ledger is told of a decision besides what is done."""

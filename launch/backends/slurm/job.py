@@ -75,9 +75,8 @@ class SlurmRunner(JobRunner):
         cancelled = self._cancelled_before()
         return None if cancelled is None else self._end(State.CANCELLED, cancelled)
 
-    @property
-    def _place(self) -> str:
-        return f"job {self._job}"
+    def _says_cancelled(self) -> str:
+        return f"job {self._job} was cancelled (scancel)"
 
     def _facts(self, decision: restart.Decision, why: Cause) -> dict[str, Any]:
         return super()._facts(decision, why) | {"reason": f"{decision.reason}; {_WORDS[why]}", "cause": why}
