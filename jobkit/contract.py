@@ -86,7 +86,7 @@ VARIABLES = (
     Variable(ENV_FAULT, of_attempt=False, crosses=False),
     Variable(ENV_DRILL, of_attempt=False, crosses=False),
 )
-"""All of them; who hides one, hands one on or takes one away asks this table."""
+"""All that a run's processes share; who hides one, hands one on or takes one away asks this table."""
 
 
 def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
@@ -209,9 +209,13 @@ TRACKERS = "trackers.json"
 TENSORBOARD = "tensorboard"
 TENSORBOARD_MARK = "tensorboard/.written"
 RUNNER_LOG = "runner.log"
+POINTS = "points"
+"""The points of a sweep, each a run directory."""
+SLURM = "slurm"
+"""The job's script and SLURM's own output."""
 LAYOUT = (
     RUN_JSON, ID, README, CANCEL, SAVE, EVENTS, LOCK, CODE, CHECKPOINTS, SCORES, ATTEMPTS, LEASES, REPORT, CACHE,
-    TENSORBOARD, RUNNER_LOG,
+    TENSORBOARD, RUNNER_LOG, POINTS, SLURM,
 )  # fmt: skip
 """What the launching side leaves at the top of a run directory, and what it has the program leave there."""
 

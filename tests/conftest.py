@@ -4,6 +4,7 @@ Property tests try the same examples in every run, so that who has changed nothi
 further: `pytest --hypothesis-profile search`, with `--hypothesis-seed N` to see again what seed N has found.
 """
 
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -55,9 +56,10 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Leave nothing behind."""
+    """Leave nothing behind, once multiprocessing has removed what it has there itself (at priority -100)."""
     if directory := config.stash.get(TEMPORARY, None):
-        shutil.rmtree(directory, ignore_errors=True)
+        given = {"args": (directory,), "kwargs": {"ignore_errors": True}}
+        multiprocessing.util.Finalize(None, shutil.rmtree, **given, exitpriority=-200)
 
 
 @pytest.fixture(scope="session")

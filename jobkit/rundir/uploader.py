@@ -42,7 +42,7 @@ class Uploader:
 
     Args:
         store: The run directory.
-        attempt: Number of the attempt; the mirror commits nothing once a newer one exists.
+        attempt: Number of the attempt; the uploader commits nothing once a newer one exists.
         ledger: Where uploads and their failures are written.
     """
 

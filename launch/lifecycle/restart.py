@@ -1,7 +1,7 @@
 """Whether a run goes on after an attempt ended: a pure function of how its attempts ended.
 
 Progress means a newer committed step, nothing else: a step that was computed but not committed is computed again.
-Every cause has its own count of attempts since the last progress, so that no mixture of causes goes on for ever.
+Every outcome has its own count of attempts since the last progress, so that no mixture of them goes on for ever.
 """
 
 import dataclasses

@@ -298,8 +298,8 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
     elif job.id:
         told = f": {job.reason}" if job.reason else " and nothing has started the next"
         gone = f"job {job.id} has ended ({job.state.lower()}){told}"
-        if not attempted and store.exists("slurm"):
-            gone += f" (its output: {store.file('slurm')})"
+        if not attempted and store.exists(contract.SLURM):
+            gone += f" (its output: {store.file(contract.SLURM)})"
     else:
         gone = "its job was never submitted"
     return State.FAILED, f"{gone}; continue with: jobkit resume {store.url}", "gone"

@@ -25,7 +25,7 @@ from jobkit.rundir.store import Store, is_remote, local_path, remove_tree
 from launch.lifecycle import lease, orphans, run_status, targets
 from launch.lifecycle.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import jobspec as specs
-from launch.spec import snapshot, sweep
+from launch.spec import snapshot
 from launch.spec.command import check_command, check_script
 from launch.spec.jobspec import JobSpec
 
@@ -129,15 +129,12 @@ def _python_path() -> list[str]:
     return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
-_LAYOUT = (*contract.LAYOUT, sweep.POINTS)
-
-
 def _check_place(store: Store) -> None:
     """Refuse a directory that is not writable, or that holds something else than a run."""
     path = store.path
     if path.exists() and not path.is_dir():
         raise ConfigError(f"the run directory {path} is a file; give another --run")
-    strange = [name for name in store.names("") if name not in _LAYOUT and not name.startswith(".")]
+    strange = [name for name in store.names("") if name not in contract.LAYOUT and not name.startswith(".")]
     if strange and not specs.exists(store):
         shown = ", ".join(strange[:3])
         raise ConfigError(f"{path} is not empty and is not a run (it holds {shown}); give a new directory as --run")

@@ -89,7 +89,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             self,
             command=sweep.fill(self.command, values),
-            run=f"{self.run}/{sweep.POINTS}/{number}",
+            run=f"{self.run}/{contract.POINTS}/{number}",
             name=f"{self.name}-{number}"[-100:].lstrip("._-"),
             sweep={},
             parallel=None,
@@ -249,7 +249,7 @@ def read_backend(store: Store) -> tuple[str, float]:
 
 def sweep_of(store: Store) -> tuple[Store, int] | None:
     """Return the sweep that a run is a point of, and which one, by the run's place alone; None if it is of none."""
-    above, _, number = store.url.rpartition(f"/{sweep.POINTS}/")
+    above, _, number = store.url.rpartition(f"/{contract.POINTS}/")
     point = names.number(number)
     return (store.at(above), point) if above and point is not None and store.remote is None else None
 
@@ -264,7 +264,7 @@ def points(store: Store, spec: JobSpec) -> list[Store]:
     """Return the runs that a sweep consists of, in order; of a single run that run."""
     if not spec.sweep:
         return [store]
-    return [store.at(f"{store.url}/{sweep.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
+    return [store.at(f"{store.url}/{contract.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
 
 
 def _read(store: Store) -> _RunFile:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jobkit.errors import ConfigError
 
-POINTS = "points"
 LIMIT = 10_000
 """More points than this are a mistake at the keyboard more often than a plan."""
 Axes = Mapping[str, Sequence[str]]

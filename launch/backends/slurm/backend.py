@@ -49,8 +49,6 @@ from launch.spec.command import in_container
 from launch.spec.jobspec import JobSpec
 
 BACKEND = "slurm"
-FOLDER = "slurm"
-"""Where the job's script and its own output lie, in the run directory."""
 WARNING_S = 60.0
 """SLURM looks at time limits every 30 s: the warning is asked for this much before the grace has to begin."""
 WAKER = "jobkit-wake "
@@ -179,7 +177,7 @@ def plan(spec: JobSpec) -> Plan:
 def folder(store: Store) -> Path:
     """Return where the script and the job's own output lie: on a disk that login and compute nodes share."""
     if store.remote is None:
-        return store.file(FOLDER)
+        return store.file(contract.SLURM)
     return Path.home() / ".jobkit" / "slurm" / store.path.name
 
 
@@ -280,7 +278,7 @@ def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
     """
     found: dict[str, list[Job]] = defaultdict(list)
     for job in scontrol.queue() if stores else []:
-        task = f"/{sweep.POINTS}/{job.id.partition('_')[2]}" if "_" in job.id else ""
+        task = f"/{contract.POINTS}/{job.id.partition('_')[2]}" if "_" in job.id else ""
         for key in {job.id, job.comment + task} - {""}:
             found[key].append(job)
     mine = {}

@@ -29,7 +29,6 @@ from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED, free_port
 from launch.lifecycle.submission import begin_point, open_run
 from launch.spec import jobspec as specs
-from launch.spec import sweep
 from launch.spec.jobspec import JobSpec
 
 _ASK_S = 2.0
@@ -319,7 +318,7 @@ def main(arguments: list[str]) -> int:
     if specs.read(store).sweep:
         task = os.environ["SLURM_ARRAY_TASK_ID"]
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-        point = store.at(f"{store.url}/{sweep.POINTS}/{task}")
+        point = store.at(f"{store.url}/{contract.POINTS}/{task}")
         if not begin_point(store, point):
             say("the sweep was cancelled")
             return int(Exit.DONE)
