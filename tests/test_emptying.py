@@ -19,6 +19,7 @@ from jobkit.rundir import commits, emptying, mirror, remote_steps, uploader
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
+from launch.lifecycle import orphans
 from tests.gcs_server import GcsServer
 from tests.jobs import until
 from tests.test_remote import _commit
@@ -64,6 +65,24 @@ def _ended(url: str) -> Store:
     store.write(contract.EVENTS, b'{"t": 1, "event": "ended", "state": "done", "reason": "finished"}\n')
     carrier.close(deadline_s=0.0)
     return store
+
+
+def test_an_attempt_whose_machine_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine writes its outcome down: what it had committed is what the URL has, not what is at hand."""
+    monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "lost"))
+    store = Store(f"memory://lost-{random.randrange(10**9)}")
+    attempt = mirror.claim(store)
+    carrier = uploader.Uploader(store, attempt, Ledger(store.file(contract.events_file(attempt, "supervisor"))))
+    _commit(store, 10, attempt, "step 10")
+    carrier.close(deadline_s=5.0)
+    monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
+    here = Store(store.url)
+    mirror.refresh(here)
+    assert commits.steps(here) == []
+    orphans.close_attempts(here, "the machine is gone")
+    told = orphans.read_outcome(here, attempt)
+    assert told is not None
+    assert (told["outcome"], told["committed_step"]) == ("killed", 10)
 
 
 @pytest.fixture

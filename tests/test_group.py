@@ -315,7 +315,7 @@ def test_the_key_value_store_is_where_we_look(tmp_path: Path) -> None:
 def _talk(url: str) -> None:
     import jax
 
-    from launch.lifecycle.runner import free_port
+    from jobkit.supervise.processes import free_port
 
     jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0)
     one = group.Group("test", index=0, count=2)
@@ -350,7 +350,7 @@ def _too_early(url: str) -> None:
 def _notifier(url: str, when: str) -> None:
     import jax
 
-    from launch.lifecycle.runner import free_port
+    from jobkit.supervise.processes import free_port
 
     def turn_on() -> None:
         jax.config.update("jax_enable_preemption_service", True)  # type: ignore[no-untyped-call]

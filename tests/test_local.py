@@ -19,7 +19,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import local
-from launch.backends.local_runner import runner_of
+from launch.backends.cloud.vm_job import VmRunner
 from launch.lifecycle import lock, orphans, restart, run_status
 from launch.report import follow
 from launch.spec.jobspec import JobSpec
@@ -197,7 +197,7 @@ def test_a_long_history_with_progress_is_no_standstill(tmp_path: Path) -> None:
         told = {"exit_code": 75, "outcome": "preempted", "step": attempt, "committed_step": attempt}
         store.file(f"attempts/{attempt}").mkdir(parents=True)
         store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
-    runner = runner_of(store, spec)
+    runner = VmRunner(store, spec, job="one", backend="gcp", retries=30)
     policy = runner._remember()
     decision = restart.decide(runner._history, policy)
     assert (decision.restart, decision.delay_s) == (True, 0.0)

@@ -289,7 +289,7 @@ def attempt(
 
 def processes(count: int, *, devices: int = 1) -> list[dict[str, str]]:
     """Return the environment of each of several processes of one attempt, as a launcher would set it."""
-    from launch.lifecycle.runner import free_port
+    from jobkit.supervise.processes import free_port
 
     shared = {
         contract.ENV_PROCESSES: str(count),

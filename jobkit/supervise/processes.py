@@ -1,12 +1,15 @@
-"""Processes of this machine: who is whose child, who is alive, and what belongs to a run.
+"""Processes of this machine: who is whose child, who is alive, what belongs to a run; and a port to meet at.
 
 Linux answers through /proc and prctl; elsewhere the answers are empty and the callers do without. The scan of
 /proc/<pid>/stat is used rather than /proc/<pid>/task/*/children, which needs a kernel option (CONFIG_PROC_CHILDREN)
 and is documented as unreliable while the children run (proc(5)).
 """
 
+import contextlib
 import ctypes
 import os
+import random
+import socket
 import sys
 from pathlib import Path
 
@@ -119,3 +122,12 @@ def _stat(pid: int) -> tuple[str, int] | None:
         return fields[0].decode(), int(fields[1])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def free_port() -> int:
+    """Choose a port that nobody listens on, below those that the kernel hands out by itself."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port

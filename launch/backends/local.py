@@ -1,6 +1,6 @@
 """The local backend: submit, resume and cancel a run on this machine, and the runner's own entry point.
 
-`python -m launch.backends.local RUN` is what `submit` starts, detached; what it does is in runner.py.
+`python -m launch.backends.local RUN` is what `submit` starts, detached; what it does is in local_runner.py.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import signal
 import time
 
 from jobkit import contract
-from jobkit.contract import Exit, State
+from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store
@@ -50,6 +50,12 @@ class LocalRunner(Runner):
         self._clear()
         orphans.close_attempts(self._store, "the runner and the supervisor were killed")
         return None
+
+    def _remember(self) -> restart.Policy:
+        """Take up the failures alone: who resumes a run that stood still for want of a machine wants it to go on."""
+        policy = super()._remember()
+        self._history = [ended for ended in self._history if ended.outcome in (Outcome.FAILED, Outcome.STALLED)]
+        return policy
 
     def _over(self) -> tuple[State, str] | None:
         if self._lease is not None and self._lease.lost:

@@ -12,7 +12,7 @@ from typing import Any
 from jobkit import contract, decode, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import DamagedError, JobkitError
-from jobkit.rundir import commits
+from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json
 from jobkit.rundir.store import Store, remove_tree
 from jobkit.supervise import processes
@@ -100,6 +100,13 @@ def committed_step(store: Store) -> int:
     return newest
 
 
+def _uploaded_step(store: Store) -> int:
+    """Return the newest step that is committed on the run's URL, -1 where there is none, or none is to be learned."""
+    with contextlib.suppress(JobkitError):
+        return max(remote_steps.steps(store.remote), default=-1) if store.remote is not None else -1
+    return -1
+
+
 def last_step(store: Store, attempt: int) -> int:
     """Return the completed steps that an attempt's ledger shows, -1 if it shows none."""
     steps = [event["step"] for event in attempt_events(store, attempt) if isinstance(event.get("step"), int)]
@@ -138,6 +145,10 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
                 one = decode.fields(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
                 told += [one] if one.keys() >= {"exit_code", "processes", "process", "node", "reason", "step"} else []
     told.sort(key=lambda outcome: outcome.get("ended", 0))
+    # Process 0 commits; another one that ended before may not have seen it.
+    newest = {
+        "committed_step": max((step for one in told if type(step := one.get("committed_step")) is int), default=-1)
+    }
     preempted = any(outcome.get("exit_code") == Exit.PREEMPTED for outcome in told)
     # JAX aborts who still begins when another one has left on notice.
     bad = [
@@ -153,10 +164,10 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
         first = (
             min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0))) if stalled else [*wrong, *bad][0]
         )
-        return first | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
+        return first | newest | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
     if not told or len(told) < told[0]["processes"]:
         return None
-    return next((outcome for outcome in told if outcome["exit_code"] == Exit.PREEMPTED), told[0])
+    return next((outcome for outcome in told if outcome["exit_code"] == Exit.PREEMPTED), told[0]) | newest
 
 
 def heartbeat_directory(store: Store, attempt: int) -> Path | None:
@@ -197,7 +208,7 @@ def write_outcome(
         "outcome": Outcome.KILLED if program_code is None and not preempted else contract.outcome_of(code),
         "reason": reason,
         "step": max(last_step(store, attempt), read_beat(link).step if link else -1),
-        "committed_step": committed_step(store),
+        "committed_step": max(committed_step(store), _uploaded_step(store)),
         "started": events[0]["t"] if events else made.st_mtime if made else time.time(),
         "ended": time.time(),
         "notice": None,

@@ -6,13 +6,10 @@ attempt while a process of an earlier one lives.
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
-import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -49,15 +46,6 @@ KILLED = 128 + signal.SIGKILL
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def free_port() -> int:
-    """Choose a port that nobody listens on, below those that the kernel hands out by itself."""
-    while True:
-        port = random.randrange(15_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-
-
 class Runner(ABC):
     """Run attempts of one run until there is nothing more to do here.
 
@@ -84,6 +72,8 @@ class Runner(ABC):
         """For what is done while an attempt runs, whose signals must not wait."""
         self._signal: int | None = None
         self._codes: dict[int, int] = {}
+        self._telling: int | None = None
+        """The process that tells others of the run."""
         self._history: list[restart.Ended] = []
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
@@ -127,10 +117,7 @@ class Runner(ABC):
         """Take up the history of the run since it was submitted, or resumed after its end: earlier runners and jobs."""
         skip, committed = restart.budget_from(run_status.events(self._store))
         attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
-        self._history = [
-            dataclasses.replace(self._ended(attempt, 0.0), committed_step=self._committed_by(attempt))
-            for attempt in attempts
-        ]
+        self._history = [self._ended(attempt, 0.0, committed_step=self._committed_by(attempt)) for attempt in attempts]
         return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
 
     def _committed_by(self, attempt: int) -> int:
@@ -347,7 +334,7 @@ class Runner(ABC):
         count = self._spec.tasks_per_node
         if count == 1:
             return [{}]
-        shared = {contract.ENV_PROCESSES: str(count), contract.ENV_COORDINATOR: f"127.0.0.1:{free_port()}"}
+        shared = {contract.ENV_PROCESSES: str(count), contract.ENV_COORDINATOR: f"127.0.0.1:{processes.free_port()}"}
         return [shared | {contract.ENV_PROCESS: str(index)} for index in range(count)]
 
     def _launcher(self) -> list[str]:
@@ -434,8 +421,17 @@ class Runner(ABC):
         """Say why a supervisor never started a program, where that is known."""
         return reason, program_code
 
-    def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
-        """Return how an attempt ended, as its outcome says; by its exit code where that is not written."""
+    def _ended(
+        self, attempt: int, duration_s: float, code: int = 137, committed_step: int | None = None
+    ) -> restart.Ended:
+        """Return how an attempt ended, as its outcome says; by its exit code where that is not written.
+
+        Args:
+            attempt: Number of the attempt.
+            duration_s: How long it lived.
+            code: What started it ended with.
+            committed_step: The newest that it left; None for the newest now.
+        """
         outcome = orphans.read_outcome(self._store, attempt) or {}
         told = outcome.get("exit_code")
         code = told if isinstance(told, int) else code
@@ -444,7 +440,7 @@ class Runner(ABC):
         return restart.Ended(
             outcome=contract.outcome_of(code),
             exit_code=code,
-            committed_step=orphans.committed_step(self._store),
+            committed_step=orphans.committed_step(self._store) if committed_step is None else committed_step,
             step=step if isinstance(step, int) else -1,
             duration_s=duration_s,
             ready="first_step" in names,

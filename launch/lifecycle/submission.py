@@ -393,10 +393,11 @@ def record_resumed(store: Store, *, afresh: bool | None = None) -> None:
 
     Args:
         store: The run.
-        afresh: Whether budgets begin afresh; by default if the run has ended.
+        afresh: Whether budgets begin afresh; by default if the run has ended, or has come from another backend.
     """
     fields: dict[str, object] = {}
-    if run_status.has_ended(store) if afresh is None else afresh:
+    moved = [event["event"] for event in run_status.events(store)][-1:] == ["moved"]
+    if (moved or run_status.has_ended(store)) if afresh is None else afresh:
         fields = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
     record(store, "resumed", by=who(), **fields)
 

@@ -151,7 +151,7 @@ def _ours_known(url: str, out: str) -> None:
 def _jax_known(url: str, out: str) -> None:
     from jax.experimental import multihost_utils
 
-    from launch.lifecycle.runner import free_port
+    from jobkit.supervise.processes import free_port
 
     jax.config.update("jax_enable_preemption_service", True)  # type: ignore[no-untyped-call]
     jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0)

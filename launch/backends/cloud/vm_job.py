@@ -80,7 +80,9 @@ class VmRunner(JobRunner):
         return policy
 
     def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
-        if self._over() is not None or self._history[-1].outcome is Outcome.PREEMPTED:
+        if (over := self._over()) is not None and over[0] is not State.REQUEUED:
+            return self._end(*over)
+        if over is not None or self._history[-1].outcome is Outcome.PREEMPTED:
             return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
         return super()._go_on(decision, why)
 
@@ -107,10 +109,12 @@ class VmRunner(JobRunner):
         newest = (run_status.jobs(self._store, self._backend) or [self._job])[-1]
         return super()._superseded() or (f"job {newest}" if newest != self._job else None)
 
-    def _ended(self, attempt: int, duration_s: float, code: int = 137) -> restart.Ended:
+    def _ended(
+        self, attempt: int, duration_s: float, code: int = 137, committed_step: int | None = None
+    ) -> restart.Ended:
         outcome = orphans.read_outcome(self._store, attempt) or {}
         lasted = outcome.get("ended", 0) - outcome.get("started", 0)
-        return super()._ended(attempt, duration_s or max(0.0, lasted), code)
+        return super()._ended(attempt, duration_s or max(0.0, lasted), code, committed_step)
 
     def _grace(self) -> dict[str, str]:
         return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud_options.STOP_S):g}"}

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -244,18 +245,21 @@ def _said(text: str) -> str:
 @contextlib.contextmanager
 def clean_environment() -> Any:
     """Hide what belongs to a run that this process is part of: sbatch hands the environment on."""
-    kept = contract.handed_on(os.environ)
-    if "SLURM_JOB_ID" in os.environ:  # srun would take what SLURM says of this job for orders, a program for its own
-        kept = {name: value for name, value in kept.items() if name in _ASKS or not name.startswith("SLURM_")}
-    hidden = {name: os.environ.pop(name) for name in set(os.environ) - kept.keys()}
+    # What SLURM says of a job srun would take for orders, and a program for its own. What a person tells srun stays.
+    foreign = _OF_JOB if "SLURM_JOB_ID" in os.environ else re.compile("$")
+    kept = {name for name in contract.handed_on(os.environ) if not foreign.match(name)}
+    hidden = {name: os.environ.pop(name) for name in set(os.environ) - kept}
     try:
         yield
     finally:
         os.environ.update(hidden)
 
 
-_ASKS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT", "SLURM_DEBUG_FLAGS")
-"""What tells SLURM's commands whom to ask, inside a job and outside."""
+_OF_JOB = re.compile(
+    r"SLURM_(JOBID|JOB_|STEP|ARRAY_|TASK|NTASKS|NPROCS|NNODES|NODEID|NODELIST|NODE_ALIASES|PROCID|LOCALID|GTIDS|LAUNCH_"
+    r"|SRUN_|SUBMIT_|CPUS_|CPU_BIND|MEM_PER_|GPUS|RESTART_COUNT|TOPOLOGY_|PRIO_PROCESS|WORKING_CLUSTER)"
+)
+"""What SLURM tells a job and its steps of themselves."""
 
 
 def jobs(store: Store) -> list[str]:

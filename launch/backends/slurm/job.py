@@ -18,6 +18,7 @@ from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from jobkit.supervise.slurm_grace import parse_time
 from launch.backends.slurm import backend as slurm
 from launch.backends.slurm import bad_nodes as nodes
@@ -26,7 +27,7 @@ from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.restart import Cause
-from launch.lifecycle.runner import KILLED, free_port
+from launch.lifecycle.runner import KILLED
 from launch.lifecycle.submission import begin_point, open_run
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
@@ -243,7 +244,7 @@ class SlurmRunner(JobRunner):
         if tasks == 1:
             return [{}]
         # Anew for every attempt: the port of the one before may still be taken, and its processes alive.
-        where = f"{scontrol.address(os.environ['SLURMD_NODENAME'])}:{free_port()}"
+        where = f"{scontrol.address(os.environ['SLURMD_NODENAME'])}:{processes.free_port()}"
         return [{contract.ENV_PROCESSES: str(tasks), contract.ENV_COORDINATOR: where}]
 
     def _tasks(self) -> int:
