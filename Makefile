@@ -17,15 +17,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Our own modules are compiled once, not in each of the thousands of processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all $(LIBRARIES:%=test-%) check one search lint format types bench clean
+.PHONY: help demo test test-all test-apart $(LIBRARIES:%=test-%) check one search lint format types bench clean
 help:
 	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
 	@echo "make test-all   the slow tests too"
+	@echo "make test-apart the few that take longest and have a neighbour among them"
 	@echo "make test-slurm-24.11, make test-slurm-26.05"
 	@echo "                what a version of SLURM can change, on a newer one"
 	@echo "make test-lowest, make test-newest"
-	@echo "                training, storage and the demo on the lowest libraries allowed and on the newest"
+	@echo "                training, storage and the example on the lowest libraries allowed and on the newest"
 	@echo "make check      lint, types and the tests that start nothing (SEED=7: other examples)"
 	@echo "make one T=name the tests whose name holds that, one after the other and with every word"
 	@echo "make search     search for two minutes for what breaks a property (SEED=7, FOR=600)"
@@ -59,19 +60,24 @@ search: $(READY)
 # With a container engine: CI installs and starts one where none answers (tests/engine.py). Tests about time come first and
 # alone, and what fails is run once more, to tell a race from a fault (tests/classify.py).
 test-all: lint types $(SLURM) $(BROWSER) $(NEWER_SLURMS)
-	$(BIN)/python -m tests.engine $(TESTS) --durations=30
+	$(BIN)/python -m tests.engine $(TESTS) --durations=30 @tests/apart.txt
 	$(MAKE) -s $(NEWER:%=test-slurm-%) $(LIBRARIES:%=test-%)
+
+# What takes minutes and has a neighbour in test-all that differs in little: before a release, and after a change there.
+test-apart: $(READY) $(SLURM) $(BROWSER)
+	sed 's/^--deselect=//' tests/apart.txt >.pytest_cache/apart.txt
+	$(BIN)/python -m tests.engine $(TESTS) --durations=30 @.pytest_cache/apart.txt
 
 # On the SLURM of a later Debian: the tests that its version can change.
 test-slurm-%: .venv/.slurm-%
 	@echo "on SLURM $*:"
 	JOBKIT_SLURM=.venv/slurm-$* $(TESTS) @tests/slurm_versions.txt
 
-# On another set of libraries: what a version of them can change, and the demo.
+# On another set of libraries: what a version of them can change, and the example.
 $(LIBRARIES:%=test-%): test-%: .venv/.libraries-%
 	@echo "on the $* libraries:"
 	$(TESTS:$(BIN)/%=.venv/$*/bin/%) -m "not slow" @tests/libraries.txt
-	.venv/$*/bin/jobkit demo --steps 100
+	place=$$(mktemp -d) && .venv/$*/bin/python -m jobkit.examples.text --steps 20 --run "$$place/run" && rm -r "$$place"
 
 lint: $(READY)
 	$(BIN)/ruff check -q .

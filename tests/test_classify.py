@@ -39,6 +39,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tests/flaky.txt").write_text("# none\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = timing: about time\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of the run that this is a test of
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist -p no:cacheprovider")
     return tmp_path / "tests"

@@ -136,16 +136,16 @@ class Runner(ABC):
         if (other := self._superseded()) is not None:
             return self._leave(f"{other} has taken over", self.superseded_code)
         decision = restart.decide(self._history, policy)
-        # A run that got to its end is done, whoever asked to stop it meanwhile.
-        if decision.state is State.DONE:
-            return self._end(State.DONE, decision.reason)
-        if (over := self._over()) is not None and over[0] is not State.REQUEUED:
+        done = decision.state is State.DONE  # whoever asked to stop it meanwhile
+        if not done and (over := self._over()) is not None and over[0] is not State.REQUEUED:
             return self._end(*over)
-        if why is Cause.CANCELLED:
+        if not done and why is Cause.CANCELLED:
             return self._end(State.CANCELLED, self._says_cancelled())
         if not before:
             told = {"action": decision.action, "delay_s": decision.delay_s} | self._facts(decision, why)
             self._write_down("decision", **told, attempt=self._newest_attempt)
+        if done:
+            return self._end(State.DONE, decision.reason)
         if not decision.restart and why is not Cause.REQUEUED:
             return self._end(decision.state, decision.reason)
         return None if before else self._go_on(decision, why)
