@@ -6,8 +6,6 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := .venv/.demo
 SLURM := .venv/.slurm
-NEWER := 24.11 26.05
-NEWER_SLURMS := $(NEWER:%=.venv/.slurm-%)
 LIBRARIES := lowest newest
 BROWSER := .venv/.browser
 # pytest's workers; each one starts trainings of its own. The slow tests mostly wait.
@@ -22,7 +20,7 @@ help:
 	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
 	@echo "make test-all   the slow tests too"
-	@echo "make test-apart the few that take longest and have a neighbour among them"
+	@echo "make test-apart those that take longest and have a neighbour there, and the versions between"
 	@echo "make test-slurm-24.11, make test-slurm-26.05"
 	@echo "                what a version of SLURM can change, on a newer one"
 	@echo "make test-lowest, make test-newest"
@@ -59,14 +57,15 @@ search: $(READY)
 
 # With a container engine: CI installs and starts one where none answers (tests/engine.py). Tests about time come first and
 # alone, and what fails is run once more, to tell a race from a fault (tests/classify.py).
-test-all: lint types $(SLURM) $(BROWSER) $(NEWER_SLURMS)
+test-all: lint types $(SLURM) $(BROWSER) .venv/.slurm-26.05
 	$(BIN)/python -m tests.engine $(TESTS) --durations=30 @tests/apart.txt
-	$(MAKE) -s $(NEWER:%=test-slurm-%) $(LIBRARIES:%=test-%)
+	$(MAKE) -s test-slurm-26.05 test-newest
 
-# What takes minutes and has a neighbour in test-all that differs in little: before a release, and after a change there.
+# What takes minutes and has a neighbour in test-all that differs in little, and the versions between: before a release.
 test-apart: $(READY) $(SLURM) $(BROWSER)
-	sed 's/^--deselect=//' tests/apart.txt >.pytest_cache/apart.txt
+	mkdir -p .pytest_cache && sed 's/^--deselect=//' tests/apart.txt >.pytest_cache/apart.txt
 	$(BIN)/python -m tests.engine $(TESTS) --durations=30 @.pytest_cache/apart.txt
+	$(MAKE) -s test-slurm-24.11 test-lowest
 
 # On the SLURM of a later Debian: the tests that its version can change.
 test-slurm-%: .venv/.slurm-%
