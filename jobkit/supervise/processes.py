@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -20,6 +21,18 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 def become_subreaper() -> bool:
     """Make orphaned descendants of this process its children, instead of init's; tell whether it worked."""
     return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def reaped() -> Iterator[tuple[int, int]]:
+    """Reap the children that have ended, orphans too; yield pid and exit code, negative for a death by signal."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, os.waitstatus_to_exitcode(status)
 
 
 def signal_on_parent_death(number: int) -> bool:

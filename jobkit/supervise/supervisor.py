@@ -404,14 +404,7 @@ def _send(attempt: Attempt, link: Link, number: int) -> None:
 
 
 def _reap(attempt: Attempt) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        attempt.codes[pid] = os.waitstatus_to_exitcode(status)
+    attempt.codes.update(processes.reaped())
 
 
 def _end_leftovers(attempt: Attempt, link: Link, since_s: float) -> bool:

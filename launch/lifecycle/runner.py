@@ -455,12 +455,5 @@ class Runner(ABC):
         self._reap()
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            code = os.waitstatus_to_exitcode(status)
+        for pid, code in processes.reaped():
             self._codes[pid] = code if code >= 0 else 128 - code

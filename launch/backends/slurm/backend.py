@@ -246,8 +246,8 @@ def _said(text: str) -> str:
 def clean_environment() -> Any:
     """Hide what belongs to a run that this process is part of: sbatch hands the environment on."""
     # What SLURM says of a job srun would take for orders, and a program for its own. What a person tells srun stays.
-    foreign = _OF_JOB if "SLURM_JOB_ID" in os.environ else re.compile("$")
-    kept = {name for name in contract.handed_on(os.environ) if not foreign.match(name)}
+    inside = "SLURM_JOB_ID" in os.environ
+    kept = {name for name in contract.handed_on(os.environ) if not (inside and _OF_JOB.match(name))}
     hidden = {name: os.environ.pop(name) for name in set(os.environ) - kept}
     try:
         yield
