@@ -843,7 +843,8 @@ def test_moments(tmp_path: Path) -> None:
 def test_what_lies_outside_the_window_is_told(tmp_path: Path) -> None:
     """A mistake that shows after 50,000 steps is not seen: the certificate is for the first steps, and says so."""
     html, png = tmp_path / "card.html", tmp_path / "card.png"
-    done = drill("--only", "kill", "--html", str(html), "--png", str(png), "--", "python", "late.py", cwd=SCRIPTS)
+    drawn = ("--html", str(html), "--png", str(png), "--run", str(tmp_path / "e"))
+    done = drill("--only", "kill", *drawn, "--", "python", "late.py", cwd=SCRIPTS)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"certified for the first (\d+) of 100000 steps: every promise held", done.stdout)
     assert found is not None, done.stdout

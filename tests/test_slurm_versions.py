@@ -163,8 +163,8 @@ def test_a_grace_that_is_over_just_before(held: Login) -> None:
         "from launch.backends.slurm import requeue\nfrom launch.spec import jobspec\n"
         "from launch.lifecycle.submission import open_run\n"
         "store = open_run('run')\n"
-        "now = msgspec.structs.replace(spec.read(store), sbatch={})\n"
-        "print(slurm_again.again(store, now, sys.argv[1], running=False))\n"
+        "now = msgspec.structs.replace(jobspec.read(store), sbatch={})\n"
+        "print(requeue.again(store, now, sys.argv[1], running=False))\n"
     )
     environ = os.environ | held.cluster.environment | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", submit, job], cwd=held.home, env=environ, check=True)
