@@ -3,14 +3,12 @@
 import os
 
 from jobkit.contract import State
-from launch.backends import control, local, registry
-from launch.backends.cloud import aws, gcp
-from launch.backends.slurm import backend as slurm
-from launch.lifecycle import submission
+from launch.backends import control, registry
+from launch.backends.local import Local
+from launch.lifecycle import submission, verbs
 from launch.lifecycle.run_status import Status
+from launch.lifecycle.verbs import Backend
 from launch.spec.jobspec import JobSpec
-
-Backend = local.Local | slurm.Slurm | gcp.Gcp | aws.Aws
 
 
 def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> Status:
@@ -18,7 +16,7 @@ def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> S
 
     Args:
         spec: What to run.
-        on: The backend; this machine by default.
+        on: The backend: `Local()`, the default, `Slurm(options)`, `Gcp(cloud)`, `Aws(cloud)`.
         wait: Whether to follow the run, printing a line per change, until it is over.
 
     Returns:
@@ -29,7 +27,7 @@ def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> S
 
     Durability: the run is on storage on return, and goes on without this process.
     """
-    store = (on or local.Local()).submit(spec)
+    store = verbs.submit(on or Local(), spec)
     if wait:
         from launch.report import follow
 

@@ -16,7 +16,8 @@ import pytest
 from google.auth.compute_engine import _metadata
 
 from jobkit import contract
-from launch.backends.cloud import gcp, googleapi
+from launch.backends import registry
+from launch.backends.cloud import googleapi
 from launch.cli import main
 from tests.gcs_server import GcsServer
 
@@ -49,7 +50,7 @@ class Desk:
         monkeypatch.delenv("GCLOUD_PROJECT", raising=False)
         monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gcsfs reads it when it is imported
         monkeypatch.chdir(self.home / "code")
-        monkeypatch.setattr(gcp.BATCH, "_session", googleapi.Session())
+        monkeypatch.setattr(registry.named("gcp"), "_session", googleapi.Session())
         # google-auth reads these once, when it is imported.
         monkeypatch.setattr(_metadata, "_GCE_METADATA_HOST", os.environ.get("GCE_METADATA_HOST"))
         monkeypatch.setattr(_metadata, "_NO_GCE_CHECK", os.environ.get("NO_GCE_CHECK") == "true")

@@ -13,8 +13,8 @@ from typing import Any
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.backends import local
-from launch.lifecycle import lock, orphans, run_status
+from launch.backends.local import Local
+from launch.lifecycle import lock, orphans, run_status, verbs
 from launch.lifecycle.submission import open_run
 from launch.spec.jobspec import JobSpec
 
@@ -91,6 +91,8 @@ for word in plan.split(","):
         print(Path(value).read_text(), flush=True)
     elif name == "import":
         print(__import__(value).WORD, flush=True)
+    elif name == "touch":
+        Path(value).touch()
 '''
 
 
@@ -110,7 +112,7 @@ class Project:
 
     def submit(self, *plan: str, run: str = "r", **options: Any) -> Store:
         """Submit such a job."""
-        return local.submit(self.spec(*plan, run=run, **options))
+        return verbs.submit(Local(), self.spec(*plan, run=run, **options))
 
     def cli(self, *arguments: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run `jobkit` from the project directory, to its end."""

@@ -14,7 +14,7 @@ import pytest
 
 import jobkit
 from jobkit.rundir.store import Store
-from launch.backends import local
+from launch.backends import registry
 from launch.lifecycle import run_status
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
@@ -143,7 +143,7 @@ def test_interrupt_only_detaches(project: Project) -> None:
     assert process.returncode == 130
     assert err.strip() == f"detached; the run goes on. To stop it: jobkit cancel {store.url}"
     assert run_status.status(store).state == "running"
-    local.cancel(store.url)
+    registry.cancel(store.url)
 
 
 def test_live_view_on_a_terminal(project: Project) -> None:

@@ -12,8 +12,8 @@ from jobkit import compilecache, contract
 from jobkit.drill.settings import Drill
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
-from launch.backends import local
-from launch.lifecycle import run_status
+from launch.backends.local import Local
+from launch.lifecycle import run_status, verbs
 from launch.spec.jobspec import JobSpec
 from tests.gcs_server import GcsServer
 from tests.jobs import until, until_over
@@ -122,7 +122,7 @@ def test_warm_restart_compiles_nothing(tmp_path: Path) -> None:
         "JAX_PLATFORMS": "cpu",
     }
     spec = JobSpec(command=("python", "sound.py"), run=str(tmp_path / "r"), cwd=str(SCRIPTS), snapshot=False)
-    store = local.submit(spec, environ=environ)
+    store = verbs.submit(Local(environ), spec)
     status = until_over(store, seconds=120)
     assert (str(status.state), status.attempts) == ("done", 3), run_status.to_json(status)
     cold, warm, warmer = (

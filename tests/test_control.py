@@ -15,15 +15,16 @@ import pytest
 import jobkit
 import launch
 from jobkit import contract
-from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, mirror
 from jobkit.rundir.control import Control
 from jobkit.rundir.ledger import attempt_events, read_events
 from jobkit.rundir.store import Store
-from launch.backends import control, local
-from launch.backends.slurm import backend as slurm
-from launch.lifecycle import run_status, submission
+from launch.backends import control, registry
+from launch.backends.local import Local
+from launch.backends.slurm import queue, scontrol
+from launch.backends.slurm.backend import Slurm
+from launch.lifecycle import run_status, submission, verbs
 from launch.spec.jobspec import JobSpec
 from tests import jobs, training
 from tests.gcs_server import GcsServer
@@ -58,7 +59,8 @@ def by_hand(project: Project, steps: int = 100_000, step_s: float = 0.02, **envi
 def submit(project: Project, step_s: float = 0.02) -> Store:
     """Submit train.py to this machine."""
     command = ("python", "train.py", "100000", str(step_s))
-    return local.submit(JobSpec(command=command, run=str(project.runs / "r"), cwd=str(project.path), grace_s=10.0))
+    spec = JobSpec(command=command, run=str(project.runs / "r"), cwd=str(project.path), grace_s=10.0)
+    return verbs.submit(Local(), spec)
 
 
 def until_training(store: Store, attempt: int = 0) -> None:
@@ -170,9 +172,9 @@ def test_stop_of_a_submitted_run(project: Project) -> None:
     assert (answer.committed_step or 0) > (saved.committed_step or 0)
     time.sleep(1.5)
     assert run_status.status(store).attempts == 1
-    local.resume(store.url)
+    registry.resume(store.url)
     until_training(store, attempt=1)
-    local.cancel(store.url)
+    registry.cancel(store.url)
 
 
 def test_nothing_is_asked_where_nothing_trains(project: Project) -> None:
@@ -213,7 +215,7 @@ def test_a_kill_between_request_and_answer(project: Project) -> None:
     until_training(store, attempt=1)
     time.sleep(3.0)
     assert [event for event in read_events(store) if event["event"] == "save_asked"] == []
-    local.cancel(store.url)
+    registry.cancel(store.url)
     assert asked(store) == []
 
 
@@ -333,15 +335,15 @@ def test_who_waited_for_a_cancel_ends_no_run_that_goes_on(project: Project, monk
     """Where somebody resumes a run as soon as its job is over, the `cancel` that waited for that writes no end."""
     store = project.submit("commit:1,exit:3", "exit:3")
     until_over(store)
-    monkeypatch.setattr(slurm, "_status", lambda stores: {one.url: State.RUNNING for one in stores})
+    monkeypatch.setattr(queue, "jobs_of", lambda stores: {one.url: scontrol.Job("7", "RUNNING") for one in stores})
 
     def taken_back(stores: list[Store], **how: Any) -> None:
         submission.take_back_cancel(store, submission.cancel_content(store))
         submission.record(store, "resumed")
 
     for stop, last in (taken_back, "resumed"), (lambda stores, **how: None, "ended"):
-        monkeypatch.setattr(slurm, "_stop", stop)
-        slurm.cancel(store.url)
+        monkeypatch.setattr(queue, "end", stop)
+        verbs.cancel(Slurm(), store)
         assert run_status.last_life_event(store)["event"] == last
 
 

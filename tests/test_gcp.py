@@ -22,7 +22,8 @@ from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import registry
-from launch.backends.cloud import gcp, gcp_request, vm_job
+from launch.backends.cloud import gcp_request, vm_job
+from launch.backends.cloud.gcp import Gcp
 from launch.lifecycle import run_status, submission
 from launch.report import follow
 from launch.spec.cloud_options import RETRIED, Cloud
@@ -388,7 +389,7 @@ def test_every_machine_is_a_valid_request() -> None:
         spec = JobSpec(
             command=("a",), cloud=Cloud(image="i", project="p", region="us-central1", gpus=asked, spot=False)
         )
-        job = gcp.BATCH.request(Store("memory://run"), gcp.BATCH.complete(spec), "job-0")
+        job = Gcp().request(Store("memory://run"), Gcp().complete(spec), "job-0")
         policy = checked(json.dumps(job))["allocationPolicy"]["instances"][0]["policy"]
         assert policy["provisioningModel"] == "STANDARD"
         attached = [{"type": "nvidia-tesla-t4", "count": "2"}] if asked == "T4:2" else None

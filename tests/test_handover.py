@@ -10,7 +10,7 @@ import pytest
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
-from launch.backends import local, move_run
+from launch.backends import move_run, registry
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
 from launch.spec.placement import Where
@@ -81,11 +81,11 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
     """`resume --on` takes back the cancel that it found, none that has come since."""
     store = project.submit("hold")
     jobs.until_stepping(store)
-    local.cancel(store.url)
+    registry.cancel(store.url)
     rewrite = specs.rewrite
 
     def rewrite_late(*arguments: Any) -> None:
-        local.cancel(store.url)
+        registry.cancel(store.url)
         rewrite(*arguments)
 
     monkeypatch.setattr(specs, "rewrite", rewrite_late)
@@ -95,7 +95,7 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
     monkeypatch.undo()
     move_run.resume(store.url, Where("local", {}, None, None, None))
     jobs.until_stepping(store, attempt=1)
-    local.cancel(store.url)
+    registry.cancel(store.url)
 
 
 def test_a_move_that_cannot_work_changes_nothing(project: Project) -> None:

@@ -19,7 +19,9 @@ from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.loops import Loops
 from jobkit.rundir.store import Store
-from launch.backends import local
+from launch.backends import registry
+from launch.backends.local import Local
+from launch.lifecycle import verbs
 from tests import jobs, training
 
 # How a loop was left, as the generator sees it.
@@ -484,10 +486,10 @@ def project(tmp_path: Path) -> Iterator[jobs.Project]:
 def test_a_run_that_stopped_early_is_resumed(project: jobs.Project) -> None:
     """r12: killed after its early stop it is done with 50 steps, and `resume` trains no more."""
     spec = project.spec()
-    store = local.submit(msgspec.structs.replace(spec, command=("python", "killed.py")))
+    store = verbs.submit(Local(), msgspec.structs.replace(spec, command=("python", "killed.py")))
     assert jobs.until_over(store, seconds=90).state is contract.State.DONE
     assert jobs.outcomes(store) == ["killed", "done"]
-    local.resume(store.url)
+    registry.resume(store.url)
     assert jobs.until_over(store, seconds=90).state is contract.State.DONE
     assert commits.steps(store)[-1] == 50
 

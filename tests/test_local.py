@@ -18,9 +18,10 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.backends import local
+from launch.backends import registry
 from launch.backends.cloud.vm_job import VmRunner
-from launch.lifecycle import lock, orphans, restart, run_status
+from launch.backends.local import Local
+from launch.lifecycle import lock, orphans, restart, run_status, verbs
 from launch.report import follow
 from launch.spec.jobspec import JobSpec
 from tests import jobs
@@ -66,7 +67,7 @@ def test_running_status(project: Project) -> None:
     status = run_status.status(store)
     assert (status.state, status.attempt, status.phase, status.committed_step) == (State.RUNNING, 0, "listening", 4)
     assert (status.step or 0) >= 4
-    local.cancel(store.url)
+    registry.cancel(store.url)
 
 
 @pytest.mark.parametrize("victim", ["program", "supervisor"])
@@ -117,7 +118,7 @@ def submit_like_a_run(project: Project, *command: str, tasks: int = 1) -> Store:
     """Submit it, in so many processes; return once all of them train."""
     (project.path / "train.py").write_text(LIKE_A_RUN)
     spec = project.spec(sbatch={"ntasks-per-node": str(tasks)})
-    store = local.submit(msgspec.structs.replace(spec, command=command))
+    store = verbs.submit(Local(), msgspec.structs.replace(spec, command=command))
     until(lambda: len(jobs.events(store, "opened")) == tasks, "it trains")
     return store
 
@@ -161,7 +162,7 @@ def test_runner_killed_then_resumed(project: Project) -> None:
     assert (status.state, status.runner) == (State.FAILED, "gone")
     assert status.reason == f"the local runner is gone; continue with: jobkit resume {store.url}"
     assert jobs.outcomes(store) == ["preempted"]
-    assert local.resume(store.url) is State.RUNNING
+    assert registry.resume(store.url) is State.RUNNING
     assert until_over(store).state is State.DONE
     assert jobs.outcomes(store) == ["preempted", "done"]
 
@@ -174,13 +175,13 @@ def test_a_killed_runner_keeps_the_failure_budget(project: Project) -> None:
         os.kill(jobs.runner_pid(store), signal.SIGKILL)
         until(lambda: not lock.held(store), "the runner is gone")
         assert len(jobs.outcomes(store)) == failures
-        local.resume(store.url)
+        registry.resume(store.url)
     status = until_over(store)
     assert (status.state, len(jobs.outcomes(store))) == (State.FAILED, 4)
     assert status.reason == "4 failures, and 3 are allowed (--max-failures)"
-    local.resume(store.url)  # after its end a resume is a new start
+    registry.resume(store.url)  # after its end a resume is a new start
     until(lambda: len(jobs.outcomes(store)) > 4, "another attempt")
-    local.cancel(store.url)
+    registry.cancel(store.url)
 
 
 def decisions(store: Store) -> list[dict[str, Any]]:
@@ -208,7 +209,7 @@ def test_resume_waits_for_the_attempt_of_a_killed_runner(project: Project) -> No
     store = project.submit("hold", "exit:0")
     until_stepping(store)
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
-    assert local.resume(store.url) is State.RUNNING
+    assert registry.resume(store.url) is State.RUNNING
     assert until_over(store).state is State.DONE
 
 
@@ -218,7 +219,7 @@ def test_runner_and_supervisor_killed(project: Project) -> None:
     until_stepping(store)
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     os.kill(jobs.supervisor_pid(store), signal.SIGKILL)
-    local.resume(store.url)
+    registry.resume(store.url)
     status = until_over(store)
     assert status.state is State.DONE
     assert status.committed_step is not None
@@ -233,7 +234,7 @@ def test_both_killed_and_program_does_not_listen(project: Project) -> None:
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     os.kill(jobs.supervisor_pid(store), signal.SIGKILL)
     assert orphans.processes_of(store)
-    local.resume(store.url)
+    registry.resume(store.url)
     assert until_over(store).state is State.DONE
     assert jobs.outcomes(store)[0] == "killed"
 
@@ -246,7 +247,7 @@ def test_runner_is_stopped_in_good_order(project: Project) -> None:
     status = until_over(store)
     assert (status.state, jobs.outcomes(store)) == (State.FAILED, ["preempted"])
     assert status.reason == f"the local runner was stopped (SIGTERM); continue with: jobkit resume {store.url}"
-    local.resume(store.url)
+    registry.resume(store.url)
     assert until_over(store).state is State.DONE
 
 
@@ -254,7 +255,7 @@ def test_cancel_before_the_first_attempt(project: Project) -> None:
     """A cancel that is there before the runner looks means no attempt at all."""
     spec = project.spec("hold")
     store = Store(spec.run)
-    starting = threading.Thread(target=local.submit, args=(spec,))
+    starting = threading.Thread(target=verbs.submit, args=(Local(), spec))
     starting.start()
     until(lambda: store.exists(contract.RUN_JSON), "run.json is written")
     store.write(contract.CANCEL, "{}")
@@ -271,7 +272,7 @@ def test_cancel_of_a_run_whose_runner_never_came_up(project: Project) -> None:
     half = Store(project.runs / "half")
     half.write(contract.RUN_JSON, store.read(contract.RUN_JSON))
     assert run_status.status(half).runner == "gone"
-    assert local.cancel(half.url) is State.CANCELLED
+    assert registry.cancel(half.url) is State.CANCELLED
     assert run_status.status(half).attempts == 0
     assert not (project.runs / "half" / "attempts").exists()
 
@@ -291,14 +292,14 @@ def test_cancel_while_running(project: Project) -> None:
     """A cancelled run commits what it has and is over; it has one attempt, for ever."""
     store = project.submit("hold")
     until_stepping(store)
-    assert local.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
     status = run_status.status(store)
     assert (status.state, status.attempts, jobs.outcomes(store)) == (State.CANCELLED, 1, ["preempted"])
     assert status.committed_step is not None
     assert status.reason.startswith("cancelled by ")
     assert orphans.processes_of(store) == []
     assert not lock.held(store)
-    assert local.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
 
 
 @pytest.mark.timing
@@ -308,7 +309,7 @@ def test_cancel_of_a_program_that_does_not_listen(project: Project) -> None:
     until(lambda: jobs.program_pid(store), "the program starts")
     until(lambda: b"stubborn" in store.read("attempts/0/log-0.txt"), "it ignores SIGTERM")
     start = time.monotonic()
-    assert local.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
     assert 0.9 < time.monotonic() - start < 6
     assert jobs.outcomes(store) == ["killed"]
 
@@ -320,7 +321,7 @@ def test_cancel_in_backoff(project: Project) -> None:
     until(lambda: [one for one in jobs.events(store, "decision") if one["delay_s"] >= 4], "a long backoff")
     assert run_status.status(store).state is State.REQUEUED
     start = time.monotonic()
-    assert local.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
     assert time.monotonic() - start < 2
     assert "done" not in jobs.outcomes(store)
 
@@ -332,7 +333,7 @@ def test_cancel_after_the_runner_was_killed(project: Project) -> None:
     until(lambda: b"stubborn" in store.read("attempts/0/log-0.txt"), "it ignores SIGTERM")
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     assert lock.held(store)
-    assert local.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
     assert orphans.processes_of(store) == []
     assert run_status.status(store).attempts == 1
 
@@ -344,7 +345,7 @@ def test_cancel_after_runner_and_supervisor_were_killed(project: Project) -> Non
     until(lambda: b"stubborn" in store.read("attempts/0/log-0.txt"), "it ignores SIGTERM")
     os.kill(jobs.runner_pid(store), signal.SIGKILL)
     os.kill(jobs.supervisor_pid(store), signal.SIGKILL)
-    assert local.cancel(store.url) is State.CANCELLED
+    assert registry.cancel(store.url) is State.CANCELLED
     assert orphans.processes_of(store) == []
     assert jobs.outcomes(store) == ["killed"]
 
@@ -353,10 +354,10 @@ def test_cancelled_run_is_resumed_only_by_a_person(project: Project) -> None:
     """Watching does not bring a cancelled run back; resume does, and takes the cancel back."""
     store = project.submit("hold", "exit:0")
     until_stepping(store)
-    local.cancel(store.url)
+    registry.cancel(store.url)
     assert follow.follow(store, quiet=True) == 3
     assert run_status.status(store).attempts == 1
-    local.resume(store.url)
+    registry.resume(store.url)
     assert until_over(store).state is State.DONE
     assert not store.exists(contract.CANCEL)
 
@@ -377,10 +378,10 @@ def test_cancel_during_resume_is_not_lost(project: Project) -> None:
     """A cancel that comes while a resume takes back the old one wins."""
     store = project.submit("hold", "exit:0")
     until_stepping(store)
-    local.cancel(store.url)
+    registry.cancel(store.url)
     mine = lock.acquire(store)
     assert mine is not None
-    resuming = threading.Thread(target=local.resume, args=(store.url,))
+    resuming = threading.Thread(target=registry.resume, args=(store.url,))
     resuming.start()
     time.sleep(0.5)  # it has seen the old cancel.json and waits for the lock, whose signer is dead
     store.write(contract.CANCEL, json.dumps({"by": "somebody", "id": "new"}))
@@ -395,8 +396,8 @@ def test_done_run(project: Project) -> None:
     store = project.submit("exit:0")
     until_over(store)
     with pytest.raises(ConfigError, match="is already done; there is nothing to cancel"):
-        local.cancel(store.url)
-    assert local.resume(store.url) is State.DONE
+        registry.cancel(store.url)
+    assert registry.resume(store.url) is State.DONE
     assert run_status.status(store).attempts == 1
 
 
@@ -405,10 +406,10 @@ def test_live_run_is_not_submitted_or_resumed_again(project: Project) -> None:
     store = project.submit("hold")
     until_stepping(store)
     pid = jobs.runner_pid(store)
-    for again in (lambda: project.submit("hold"), lambda: local.resume(store.url)):
+    for again in (lambda: project.submit("hold"), lambda: registry.resume(store.url)):
         with pytest.raises(ConfigError, match=rf"is alive \(pid {pid}\): 'jobkit logs -f .*' or 'jobkit cancel"):
             again()
-    local.cancel(store.url)
+    registry.cancel(store.url)
 
 
 @pytest.mark.parametrize(("plan", "what"), [("exit:1", "this very job"), ("exit:2", "another job")])
@@ -432,7 +433,7 @@ def test_concurrent_submits(project: Project) -> None:
     assert all("is alive" in err or "already holds" in err for _, err in answers if err)
     until_stepping(store)
     assert len(jobs.events(store, "submitted")) == 1
-    local.cancel(store.url)
+    registry.cancel(store.url)
     assert run_status.status(store).attempts == 1
 
 
@@ -446,11 +447,11 @@ def test_submit_killed_anywhere(project: Project) -> None:
             process.kill()
         store = Store(url)
         if not store.exists(contract.RUN_JSON):
-            local.submit(project.spec("exit:0", run=str(number)))
+            verbs.submit(Local(), project.spec("exit:0", run=str(number)))
         else:
             time.sleep(0.2)
             if not lock.held(store):
-                local.resume(url)
+                registry.resume(url)
         assert until_over(store).state is State.DONE
 
 
@@ -490,11 +491,11 @@ def test_damaged_snapshot_ends_the_run(project: Project) -> None:
     """A run whose snapshot is damaged stops with the reason, and starts nothing."""
     store = project.submit("hold", "exit:0")
     until_stepping(store)
-    local.cancel(store.url)
+    registry.cancel(store.url)
     (archive,) = store.file("code").glob("*.tar.gz")
     archive.write_bytes(b"x")
     subprocess.run(["rm", "-r", str(archive).removesuffix(".tar.gz")], check=True)
-    local.resume(store.url)
+    registry.resume(store.url)
     status = until_over(store)
     assert (status.state, status.attempts) == (State.FAILED, 1)
     assert "is damaged" in status.reason
@@ -530,7 +531,7 @@ def test_unreadable_run_json(project: Project) -> None:
     store = project.submit("exit:0")
     until_over(store)
     store.write(contract.RUN_JSON, "{")
-    for command in (local.resume, local.cancel, lambda url: run_status.status(Store(url))):
+    for command in (registry.resume, registry.cancel, lambda url: run_status.status(Store(url))):
         with pytest.raises(JobkitError, match="is damaged"):
             command(store.url)
 

@@ -15,9 +15,10 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.backends import local
+from launch.backends import registry
+from launch.backends.local import Local
 from launch.drill import observe
-from launch.lifecycle import lock, orphans, run_status
+from launch.lifecycle import lock, orphans, run_status, verbs
 from launch.spec import container
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
@@ -60,7 +61,7 @@ def test_runtimes_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     spec = JobSpec(command=("true",), run=str(tmp_path / "r"), container=Container(image="a.sif"))
     with pytest.raises(ConfigError, match="--on local knows the container runtime docker, not apptainer"):
-        local.submit(spec)
+        verbs.submit(Local(), spec)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +162,7 @@ def test_a_runner_that_is_killed(run: Submitted, killed: tuple[str, ...]) -> Non
         os.kill(pids[who], signal.SIGKILL)
     until(lambda: not any(processes.alive(pid) for pid in pids.values()), "all are gone", seconds=30)
     assert run.status.endings[0].outcome == "preempted"
-    local.resume(run.store.url, environ={"SOME_TOKEN": "again"})
+    verbs.resume(Local({"SOME_TOKEN": "again"}), run.store)
     assert run.ends().state is State.DONE
 
 
@@ -196,7 +197,7 @@ def test_a_runner_that_is_killed_before_the_container_is_there(
 def test_a_cancel_insists(run: Submitted) -> None:
     """A program that ignores the notice is killed when its grace is over, in its container too."""
     pids = run.steps()
-    assert local.cancel(run.store.url) is State.CANCELLED
+    assert registry.cancel(run.store.url) is State.CANCELLED
     assert not any(processes.alive(pid) for pid in pids.values())
     assert run.status.attempt == 0
     assert run.ends().endings[0].outcome == "killed"
@@ -209,7 +210,7 @@ def test_an_image_that_is_gone(docker: Engine, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").touch()
     told = Container(image="jobkit-test:nobody-built-it", runtime="docker")
-    store = local.submit(JobSpec(command=("python3", "train.py"), run=str(tmp_path / "run"), container=told))
+    store = verbs.submit(Local(), JobSpec(command=("python3", "train.py"), run=str(tmp_path / "run"), container=told))
     until(lambda: run_status.status(store).state.over, "it is over", seconds=90)
     ended = run_status.status(store)
     assert ended.state is State.FAILED

@@ -17,8 +17,8 @@ from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.backends import local
-from launch.lifecycle import orphans
+from launch.backends.local import Local
+from launch.lifecycle import orphans, verbs
 from launch.lifecycle.history import read_history
 from launch.report.goodput import measure
 from launch.report.lives import PEER
@@ -68,7 +68,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
 def submit(project: Project, count: int, how: str, steps: int, **options: Any) -> Store:
     """Submit train.py in so many processes."""
     spec = project.spec(sbatch={"ntasks-per-node": str(count)}, **options)
-    return local.submit(msgspec.structs.replace(spec, command=("python", "train.py", how, str(steps))))
+    return verbs.submit(Local(), msgspec.structs.replace(spec, command=("python", "train.py", how, str(steps))))
 
 
 def until_committed(store: Store, step: int) -> None:
@@ -120,7 +120,7 @@ def test_a_notice_while_they_import(
 ) -> None:
     """Who gets a notice during imports is gone at once; the others do not wait for it, and the next attempt begins."""
     spec = project.spec(sbatch={"ntasks-per-node": str(count)}, grace_s=15.0)
-    store = local.submit(msgspec.structs.replace(spec, command=("python", "imports.py", told, joined)))
+    store = verbs.submit(Local(), msgspec.structs.replace(spec, command=("python", "imports.py", told, joined)))
     status = until_over(store, seconds=180)
     assert (status.state, jobs.outcomes(store)) == ("done", ["preempted", "done"])
     assert (status.endings[0].duration_s or 0) < 60, "they waited for what was gone"

@@ -17,8 +17,8 @@ from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.backends import local
-from launch.lifecycle import lock, run_status
+from launch.backends.local import Local
+from launch.lifecycle import lock, run_status, verbs
 from tests import jobs
 from tests.jobs import Project, until, until_over, until_stepping
 from tests.outage import Outage
@@ -53,7 +53,7 @@ def told_by_runner(store: Store) -> list[str]:
 )
 def test_a_run_goes_on_after_an_outage(victim: str, writes: bool, project: Project, outage: Outage) -> None:
     """Somebody is killed while the disk does not answer: nobody gives up, and the outcome is not lost."""
-    store = local.submit(project.spec("commit:1,sleep:6,exit:75", "exit:0"), environ=outage.environ)
+    store = verbs.submit(Local(outage.environ), project.spec("commit:1,sleep:6,exit:75", "exit:0"))
     until(lambda: run_status.status(store).committed_step == 1, "it has committed")
     find = jobs.program_pid if victim == "program" else jobs.supervisor_pid
     pid = find(store)
@@ -79,7 +79,7 @@ def test_a_run_goes_on_after_an_outage(victim: str, writes: bool, project: Proje
 )
 def test_an_end_during_an_outage_is_not_lost(number: int, project: Project, outage: Outage) -> None:
     """A program that ends well while the disk does not answer is done, in one attempt; a person is told once."""
-    store = local.submit(project.spec("commit:3,sleep:1,exit:0"), environ=outage.environ)
+    store = verbs.submit(Local(outage.environ), project.spec("commit:3,sleep:1,exit:0"))
     until(lambda: run_status.status(store).committed_step == 3, "it has committed")
     supervisor = jobs.supervisor_pid(store)
     with outage.during(number):
@@ -91,7 +91,7 @@ def test_an_end_during_an_outage_is_not_lost(number: int, project: Project, outa
 
 def test_an_attempt_begins_after_the_outage(project: Project, outage: Outage) -> None:
     """Between two attempts the runner waits for the disk, says so once, and says when it answers again."""
-    store = local.submit(project.spec("commit:1,kill:9", "exit:0"), environ=outage.environ)
+    store = verbs.submit(Local(outage.environ), project.spec("commit:1,kill:9", "exit:0"))
     until(lambda: jobs.events(store, "decision"), "the first attempt has ended")
     with outage.during():
         time.sleep(3)
@@ -104,14 +104,14 @@ def test_an_attempt_begins_after_the_outage(project: Project, outage: Outage) ->
 
 def test_a_stop_during_an_outage(project: Project, outage: Outage) -> None:
     """A runner that is told to stop does so although the disk does not answer, and `resume` goes on later."""
-    store = local.submit(project.spec("hold", "exit:0"), environ=outage.environ)
+    store = verbs.submit(Local(outage.environ), project.spec("hold", "exit:0"))
     until_stepping(store)
     with outage.during():
         os.kill(jobs.program_pid(store), signal.SIGKILL)
         time.sleep(1)
         os.kill(jobs.runner_pid(store), signal.SIGTERM)
         until(lambda: not lock.held(store), "the runner is gone", seconds=60)
-    assert local.resume(store.url, environ=outage.environ) is State.RUNNING
+    assert verbs.resume(Local(outage.environ), store) is State.RUNNING
     assert until_over(store).state is State.DONE
 
 
@@ -134,7 +134,7 @@ def test_a_runner_without_descriptors(project: Project) -> None:
 def test_a_sweep_goes_on_after_an_outage(project: Project, outage: Outage) -> None:
     """The runner of a sweep waits for the disk as those of its points do."""
     spec = project.spec("commit:{x},sleep:1", run="s", sweep={"x": ("1", "2", "3")})
-    store = local.submit(spec, environ=outage.environ)
+    store = verbs.submit(Local(outage.environ), spec)
     until(lambda: run_status.status(Store(f"{store.url}/points/0")).state is State.RUNNING, "the first point runs")
     with outage.during():
         time.sleep(3)
@@ -251,7 +251,7 @@ def test_no_room_for_a_heartbeat_names_the_right_disk(tmp_path: Path) -> None:
 
 def test_events_of_an_outage(project: Project, outage: Outage) -> None:
     """What happened to a run while its disk did not answer is in its ledger afterwards."""
-    store = local.submit(project.spec("commit:2,sleep:2,exit:3", "exit:0"), environ=outage.environ)
+    store = verbs.submit(Local(outage.environ), project.spec("commit:2,sleep:2,exit:3", "exit:0"))
     until(lambda: run_status.status(store).committed_step == 2, "it has committed")
     supervisor = jobs.supervisor_pid(store)
     with outage.during(errno.ESTALE, writes=True):

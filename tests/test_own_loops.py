@@ -13,8 +13,8 @@ from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
-from launch.backends import local
-from launch.lifecycle import run_status
+from launch.backends.local import Local
+from launch.lifecycle import run_status, verbs
 from launch.lifecycle.history import read_history
 from launch.report.explain import explain
 from launch.report.goodput import Goodput, lost_of, measure
@@ -160,7 +160,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
 def test_a_real_loop_of_ones_own(project: Project, how: str) -> None:
     """Killed in its fourth epoch a real one has trained, lost what it did of it, and compiled as long as it did."""
     (project.path / "own.py").write_text(OWN)
-    store = local.submit(msgspec.structs.replace(project.spec(), command=(sys.executable, "own.py", how)))
+    store = verbs.submit(Local(), msgspec.structs.replace(project.spec(), command=(sys.executable, "own.py", how)))
     status = jobs.until_over(store, seconds=120)
     assert (status.state, jobs.outcomes(store)) == (State.DONE, ["killed", "done"]), store.read(contract.log_file(0))
     found = measure(read_history(store))

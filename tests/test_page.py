@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.backends import local, registry
+from launch.backends import registry
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
 from launch.report import loss_curve
@@ -152,7 +152,7 @@ def test_live(tmp_path: Path) -> None:
         until(lambda: run_status.status(store).state == "running", "it runs")
         assert project.cli("report", "--json", store.url).stdout.find('"ended": null') > 0
         assert view.poll() is None
-        local.cancel(store.url)
+        registry.cancel(store.url)
         assert view.wait(30) == 0
         shown = view.stdout.read()
     assert "cancelled" in shown

@@ -17,7 +17,8 @@ from jobkit.errors import ConfigError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_events, read_metrics
 from jobkit.rundir.store import Store
-from launch.backends import local
+from launch.backends.local import Local
+from launch.lifecycle import verbs
 from tests import jobs, training
 
 
@@ -684,7 +685,7 @@ def test_a_loop_that_the_run_knows_nothing_of(tmp_path: Path) -> None:
     project = jobs.Project(tmp_path)
     call = "_loops_by_itself(os.environ['JOBKIT_RUN'], save=False)"
     (project.path / "train.py").write_text(f"from tests.test_run import _loops_by_itself\nimport os\n{call}\n")
-    store = local.submit(msgspec.structs.replace(project.spec(), command=("python", "train.py")))
+    store = verbs.submit(Local(), msgspec.structs.replace(project.spec(), command=("python", "train.py")))
     told = jobs.until_over(store, seconds=60)
     assert (told.state, told.committed_step) == ("done", 0)
     assert told.reason == "finished, but without one step of the run: what it trained is not saved, its log says how"

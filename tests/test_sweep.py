@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch.backends import local, local_sweep, registry
+from launch.backends import local_sweep, registry
+from launch.backends.local import Local
 from launch.lifecycle import lock, run_status, submission
 from launch.lifecycle.submission import make_point, new_run
 from launch.spec import jobspec as specs
@@ -165,12 +166,12 @@ def test_between_two_points(project: jobs.Project, monkeypatch: pytest.MonkeyPat
 def test_a_cancel_between_a_point_and_its_runner(project: jobs.Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep that is cancelled when a point has been made, and has no runner yet that could be asked, cancels it."""
     spec = project.spec("{a}", sweep={"a": ("hold", "sleep:60")})
-    with new_run(local.plan(spec), local.BACKEND) as (store, spec, runner):
+    with new_run(Local().check(spec), Local.name) as (store, spec, runner):
         pass
     acquire = lock.acquire
 
     def acquire_late(one: Store) -> lock.RunLock | None:
-        local_sweep.cancel(store.url, wait=False)
+        registry.cancel(store.url, wait=False)
         return acquire(one)
 
     monkeypatch.setattr(local_sweep, "acquire", acquire_late)
@@ -262,7 +263,7 @@ class _Starting(Store):
 
 def test_a_point_that_starts_this_very_moment(project: jobs.Project) -> None:
     """Who reads a point while its run.json is being made reads the point, and `submit --wait` does not end over it."""
-    plan = local.plan(project.spec("exit:{x}", run="s", sweep={"x": ("0", "0.0")}))
+    plan = Local().check(project.spec("exit:{x}", run="s", sweep={"x": ("0", "0.0")}))
     with new_run(plan, "local") as (store, spec, lock):
         pass
     lock.close()

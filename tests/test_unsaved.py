@@ -27,7 +27,7 @@ from jobkit.rundir.ledger import Ledger, attempt_events, newest_event
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Heartbeat, Link, read_unsaved
 from jobkit.supervise.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
-from launch.backends import local
+from launch.backends import registry
 from launch.drill import drill
 from launch.lifecycle import notify, run_status
 from tests import jobs, ledgers, training
@@ -405,7 +405,7 @@ def test_storage_that_fails_is_told(project: Project) -> None:
     assert newest in told(project)[0]["reason"]
     _swap(store, block=False)
     until(lambda: not run_status.status(store).troubles, "it is over")
-    local.cancel(store.url)
+    registry.cancel(store.url)
     assert "is not saved" in waiting.communicate(timeout=60)[0]
     assert newest in (project.runs / "r/attempts/0/log-0.txt").read_text()
 

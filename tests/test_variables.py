@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobkit import contract
-from launch.backends.slurm import backend as slurm
+from launch.backends.slurm import batch_script
 from tests.jobs import until
 from tests.login import Login
 
@@ -52,7 +52,7 @@ def test_what_sbatch_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_MPI_TYPE": "pmix", "SLURM_HINT": "nomultithread"}
     for name, value in (ours | theirs | {contract.ENV_ENDS_AT: "9"}).items():
         monkeypatch.setenv(name, value)
-    with slurm.clean_environment():
+    with batch_script.clean_environment():
         assert {name: os.environ.get(name) for name in theirs} == theirs
         assert not {*ours, contract.ENV_ENDS_AT} & os.environ.keys()
     assert {name: os.environ.get(name) for name in ours} == ours

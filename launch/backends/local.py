@@ -1,16 +1,15 @@
-"""The local backend: submit, resume and cancel a run on this machine, and the runner's own entry point.
+"""The local backend: runs on this machine, each with a detached runner, and the runner's own entry point.
 
-`python -m launch.backends.local RUN` is what `submit` starts, detached; what it does is in local_runner.py.
+`python -m launch.backends.local RUN` is what a submit starts; what it does is in local_runner.py.
 """
 
 import contextlib
-import dataclasses
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jobkit import contract, names
@@ -25,10 +24,7 @@ from launch.lifecycle.lock import RunLock, acquire, held, runner_alive
 from launch.lifecycle.submission import (
     LEAVING_S,
     Plan,
-    ask_to_cancel,
     cancel_content,
-    make_point,
-    new_run,
     open_run,
     prepare,
     record,
@@ -36,165 +32,145 @@ from launch.lifecycle.submission import (
     refresh,
     runner_environment,
     says_alive,
-    take_back_cancel,
 )  # fmt: skip
+from launch.lifecycle.verbs import Backend, Claim, Progress
 from launch.spec import container
 from launch.spec import jobspec as specs
-from launch.spec.command import in_container
+from launch.spec.command import check_code, in_container
 from launch.spec.jobspec import JobSpec
 
-BACKEND = "local"
 _ELSEWHERE_S = 2.0
 """How often a run that another machine runs is looked at."""
+_POLL_S = 0.05
 _READY_S = 30.0
 """How long a runner may take to come up: imports on a slow shared disk."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Local:
-    """The local backend: attempts are processes of this machine."""
-
-    name = BACKEND
-
-    def submit(self, spec: JobSpec) -> Store:
-        """See `submit`."""
-        return submit(spec)
-
-
-def submit(spec: JobSpec, *, environ: Mapping[str, str] | None = None) -> Store:
-    """Start a run: snapshot, run.json, a detached runner.
+class Local(Backend):
+    """The local backend: attempts are processes of this machine.
 
     Args:
-        spec: What to run.
         environ: Variables that the runner and all it starts have on top of this process's own.
-
-    Durability: on return run.json is on storage and a runner holds the run's lock.
-
-    Raises:
-        ConfigError: If the specification cannot work or the directory is taken; nothing is left behind then.
     """
-    with new_run(plan(spec), BACKEND) as (store, _, lock):
-        pass
-    start(store, lock, environ)
-    return store
 
+    name = "local"
+    reads = frozenset({"container"})
+    runtimes = (container.DOCKER,)
+    processes_here = True
 
-def plan(spec: JobSpec) -> Plan:
-    """Check a specification and fill in what it leaves open; writes nothing. In an image nothing here is looked for.
+    def __init__(self, environ: Mapping[str, str] | None = None) -> None:
+        self._environ = dict(environ or {})
 
-    Raises:
-        ConfigError: If it cannot work.
-    """
-    found = prepare(spec, elsewhere=spec.container is not None)
-    if spec.container is not None:
-        container.refuse_foreign(spec.container, BACKEND)
-        in_container(found.store, found.spec, cwd=Path(found.spec.cwd), environ={})
-        container.check_docker()
-        container.check_image(spec.container)
-    return found
+    def check(self, spec: JobSpec) -> Plan:
+        """See `Backend`. In an image nothing here is looked for."""
+        plan = prepare(spec, elsewhere=spec.container is not None)
+        if spec.container is not None:
+            container.refuse_foreign(spec.container, self.name, self.runtimes)
+            in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
+            container.check_docker()
+            container.check_image(spec.container)
+        return plan
 
+    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
+        """See `Backend`."""
+        if spec.container is not None:
+            container.refuse_foreign(spec.container, self.name, self.runtimes)
+            container.check_docker()
+            container.check_image(spec.container)
+        check_code(store.url, spec)
+        return spec
 
-def start(store: Store, lock: RunLock, environ: Mapping[str, str] | None = None, *, number: int | None = None) -> None:
-    """Start a detached runner, of a run or a sweep, that inherits the lock; wait until it is up.
+    def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
+        """Nobody but the runner has to hear of it."""
 
-    Args:
-        store: The run or sweep.
-        lock: Its lock, which is closed here.
-        environ: As for `submit`.
-        number: The lease that the runner is to hold; by default it is taken here.
+    def hand_over(self, store: Store, claim: Claim) -> State:
+        """Start a detached runner, of a run or a sweep, that inherits the lock; wait until it is up.
 
-    Raises:
-        ConfigError: If it has a runner on another machine.
-        JobkitError: If the runner does not come up.
-    """
-    module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
-    ready, write = os.pipe()
-    fds = [lock.descriptor, write]
-    try:
-        number = lease.claim(store) if number is None else number
-        command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
-        with open(store.file(contract.RUNNER_LOG), "ab", opener=names.opener) as log:
-            process = subprocess.Popen(
-                command, cwd=store.path, env=runner_environment() | dict(environ or {}), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
-            )  # fmt: skip
-        os.close(write)
-        write = -1
-        process.wait()  # it forks, and the child is the runner
-        answered = select.select([ready], [], [], _READY_S)[0] and os.read(ready, 16)
-    except OSError as error:
-        raise explain(error, f"cannot start the local runner of {store.url}") from None
-    finally:
-        lock.close()
-        os.close(ready)
-        if write >= 0:
+        Raises:
+            ConfigError: If it has a runner on another machine.
+            JobkitError: If the runner does not come up.
+        """
+        assert claim.lock is not None
+        module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
+        ready, write = os.pipe()
+        fds = [claim.lock.descriptor, write]
+        try:
+            number = lease.claim(store) if claim.lease is None else claim.lease
+            command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
+            with open(store.file(contract.RUNNER_LOG), "ab", opener=names.opener) as log:
+                process = subprocess.Popen(
+                    command, cwd=store.path, env=runner_environment() | self._environ, stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
+                )  # fmt: skip
             os.close(write)
-    if not answered:
-        log_path = store.file(contract.RUNNER_LOG)
-        raise JobkitError(f"the local runner of {store.url} did not come up; see {log_path}, then 'jobkit resume'")
+            write = -1
+            process.wait()  # it forks, and the child is the runner
+            answered = select.select([ready], [], [], _READY_S)[0] and os.read(ready, 16)
+        except OSError as error:
+            raise explain(error, f"cannot start the local runner of {store.url}") from None
+        finally:
+            claim.lock.close()
+            os.close(ready)
+            if write >= 0:
+                os.close(write)
+        if not answered:
+            log_path = store.file(contract.RUNNER_LOG)
+            raise JobkitError(f"the local runner of {store.url} did not come up; see {log_path}, then 'jobkit resume'")
+        return State.RUNNING
 
-
-def resume(
-    url: str | os.PathLike[str],
-    *,
-    wait_s: float | None = None,
-    clear_cancel: bool = True,
-    take_over: bool = False,
-    environ: Mapping[str, str] | None = None,
-) -> State:
-    """Start a runner for a run that has none; what it committed is where it goes on.
-
-    Args:
-        url: The run.
-        wait_s: How long to wait for an attempt that is still stopping after its runner was killed; by default as
-            long as it may take.
-        clear_cancel: Whether an earlier cancel is taken back; a cancel that comes meanwhile never is.
-        take_over: Whether not to wait until a runner on another machine counts as dead.
-        environ: As for `submit`.
-
-    Returns:
-        RUNNING once a runner is up; DONE, and nothing started, if the run is done.
-
-    Raises:
-        ConfigError: If the run is alive.
-    """
-    store = open_run(url)
-    spec = specs.read(store)
-    make_point(store)
-    cancel_seen = cancel_content(store)
-    if run_status.status(store).state is State.DONE:
-        return State.DONE
-    if _has_runner(store):
-        raise ConfigError(says_alive(store))
-    if not take_over and not run_status.has_ended(store):
-        lease.refuse_elsewhere(store)
-    lock = acquire(store, wait_s=spec.grace_s + 10 if wait_s is None else wait_s)
-    if lock is None:
-        raise ConfigError(says_alive(store))
-    try:
-        if run_status.status(store).state is State.DONE:
+    @contextlib.contextmanager
+    def claim(self, store: Store, spec: JobSpec, *, take_over: bool) -> Iterator[Claim]:
+        """See `Backend`: lock and lease. An attempt that still stops after its runner was killed gets its time."""
+        if _has_runner(store):
+            raise ConfigError(says_alive(store))
+        if not take_over and not run_status.has_ended(store):
+            lease.refuse_elsewhere(store)
+        lock = acquire(store, wait_s=spec.grace_s + 10)
+        if lock is None:
+            raise ConfigError(says_alive(store))
+        try:
+            number = lease.claim(store, take_over=take_over, leaving=run_status.has_ended(store))
+            lock.sign(os.getpid())
+            yield Claim(lock, number)
+        except BaseException:
             lock.close()
-            return State.DONE
-        number = lease.claim(store, take_over=take_over, leaving=run_status.has_ended(store))
-        lock.sign(os.getpid())
-        if clear_cancel:
-            take_back_cancel(store, cancel_seen)
-    except JobkitError:
-        lock.close()
-        raise
-    record_resumed(store)
-    with contextlib.suppress(JobkitError):  # the runner carries it again
-        mirror.carry_described(store)
-    start(store, lock, environ, number=number)
-    return State.RUNNING
+            raise
 
+    def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
+        """Raise ConfigError if a run has a runner here, or, unless that is taken over, on another machine."""
+        if _has_runner(store) or held(store) or orphans.processes_of(store):
+            raise ConfigError(says_alive(store))
+        if not take_over:
+            lease.refuse_elsewhere(store)
 
-def refuse_alive(store: Store, *, take_over: bool = False) -> None:
-    """Raise ConfigError if a run has a runner here, or, unless that is taken over, on another machine."""
-    if _has_runner(store) or held(store) or orphans.processes_of(store):
-        raise ConfigError(says_alive(store))
-    if not take_over:
-        lease.refuse_elsewhere(store)
+    def record_resumed(self, store: Store, left: Iterable[Store]) -> None:
+        """See `Backend`. What is left of a budget stays, unless the run had ended; points have runners of their own."""
+        record_resumed(store)
+        with contextlib.suppress(JobkitError):  # the runner carries it again
+            mirror.carry_described(store)
+
+    def stop(
+        self,
+        store: Store,
+        left: Sequence[Store],
+        cancels: Mapping[Store, bytes],
+        *,
+        wait: bool,
+        progress: Progress,
+    ) -> None:
+        """See `Backend`. Runners find the cancel by themselves; what a dead one would do is done here."""
+        spec = specs.read(store)
+        for one in filter(specs.exists, left):
+            content = cancels[one] if one in cancels else cancel_content(one)  # a point may be made this very moment
+            if content is not None:
+                _stop(one, content, wait=wait, progress=progress)
+        deadline = time.monotonic() + spec.grace_s
+        while spec.sweep and wait and held(store) and time.monotonic() < deadline:  # it cancels what it was starting
+            time.sleep(_POLL_S)
+
+    def leave(self, store: Store, *, take_over: bool) -> None:
+        """See `Backend`: a runner that lives all the same stops."""
+        lease.release(store, lease.claim(store, take_over=take_over))
 
 
 def _has_runner(store: Store) -> bool:
@@ -203,43 +179,18 @@ def _has_runner(store: Store) -> bool:
     while held(store) and runner_alive(store):
         if time.monotonic() - begun > (LEAVING_S if run_status.has_ended(store) else 1.0):
             return True
-        time.sleep(0.05)
+        time.sleep(_POLL_S)
     return False
 
 
-def cancel(
-    url: str | os.PathLike[str],
-    *,
-    wait: bool = True,
-    word: str = "cancelled",
-    progress: Callable[[str], None] = lambda text: None,
-) -> State:
-    """End a run for good: no attempt is ever started again, unless a person resumes it.
-
-    Args:
-        url: The run.
-        wait: Whether to wait until nothing of it runs any more.
-        word: 'cancelled', or 'stopped' by who means to go on later.
-        progress: Called with a line for a person when the waiting starts.
-
-    Durability: on return cancel.json is on storage; nothing overrules it but `resume`.
-
-    Raises:
-        ConfigError: If the run is already done.
-    """
-    store = open_run(url)
-    spec = specs.read(store)
-    if run_status.status(store).state is State.DONE:
-        raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
-    make_point(store)
-    content = ask_to_cancel(store, word)
-    where = lease.elsewhere(store)
+def _stop(store: Store, content: bytes, *, wait: bool, progress: Progress) -> None:
+    """End one run that was cancelled."""
+    spec, where = specs.read(store), lease.elsewhere(store)
     if wait and (held(store) or where is not None):
         on = f" on {where.place}" if where is not None else ""
         progress(f"waiting for {store.url}{on} to save and stop (killed after {show_duration(spec.grace_s)})")
     if where is None or _until_it_ends_there(store, content, wait=wait):
         _finish_cancel(store, spec, content, wait=wait)
-    return run_status.status(store).state
 
 
 def _until_it_ends_there(store: Store, content: bytes, *, wait: bool) -> bool:
@@ -269,7 +220,7 @@ def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -
             clearing.step(orphans.processes_of(store))
         if not wait:
             return
-        time.sleep(0.05)
+        time.sleep(_POLL_S)
 
 
 def bury(store: Store, spec: JobSpec, state: State, reason: str) -> None:

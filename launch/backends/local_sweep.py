@@ -5,35 +5,26 @@ resume` starts another that takes up the rest. `python -m launch.backends.local_
 """
 
 import contextlib
-import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.errors import JobkitError, leave, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from launch.backends import local
-from launch.lifecycle import lease, orphans, run_status
+from launch.lifecycle import lease, orphans, run_status, verbs
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import acquire, held, holder
-from launch.lifecycle.submission import (
-    ask_to_cancel,
-    begin_point,
-    cancel_content,
-    open_run,
-    record,
-    says_alive,
-    take_back_cancel,
-    who,
-)  # fmt: skip
+from launch.lifecycle.submission import begin_point, cancel_content, open_run
+from launch.lifecycle.verbs import Claim
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
+_LOCAL = local.Local()
 _POLL_S = 0.2
 _MAX_RESUMES = 3
 """How often a point whose runner was killed is taken up again."""
@@ -82,9 +73,9 @@ def _start(store: Store, point: Store) -> bool:
         if not begin_point(store, point) or cancel_content(point) is not None:
             return False
         if run_status.events(point)[-1:] and run_status.events(point)[-1]["event"] != "submitted":
-            local.resume(point.url, clear_cancel=False)
+            verbs.resume(_LOCAL, open_run(point.url), clear_cancel=False)
         elif (lock := acquire(point)) is not None:
-            local.start(point, lock)
+            _LOCAL.hand_over(point, Claim(lock))
         begin_point(store, point)  # who cancelled the sweep meanwhile has not seen that there is a runner to be asked
     except JobkitError as error:
         say(f"point {point.url}: {error}")
@@ -98,74 +89,6 @@ def _give_up(point: Store, spec: JobSpec) -> None:
     if (lock := acquire(point)) is not None:
         with contextlib.closing(lock):
             local.bury(point, spec, State.FAILED, reason)
-
-
-def resume(url: str | os.PathLike[str], *, clear_cancel: bool = True, take_over: bool = False) -> State:
-    """Start a sweep's runner; it takes up every point that is not done.
-
-    Raises:
-        ConfigError: If the sweep has a runner.
-    """
-    store = open_run(url)
-    spec = specs.read(store)
-    points = specs.points(store, spec)
-    cancels = {one: cancel_content(one) for one in (store, *points)}
-    if all(run_status.status(point).state is State.DONE for point in points):
-        return State.DONE
-    lock = acquire(store)
-    if lock is None:
-        raise ConfigError(says_alive(store))
-    try:
-        number = lease.claim(store, take_over=take_over)
-        lock.sign(os.getpid())
-        for one in (store, *filter(specs.exists, points)):
-            if clear_cancel:
-                take_back_cancel(one, cancels[one])
-    except JobkitError:
-        lock.close()
-        raise
-    record(store, "resumed", by=who())
-    local.start(store, lock, number=number)
-    return State.RUNNING
-
-
-def cancel(
-    url: str | os.PathLike[str],
-    *,
-    wait: bool = True,
-    word: str = "cancelled",
-    progress: Callable[[str], None] = lambda text: None,
-) -> State:
-    """End a sweep for good: no point is started any more, and those that run save and stop.
-
-    Raises:
-        ConfigError: If all points are done.
-    """
-    store = open_run(url)
-    spec = specs.read(store)
-    points = specs.points(store, spec)
-    if all(run_status.status(point).state is State.DONE for point in points):
-        raise ConfigError(f"sweep {store.url} is already done; there is nothing to cancel")
-    ask_to_cancel(store, word)
-    for patience in (False, wait):  # told all of them before the first is waited for
-        for point in _alive(points):
-            with contextlib.suppress(ConfigError):  # done this very moment
-                local.cancel(point.url, wait=patience, word=word, progress=progress)
-    deadline = time.monotonic() + spec.grace_s
-    while wait and held(store) and time.monotonic() < deadline:  # it may be about to start one, which it cancels
-        time.sleep(_POLL_S)
-    return _state(points)
-
-
-def _alive(points: list[Store]) -> list[Store]:
-    return [point for point in points if specs.exists(point) and not run_status.status(point).state.over]
-
-
-def _state(points: list[Store]) -> State:
-    states = {run_status.status(point).state for point in points}
-    return next(
-        (state for state in states if not state.over), State.DONE if states == {State.DONE} else State.CANCELLED
-    )
 
 
 def main(arguments: list[str]) -> int:

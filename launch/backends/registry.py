@@ -1,61 +1,25 @@
-"""Which backend a run was submitted to, found by name in the one table there is, and its verbs.
-
-What differs between backends beyond the verbs is known elsewhere too; docs/architecture.md says where.
-"""
+"""The table of backends, by name; of a run, its backend, and what can be done to it."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
-from launch.backends import local, local_sweep
-from launch.backends.cloud import aws, gcp
-from launch.backends.cloud.managed import Managed
-from launch.backends.slurm import backend as slurm
-from launch.lifecycle import run_status, submission
-from launch.lifecycle.run_status import Job, Status
+from launch.backends.cloud.aws import Aws
+from launch.backends.cloud.gcp import Gcp
+from launch.backends.local import Local
+from launch.backends.slurm.backend import Slurm
+from launch.lifecycle import run_status, submission, verbs
+from launch.lifecycle.run_status import Status
+from launch.lifecycle.verbs import Backend, Progress
 from launch.spec import jobspec as specs
-from launch.spec.jobspec import JobSpec
 
-
-class Verbs(Protocol):
-    """What can be done to a run, or to a sweep."""
-
-    def resume(self, url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
-        """Continue a run that is not done and not alive."""
-
-    def cancel(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        wait: bool = True,
-        word: str = "cancelled",
-        progress: Callable[[str], None] = lambda text: None,
-    ) -> State:
-        """End a run for good."""
-
-
-class Backend(Verbs, Protocol):
-    """What every backend can do."""
-
-    def submit(self, spec: JobSpec) -> Store:
-        """Start a run."""
-
-    def refuse_alive(self, store: Store) -> None:
-        """Raise ConfigError if a run may be alive."""
-
-
-_BY_NAME: dict[str, Backend] = {
-    local.BACKEND: local,
-    slurm.BACKEND: slurm,
-    gcp.BACKEND: gcp.BATCH,
-    aws.BACKEND: aws.BATCH,
-}
+_BY_NAME: dict[str, Backend] = {each.name: each for each in (Local(), Slurm(), Gcp(), Aws())}
 NAMES = tuple(_BY_NAME)
+_PATIENCE_S = 20.0
 
 
 def named(name: str) -> Backend:
@@ -69,6 +33,11 @@ def named(name: str) -> Backend:
     return _BY_NAME[name]
 
 
+def reading(field: str) -> list[str]:
+    """Name the backends that read a field of a specification; see `Backend.reads`."""
+    return [name for name, backend in _BY_NAME.items() if field in backend.reads]
+
+
 def of(store: Store) -> Backend:
     """Return the backend of a run.
 
@@ -78,50 +47,15 @@ def of(store: Store) -> Backend:
     return named(specs.read_backend(store)[0])
 
 
-def _verbs(store: Store) -> Verbs:
-    """Return what resumes and cancels a run or a sweep."""
-    backend = of(store)
-    return local_sweep if backend is local and specs.read(store).sweep else backend
-
-
 def status(store: Store) -> Status:
-    """Read what a run is doing."""
-    return _told(store, _jobs([store]))
-
-
-def _told(store: Store, jobs: Mapping[str, Job]) -> Status:
-    spec = specs.read(store)
-    told = [run_status.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
-    return run_status.of_sweep(store, told) if spec.sweep else told[0]
-
-
-def _jobs(stores: Sequence[Store]) -> dict[str, Job]:
-    """Ask each scheduler."""
-    found: dict[str, Job] = {}
-    for backend in {id(backend): backend for backend in map(of, stores)}.values():
-        mine = [store for store in stores if of(store) is backend]
-        if backend is slurm:
-            found |= slurm.jobs_of([one for store in mine for one in specs.points(store, specs.read(store))])
-        elif isinstance(backend, Managed):
-            found |= backend.jobs_of(mine)
-    return found
+    """Read what a run is doing; see `verbs.status`."""
+    return verbs.status(of(store), store)
 
 
 def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True, take_over: bool = False) -> State:
-    """Continue a run; see the backend's own `resume`.
-
-    Raises:
-        ConfigError: If it is to be taken over from a scheduler, which knows itself whether its job lives.
-    """
+    """Continue a run; see `verbs.resume`."""
     store = submission.open_run(run)
-    if not take_over:
-        return _verbs(store).resume(run, clear_cancel=clear_cancel)
-    if of(store) is not local:
-        name = specs.read_backend(store)[0]
-        raise ConfigError(f"only a local runner is taken over; of {store.url} {name} tells whether it lives: resume it")
-    if specs.read(store).sweep:
-        return local_sweep.resume(run, clear_cancel=clear_cancel, take_over=True)
-    return local.resume(run, clear_cancel=clear_cancel, take_over=True)
+    return verbs.resume(of(store), store, clear_cancel=clear_cancel, take_over=take_over)
 
 
 def cancel(
@@ -129,26 +63,29 @@ def cancel(
     *,
     wait: bool = True,
     word: str = "cancelled",
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> State:
-    """End a run for good; see the backend's own `cancel`."""
-    return _verbs(submission.open_run(run)).cancel(run, wait=wait, word=word, progress=progress)
+    """End a run for good; see `verbs.cancel`."""
+    store = submission.open_run(run)
+    return verbs.cancel(of(store), store, wait=wait, word=word, progress=progress)
 
 
 def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]:
     """Read the status of any number of runs, leaving out, and telling of, those that cannot be read."""
-    readable, found = [], []
+    readable: dict[Store, Backend] = {}
     for store in stores:
         try:
-            of(store)
+            readable[store] = of(store)
             run_status.events(store)
-            readable.append(store)
         except JobkitError as error:
+            readable.pop(store, None)
             tell(str(error))
-    jobs = _jobs(readable)
-    for store in readable:
+    jobs, found = {}, []
+    for backend in set(readable.values()):  # each scheduler is asked once
+        jobs[backend] = verbs.jobs_of(backend, [store for store in readable if readable[store] is backend])
+    for store, backend in readable.items():
         try:
-            found.append(_told(store, jobs))
+            found.append(verbs.status(backend, store, jobs[backend]))
         except JobkitError as error:
             tell(str(error))
     return found
@@ -173,11 +110,3 @@ def runs_below(directory: str) -> tuple[str, list[str]]:
 
 def _is_run_file(name: str) -> bool:
     return name == contract.RUN_JSON or (name.endswith(f"/{contract.RUN_JSON}") and name.count("/") <= 3)
-
-
-_PATIENCE_S = 20.0
-
-
-def runs_of_gcp(project: str, region: str) -> tuple[str, list[str]]:
-    """Find the runs that have jobs in a project and region; return how the place is called, and the runs."""
-    return f"{region} of project {project or 'that is signed in to'}", gcp.BATCH.runs(project, region)

@@ -85,12 +85,14 @@ def drill(
       jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
     from jobkit.units import duration_s
+    from launch.backends import registry
     from launch.cli.options import container_of
     from launch.drill import card, page
     from launch.drill import drill as drill_
     from launch.lifecycle import run_status
 
-    wanted = drill_.chosen(only, quick, on)
+    backend = registry.named(on)
+    wanted = drill_.chosen(only, quick, backend)
     if listing:
         print(run_status.to_json(card.listed(wanted)) if as_json else card.listing(wanted))
         return
@@ -102,13 +104,13 @@ def drill(
             raise ConfigError(f"--{what} {path}: there is no directory {path.absolute().parent}")
     if png is not None and find_spec("matplotlib") is None:
         raise ConfigError("--png draws with matplotlib: pip install matplotlib")
-    if on == "local" and (partition or sbatch):
+    if "sbatch" not in backend.reads and (partition or sbatch):
         raise ConfigError("--partition and --sbatch are for --on slurm")
     if full and steps is not None:
         raise ConfigError(f"--full and --steps {steps}: give one of them")
     if at is not None and steps is not None and at >= steps - 1:
         raise ConfigError(f"--at {at} with --steps {steps}: interrupt it before step {steps - 1}")
-    if on == "slurm" and not (full or steps or at):
+    if not (backend.processes_here or full or steps or at):
         raise ConfigError("on a cluster say how much to drill, since a job cannot be watched from here: --steps 200")
     options = drill_.Options(
         command=command,
@@ -119,9 +121,9 @@ def drill(
         timeout_s=duration_s(timeout),
         snapshot=not no_snapshot,
         keep=keep,
-        on=on,
+        backend=backend,
         sbatch=_sbatch(partition, sbatch),
-        container=container_of(on, image, {"mount": mount, "container_runtime": None}, {}),
+        container=container_of(backend, image, {"mount": mount, "container_runtime": None}, {}),
     )
     try:
         with card.telling(as_json, wanted) as telling:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import JobkitError
 from launch.printing import aligned
 
 if TYPE_CHECKING:
@@ -32,9 +32,11 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
     from launch.backends import registry
     from launch.lifecycle import run_status, submission
 
-    if on is not None and on != "gcp":
-        raise ConfigError(f"ls --on {on!r}: only gcp lists runs; give a directory or a bucket's URL instead")
-    top, urls = registry.runs_of_gcp(project, region) if on else registry.runs_below(directory)
+    if on is None:
+        top, urls = registry.runs_below(directory)
+    else:
+        urls = registry.named(on).runs(project, region)
+        top = f"{region} of project {project or 'that is signed in to'}"
 
     def tell(text: str) -> None:
         print(f"jobkit: {text}", file=sys.stderr)

@@ -9,10 +9,10 @@ from jobkit.errors import ConfigError
 from launch.spec.placement import Where
 
 if TYPE_CHECKING:
+    from launch.lifecycle.verbs import Backend
     from launch.spec.container import Container
 
 F = TypeVar("F", bound=Callable[..., Any])
-MANAGED = ("gcp", "aws")
 
 _OPTIONS = (
     click.option("-p", "--partition", help="SLURM: partition."),
@@ -86,41 +86,51 @@ def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
     Raises:
         ConfigError: If an option is of another backend than the one that is asked for.
     """
+    from launch.backends import registry
     from launch.spec import cloud_options as cloud
     from launch.spec.jobspec import SBATCH
 
-    backend = given["on"] or options.get("on", "local")
+    name = given["on"] or options.get("on", "local")
+    backend = registry.named(name)
+    managed = "cloud" in backend.reads
     sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
     for text in given["sbatch"]:
         key, _, value = text.lstrip("-").partition("=")
         sbatch[key] = value
     sbatch |= {key: str(value) for key in SBATCH if (value := _choose(key, options, given)) is not None}
-    time = sbatch.pop("time", "") if backend in MANAGED else ""
-    if backend != "slurm" and (foreign := [name for name in sbatch if name != "ntasks-per-node"]):
-        raise ConfigError(f"--{foreign[0]} is for --on slurm; this is --on {backend}")
-    tables = {name: options.get(name, {}) | _pairs(given[name], name) for name in ("env", "secret", "label")}
-    plain = [name for name in cloud.OPTIONS if name not in tables]
-    asked = {name: value for name in plain if (value := _choose(name, options, given)) is not None}
-    asked |= {name: table for name, table in tables.items() if table}
-    container = container_of(backend, asked.pop("image", None), given, options) if backend not in MANAGED else None
-    if backend not in MANAGED and asked:
-        raise ConfigError(f"--{next(iter(asked))} is for --on gcp or aws; this is --on {backend}")
-    managed = cloud.from_options(asked, time=time) if backend in MANAGED else None
-    fields = tuple(_FIELDS.get(name, name.replace("-", "_")) for name in [*asked, *(["time"] if time else [])])
-    return Where(backend, sbatch, managed, container, _choose("price-per-hour", options, given), fields)
+    time = sbatch.pop("time", "") if managed else ""
+    foreign = [] if "sbatch" in backend.reads else [option for option in sbatch if option != "ntasks-per-node"]
+    if foreign:
+        raise ConfigError(_foreign(foreign[0], "sbatch", name))
+    tables = {table: options.get(table, {}) | _pairs(given[table], table) for table in ("env", "secret", "label")}
+    plain = [option for option in cloud.OPTIONS if option not in tables]
+    asked = {option: value for option in plain if (value := _choose(option, options, given)) is not None}
+    asked |= {option: table for option, table in tables.items() if table}
+    container = container_of(backend, asked.pop("image", None), given, options) if not managed else None
+    if asked and not managed:
+        raise ConfigError(_foreign(next(iter(asked)), "cloud", name))
+    fields = tuple(_FIELDS.get(one, one.replace("-", "_")) for one in [*asked, *(["time"] if time else [])])
+    price = _choose("price-per-hour", options, given)
+    return Where(name, sbatch, cloud.from_options(asked, time=time) if managed else None, container, price, fields)
+
+
+def _foreign(option: str, field: str, name: str) -> str:
+    from launch.backends import registry
+
+    return f"--{option} is for --on {' or '.join(registry.reading(field))}; this is --on {name}"
 
 
 def container_of(
-    backend: str, image: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
+    backend: "Backend", image: str | None, given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> "Container | None":
     """Read what the processes of an attempt are in, on this machine or in a SLURM job."""
-    from launch.spec.container import DOCKER, RUNTIMES, Container
+    from launch.spec.container import Container
 
     if image is None:
         if given["container_runtime"] or given["mount"]:
             raise ConfigError("--container-runtime and --mount say how an image is used: give --image too")
         return None
-    runtime = _choose("container-runtime", options, given) or RUNTIMES.get(backend, (DOCKER,))[0]
+    runtime = _choose("container-runtime", options, given) or backend.runtimes[0]
     return Container(image=image, runtime=runtime, mounts=(*options.get("mount", ()), *given["mount"]))
 
 

@@ -13,6 +13,7 @@ from launch.cli.output import follow, print_status
 
 if TYPE_CHECKING:
     from launch.lifecycle.submission import Plan
+    from launch.lifecycle.verbs import Backend
     from launch.spec.jobspec import JobSpec
 
 
@@ -52,17 +53,15 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
-    from launch.backends import local, registry
-    from launch.backends.cloud.managed import Managed
-    from launch.backends.slurm import backend as slurm
+    from launch.backends import registry
+    from launch.lifecycle import verbs
 
     spec, name = _spec(profile, given)
     backend = registry.named(name)
     if dry_run:
-        prepare = slurm.plan if name == slurm.BACKEND else local.plan
-        _show_plan(backend.check(spec) if isinstance(backend, Managed) else prepare(spec), name, as_json)
+        _show_plan(backend, backend.check(spec), as_json)
         return
-    store = backend.submit(spec)
+    store = verbs.submit(backend, spec)
     if not as_json:
         print(f"submitted {store.url}", flush=True)
     if wait:
@@ -122,28 +121,22 @@ def _stall_s(given: str | float | None) -> float | None:
     return stall_s
 
 
-def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
+def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     import shlex
 
     import msgspec
 
-    from launch.backends import registry
-    from launch.backends.cloud.managed import Managed
-    from launch.backends.slurm import backend as slurm
     from launch.lifecycle import run_status, submission
     from launch.spec import snapshot, sweep
     from launch.spec.command import shown_in_container
 
-    service = registry.named(backend)
     for line in submission.remarks(plan):
         say(line)
-    if isinstance(service, Managed):
-        service.refuse_taken(plan)
-        print(service.shown(plan))
+    backend.refuse_taken(plan)
+    sent = backend.preview(plan)
+    if plan.spec.cloud is not None:  # the request says all there is, and is one document
+        print(sent)
         return
-    if backend == slurm.BACKEND:
-        slurm.check(plan.spec.sbatch, grace_s=plan.spec.grace_s)
-    submission.refuse_taken(plan)
     code = snapshot.digest(plan.tree) if plan.tree is not None else None
     spec = msgspec.structs.replace(plan.spec, code=code)
     if as_json:
@@ -157,8 +150,8 @@ def _show_plan(plan: "Plan", backend: str, as_json: bool) -> None:
     print(f"run          {spec.run}\nsnapshot     {files}")
     if plan.tree and plan.tree.links:
         print(f"linked       {', '.join(plan.tree.links)}")
-    if backend == slurm.BACKEND:
-        print(f"\n{slurm.script(plan.spec, plan.store)}", end="")
+    if sent:
+        print(f"\n{sent}", end="")
     if spec.container is not None:
-        of_which = "of which each" if backend == slurm.BACKEND else "each"
+        of_which = "of which each" if sent else "each"
         print(f"\n# {of_which} attempt is\n{shlex.join(shown_in_container(plan.store, spec))}")

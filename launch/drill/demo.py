@@ -29,10 +29,10 @@ from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote, local_path
 from jobkit.supervise.heartbeat import Phase
 from jobkit.units import show_duration
-from launch.backends import local
+from launch.backends.local import Local
 from launch.console import Console
 from launch.drill import observe
-from launch.lifecycle import run_status as report
+from launch.lifecycle import run_status, verbs
 from launch.lifecycle.history import read_history
 from launch.report.html import write_page
 from launch.spec.jobspec import JobSpec
@@ -255,7 +255,7 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
     place.mkdir(parents=True, exist_ok=True)
     spec = JobSpec(command=("env", "JAX_PLATFORMS=cpu", *trainer), run=url, cwd=str(place), snapshot=False)
     task, waiting, over = screen.add(name), list(plan), False
-    store = local.submit(spec)
+    store = verbs.submit(Local(), spec)
     watched = _Watched(store, task, screen)
     try:
         next_look = 0.0
@@ -268,7 +268,7 @@ def _train(name: str, url: str, place: Path, plan: Sequence[Interruption], scree
             time.sleep(observe.AIM_S if waiting else _LOOK_S / 2)
     finally:
         if not over:  # Ctrl-C, or an error of ours: leave nothing running
-            local.cancel(store.url)
+            verbs.cancel(Local(), store)
     if watched.status.state is not State.DONE:
         log = store.file(contract.log_file(watched.status.attempt or 0))
         raise JobkitError(f"the {name} training did not finish: {watched.status.reason}; see {log}")
@@ -334,12 +334,12 @@ class _Watched:
     store: Store
     task: TaskID
     screen: _Screen
-    status: report.Status = field(init=False)
+    status: run_status.Status = field(init=False)
     _told: int = 0
 
     def look(self) -> bool:
         """Read the status, show it, tell of attempts that ended or resumed; return whether the run is over."""
-        self.status = status = report.status(self.store)
+        self.status = status = run_status.status(self.store)
         for event in self._news():
             self.screen.say(event)
         detail = [status.phase.replace("_", " ") if status.phase else str(status.state)]

@@ -26,14 +26,16 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch.backends import local, registry
+from launch.backends import registry
+from launch.backends.local import Local
 from launch.backends.slurm import scontrol
 from launch.drill import diagnosis, observe, own_files, scenarios
 from launch.drill.diagnosis import Diagnosis
 from launch.drill.observe import Comparer, LateError, MissedError
 from launch.drill.scenarios import Scenario, Shown, Stage, describe
 from launch.drill.verdict import Found, Result, Untried, judge, judge_files
-from launch.lifecycle import lock, orphans, run_status
+from launch.lifecycle import lock, orphans, run_status, verbs
+from launch.lifecycle.verbs import Backend
 from launch.spec import jobspec as specs
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
@@ -72,14 +74,14 @@ class Options:
         timeout_s: How long the reference may take.
         snapshot: Whether runs use a copy of the code.
         keep: Keep the runs even if all went well.
-        on: The backend.
+        backend: Where they run.
         sbatch: Options of sbatch, on SLURM.
         container: What the attempts are in; None for nothing.
     """
 
     command: tuple[str, ...]
     place: Path
-    on: str = "local"
+    backend: Backend = field(default_factory=Local)
     sbatch: dict[str, str] = field(default_factory=dict)
     container: Container | None = None
     steps: int | None = None
@@ -103,13 +105,13 @@ class Telling:
         """Tell how a scenario went."""
 
 
-def chosen(only: Sequence[str], quick: bool, on: str = "local") -> list[Scenario]:
+def chosen(only: Sequence[str], quick: bool, backend: Backend) -> list[Scenario]:
     """Return the scenarios that are asked for.
 
     Raises:
         ConfigError: If there is none of a name.
     """
-    there = _all(on)
+    there = _all(backend)
     known = {scenario.name: scenario for scenario in there}
     for name in only:
         if name not in known:
@@ -117,15 +119,15 @@ def chosen(only: Sequence[str], quick: bool, on: str = "local") -> list[Scenario
     return [one for one in there if (one.name in only if only else one.quick or not quick)]
 
 
-def _all(on: str) -> tuple[Scenario, ...]:
-    return scenarios.ALL if on == local.BACKEND else scenarios.ON_SLURM
+def _all(backend: Backend) -> tuple[Scenario, ...]:
+    return scenarios.ALL if backend.processes_here else scenarios.ON_SLURM
 
 
-def _untried(on: str, wanted: Sequence[Scenario], shown: Shown, found: Sequence[Found]) -> list[Untried]:
+def _untried(backend: Backend, wanted: Sequence[Scenario], shown: Shown, found: Sequence[Found]) -> list[Untried]:
     """Return what was not tried: not asked for, without an occasion, or missed."""
-    told = {one.name: one.lacking(shown) or NOT_ASKED for one in _all(on)}
+    told = {one.name: one.lacking(shown) or NOT_ASKED for one in _all(backend)}
     told |= {one.name: "" for one in wanted if not one.lacking(shown)} | {each.name: each.missed for each in found}
-    return [Untried(one.name, one.text, told[one.name]) for one in _all(on) if told[one.name]]
+    return [Untried(one.name, one.text, told[one.name]) for one in _all(backend) if told[one.name]]
 
 
 def default_jobs() -> int:
@@ -169,7 +171,7 @@ def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Res
     aside = tuple(sorted(one.aside or ()))
     result = Result(options.command, str(options.place), shown, found, told, time.monotonic() - begun, aside)
     result.files_aside, result.warnings = tuple(sorted(one.files_aside.names)), warnings
-    result.untried = _untried(options.on, asked, shown, found)
+    result.untried = _untried(options.backend, asked, shown, found)
     if result.passed and not options.keep:
         shutil.rmtree(options.place, ignore_errors=True)
     return result
@@ -199,12 +201,12 @@ class _Drill:
         self._probed = ""
         """The scenario whose run is probed."""
         self._probed_besides: Store | None = None
-        self._local = options.on == local.BACKEND
+        self._here = options.backend.processes_here
         self._looked: dict[str, tuple[float, run_status.Status]] = {}
 
     def _status(self, store: Store) -> run_status.Status:
         """Read what a run is doing; a scheduler is asked every few seconds only."""
-        if self._local:
+        if self._here:
             return run_status.status(store)
         at, status = self._looked.get(store.url, (0.0, None))
         if status is None or time.monotonic() - at > _ASK_S:
@@ -214,7 +216,7 @@ class _Drill:
 
     def _end(self, store: Store) -> None:
         """Leave nothing of a run running."""
-        if self._local:
+        if self._here:
             observe.end_now(store)
         elif not registry.status(store).state.over:
             registry.cancel(store.url, wait=False)
@@ -247,12 +249,12 @@ class _Drill:
             sbatch=options.sbatch,
             container=options.container and self._mounted(options.container),
         )
-        if self._local:
-            store = local.submit(spec, environ=told)
+        if self._here:
+            store = verbs.submit(Local(told), spec)
         else:  # a job's environment is the cluster's to make
             words = [f"{name}={value}" for name, value in told.items()]
             spec = msgspec.structs.replace(spec, command=("env", *words, *options.command))
-            store = registry.named(options.on).submit(spec)
+            store = verbs.submit(options.backend, spec)
         with self._mutex:
             self._stores.append(store)
         return store, specs.read(store)
@@ -311,7 +313,7 @@ class _Drill:
                 left = max((event["total"] for event in _loops(store)), default=0) - beat.step
                 within_reach = left * trained_s <= ENOUGH_S * (beat.step - seen[1])
                 if beat.step >= ENOUGH_STEPS and not within_reach:
-                    local.cancel(store.url)
+                    registry.cancel(store.url)
                     return True
             time.sleep(0.05)
         return False
@@ -359,7 +361,7 @@ class _Drill:
         environ = self._environ(**asked)
         store, spec = self.submit(name, asked)
         limit_s = 60 + 4 * self._options.jobs * shown.scenario_s * (1 + len(scenario.ends))
-        if not self._local:
+        if not self._here:
             limit_s += _QUEUE_S + len(scenario.ends) * (_QUEUE_S + scontrol.hold_s())
         stage = Stage(store, spec, shown, environ, begun + limit_s, lambda: self._over(store))
         if fault := scenario.fault(shown):
@@ -374,7 +376,7 @@ class _Drill:
         found.done, found.run = stage.done, store.url
         found.broken += stage.wrong
         judge(found, scenario, store, shown)
-        if self._local and orphans.processes_of(store):
+        if self._here and orphans.processes_of(store):
             found.broken.append("a process of the run is still alive")
         self._end(store)
         self._compare(found, shown, comparer)
@@ -382,7 +384,7 @@ class _Drill:
         return found
 
     def _over(self, store: Store) -> bool:
-        return self._aborted or not (lock.held(store) if self._local else not self._status(store).state.over)
+        return self._aborted or not (lock.held(store) if self._here else not self._status(store).state.over)
 
     def _until_over(self, stage: Stage, name: str) -> None:
         store = stage.store
@@ -391,7 +393,7 @@ class _Drill:
             status = self._status(store)
             step = f"step {status.step}" if status.step is not None else status.phase or "starting"
             self._telling.moved(name, f"attempt {status.attempt or 0}, {step}")
-            return status.state.over and not (self._local and orphans.processes_of(store))
+            return status.state.over and not (self._here and orphans.processes_of(store))
 
         while not over():
             if self._aborted:
@@ -509,7 +511,7 @@ class _Drill:
     def _finish(self, name: str, environ: dict[str, str], shown: Shown) -> Callable[[], Store]:
         """Start a run; what is returned waits for its end."""
         store, _ = self.submit(name, environ, max_failures=1)  # the kill that is asked for
-        deadline = time.monotonic() + 120 + 12 * shown.scenario_s + (0 if self._local else 2 * _QUEUE_S)
+        deadline = time.monotonic() + 120 + 12 * shown.scenario_s + (0 if self._here else 2 * _QUEUE_S)
 
         def finished() -> Store:
             while not self._status(store).state.over and time.monotonic() < deadline and not self._aborted:

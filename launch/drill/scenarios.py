@@ -20,12 +20,11 @@ from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Beat, Phase
-from launch.backends import local
+from launch.backends.local import Local
 from launch.backends.local_runner import runner_of
-from launch.backends.slurm import backend as slurm
-from launch.backends.slurm import scontrol
+from launch.backends.slurm import queue, scontrol
 from launch.drill.observe import MissedError, beat_of, living, newest_attempt, send, wait_until
-from launch.lifecycle import lock, orphans
+from launch.lifecycle import lock, orphans, verbs
 from launch.lifecycle.submission import runner_environment
 from launch.spec.jobspec import JobSpec
 
@@ -311,7 +310,7 @@ def _lose_node(stage: Stage) -> None:
     stage.say(f"SIGKILL to runner, supervisor and program ({_where(stage.beat())})")
     for pid in pids:
         send(pid, signal.SIGKILL)
-    local.resume(stage.store.url, environ=stage.environ)
+    verbs.resume(Local(stage.environ), stage.store)
     stage.say("jobkit resume")
 
 
@@ -475,7 +474,7 @@ ALL = (
 
 def _requeue(stage: Stage) -> None:
     """Have the scheduler take the job off its node and queue it again, as a preemption does."""
-    job = stage.until(lambda: slurm.jobs(stage.store), "the job was submitted")[-1]
+    job = stage.until(lambda: queue.jobs(stage.store), "the job was submitted")[-1]
     wanted = stage.shown.save_every
     stage.until(lambda: max(commits.steps(stage.store), default=0) >= wanted, f"step {wanted} was committed")
     try:

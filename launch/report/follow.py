@@ -16,7 +16,6 @@ from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch.backends import registry
-from launch.backends.cloud.managed import Managed
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
 from launch.printing import unguarded
@@ -278,7 +277,5 @@ def point_table(status: Status) -> list[tuple[str, ...]]:
 
 def print_service_log(store: Store, out: TextIO) -> None:
     """Write what a batch service's own log has of a run's job."""
-    backend = registry.of(store)
-    if isinstance(backend, Managed):
-        for line in backend.printed(store):
-            print(line, file=out)
+    for line in registry.of(store).service_log(store):
+        print(line, file=out)

@@ -74,6 +74,16 @@ def check_script(command: Sequence[str], cwd: Path, *, in_snapshot: bool) -> Non
         raise ConfigError(f"the script {command[index]!r} does not exist in {cwd}; check its spelling")
 
 
+def check_code(url: str, spec: JobSpec) -> None:
+    """Refuse a run that has neither a snapshot of its code nor the directory that it runs in.
+
+    Raises:
+        ConfigError: With the directory.
+    """
+    if spec.code is None and not os.path.isdir(spec.root):
+        raise ConfigError(f"{spec.root} does not exist here, and run {url} has no snapshot of its code")
+
+
 def command_in(spec: JobSpec, top: Path) -> list[str]:
     """Return the command with the program and script that were named by absolute path taken from the snapshot.
 

@@ -23,8 +23,7 @@ from jobkit import contract
 from jobkit.errors import ConfigError, say
 
 DOCKER, PYXIS = "docker", "pyxis"
-RUNTIMES = {"local": (DOCKER,), "slurm": ("apptainer", "singularity", PYXIS)}
-"""What a backend knows, its default first."""
+RUNTIMES = ("apptainer", "singularity", PYXIS, DOCKER)
 _SHARED = "/dev/shm"
 _ANSWER_S, _LONG_S = 20.0, 120.0
 """How long the daemon may take to answer, and to start a container."""
@@ -50,9 +49,8 @@ def check(container: Container) -> None:
     Raises:
         ConfigError: With the value and the remedy.
     """
-    known = [runtime for runtimes in RUNTIMES.values() for runtime in runtimes]
-    if container.runtime not in known:
-        raise ConfigError(f"the container runtime {container.runtime!r} is not known; give {', '.join(known)}")
+    if container.runtime not in RUNTIMES:
+        raise ConfigError(f"the container runtime {container.runtime!r} is not known; give {', '.join(RUNTIMES)}")
     if not re.fullmatch(r"[^\s,-][^\s,]*", container.image):
         raise ConfigError(f"--image {container.image!r} is no image: give a .sif file, docker://NAME or a name")
     for mount in container.mounts:
@@ -130,9 +128,8 @@ def remove(url: str) -> None:
             _run_docker("rm", "--force", *found, timeout_s=_ANSWER_S)
 
 
-def refuse_foreign(container: Container, backend: str) -> None:
+def refuse_foreign(container: Container, backend: str, known: Sequence[str]) -> None:
     """Raise ConfigError if a backend does not know a runtime."""
-    known = RUNTIMES[backend]
     if container.runtime not in known:
         raise ConfigError(f"--on {backend} knows the container runtime {', '.join(known)}, not {container.runtime}")
 

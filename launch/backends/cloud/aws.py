@@ -15,11 +15,10 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import vm_job
-from launch.backends.cloud.managed import Job, Managed, Service
+from launch.backends.cloud.managed import Job, Managed
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
 
-BACKEND = "aws"
 _PENDING = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING")
 _ACTIVE = (*_PENDING, "RUNNING")
 _ATTEMPTS = 10
@@ -40,10 +39,10 @@ _SIGN_IN = (
 """Of credentials that are wrong or too old."""
 
 
-class Batch(Managed):
-    """AWS Batch, as a backend."""
+class Aws(Managed):
+    """The AWS Batch backend."""
 
-    name = BACKEND
+    name = "aws"
 
     def complete(self, spec: JobSpec) -> JobSpec:
         """See `Managed`."""
@@ -65,7 +64,7 @@ class Batch(Managed):
         needs = {"VCPU": str(cloud.cpus or 4), "MEMORY": str(cloud.memory_mib or 14 * 1024)}
         if cloud.gpus:
             needs["GPU"] = cloud.gpus.rpartition(":")[2]
-        variables = cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: BACKEND}
+        variables = cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: self.name}
         container: dict[str, Any] = {
             "image": cloud.image,
             "command": [*vm_job.COMMAND, store.url],
@@ -119,7 +118,7 @@ class Batch(Managed):
         jobs: list[dict[str, Any]] = [found for found in told["jobSummaryList"] if found["jobName"] == job]
         return max(jobs, key=lambda found: int(found.get("createdAt", 0)), default=None)
 
-    def stop(self, spec: JobSpec, job: str) -> None:
+    def terminate(self, spec: JobSpec, job: str) -> None:
         """See `Managed`."""
         found = self._summary(spec, job)
         if found is not None:
@@ -180,12 +179,3 @@ def _explain(error: Any, spec: JobSpec) -> JobkitError:
     else:
         remedy = "jobkit submit --dry-run shows the request"
     return ConfigError(f"AWS Batch refused: {said} ({code}): {remedy}")
-
-
-BATCH = Batch()
-
-
-class Aws(Service):
-    """The AWS Batch backend."""
-
-    batch = BATCH

@@ -17,24 +17,24 @@ from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import gcp_request
 from launch.backends.cloud.googleapi import GoogleError, Session
-from launch.backends.cloud.managed import Job, Managed, Service
+from launch.backends.cloud.managed import Job, Managed
 from launch.lifecycle import run_status
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
 
-BACKEND = "gcp"
 _PENDING = ("STATE_UNSPECIFIED", "QUEUED", "SCHEDULED")
 _WAITING = {"STATE_UNSPECIFIED", "PENDING", "ASSIGNED"}
 """States of a task without a VM at work."""
 _ACTIVE = (*_PENDING, "RUNNING", "CANCELLATION_IN_PROGRESS", "DELETION_IN_PROGRESS")
 
 
-class Batch(Managed):
-    """Google Batch, as a backend."""
+class Gcp(Managed):
+    """The Google Batch backend."""
 
-    name = BACKEND
+    name = "gcp"
 
-    def __init__(self) -> None:
+    def __init__(self, cloud: Cloud | None = None) -> None:
+        super().__init__(cloud)
         self._session = Session()
 
     def complete(self, spec: JobSpec) -> JobSpec:
@@ -74,7 +74,7 @@ class Batch(Managed):
 
     def create(self, store: Store, spec: JobSpec, job: str) -> None:
         """See `Managed`."""
-        number = len(run_status.jobs(store, BACKEND))
+        number = len(run_status.jobs(store, self.name))
         query = {"jobId": job, "requestId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{store.url} {job} {number}"))}
         try:
             self._session.call(
@@ -128,7 +128,7 @@ class Batch(Managed):
         used = f"; its {allowed} restarts are used up" if codes[-1] in RETRIED and len(codes) > allowed else ""
         return f"{known}{used}"
 
-    def stop(self, spec: JobSpec, job: str) -> None:
+    def terminate(self, spec: JobSpec, job: str) -> None:
         """See `Managed`."""
         path = f"v1/{_parent(spec)}/jobs/{job}"
         for method, where in (("POST", f"{path}:cancel"), ("DELETE", path)):
@@ -252,12 +252,3 @@ def _remedy(said: str, cloud: Cloud) -> str:
     if "network" in said:
         return "check --network and --subnetwork"
     return "jobkit submit --dry-run shows the request"
-
-
-BATCH = Batch()
-
-
-class Gcp(Service):
-    """The Google Batch backend."""
-
-    batch = BATCH

@@ -1,4 +1,4 @@
-"""Runs as jobs of a managed batch service: the verbs, the same for every service; what differs is abstract here.
+"""Runs as jobs of a managed batch service: what is the same for every service; what differs is abstract here.
 
 A job's id is made of the run and of the number of the submit, and is in the ledger before the service hears of it. So a
 submit that is killed anywhere and repeated never makes two jobs, and the launching side writes to the run's ledger only
@@ -6,39 +6,26 @@ while no VM does.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-import os
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from jobkit import contract, faults
-from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch.lifecycle import run_status, submission
-from launch.lifecycle.submission import (
-    Plan,
-    ask_to_cancel,
-    cancel_content,
-    new_run,
-    open_run,
-    prepare,
-    record,
-    record_resumed,
-    who,
-)
-from launch.spec import cloud_options as cloud
+from launch.lifecycle.submission import Plan, prepare, record, who
+from launch.lifecycle.verbs import Backend, Progress
+from launch.spec import cloud_options, snapshot
 from launch.spec import jobspec as specs
-from launch.spec import snapshot
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
 
@@ -65,10 +52,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     pending: bool = False
 
 
-class Managed(ABC):
-    """A batch service as a backend of ours."""
+class Managed(Backend):
+    """A batch service as a backend; what differs between services is abstract here.
 
-    name: str
+    Args:
+        cloud: What its jobs ask for; by default what the specification has.
+    """
+
+    reads = frozenset({"cloud"})
+
+    def __init__(self, cloud: Cloud | None = None) -> None:
+        self._cloud = cloud
 
     @abstractmethod
     def complete(self, spec: JobSpec) -> JobSpec:
@@ -87,34 +81,32 @@ class Managed(ABC):
         """Return a job, None if there is none; raises JobkitError if the service does not say."""
 
     @abstractmethod
-    def stop(self, spec: JobSpec, job: str) -> None:
+    def terminate(self, spec: JobSpec, job: str) -> None:
         """End a job; one that has ended is no error."""
-
-    def shown(self, plan: Plan) -> str:
-        """Return what a submit would send."""
-        return json.dumps(self.request(plan.store, plan.spec, f"{name_of(plan.spec)}-0"), indent=2)
 
     def output(self, spec: JobSpec, job: str) -> list[str]:
         """Return what the service's own log has of a job, oldest first."""
         return []
 
-    def printed(self, store: Store) -> list[str]:
-        """Return what the service's own log has of a run's newest job."""
+    def service_log(self, store: Store) -> list[str]:
+        """See `Backend`."""
         jobs = run_status.jobs(store, self.name)
         return self.output(specs.read(store), jobs[-1]) if jobs else []
 
-    def check(self, spec: JobSpec) -> Plan:
-        """Check a specification and find the code; writes nothing.
+    def preview(self, plan: Plan) -> str:
+        """Return the request that a submit would send."""
+        return json.dumps(self.request(plan.store, plan.spec, f"{name_of(plan.spec)}-0"), indent=2)
 
-        Raises:
-            ConfigError: If it cannot work.
-        """
+    def check(self, spec: JobSpec) -> Plan:
+        """See `Backend`."""
+        if self._cloud is not None:
+            spec = msgspec.structs.replace(spec, cloud=self._cloud)
         if not is_remote(spec.run):
             raise _unseen(spec.run or "a directory on this machine")
         return prepare(self._completed(spec), elsewhere=True)
 
-    def completed(self, store: Store, spec: JobSpec) -> JobSpec:
-        """Check what a run that exists is to have here, and fill in what is left open; raises ConfigError."""
+    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
+        """See `Backend`."""
         if store.remote is None:
             raise _unseen(store.url)
         return self._completed(spec)
@@ -123,40 +115,24 @@ class Managed(ABC):
         if spec.cloud is None:
             spec = msgspec.structs.replace(spec, cloud=Cloud())
         assert spec.cloud is not None
-        cloud.check(spec.cloud, grace_s=spec.grace_s)
+        cloud_options.check(spec.cloud, grace_s=spec.grace_s)
         return self.complete(spec)
 
-    def submit(self, spec: JobSpec) -> Store:
-        """Start a run as a job, or finish a submit of the same that was killed half-way.
-
-        Durability: on return run.json is on the run's URL and the service has the job.
-
-        Raises:
-            ConfigError: If the specification cannot work, or the service refuses it; nothing is left behind then.
-        """
-        plan = self.check(spec)
-        if (half := self._half_way(plan)) is not None:
-            if self._newest(plan.store).state == "GONE":
-                self._start(plan.store, half)
-            return plan.store
-        with new_run(plan, self.name) as (store, spec, lock):
-            self._start(store, spec)
-        lock.close()
-        return store
-
-    def _half_way(self, plan: Plan) -> JobSpec | None:
-        """Return what the same submit, killed before it was through, has written; None if there is nothing of it."""
+    def finish(self, plan: Plan) -> bool:
+        """See `Backend`: a submit of the same that was killed before it was through."""
         store, old = plan.store, self._same(plan)
         if old is None or store.remote is None:
-            return None
+            return False
         if not store.remote.create(contract.RUN_JSON, store.read(contract.RUN_JSON)):
-            return None
+            return False
         if not run_status.last_life_event(store):
             record(store, "submitted", command=list(old.command), code=old.code, by=who())
-        return old
+        if self._newest(store).state == "GONE":
+            self.enqueue(store, old, ())
+        return True
 
     def refuse_taken(self, plan: Plan) -> None:
-        """Raise ConfigError if a submit would find the run directory taken; writes nothing."""
+        """See `Backend`."""
         if self._same(plan) is None:
             submission.refuse_taken(plan)
 
@@ -174,8 +150,8 @@ class Managed(ABC):
         job = self._newest(store)
         return old if job.active or job.state == "GONE" else None
 
-    def _start(self, store: Store, spec: JobSpec) -> str:
-        """Have the service start the run; return the job's id."""
+    def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
+        """See `Backend`: a job, whose id the ledger has before the service hears of it."""
         known = run_status.jobs(store, self.name)
         if known and self.find(spec, known[-1]) is None:
             job = known[-1]  # written down by a submit that got no further
@@ -186,114 +162,63 @@ class Managed(ABC):
         faults.reach("before_create")
         self.create(store, spec, job)
         faults.reach("after_create")
-        return job
 
-    def jobs_of(self, stores: Sequence[Store]) -> dict[str, Job]:
-        """Return the newest job of each run, by the run's URL; UNKNOWN where the service does not answer."""
+    def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
+        """See `Backend`."""
         return {store.url: self._newest(store) for store in stores}
 
     def _newest(self, store: Store) -> Job:
         job = (run_status.jobs(store, self.name) or [""])[-1]
-        if not job or run_status.last_life_event(store).get("event") == "ended":
+        if not job or run_status.has_ended(store):
             return Job(id=job, state="GONE")
         try:
             return self.find(specs.read(store), job) or Job(id=job, state="GONE")
         except JobkitError as error:
             return Job(id=job, state="UNKNOWN", reason=str(error))
 
-    def status(self, store: Store) -> run_status.Status:
-        """Read what a run is doing."""
-        return run_status.status(store, job=self._newest(store))
-
-    def resume(self, url: str | os.PathLike[str], *, clear_cancel: bool = True) -> State:
-        """Submit a job for a run that has none; what it committed is where it goes on.
-
-        Raises:
-            ConfigError: If the run is alive, or the service refuses.
-        """
-        store = open_run(url)
-        spec = specs.read(store)
-        cancel_seen = cancel_content(store)
-        if self.status(store).state is State.DONE:
-            return State.DONE
-        self.refuse_alive(store)
-        spec = self._completed(spec)
-        if clear_cancel:
-            submission.take_back_cancel(store, cancel_seen)
-        record_resumed(store, afresh=True)
-        self._start(store, spec)
-        return State.QUEUED
-
-    def refuse_alive(self, store: Store) -> None:
-        """Raise ConfigError if a run has a job that is not over, or nobody can tell."""
-        job = (run_status.jobs(store, self.name) or [""])[-1]
+    def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
+        """See `Backend`."""
         try:
-            found = self.find(specs.read(store), job) if job else None
+            job = self._asked(store)
         except JobkitError as error:
             raise ConfigError(f"cannot tell whether run {store.url} is alive: {error}") from None
-        if found is not None and found.active:
+        if job is not None and job.active:
             raise ConfigError(
-                f"run {store.url} is alive: job {job} is {found.state.lower()}: 'jobkit logs -f {store.url}' or "
+                f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
                 f"'jobkit cancel {store.url}'"
             )
 
-    def cancel(
+    def _asked(self, store: Store) -> Job | None:
+        """Ask the service for a run's newest job; raises JobkitError if it does not say."""
+        jobs = run_status.jobs(store, self.name)
+        return self.find(specs.read(store), jobs[-1]) if jobs else None
+
+    def stop(
         self,
-        url: str | os.PathLike[str],
+        store: Store,
+        left: Sequence[Store],
+        cancels: Mapping[Store, bytes],
         *,
-        wait: bool = True,
-        word: str = "cancelled",
-        progress: Callable[[str], None] = lambda text: None,
-    ) -> State:
-        """End a run for good: the VM finds the cancel in the bucket, saves and stops; else the service insists.
-
-        Durability: on return cancel.json is on the run's URL; nothing overrules it but `resume`.
-
-        Raises:
-            ConfigError: If the run is already done.
-            JobkitError: If the service does not answer; the cancel stands all the same.
-        """
-        store = open_run(url)
+        wait: bool,
+        progress: Progress,
+    ) -> None:
+        """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
         spec = specs.read(store)
-        if self.status(store).state is State.DONE:
-            raise ConfigError(f"run {store.url} is already done; there is nothing to cancel")
-        content = ask_to_cancel(store, word)
         asked, told = time.monotonic(), ""
-        while (job := self._newest_of(spec, store)) is not None and job.active:
+        while (job := self._asked(store)) is not None and job.active:
             late = time.monotonic() - asked > spec.grace_s + _HEARD_S
             if (job.pending or late) and told != job.id:
                 told = job.id
-                self.stop(spec, job.id)
+                self.terminate(spec, job.id)
             elif wait and not told:
                 told = "waiting"
                 progress(f"waiting for job {job.id} to save and stop (killed after {show_duration(spec.grace_s)})")
             if not wait:
-                return self.status(store).state
+                return
             time.sleep(_POLL_S)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
-        submission.end_cancelled(store, content)
-        return self.status(store).state
-
-    def _newest_of(self, spec: JobSpec, store: Store) -> Job | None:
-        job = (run_status.jobs(store, self.name) or [""])[-1]
-        return self.find(spec, job) if job else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Service:
-    """A batch service, and what jobs ask of it, for `launch.submit(..., on=...)`.
-
-    Args:
-        cloud: What the job asks for.
-    """
-
-    cloud: Cloud = dataclasses.field(default_factory=Cloud)
-    batch: ClassVar[Managed]
-
-    def submit(self, spec: JobSpec) -> Store:
-        """See `Managed.submit`."""
-        return self.batch.submit(msgspec.structs.replace(spec, cloud=self.cloud))
+        submission.end_cancelled(store, cancels[store])
 
 
 def _unseen(url: str) -> ConfigError:

@@ -17,7 +17,7 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_pairs
 from jobkit.units import parse_limit, show_duration, show_size
 from launch.backends.slurm import scontrol
-from launch.backends.slurm.backend import WARNING_S, python
+from launch.backends.slurm.batch_script import WARNING_S, python
 from launch.spec.jobspec import check_line
 
 _BY_QOS = "preempt/qos"

@@ -20,9 +20,9 @@ from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.slurm_grace import parse_time
-from launch.backends.slurm import backend as slurm
 from launch.backends.slurm import bad_nodes as nodes
-from launch.backends.slurm import requeue, scontrol
+from launch.backends.slurm import queue, requeue, scontrol
+from launch.backends.slurm.batch_script import BACKEND, WARNING_S
 from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.job_runner import JobRunner
@@ -48,7 +48,7 @@ class SlurmRunner(JobRunner):
     """
 
     def __init__(self, store: Store, spec: JobSpec, job: str, restarts: int) -> None:
-        super().__init__(store, spec, job, slurm.BACKEND)
+        super().__init__(store, spec, job, BACKEND)
         self._restarts = restarts
         self._secured = ""
         """What makes the run go on after this job, once that is arranged."""
@@ -147,7 +147,7 @@ class SlurmRunner(JobRunner):
 
     def _superseded(self) -> str | None:
         """Name what has taken over from this job: a later job of the run, or an attempt that it did not start."""
-        newest = max(slurm.jobs(self._store), key=scontrol.number, default=self._job)
+        newest = max(queue.jobs(self._store), key=scontrol.number, default=self._job)
         if scontrol.number(newest) > scontrol.number(self._job) and newest not in self._secured.split():
             return f"job {newest}"
         return super()._superseded()
@@ -191,7 +191,7 @@ class SlurmRunner(JobRunner):
             job,
             restarts=self._restarts,
             now=time.time(),
-            warned_s=self._spec.grace_s + slurm.WARNING_S + 35.0,
+            warned_s=self._spec.grace_s + WARNING_S + 35.0,
             preempt_mode=scontrol.preempt_mode(job),
         )
 

@@ -12,8 +12,9 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
-from launch.backends.slurm import backend as slurm
 from launch.backends.slurm import scontrol
+from launch.backends.slurm.batch_script import clean_environment, sbatch
+from launch.backends.slurm.queue import WAKER
 from launch.backends.slurm.scontrol import SlurmError
 from launch.spec.jobspec import JobSpec
 
@@ -37,7 +38,7 @@ def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> st
 def _could_start(spec: JobSpec) -> bool:
     """Ask SLURM whether a job could ever start on the nodes that are up now; submits nothing."""
     flags = [f"--{name}={value}" if value else f"--{name}" for name, value in spec.sbatch.items()]
-    with slurm.clean_environment():
+    with clean_environment():
         try:
             scontrol.run("sbatch", "--test-only", "--output=/dev/null", *flags, "--wrap=true")
         except JobkitError:
@@ -92,7 +93,7 @@ def _succeed(store: Store, spec: JobSpec, job: str) -> str:
     In this order: killed between the two, SLURM may requeue this job as well, which then finds itself superseded. So it
     does where the grace was over just before; then this job's next life is let make way at once.
     """
-    successor = slurm.sbatch(store, spec, dependency=f"afterany:{job}")
+    successor = sbatch(store, spec, dependency=f"afterany:{job}")
     scontrol.never_requeue(job)
     with contextlib.suppress(JobkitError):
         if int(scontrol.show_job(job).get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
@@ -141,7 +142,7 @@ def wake(store: Store, spec: JobSpec, job: str) -> str | None:
     given = {name: value for name, value in spec.sbatch.items() if name in _WAKER_NEEDS}
     given |= {"nodes": "1", "ntasks": "1", "time": "1", "job-name": "jobkit-wake", "output": "/dev/null"}
     flags = [f"--{name}={value}" for name, value in given.items()]
-    comment, script = f"--comment={slurm.WAKER}{store.url}", _WAKE.format(job=job)
-    with slurm.clean_environment():
+    comment, script = f"--comment={WAKER}{store.url}", _WAKE.format(job=job)
+    with clean_environment():
         told = scontrol.run("sbatch", "--parsable", "--no-requeue", comment, *flags, f"--wrap={script}")
     return told.strip().split(";")[0]

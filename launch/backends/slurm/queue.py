@@ -1,0 +1,120 @@
+"""The jobs of a run: what its ledger has of them, what SLURM and its accounting say of them, and how they are ended."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+from jobkit import contract
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.rundir.store import Store
+from jobkit.units import show_duration
+from launch.backends.slurm import scontrol
+from launch.backends.slurm.batch_script import BACKEND
+from launch.backends.slurm.scontrol import Job, SlurmError
+from launch.lifecycle import run_status
+from launch.lifecycle.verbs import Progress
+from launch.spec import jobspec as specs
+from launch.spec import sweep
+
+WAKER = "jobkit-wake "
+"""Begins the comment of a job that is none of a run's own but helps one to start, before the run's URL."""
+_POLL_S = 0.5
+
+
+def jobs(store: Store) -> list[str]:
+    """List the numbers of a run's jobs that are in its ledger, oldest first; of a point also its tasks of arrays."""
+    own = run_status.jobs(store, BACKEND)
+    place = specs.sweep_of(store)
+    if place is not None:
+        told = [event for event in run_status.events(place[0]) if event["event"] == "job" and "array" in event]
+        own += [f"{event['id']}_{place[1]}" for event in told if place[1] in sweep.expand(str(event["array"]))]
+    return sorted(set(own), key=scontrol.number)
+
+
+def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
+    """Ask SLURM once for the jobs of any number of runs that it still knows, oldest first, by the run's URL.
+
+    Also those that a submit, killed the moment after, did not write down.
+
+    Raises:
+        JobkitError: If SLURM does not answer.
+    """
+    found: dict[str, list[Job]] = defaultdict(list)
+    for job in scontrol.queue() if stores else []:
+        task = f"/{contract.POINTS}/{job.id.partition('_')[2]}" if "_" in job.id else ""
+        for key in {job.id, job.comment + task} - {""}:
+            found[key].append(job)
+    mine = {}
+    for store in stores:
+        known = {job.id: job for key in (store.url, *jobs(store)) for job in found.get(key, ())}
+        mine[store.url] = sorted(known.values(), key=lambda job: scontrol.number(job.id))
+    return mine
+
+
+def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
+    """Return the job that counts, by the run's URL: the newest that is active, else the newest.
+
+    A job that SLURM has forgotten is as the accounting says, GONE without one; where SLURM does not answer it is
+    UNKNOWN.
+    """
+    try:
+        known = queued([store for store in stores if run_status.last_life_event(store).get("event") != "ended"])
+    except JobkitError as error:
+        unknown = str(error)
+        return {store.url: Job((jobs(store) or [""])[-1], "UNKNOWN", unknown) for store in stores}
+    found = {}
+    for store in stores:
+        table = known.get(store.url, [])
+        active = [job for job in table if job.active]
+        forgotten = Job((jobs(store) or [""])[-1], "GONE")
+        found[store.url] = active[-1] if active else table[-1] if table else forgotten
+    # Of those whose end is not written down; SLURM forgets a job minutes after its end, its accounting does not.
+    gone = [store.url for store in stores if store.url in known and found[store.url].state == "GONE"]
+    told = scontrol.accounted(found[url].id for url in gone)
+    return found | {url: told[found[url].id] for url in gone if found[url].id in told}
+
+
+def refuse_alive(stores: Sequence[Store]) -> None:
+    """Raise ConfigError if a run has a job that is not over, or nobody can tell."""
+    try:
+        known = queued(stores)
+    except JobkitError as error:
+        raise ConfigError(f"cannot tell whether run {stores[0].url} is alive: {error}; try again") from None
+    for one in stores:
+        for job in known[one.url][-1:]:
+            if job.active:
+                raise ConfigError(
+                    f"run {one.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {one.url}' or "
+                    f"'jobkit cancel {one.url}'"
+                )
+
+
+def end(members: Sequence[Store], *, grace_s: float, wait: bool, progress: Progress) -> None:
+    """End the jobs of runs; return when none is left, or at once."""
+    asked = time.monotonic()
+    told: set[str] = set()
+    wakers = {f"{WAKER}{one.url}" for one in members}
+    _scancel([job.id for job in scontrol.queue() if job.active and job.comment in wakers])
+    while True:
+        active = {job.id: job for table in queued(members).values() for job in table if job.active}
+        if not active:
+            return
+        insist = time.monotonic() - asked > grace_s
+        ended = [job.id for job in active.values() if job.pending or (insist and f"{job.id}!" not in told)]
+        asked_now = [job.id for job in active.values() if job.state == "RUNNING" and job.id not in {*told, *ended}]
+        if asked_now and wait and not told:
+            shown = f"job{'s' * (len(asked_now) > 1)} {', '.join(asked_now[:5])}"
+            progress(f"waiting for {shown} to save and stop (killed after {show_duration(grace_s)})")
+        told |= {f"{job}!" for job in ended} | set(asked_now)
+        _scancel(ended)
+        _scancel(asked_now, "--signal=TERM")
+        if not wait:
+            return
+        time.sleep(_POLL_S)
+
+
+def _scancel(jobs: Sequence[str], *options: str) -> None:
+    if jobs:
+        with contextlib.suppress(SlurmError):  # one has ended this very moment
+            scontrol.run("scancel", *options, *jobs)

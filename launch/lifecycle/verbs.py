@@ -1,0 +1,304 @@
+"""What a person does to a run, once for every backend: submit, look, resume, cancel; and what a backend does for that.
+
+A run, and a sweep, which is one run for each of its points, go through the same verbs. What a verb promises holds on
+every backend: nothing is left of a submit that was refused, nothing but a resume overrules a cancel, and nothing that
+is done or alive is started again.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jobkit.contract import State
+from jobkit.errors import ConfigError
+from jobkit.rundir.store import Store
+from launch.lifecycle import lease, run_status, submission
+from launch.lifecycle.lock import RunLock
+from launch.lifecycle.run_status import Job, Status
+from launch.lifecycle.submission import Plan
+from launch.spec import jobspec as specs
+from launch.spec.jobspec import JobSpec
+
+Progress = Callable[[str], None]
+"""Called with a line for a person when a waiting begins."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What keeps others from starting a run while somebody does: nothing, where the backend knows itself who runs it.
+
+    Args:
+        lock: The run's lock, which goes to the runner.
+        lease: The number of the lease that the runner is to hold; None to take one.
+    """
+
+    lock: RunLock | None = None
+    lease: int | None = None
+
+    def free(self, store: Store) -> None:
+        """Let others start the run."""
+        if self.lease is not None:
+            lease.release(store, self.lease)
+        if self.lock is not None:
+            self.lock.close()
+
+
+class Backend(ABC):
+    """Where runs are. A new one implements what is abstract here, and has the verbs.
+
+    Attributes:
+        name: As `--on` and run.json have it.
+        reads: Fields of `JobSpec` that are for some backends alone, and are for this one: sbatch, cloud, container.
+        runtimes: Runtimes of containers that it knows, its default first.
+        processes_here: Whether its runs are processes of the machine that submits: those can be watched, signalled and
+            taken over.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[frozenset[str]] = frozenset()
+    runtimes: ClassVar[tuple[str, ...]] = ()
+    processes_here: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, spec: JobSpec) -> Plan:
+        """Check what is to be submitted and fill in what it leaves open; writes nothing that lasts.
+
+        Raises:
+            ConfigError: If it cannot work here, with the remedy.
+        """
+
+    @abstractmethod
+    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
+        """Check what a run that exists is to go on with, and fill in what it leaves open; writes nothing that lasts.
+
+        Raises:
+            ConfigError: If it cannot work here, with the remedy.
+        """
+
+    def preview(self, plan: Plan) -> str:
+        """Return what a submit would send; empty where nothing is sent."""
+        return ""
+
+    def refuse_taken(self, plan: Plan) -> None:
+        """Raise ConfigError if a submit would find the run directory taken; writes nothing."""
+        submission.refuse_taken(plan)
+
+    def finish(self, plan: Plan) -> bool:
+        """Do what is left of the same submit, killed half-way; tell whether there was one."""
+        return False
+
+    @abstractmethod
+    def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
+        """Have the scheduler start a run, of a sweep some points; where it raises, nothing was started.
+
+        Raises:
+            ConfigError: If the scheduler refuses.
+        """
+
+    def hand_over(self, store: Store, claim: Claim) -> State:
+        """Give a run to what starts its attempts, and the claim with it; return the state that it is in then."""
+        claim.free(store)
+        return State.QUEUED
+
+    @contextlib.contextmanager
+    def claim(self, store: Store, spec: JobSpec, *, take_over: bool) -> Iterator[Claim]:
+        """Refuse a run that is alive, and keep others from starting it; on an error inside it is free again.
+
+        Args:
+            store: The run.
+            spec: What was submitted.
+            take_over: Whether to take it from a machine that gives signs of life; only where `processes_here`.
+
+        Raises:
+            ConfigError: If it is alive.
+        """
+        self.refuse_alive(store)
+        yield Claim()
+
+    @abstractmethod
+    def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
+        """Raise ConfigError if a run, or a point of a sweep, is alive, or nobody can tell."""
+
+    def record_resumed(self, store: Store, left: Iterable[Store]) -> None:
+        """Write down that a person resumes a run.
+
+        Args:
+            store: The run or sweep.
+            left: The run, or the points that are not done.
+        """
+        for one in filter(specs.exists, left):
+            submission.record_resumed(one, afresh=True)
+
+    def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
+        """Return the scheduler's newest job of each run, by the run's URL; empty where there is no scheduler.
+
+        A job's state is UNKNOWN where the scheduler does not answer, and GONE where it has forgotten the job.
+        """
+        return {}
+
+    @abstractmethod
+    def stop(
+        self,
+        store: Store,
+        left: Sequence[Store],
+        cancels: Mapping[Store, bytes],
+        *,
+        wait: bool,
+        progress: Progress,
+    ) -> None:
+        """End what still runs of a run that was cancelled, and write the end down where nothing does any more.
+
+        Args:
+            store: The run or sweep.
+            left: The run, or the points that are not over.
+            cancels: What was written as the cancel of each.
+            wait: Whether to wait until nothing of it runs.
+            progress: Called with a line for a person when the waiting starts.
+        """
+
+    def leave(self, store: Store, *, take_over: bool) -> None:  # noqa: B027  (nothing to let go of is the rule)
+        """Let go of a run that moves to another backend."""
+
+    def service_log(self, store: Store) -> list[str]:
+        """Return what the service's own log has of a run's newest job, oldest first."""
+        return []
+
+    def runs(self, project: str, region: str) -> list[str]:
+        """Return the URLs of the runs that have jobs in a project and region.
+
+        Raises:
+            ConfigError: If this backend cannot tell.
+        """
+        raise ConfigError(f"--on {self.name} lists no runs; give a directory or a bucket's URL instead")
+
+
+def submit(backend: Backend, spec: JobSpec) -> Store:
+    """Start a run.
+
+    Durability: on return run.json is on storage, and the run goes on without this process.
+
+    Raises:
+        ConfigError: If the specification cannot work, or the run directory is taken; nothing is left behind then.
+    """
+    plan = backend.check(spec)
+    if backend.finish(plan):
+        return plan.store
+    with submission.new_run(plan, backend.name) as (store, spec, lock):
+        backend.enqueue(store, spec, range(len(specs.points(store, spec))))
+    backend.hand_over(store, Claim(lock))
+    return store
+
+
+def status(backend: Backend, store: Store, jobs: Mapping[str, Job] | None = None) -> Status:
+    """Read what a run is doing.
+
+    Args:
+        backend: Its backend.
+        store: The run or sweep.
+        jobs: What `jobs_of` said; by default it is asked.
+
+    Raises:
+        JobkitError: If it is not a run, or its run.json is damaged.
+    """
+    spec = specs.read(store)
+    jobs = jobs_of(backend, [store]) if jobs is None else jobs
+    each = [run_status.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
+    return run_status.of_sweep(store, each) if spec.sweep else each[0]
+
+
+def jobs_of(backend: Backend, stores: Sequence[Store]) -> Mapping[str, Job]:
+    """Return the jobs of runs, and of the points of sweeps, of one backend, by their URLs."""
+    return backend.jobs([one for store in stores for one in specs.points(store, specs.read(store))])
+
+
+def resume(backend: Backend, store: Store, *, clear_cancel: bool = True, take_over: bool = False) -> State:
+    """Have a run, or the points of a sweep that are not done, go on from what is committed.
+
+    Args:
+        backend: Its backend.
+        store: The run or sweep.
+        clear_cancel: Whether an earlier cancel is taken back; one that comes meanwhile never is.
+        take_over: Whether to take it from the runner of another machine without waiting until that counts as dead.
+
+    Returns:
+        Its state then; DONE, and nothing started, if it is done.
+
+    Raises:
+        ConfigError: If it is alive, or its backend refuses it.
+    """
+    if take_over and not backend.processes_here:
+        name = backend.name
+        raise ConfigError(f"only a local runner is taken over; of {store.url} {name} tells whether it lives: resume it")
+    spec = specs.read(store)
+    members = specs.points(store, spec)
+    cancels = {one: submission.cancel_content(one) for one in (store, *members)}
+    left = _not_done(backend, members)
+    if not left:
+        return State.DONE
+    if not spec.sweep:
+        submission.make_point(store)
+    with backend.claim(store, spec, take_over=take_over) as claim:
+        if claim.lock is not None:  # its runner may have written the end until it was free
+            left = _not_done(backend, members)
+        if left:
+            spec = backend.fit(store, spec)
+            for one in filter(specs.exists, dict.fromkeys((store, *left))):
+                if clear_cancel:
+                    submission.take_back_cancel(one, cancels[one])
+            backend.record_resumed(store, left)
+            backend.enqueue(store, spec, [members.index(one) for one in left])
+    if left:
+        return backend.hand_over(store, claim)
+    claim.free(store)
+    return State.DONE
+
+
+def cancel(
+    backend: Backend,
+    store: Store,
+    *,
+    wait: bool = True,
+    word: str = "cancelled",
+    progress: Progress = lambda text: None,
+) -> State:
+    """End a run, or all points of a sweep, for good: nothing of it is ever started again, unless a person resumes it.
+
+    Args:
+        backend: Its backend.
+        store: The run or sweep.
+        wait: Whether to wait until nothing of it runs any more.
+        word: 'cancelled', or 'stopped' by who means to go on later.
+        progress: Called with a line for a person when the waiting starts.
+
+    Durability: on return cancel.json is on storage, on the run's URL too; nothing overrules it but `resume`.
+
+    Raises:
+        ConfigError: If it is already done.
+        JobkitError: If the scheduler does not answer; the cancel stands all the same.
+    """
+    spec = specs.read(store)
+    members = specs.points(store, spec)
+    states = _states(backend, members)
+    if set(states.values()) == {State.DONE}:
+        what = "sweep" if spec.sweep else "run"
+        raise ConfigError(f"{what} {store.url} is already done; there is nothing to cancel")
+    if not spec.sweep:
+        submission.make_point(store)
+    cancels = {store: submission.ask_to_cancel(store, word)}
+    if spec.sweep:  # after the sweep's own: a point that is made later looks for that one
+        members = [one for one in members if not states[one].over]
+        cancels |= {one: submission.ask_to_cancel(one, word) for one in filter(specs.exists, members)}
+    backend.stop(store, members, cancels, wait=wait, progress=progress)
+    after = set(_states(backend, members).values())
+    return next((state for state in after if not state.over), State.DONE if after == {State.DONE} else State.CANCELLED)
+
+
+def _states(backend: Backend, members: Sequence[Store]) -> dict[Store, State]:
+    jobs = backend.jobs(members)
+    return {one: run_status.status(one, job=jobs.get(one.url)).state for one in members}
+
+
+def _not_done(backend: Backend, members: Sequence[Store]) -> list[Store]:
+    return [one for one, state in _states(backend, members).items() if state is not State.DONE]
