@@ -31,10 +31,16 @@ from tests.desk import Desk
 from tests.gcs_server import GcsServer
 from tests.slurm import Cluster
 
-PROGRAM = jobs.JOB.replace("from pathlib", "from jobkit.rundir.store import Store\nfrom pathlib").replace(
-    'Path(os.environ["JOBKIT_RUN"])', 'Store(os.environ["JOBKIT_RUN"]).path'
+COMMIT = """
+    home = Store(os.environ["JOBKIT_RUN"])
+    home.file("checkpoints").mkdir(exist_ok=True)
+    made = commits.Commit(step=step, attempt=attempt, reason="interval", at=time.time(), files={})
+    commits.publish(home, commits.new_stage(home, step, attempt), state={}, commit=made)
+"""
+"""A real step, without an array."""
+PROGRAM = "from jobkit.rundir import commits\nfrom jobkit.rundir.store import Store\n" + re.sub(
+    r"(?<=def commit\(step\):).*?(?=\n    heartbeat)", COMMIT.rstrip(), jobs.JOB, flags=re.DOTALL
 )
-"""In a bucket's run it writes into the home of its VM."""
 WATCHED_S = 90.0
 
 

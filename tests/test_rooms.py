@@ -7,11 +7,13 @@ function or for types alone.
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from launch.backends import registry
 
 ROOT = Path(__file__).parent.parent
 BASE = ("contract", "errors", "printable", "units", "names", "decode", "patience", "versions", "faults")
@@ -149,6 +151,40 @@ def test_jax_is_named_in_few_rooms() -> None:
     for path in [*modules("jobkit"), *modules("launch")]:
         if {name.split(".")[0] for name in all_imports(path)} & HEAVY:
             assert name_of(path).split(".")[:2] in [["jobkit", room] for room in NAMES_JAX], path
+
+
+BACKENDS = {"Backend", "Local", "Slurm", "Managed", "Gcp", "Aws"}
+
+
+def asked_for(text: str, names: Collection[str]) -> Iterator[str]:
+    """Yield where a source asks which backend it has to do with: by its name, or by its type."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            sides += [one for side in sides if isinstance(side, ast.Tuple | ast.Set | ast.List) for one in side.elts]
+            if any(isinstance(side, ast.Constant) and side.value in names for side in sides):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Match):
+            cases = [case.pattern for case in node.cases]
+            if {one.value.value for one in cases if isinstance(one, ast.MatchValue)} & set(names):  # type: ignore[attr-defined]
+                yield ast.unparse(node.subject)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type"):
+            yield from [ast.unparse(node)] * any(getattr(each, "id", "") in BACKENDS for each in ast.walk(node))
+
+
+def test_nobody_asks_which_backend_it_is() -> None:
+    """What others have to know of a backend it says itself: no comparison of names or types outside the registry."""
+    for path in modules("launch"):
+        found = list(asked_for(path.read_text(), registry.NAMES))
+        assert not found, f"{path.relative_to(ROOT)}: {found[0]}; ask the backend: launch/lifecycle/verbs.py:Backend"
+
+
+@pytest.mark.parametrize(
+    "line", ['on == "slurm"', 'name not in ("gcp", "aws")', 'on in {"local"}', "isinstance(backend, Managed)"]
+)
+def test_a_comparison_of_backends_is_seen(line: str) -> None:
+    """Each form of it."""
+    assert list(asked_for(f"def f(on, name, backend):\n    return 1 if {line} else 2\n", registry.NAMES))
 
 
 def test_rooms_and_modules_stay_small() -> None:

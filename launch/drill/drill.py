@@ -35,7 +35,6 @@ from launch.drill.observe import Comparer, LateError, MissedError
 from launch.drill.scenarios import Scenario, Shown, Stage, describe
 from launch.drill.verdict import Found, Result, Untried, judge, judge_files
 from launch.lifecycle import lock, orphans, run_status, verbs
-from launch.lifecycle.verbs import Backend
 from launch.spec import jobspec as specs
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
@@ -81,7 +80,7 @@ class Options:
 
     command: tuple[str, ...]
     place: Path
-    backend: Backend = field(default_factory=Local)
+    backend: verbs.Backend = field(default_factory=Local)
     sbatch: dict[str, str] = field(default_factory=dict)
     container: Container | None = None
     steps: int | None = None
@@ -105,7 +104,7 @@ class Telling:
         """Tell how a scenario went."""
 
 
-def chosen(only: Sequence[str], quick: bool, backend: Backend) -> list[Scenario]:
+def chosen(only: Sequence[str], quick: bool, backend: verbs.Backend) -> list[Scenario]:
     """Return the scenarios that are asked for.
 
     Raises:
@@ -119,11 +118,11 @@ def chosen(only: Sequence[str], quick: bool, backend: Backend) -> list[Scenario]
     return [one for one in there if (one.name in only if only else one.quick or not quick)]
 
 
-def _all(backend: Backend) -> tuple[Scenario, ...]:
+def _all(backend: verbs.Backend) -> tuple[Scenario, ...]:
     return scenarios.ALL if backend.processes_here else scenarios.ON_SLURM
 
 
-def _untried(backend: Backend, wanted: Sequence[Scenario], shown: Shown, found: Sequence[Found]) -> list[Untried]:
+def _untried(backend: verbs.Backend, wanted: Sequence[Scenario], shown: Shown, found: Sequence[Found]) -> list[Untried]:
     """Return what was not tried: not asked for, without an occasion, or missed."""
     told = {one.name: one.lacking(shown) or NOT_ASKED for one in _all(backend)}
     told |= {one.name: "" for one in wanted if not one.lacking(shown)} | {each.name: each.missed for each in found}
@@ -252,8 +251,8 @@ class _Drill:
         if self._here:
             store = verbs.submit(Local(told), spec)
         else:  # a job's environment is the cluster's to make
-            words = [f"{name}={value}" for name, value in told.items()]
-            spec = msgspec.structs.replace(spec, command=("env", *words, *options.command))
+            words = ("env", *(f"{name}={value}" for name, value in told.items()))
+            spec = msgspec.structs.replace(spec, command=(*words, *options.command))
             store = verbs.submit(options.backend, spec)
         with self._mutex:
             self._stores.append(store)
@@ -355,8 +354,7 @@ class _Drill:
         return found
 
     def _try(self, scenario: Scenario, name: str, shown: Shown, comparer: Comparer) -> Found:
-        begun = time.monotonic()
-        found = Found(scenario.name, scenario.text)
+        begun, found = time.monotonic(), Found(scenario.name, scenario.text)
         asked = scenario.environment(shown, diagnosis.FIRST if scenario.name == self._probed else ())
         environ = self._environ(**asked)
         store, spec = self.submit(name, asked)
