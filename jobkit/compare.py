@@ -127,8 +127,8 @@ def _metric_differences(a: Series, b: Series) -> Iterator[tuple[str, Difference]
         for name, line in series.repeated.items():
             for step, values in line.items():
                 if len({_bits(value) for value in values}) > 1:
-                    told = f"{name}, logged twice by one run"
-                    yield name, Difference(told, step, repr(values[0]), repr(values[-1]))
+                    label = f"{name}, logged twice by one run"
+                    yield name, Difference(label, step, repr(values[0]), repr(values[-1]))
 
 
 def _bits(value: float) -> bytes:
@@ -149,8 +149,8 @@ def _show(a: tuple[str, Any], b: tuple[str, Any]) -> tuple[str, str]:
         return f"{a[0]} {_text(a[1])}".strip(), f"{b[0]} {_text(b[1])}".strip()
     places = [index for index, (x, y) in enumerate(zip(a[1], b[1], strict=True)) if x != y]
     first = places[0] // 8 * 8
-    told = f"{len(places)} of {len(a[1])} bytes differ, at {first}:"
-    return f"{a[0]}, {told} {a[1][first : first + 8].hex()}", f"{b[0]}, {b[1][first : first + 8].hex()}"
+    summary = f"{len(places)} of {len(a[1])} bytes differ, at {first}:"
+    return f"{a[0]}, {summary} {a[1][first : first + 8].hex()}", f"{b[0]}, {b[1][first : first + 8].hex()}"
 
 
 def _text(value: Any) -> str:
@@ -237,8 +237,8 @@ def main(run_a: str, run_b: str, as_json: bool) -> None:
         )
     else:
         first = result.difference
-        told = f"different: first at step {first.step}, {first.name}\n  {run_a}: {first.a}\n  {run_b}: {first.b}"
-        print(printable(told))
+        summary = f"different: first at step {first.step}, {first.name}\n  {run_a}: {first.a}\n  {run_b}: {first.b}"
+        print(printable(summary))
     sys.exit(0 if result.equal else 1)
 
 
@@ -247,10 +247,10 @@ def _answer() -> None:
     for line in sys.stdin:
         a, _, b = line.rstrip("\n").partition("\t")
         try:
-            told: dict[str, Any] = asdict(compare(a, b))
+            answer: dict[str, Any] = asdict(compare(a, b))
         except JobkitError as error:
-            told = {"error": str(error)}
-        print(json.dumps(told), flush=True)
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

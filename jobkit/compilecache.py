@@ -139,11 +139,11 @@ def use(store: Store) -> None:
     known = config.jax_compilation_cache_dir
     if known is not None and known != _ours:
         return
-    if not (told := environment(store, {name: value for name, value in os.environ.items() if name != _DIRECTORY})):
+    if not (env := environment(store, {name: value for name, value in os.environ.items() if name != _DIRECTORY})):
         return
     from jax.experimental.compilation_cache import compilation_cache
 
-    _ours = told[_DIRECTORY]
+    _ours = env[_DIRECTORY]
     config.update("jax_compilation_cache_dir", _ours)
     config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -162,16 +162,16 @@ def report(store: Store, attempt: int) -> dict[str, Any] | None:
     if new is None:
         return None
     now = _built_with()
-    told = new | {"built_with": now}
+    record = new | {"built_with": now}
     earlier = [e for one in range(attempt) for e in attempt_events(store, one) if e["event"] == "compiled"]
     before: Counts[int] = Counts()
     for event in earlier:
         before[event["attempt"]] += event.get("misses", 0)
     # A restart runs a few tiny programs that no start does; compiled again is what takes as much as before.
     if before and new["misses"] and counter.misses > max(before.values()) / 2:
-        told["again"] = sorted(_compiled_again())[:20]
-        told["why"] = _why(earlier[-1].get("built_with"), now)
-    return told
+        record["again"] = sorted(_compiled_again())[:20]
+        record["why"] = _why(earlier[-1].get("built_with"), now)
+    return record
 
 
 def _why(before: Any, now: Mapping[str, str]) -> str:

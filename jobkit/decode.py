@@ -44,8 +44,8 @@ def event(line: bytes) -> dict[str, Any] | None:
     value = json_object(line)
     if value is None:
         return None
-    told = fields(value)
-    return told if _NEEDED.get(told.get("event", ""), _NONE) <= told.keys() >= _ALWAYS else None
+    entry = fields(value)
+    return entry if _NEEDED.get(entry.get("event", ""), _NONE) <= entry.keys() >= _ALWAYS else None
 
 
 def fields(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> int:
         say(str(error))
         return Exit.USAGE
     try:
-        told = json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves)
-        print(printable(told))
+        text = json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves)
+        print(printable(text))
         sys.stdout.flush()
     except BrokenPipeError:  # `... | head`: the parameters are written all the same
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's last flush fail

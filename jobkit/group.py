@@ -124,9 +124,9 @@ class Group:
                 raise
             self.tell(key, {"value": value})
             return value
-        told = self.hear(key, timeout_s)
-        raise_told(told)
-        return told["value"]
+        reply = self.hear(key, timeout_s)
+        raise_told(reply)
+        return reply["value"]
 
     def gather(self, key: str, value: Any, timeout_s: float = _EVER_S) -> list[Any]:
         """Return every process's value, in the order of the processes, in process 0; elsewhere an empty list.
@@ -201,9 +201,11 @@ def lost_process(store: Store, attempt: int) -> str:
     with contextlib.suppress(JobkitError):
         for name in store.names(contract.attempt_dir(attempt)):
             if name.startswith("process-"):
-                told = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}
-                if told.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED):
-                    return f"process {name.removeprefix('process-').removesuffix('.json')} ended: {told.get('reason')}"
+                outcome = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}
+                if outcome.get("exit_code") not in (Exit.DONE, Exit.PREEMPTED):
+                    return (
+                        f"process {name.removeprefix('process-').removesuffix('.json')} ended: {outcome.get('reason')}"
+                    )
     return ""
 
 

@@ -84,10 +84,10 @@ def show_size(size: float) -> str:
 
 def parse_limit(text: str) -> float | None:
     """Read a time limit as sbatch takes it ('90', '1:30:00', '2-12', '1-00:30:00') in seconds; None if it is none."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
         return None
-    days, first, second, third = (int(part) if part else None for part in found.groups())
+    days, first, second, third = (int(part) if part else None for part in match.groups())
     assert first is not None
     if days is not None:
         return days * 86400.0 + first * 3600 + (second or 0) * 60 + (third or 0)

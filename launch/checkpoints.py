@@ -94,17 +94,17 @@ def verify(store: Store, steps: list[int], tell: Callable[[int, list[str]], None
         What is wrong, by step; empty lists for whole ones.
     """
     ledger = Ledger(store.file(contract.EVENTS))
-    found = {}
+    problems = {}
     for step in steps:
         remote = store.remote is not None and step in remote_steps.steps(store.remote)
-        found[step] = remote_steps.problems(store, step) if remote else commits.problems(store, step)
-        if not found[step]:
+        problems[step] = remote_steps.problems(store, step) if remote else commits.problems(store, step)
+        if not problems[step]:
             ledger.append("verified", step=step)
         else:
-            ledger.append("damaged", step=step, reason=found[step][0])
-        tell(step, found[step])
+            ledger.append("damaged", step=step, reason=problems[step][0])
+        tell(step, problems[step])
     ledger.close()
-    return found
+    return problems
 
 
 def chosen(store: Store, step: str | None, *, every: bool) -> list[int]:

@@ -40,7 +40,7 @@ COMMIT = """
 """A real step, without an array."""
 PROGRAM = "from jobkit.rundir import commits\nfrom jobkit.rundir.store import Store\n" + re.sub(
     r"(?<=def commit\(step\):).*?(?=\n    heartbeat)", COMMIT.rstrip(), jobs.JOB, flags=re.DOTALL
-)
+).replace('Path(os.environ["JOBKIT_RUN"])', 'Store(os.environ["JOBKIT_RUN"]).path')
 WATCHED_S = 90.0
 
 
@@ -88,6 +88,7 @@ class Place:
             if until(told):
                 return told
             assert time.monotonic() < deadline, told
+            assert told["runner"] == "alive", told
             time.sleep(0.2)
 
     def until_over(self) -> dict[str, Any]:

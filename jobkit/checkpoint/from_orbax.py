@@ -61,9 +61,9 @@ def start(url: str | os.PathLike[str], parts: Mapping[str, Part]) -> Start:
         StorageError: If it cannot be read.
     """
     items, step = _read(url)
-    found = _assign(items, parts)
-    table, arrays, fresh = {}, {}, [name for name in parts if name not in found]
-    for name, leaves in found.items():
+    assigned = _assign(items, parts)
+    table, arrays, fresh = {}, {}, [name for name in parts if name not in assigned]
+    for name, leaves in assigned.items():
         entry = state.take({name: parts[name]}).table[name]
         given, absent = _fit(name, parts[name], entry["leaves"], leaves, where=os.fspath(url))
         fresh += absent
@@ -75,9 +75,9 @@ def start(url: str | os.PathLike[str], parts: Mapping[str, Part]) -> Start:
             else:
                 arrays[(*quoted(name, ()), *path)] = value
         table[name] = entry
-    state.give_back({name: parts[name] for name in found}, table, arrays)
-    whole = all(name in found for name, part in parts.items() if part.kind != "object")
-    return Start(step if whole and step is not None else 0, tuple(found), tuple(fresh))
+    state.give_back({name: parts[name] for name in assigned}, table, arrays)
+    whole = all(name in assigned for name, part in parts.items() if part.kind != "object")
+    return Start(step if whole and step is not None else 0, tuple(assigned), tuple(fresh))
 
 
 def _fit(
@@ -98,8 +98,8 @@ def _fit(
             fresh.append("/".join((name, *path)))
         elif stored is None:
             problems.append(f"{'/'.join((name, *path))} is not there")
-        elif (told := _difference(record, stored)) is not None:
-            problems.append(f"{'/'.join((name, *path))}: {told}")
+        elif (difference := _difference(record, stored)) is not None:
+            problems.append(f"{'/'.join((name, *path))}: {difference}")
         else:
             given[path] = stored
     problems += [f"{'/'.join((name, *path))} is only there" for path in left]
@@ -139,13 +139,13 @@ def _assign(items: Mapping[str, Leaves], parts: Mapping[str, Part]) -> dict[str,
     """Choose the stored leaves of each part that has some."""
     able = {name: part for name, part in parts.items() if part.kind != "object"}
     whole = items.get("", {})
-    found = {name: items[name] for name in able if name in items}
+    assigned = {name: items[name] for name in able if name in items}
     for name in able:
         below = {path[1:]: value for path, value in whole.items() if path[0] == name}
-        if below and name not in found:
-            found[name] = below
-    if found:
-        return found
+        if below and name not in assigned:
+            assigned[name] = below
+    if assigned:
+        return assigned
     for name, part in able.items():
         paths = {slot.path for slot in part.slots()[0]}
         if paths & ({*whole} | {path[:-1] for path in whole if path[-1] == "value"}):
@@ -188,7 +188,7 @@ def _read(url: str | os.PathLike[str]) -> tuple[dict[str, Leaves], int | None]:
 
 def _locate(names: list[str], where: str) -> tuple[str, dict[str, str]]:
     """Return the prefix of the step to read ('' or '7/') and the directories of its trees below it, by item name."""
-    steps = {int(found[1]) for name in names if (found := re.match(rf"(\d+)/([^/]+/)?{_MARK}$", name))}
+    steps = {int(match[1]) for name in names if (match := re.match(rf"(\d+)/([^/]+/)?{_MARK}$", name))}
     prefix = f"{max(steps)}/" if steps and _MARK not in names else ""
     below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if contract.COMMIT in below or contract.RUN_JSON in names or any(contract.CHECKPOINTS in name for name in names):
@@ -218,8 +218,8 @@ def _load(path: Path) -> Leaves:
     except JobkitError:
         raise
     except Exception as error:
-        told = str(error).splitlines()[0] if str(error) else ""
-        raise StorageError(f"cannot read the checkpoint {path}: {type(error).__name__}: {told}") from error
+        message = str(error).splitlines()[0] if str(error) else ""
+        raise StorageError(f"cannot read the checkpoint {path}: {type(error).__name__}: {message}") from error
     return {names(path): _plain(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

@@ -176,9 +176,9 @@ class NnxPart:
         )
         other = self.given and sorted(self.given.keys() ^ {key_of(slot.path) for slot in slots})
         if other:
-            told = "is gone" if other[0] in self.given else "is new"
+            change = "is gone" if other[0] in self.given else "is new"
             raise ConfigError(
-                f"{self._name}/{other[0]} {told} since resume(), which cannot be restored into the object as the "
+                f"{self._name}/{other[0]} {change} since resume(), which cannot be restored into the object as the "
                 "program makes it: make it with all its variables before resume(), and take what a step adds out again "
                 "(nnx.pop(model, nnx.Intermediate))"
             )
@@ -236,9 +236,9 @@ class RefPart:
     def slots(self) -> tuple[list[Slot], Any]:
         """Return what the refs hold now."""
         slots = [Slot(names(path), ref[...]) for path, ref in jax.tree_util.tree_flatten_with_path(self._target)[0]]
-        if self.given and (told := differences(self._name, _outlines(slots), self.given)):
+        if self.given and (diffs := differences(self._name, _outlines(slots), self.given)):
             raise ConfigError(
-                f"{told[0].replace(' there', ' when resume() was given it')}: a Ref keeps what it is; write into it, "
+                f"{diffs[0].replace(' there', ' when resume() was given it')}: a Ref keeps what it is; write into it, "
                 "ref[...] = value, and put no other in its place"
             )
         return slots, None

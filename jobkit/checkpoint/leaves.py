@@ -260,13 +260,13 @@ def both_numbers(one: Record, other: Record) -> bool:
 
 def differences(part: str, here: Mapping[str, Record], there: Mapping[str, Record]) -> list[str]:
     """Name the leaves that are not of one kind, shape and dtype."""
-    told = []
+    lines = []
     for key in [*there, *(key for key in here if key not in there)]:
         was = describe(there[key]) if key in there else "absent"
         is_ = describe(here[key]) if key in here else "absent"
         if was != is_ and not (key in there and key in here and both_numbers(there[key], here[key])):
-            told.append(f"{part}/{key}: {was} there, {is_} here".replace("/:", ":"))
-    return told
+            lines.append(f"{part}/{key}: {was} there, {is_} here".replace("/:", ":"))
+    return lines
 
 
 def names(path: Iterable[Any]) -> Path:

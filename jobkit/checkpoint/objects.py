@@ -75,9 +75,9 @@ def _encode(value: Any, leaves: list[Any]) -> Any:
         with contextlib.suppress(TypeError, RuntimeError):  # bfloat16, on a GPU, sparse
             value = value.detach().numpy()
     if not is_leaf(value):
-        told = kind_of(value) if kind == "leaf" else f"{kind_of(value)} of {value.dtype} on {value.device}"
+        content = kind_of(value) if kind == "leaf" else f"{kind_of(value)} of {value.dtype} on {value.device}"
         raise ConfigError(
-            f"an object's state holds {told}, which jobkit cannot save: its state_dict() or get_state() may hold "
+            f"an object's state holds {content}, which jobkit cannot save: its state_dict() or get_state() may hold "
             "numbers, text, bytes, arrays, torch tensors of usual dtypes on the CPU, lists, tuples and dicts"
         )
     leaves.append(value)

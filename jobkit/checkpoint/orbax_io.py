@@ -258,9 +258,9 @@ def spare_bytes() -> int:
 
     Of several devices the first counts.
     """
-    told = None
+    stats = None
     with contextlib.suppress(Exception):  # a backend need not know
-        told = jax.local_devices()[0].memory_stats()
-    if told and "bytes_limit" in told:
-        return max(0, int(told["bytes_limit"]) - int(told.get("peak_bytes_in_use", told["bytes_limit"])))
+        stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return max(0, int(stats["bytes_limit"]) - int(stats.get("peak_bytes_in_use", stats["bytes_limit"])))
     return Memory().spare_bytes() // int(jax.process_count()) if jax.default_backend() == "cpu" else 0

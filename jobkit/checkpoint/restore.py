@@ -33,7 +33,7 @@ def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool
         ConfigError: If shapes, dtypes or structure differ; names the leaf.
         StorageError: If Orbax cannot read it although its bytes are as committed.
     """
-    table, found = _own(store, step, parts if partial else None)
+    table, arrays = _own(store, step, parts if partial else None)
     state.check(parts, table, where=f"from the checkpoint of step {step}")
     live: dict[tuple[str, ...], Any] = {}
     for name, part in parts.items():
@@ -41,11 +41,11 @@ def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool
             live |= {quoted(name, slot.path): slot.value for slot in part.slots()[0]}
     wanted = {path: live.get(path) for path in state.stored_paths(table)}
     try:
-        found |= orbax_io.read(_item(store, step), wanted, records=state.stored_paths(table))
+        arrays |= orbax_io.read(_item(store, step), wanted, records=state.stored_paths(table))
     except Exception as error:
         raise orbax_io.failure(error, f"cannot read step {step} of {store.url}") from error
     faults.reach("during_restore")
-    state.give_back(parts, table, found)
+    state.give_back(parts, table, arrays)
 
 
 def _own(store: Store, step: int, parts: Iterable[str] | None) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
@@ -211,8 +211,8 @@ def export_params(
         with tempfile.TemporaryDirectory(prefix=".jobkit-export-", dir=parent):
             pass
     except OSError:
-        told = f"cannot export to {target}: {parent} is not a directory that can be written; choose another"
-        raise ConfigError(told) from None
+        message = f"cannot export to {target}: {parent} is not a directory that can be written; choose another"
+        raise ConfigError(message) from None
     fetch(store, step)
     number = find_step(store, step)
     stored = state.stored_paths(table_of(store, number))

@@ -93,9 +93,9 @@ def _encode(now: PyTreeDef, given: PyTreeDef | None, where: str) -> Any:
         if node.kind is not defaultdict or same:
             return {name: [list(pair) for pair in zip(node.children, holds, strict=True)]}
     elif before is not None and same and [*node.children] == [*below]:
-        if told := _changed(before, node):
+        if change := _changed(before, node):
             raise ConfigError(
-                f"{where}, a {name}, has static data that has changed ({told}), which is not saved: after a restart "
+                f"{where}, a {name}, has static data that has changed ({change}), which is not saved: after a restart "
                 "it would be as at the start; make it a leaf of the tree, a number or an array"
             )
         return {_TAKEN: _full_name(node.kind), "holds": holds}

@@ -191,9 +191,12 @@ def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) ->
     remedy = "run the code that wrote it, or start the changed program in a new run directory"
     missing, extra = sorted(parts.keys() - table.keys()), sorted(table.keys() - parts.keys())
     if missing or extra:
-        told = [f"{', '.join(missing)} only here" if missing else "", f"{', '.join(extra)} only there" if extra else ""]
+        mismatches = [
+            f"{', '.join(missing)} only here" if missing else "",
+            f"{', '.join(extra)} only there" if extra else "",
+        ]
         raise ConfigError(
-            f"the parts given to resume() differ {where} ({'; '.join(filter(None, told))}): "
+            f"the parts given to resume() differ {where} ({'; '.join(filter(None, mismatches))}): "
             f"give the same parts, or {remedy}"
         )
     problems = []

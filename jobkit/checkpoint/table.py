@@ -54,11 +54,11 @@ def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
     """
     name = f"{contract.step_dir(step)}/{contract.of_process(contract.STATE, process)}"
     try:
-        told = decode.json_object(store.read(name), deepest=_DEEPEST, text=False)
+        document = decode.json_object(store.read(name), deepest=_DEEPEST, text=False)
     except FileNotFoundError:
         raise ConfigError(f"step {step} of {store.url} has no {name.rpartition('/')[2]}") from None
     try:
-        table = msgspec.convert(told, _Table)
+        table = msgspec.convert(document, _Table)
         for part, entry in table.parts.items():
             for records in (entry.leaves, {} if entry.given is msgspec.UNSET else entry.given):
                 for key, leaf in records.items():
@@ -68,8 +68,8 @@ def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
             f"{store.file(name)} is no table of a state that this jobkit reads, although its bytes are as committed: "
             f"{error}; install the jobkit that wrote it, or choose another step"
         ) from None
-    assert told is not None
-    parts: dict[str, Any] = told["parts"]
+    assert document is not None
+    parts: dict[str, Any] = document["parts"]
     return parts
 
 

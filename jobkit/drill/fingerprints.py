@@ -178,7 +178,7 @@ class _Files:
 
     def used(self) -> dict[str, str]:
         """Return by name how each was opened: 'r', 'w' or 'rw'; below the run directory the name is relative."""
-        found = {}
+        files = {}
         for path, ways in list(self._opened.items()):
             name = path.removeprefix(self._run)
             if not os.path.isabs(name):
@@ -188,8 +188,8 @@ class _Files:
                 elif contract.is_own(parts[0]):
                     continue
             if name:
-                found[name] = "".join(sorted(ways))
-        return found
+                files[name] = "".join(sorted(ways))
+        return files
 
     def _hear(self, event: str, told: tuple[Any, ...]) -> None:
         if event != "open" or len(self._opened) >= self._MOST:
@@ -221,7 +221,7 @@ def _drawn_from() -> list[str]:
 
 def _threads() -> list[str]:
     """Name the program's own functions that run in threads."""
-    found = []
+    names = []
     frames = sys._current_frames()
     for thread in threading.enumerate():
         if thread is threading.main_thread():
@@ -231,8 +231,8 @@ def _threads() -> list[str]:
             if _own(frame.f_code.co_filename):
                 own = f"{frame.f_code.co_name} in {Path(frame.f_code.co_filename).name}"
             frame = frame.f_back
-        found += [own] if own else []
-    return sorted(set(found))
+        names += [own] if own else []
+    return sorted(set(names))
 
 
 def _crc(content: str | bytes) -> str:
@@ -302,7 +302,7 @@ def _outside(frame: types.FrameType | None, seen: set[int]) -> Iterator[_Held]:
             if at_top:
                 done[id(frame.f_globals)] = frame.f_code, liveness.live(frame)
         frame = frame.f_back
-    told = set()
+    visited = set()
     for frame in frames:
         where, code = Path(frame.f_code.co_filename).name, frame.f_code
         if not (frame.f_locals is frame.f_globals or code.co_name == "<module>"):
@@ -310,9 +310,9 @@ def _outside(frame: types.FrameType | None, seen: set[int]) -> Iterator[_Held]:
             for name, value in list(frame.f_locals.items()):
                 line = liveness.line_of(code, name)
                 yield from _look_at(f"{name} in {where}:{code.co_name}", value, seen, _DEPTH, line, name in live)
-        if id(frame.f_globals) in told:
+        if id(frame.f_globals) in visited:
             continue
-        told.add(id(frame.f_globals))
+        visited.add(id(frame.f_globals))
         top = done[id(frame.f_globals)]
         for name, value in list(frame.f_globals.items()):
             line = liveness.line_of(top[0], name) if top else _line_in(frame.f_code.co_filename, name)
@@ -376,8 +376,8 @@ def _look_at(name: str, value: Any, seen: set[int], depth: int, line: int | None
     module = type(value).__module__
     if module.startswith("jobkit.") and not module.startswith("jobkit.examples"):
         return
-    if (found := _fingerprint(name, value)) is not None:
-        yield _Held(name, *found[:2], line, live, found[2])
+    if (fingerprint := _fingerprint(name, value)) is not None:
+        yield _Held(name, *fingerprint[:2], line, live, fingerprint[2])
         return
     seen.add(id(value))
     if isinstance(value, types.GeneratorType):
@@ -472,8 +472,8 @@ def _of_any(value: Any, depth: int) -> str:
     """Return a fingerprint of anything, as good as it gets."""
     if depth == 0 or value is None or isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return type(value).__name__
-    if (found := _fingerprint("", value)) is not None:
-        return found[1]
+    if (fingerprint := _fingerprint("", value)) is not None:
+        return fingerprint[1]
     if isinstance(value, list | tuple | dict):
         return _of_items(value, depth)
     if isinstance(value, types.GeneratorType):

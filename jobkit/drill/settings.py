@@ -47,5 +47,7 @@ def drill_from(environ: Mapping[str, str] = os.environ) -> Drill | None:
     text = environ.get(ENV_DRILL)
     if not text:
         return None
-    told = json.loads(text)
-    return Drill(told.get("until"), told.get("save_every"), told.get("pace_s", 0.0), tuple(told.get("probe", ())))
+    settings = json.loads(text)
+    return Drill(
+        settings.get("until"), settings.get("save_every"), settings.get("pace_s", 0.0), tuple(settings.get("probe", ()))
+    )

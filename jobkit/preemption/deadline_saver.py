@@ -285,8 +285,8 @@ class Guard:
                 if self._closed or self._arrived:
                     return
                 held = self.held if self.watching else {}
-                told = self._save(max(self._usable(held), default=-1), held)
-                self._served = not told
+                failure = self._save(max(self._usable(held), default=-1), held)
+                self._served = not failure
             # The training thread may still come, and then leaves in good order; or save, if that failed here.
             while not self.idle and not self._closed:
                 left_s = self.emergency.left_s()
@@ -295,24 +295,24 @@ class Guard:
                 self._wake.wait(_TICK_S / 4)
             with self.lock:
                 if not self._closed and not self._arrived:
-                    self._leave(told)
+                    self._leave(failure)
             return
 
     def _save(self, step: int, held: Mapping[int, Mapping[str, Held]]) -> str:
         """Commit a step that is held, or wait for what is in flight; return what went wrong, '' if nothing did."""
         self._begin()
-        told = "" if step >= 0 or self.idle or not self.watching else self._why
+        failure = "" if step >= 0 or self.idle or not self.watching else self._why
         try:
             if step >= 0:
                 self.emergency.commit(step, lambda: self._take(held[step]), by="guard")
             else:
                 self.emergency.promote()
         except Exception as error:  # whatever it is, what is in flight may still land
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            failure = str(error).splitlines()[0] if str(error) else type(error).__name__
             with contextlib.suppress(Exception):
                 self.emergency.promote()
         self.saved_at = time.monotonic()
-        return told
+        return failure
 
     def _usable(self, held: Mapping[int, Mapping[str, Held]]) -> list[int]:
         """Return the steps that can be saved: those that are computed, or the newest if none is."""
@@ -344,8 +344,8 @@ class Guard:
 
     def _common(self, own: list[int] | None) -> int:
         """Return the newest step that all hold; -1 if there is none."""
-        told = [own] + [self._group.hear(f"guard/held/{other}", _ANSWER_S) for other in range(1, self._group.count)]
-        common = set.intersection(*(set(steps or []) for steps in told))
+        answers = [own] + [self._group.hear(f"guard/held/{other}", _ANSWER_S) for other in range(1, self._group.count)]
+        common = set.intersection(*(set(steps or []) for steps in answers))
         at = max(common, default=-1)
         self._group.tell("guard/step", at)
         return at
@@ -414,10 +414,10 @@ def kept(steps: Iterable[int], room: int, begun: int) -> list[int]:
         begun: Where the loop began: held by all, it counts as a multiple of everything.
     """
     held = sorted(steps)
-    found: set[int] = set()
+    chosen: set[int] = set()
     for rung in _RUNGS:
-        found.update([step for step in held if step % rung == 0 or step == begun][-2:])
-    return sorted(found)[-room:] if room else []
+        chosen.update([step for step in held if step % rung == 0 or step == begun][-2:])
+    return sorted(chosen)[-room:] if room else []
 
 
 def _arrays(held: Mapping[str, Held]) -> list[Any]:

@@ -18,8 +18,8 @@ _SA_SIGINFO = 4
 
 def installed(number: int) -> bytes:
     """Return what is installed for a signal, as C describes it; empty where it cannot be read."""
-    found = ctypes.create_string_buffer(_SIZE)
-    return found.raw if _seen() and _libc().sigaction(number, None, found) == 0 else b""
+    action = ctypes.create_string_buffer(_SIZE)
+    return action.raw if _seen() and _libc().sigaction(number, None, action) == 0 else b""
 
 
 def address(action: bytes) -> int:

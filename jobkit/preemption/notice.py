@@ -111,10 +111,12 @@ class Listener:
         if self._first is None:
             return None
         source, reason, at_s, grace_s = self._first
-        told = read_told(self._supervisor) if self._supervisor is not None else None
-        if told is None:
+        report = read_told(self._supervisor) if self._supervisor is not None else None
+        if report is None:
             return Notice(source, reason, at_s, grace_s)
-        return Notice(told.source, told.reason, at_s, None if told.deadline_at is None else told.deadline_at - at_s)
+        return Notice(
+            report.source, report.reason, at_s, None if report.deadline_at is None else report.deadline_at - at_s
+        )
 
     def open(self) -> None:
         """Start listening."""
@@ -137,9 +139,9 @@ class Listener:
         such as a shell that waits for this program. Called once the supervisor can see that somebody listens; from then
         on it signals this process.
         """
-        told = read_told(self._supervisor) if self._supervisor is not None else None
-        if told is not None:
-            self.note(told.source, told.reason)
+        report = read_told(self._supervisor) if self._supervisor is not None else None
+        if report is not None:
+            self.note(report.source, report.reason)
 
     def close(self) -> None:
         """Stop listening and put earlier handlers back."""
@@ -178,11 +180,11 @@ class Listener:
             return
         self._wake_up()
         for number in self._earlier:
-            action, found = handlers.installed(number), signal.getsignal(number)
+            action, handler = handlers.installed(number), signal.getsignal(number)
             in_c = handlers.address(action) != self._ours[number]
-            if found == self._handle and not in_c:
+            if handler == self._handle and not in_c:
                 continue
-            other = CHandler(action) if in_c and found == self._handle else found
+            other = CHandler(action) if in_c and handler == self._handle else handler
             if handlers.address(action) == 1:
                 other = signal.SIG_IGN
             signal.signal(number, self._handle)
@@ -284,8 +286,8 @@ class Listener:
 def _identity(descriptor: int) -> Any:
     """Tell an open file from one that has its number later; None for none."""
     with contextlib.suppress(OSError):
-        found = os.fstat(descriptor)
-        return found.st_dev, found.st_ino, found.st_mode
+        status = os.fstat(descriptor)
+        return status.st_dev, status.st_ino, status.st_mode
     return None
 
 

@@ -123,10 +123,10 @@ class Agreement:
         try:
             while not self._closing:
                 try:
-                    told = self._group.hear(f"round/{self._number}", _SLICE_S)
+                    message = self._group.hear(f"round/{self._number}", _SLICE_S)
                 except TimeoutError:
                     continue
-                self._answer(self._number, told)
+                self._answer(self._number, message)
                 self._number += 1
         except Exception as error:  # whatever it is, the loop must not wait for this thread
             self._fail(error)
@@ -140,12 +140,12 @@ class Agreement:
         if self._group.first:
             others = range(1, self._group.count)
             bounds = [bound] + [self._hear(f"round/{number}/bound/{other}", told["kind"]) for other in others]
-            at = -1 if None in bounds else max(found for found in bounds if found is not None)
+            at = -1 if None in bounds else max(value for value in bounds if value is not None)
             self._group.tell(f"round/{number}/at", at)
         else:
             self._group.tell(f"round/{number}/bound/{self._group.index}", bound)
-            heard = self._hear(f"round/{number}/at", told["kind"], rounds=2)
-            at = -1 if heard is None else heard
+            decided = self._hear(f"round/{number}/at", told["kind"], rounds=2)
+            at = -1 if decided is None else decided
         if at < 0 and self._closing:
             return
         if at < 0:
@@ -160,8 +160,8 @@ class Agreement:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline and not self._closing and not self._lost():
             try:
-                found: int = self._group.hear(key, _SLICE_S)
-                return found
+                number: int = self._group.hear(key, _SLICE_S)
+                return number
             except TimeoutError:
                 pass
         return None

@@ -247,8 +247,8 @@ class Run:
     def _pass_on(self, notice: Notice) -> None:
         """Tell of a notice, once, on a thread of the listener's or the agreement's."""
         if self._agreement is not None:
-            told = {"source": notice.source, "reason": notice.reason, "deadline_s": notice.left_s()}
-            self._agreement.ask(STOP, **told)
+            fields = {"source": notice.source, "reason": notice.reason, "deadline_s": notice.left_s()}
+            self._agreement.ask(STOP, **fields)
         self._guard.begin()
 
     def _heard(self, told: dict[str, Any]) -> None:
@@ -548,9 +548,9 @@ class Run:
     @property
     def notice(self) -> Notice | None:
         """The preemption notice, None while there is none."""
-        found = self._listener.notice
-        self._said |= found is not None and self._agreement is None
-        return found
+        notice = self._listener.notice
+        self._said |= notice is not None and self._agreement is None
+        return notice
 
     @property
     def should_stop(self) -> bool:
@@ -561,16 +561,16 @@ class Run:
 
         In a run of several processes the answer is the same in all of them at the same look, if all look equally often.
         """
-        found = self._shall_stop()
-        self._said |= found
+        stop = self._shall_stop()
+        self._said |= stop
         if not self._looping and self._parts is not None:
             self._rounds += 1
-            if self._probe is not None and not self._depth and not found:
+            if self._probe is not None and not self._depth and not stop:
                 self._probe.begin_round(self.step, self._parts, self._given)
             if self._rounds == 2:  # what lies between two looks is a round
                 self._own_loop()
             self._heartbeat.beat()
-        return found
+        return stop
 
     def _shall_stop(self) -> bool:
         if not self._looping and time.monotonic() >= self._next_look_s:
@@ -851,16 +851,16 @@ class Run:
         """Hear what is asked from outside, in process 0: the others hear it from there."""
         if self._control is None:
             return
-        if (told := self._control.new(contract.SAVE)) is not None:
+        if (request := self._control.new(contract.SAVE)) is not None:
             step = self.step if self._looping else self.step + 1  # in a loop of its own the next save is the program's
-            self._ledger.append("save_asked", durable=True, id=told.get("id"), by=told.get("by"), step=step)
+            self._ledger.append("save_asked", durable=True, id=request.get("id"), by=request.get("by"), step=step)
             self._save_wanted = True
             if self._agreement is not None:
                 self._agreement.ask(SAVE)
-        if not self._supervised and (told := self._control.new(contract.CANCEL)) is not None:
-            self._listener.note("stop", says_stop(told))
+        if not self._supervised and (request := self._control.new(contract.CANCEL)) is not None:
+            self._listener.note("stop", says_stop(request))
             if self._agreement is not None:
-                self._agreement.ask(STOP, source="stop", reason=says_stop(told))
+                self._agreement.ask(STOP, source="stop", reason=says_stop(request))
 
     def _due(self) -> tuple[bool, bool]:
         """Tell whether to stop and whether to save at this boundary; the same in all processes of the attempt."""
@@ -901,13 +901,13 @@ class Run:
         self._asks += 1
         try:
             self._guard.meet(f"asked/{self._asks}", _ASKED_S)
-            told: dict[str, float] | None = self._group.share(f"verdict/{self._asks}", verdict, _ASKED_S)
+            agreed: dict[str, float] | None = self._group.share(f"verdict/{self._asks}", verdict, _ASKED_S)
         except TimeoutError:
             raise ConfigError(
                 f"save() was called at step {self.step} by process {self._group.index} and not by every process: call "
                 "it in all of them, process 0's metrics count"
             ) from None
-        return told
+        return agreed
 
     def _begin_interval(self) -> None:
         """Count the interval of periodic saves from here."""
@@ -958,8 +958,8 @@ class Run:
             self._tell_compiled()
 
     def _tell_compiled(self) -> None:
-        if (told := compilecache.report(self._store, self.attempt)) is not None:
-            self._ledger.append("compiled", step=self.step, **told)
+        if (report := compilecache.report(self._store, self.attempt)) is not None:
+            self._ledger.append("compiled", step=self.step, **report)
 
     def _save(self, reason: str, metrics: dict[str, float]) -> None:
         """Start a save; training goes on if it fails, loudly."""
@@ -1026,11 +1026,11 @@ class Run:
                 self._guard.emergency.commit(
                     self.step, self._snapshot, by="boundary", metrics=asked, hear=self._hear_failure
                 )
-            told = self._tell_stopped()
+            summary = self._tell_stopped()
             self._looping = False
         if self._probe is not None:
             self._probe.stopped(self.step, self._resumed(), self._given)
-        raise Preempted(told)
+        raise Preempted(summary)
 
     def _leave(self, why: str) -> None:
         """End the process where the training thread cannot: what is committed is all that can be.
@@ -1076,12 +1076,14 @@ class Run:
         self._logged.flush(self._ledger, below=step)
         lost = {"lost_steps": self.step - step, "why": why} if why else {}
         self._ledger.append("stopped", durable=True, step=step, notice_to_commit_s=committed_s, **lost)
-        told = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
+        summary = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
         if why:
-            told = f"{notice.source}: stopped with step {step}, committed before, of {self.step} completed ones: {why}"
-        say(told)
+            summary = (
+                f"{notice.source}: stopped with step {step}, committed before, of {self.step} completed ones: {why}"
+            )
+        say(summary)
         self._heartbeat.enter(Phase.STOPPED)
-        return told
+        return summary
 
     def _finish(self) -> None:
         """Commit the last step."""

@@ -97,8 +97,8 @@ class _Envelope(msgspec.Struct):
 
 def steps(store: Store) -> list[int]:
     """List the committed steps in rising order. One directory listing and one existence check per step."""
-    found = store.numbers(contract.CHECKPOINTS)
-    return [step for step in found if store.exists(f"{contract.step_dir(step)}/{contract.COMMIT}")]
+    numbers = store.numbers(contract.CHECKPOINTS)
+    return [step for step in numbers if store.exists(f"{contract.step_dir(step)}/{contract.COMMIT}")]
 
 
 def read(store: Store, step: int) -> Commit:
@@ -135,9 +135,9 @@ def score_file(commit: Commit) -> str:
 def scored(commit: Commit, content: bytes) -> Commit:
     """Add to a commit what came after it; a file that cannot be read adds nothing."""
     with contextlib.suppress(ValueError, TypeError, OverflowError, msgspec.ValidationError):
-        told = decode.json_object(content) or {}
-        early = msgspec.convert(told.pop(_EARLY_STOPS, commit.early_stops), list[EarlyStop])
-        later = {name: float(value) for name, value in told.items()}
+        scores = decode.json_object(content) or {}
+        early = msgspec.convert(scores.pop(_EARLY_STOPS, commit.early_stops), list[EarlyStop])
+        later = {name: float(value) for name, value in scores.items()}
         return msgspec.structs.replace(commit, metrics=commit.metrics | later, early_stops=early)
     return commit
 
@@ -162,11 +162,11 @@ def score(
     """
     commit = read(store, step)
     check_newest(store, attempt, f"add metrics to step {step}")
-    told: dict[str, Any] = {**_told({**commit.metrics, **later})}
+    scores: dict[str, Any] = {**_told({**commit.metrics, **later})}
     early = commit.early_stops if early_stops is None else list(early_stops)
     if early:
-        told[_EARLY_STOPS] = msgspec.to_builtins(early)
-    store.write(score_file(commit), json.dumps(told, indent=1))
+        scores[_EARLY_STOPS] = msgspec.to_builtins(early)
+    store.write(score_file(commit), json.dumps(scores, indent=1))
 
 
 def parse(content: bytes, step: int, *, where: str) -> Commit:
@@ -188,9 +188,9 @@ def parse(content: bytes, step: int, *, where: str) -> Commit:
             raise DamagedError(f"{where} is damaged: its content does not match its own crc32c")
         # Only a version whose seal fits is believed: a flipped bit there is damage, not a newer jobkit.
         versions.check_format(envelope.version, where)
-        told = decode.json_object(content) or {}
-        told["metrics"] = {name: float(value) for name, value in told.get("metrics", {}).items()}
-        commit = msgspec.convert(told, Commit)
+        fields = decode.json_object(content) or {}
+        fields["metrics"] = {name: float(value) for name, value in fields.get("metrics", {}).items()}
+        commit = msgspec.convert(fields, Commit)
     except (msgspec.MsgspecError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedError(f"{where} is damaged: {error}") from None
     if commit.step != step:
@@ -206,11 +206,11 @@ def metrics(store: Store) -> dict[int, dict[str, float]]:
 
     A damaged one neither fails a save nor is removed by retention: the next restore that meets it sets it aside.
     """
-    found = {}
+    by_step = {}
     for step in steps(store):
         with contextlib.suppress(StorageError):
-            found[step] = read(store, step).metrics
-    return found
+            by_step[step] = read(store, step).metrics
+    return by_step
 
 
 def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: False) -> list[str]:
@@ -233,14 +233,14 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
         return [str(error)]
     root = store.file(contract.step_dir(step))
     try:
-        found = set(files_below(root)) - {contract.COMMIT}
+        present = set(files_below(root)) - {contract.COMMIT}
     except OSError as error:
         raise explain(error, f"cannot list {root}") from None
     last_s = time.monotonic() + _BAD_SECTOR_S
     asking = Patience(over=lambda: time.monotonic() >= last_s or stop())
-    wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - found)]
-    wrong += [f"{name} does not belong there" for name in sorted(found - commit.files.keys())]
-    for name in sorted(found & commit.files.keys()):
+    wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - present)]
+    wrong += [f"{name} does not belong there" for name in sorted(present - commit.files.keys())]
+    for name in sorted(present & commit.files.keys()):
         expected = commit.files[name]
         if stop():
             break
@@ -293,8 +293,8 @@ def _measured(path: Path, asking: Patience) -> tuple[int, str]:
 
 def _written(commit: Commit) -> bytes:
     """Write a commit down as JSON, which has no word for a diverged metric's nan and inf: those become text."""
-    told = msgspec.to_builtins(commit) | {"metrics": _told(commit.metrics)}
-    return msgspec.json.format(msgspec.json.encode(told), indent=1)
+    fields = msgspec.to_builtins(commit) | {"metrics": _told(commit.metrics)}
+    return msgspec.json.format(msgspec.json.encode(fields), indent=1)
 
 
 def _told(values: Mapping[str, float]) -> dict[str, float | str]:

@@ -42,10 +42,10 @@ def empty(store: Store) -> bool:
     end = time.monotonic() + _REST_S
     later = max(store.numbers(contract.ATTEMPTS), default=-1) + 1
     Outbox(store, later, lambda: None).carry_earlier(go_on=lambda: time.monotonic() < end)
-    found, here = remote.find(), commits.metrics(store)
-    if any(not _is_up(remote, step, found) for step in _wanted(store, remote, here, found)):
+    listing, here = remote.find(), commits.metrics(store)
+    if any(not _is_up(remote, step, listing) for step in _wanted(store, remote, here, listing)):
         return False
-    sent = {name: growing_files.size_of(pieces) for name, pieces in growing_files.grouped(found).items()}
+    sent = {name: growing_files.size_of(pieces) for name, pieces in growing_files.grouped(listing).items()}
     if remote.read(contract.EVENTS) != store.read(contract.EVENTS):
         return False
     files = [

@@ -225,8 +225,8 @@ def newest_event(store: Store, name: str, events: Collection[str]) -> Event:
             if at == 0:
                 whole = rest + whole
             for line in reversed(whole.splitlines()):
-                if any(mark in line for mark in wanted) and (found := _parsed(line)) and found[0]["event"] in events:
-                    return found[0]
+                if any(mark in line for mark in wanted) and (parsed := _parsed(line)) and parsed[0]["event"] in events:
+                    return parsed[0]
     return {}
 
 
@@ -240,7 +240,7 @@ def tail_events(store: Store, name: str, event: str, nbytes: int = 1 << 20) -> l
     except FileNotFoundError:
         return []
     lines = [line for line in content.splitlines() if f'"{event}"'.encode() in line]
-    return [found for found in _parsed(b"\n".join(lines)) if found["event"] == event]
+    return [entry for entry in _parsed(b"\n".join(lines)) if entry["event"] == event]
 
 
 @dataclass

@@ -86,15 +86,15 @@ def refresh(store: Store) -> None:
     remote = store.remote
     if remote is None:
         return
-    found = remote.find()
+    sizes = remote.find()
     ledger = None
-    if _size(store, contract.EVENTS) != found.get(contract.EVENTS, -1):
+    if _size(store, contract.EVENTS) != sizes.get(contract.EVENTS, -1):
         ledger = _newer(store, remote)
-        found = remote.find()
-    _bring(store, found, lambda name: not name.startswith(_NOT_BROUGHT) and not growing_files.is_log(name))
+        sizes = remote.find()
+    _bring(store, sizes, lambda name: not name.startswith(_NOT_BROUGHT) and not growing_files.is_log(name))
     if ledger is not None:
         store.write(contract.EVENTS, ledger)
-    if contract.CANCEL not in found:
+    if contract.CANCEL not in sizes:
         store.remove(contract.CANCEL)
 
 
@@ -149,8 +149,8 @@ def _is_rewritten(name: str) -> bool:
 
 def _size(store: Store, name: str) -> int:
     """Return the size of a file in the home, -1 if it is not there."""
-    found = store.stat(name)
-    return -1 if found is None else found.st_size
+    stat = store.stat(name)
+    return -1 if stat is None else stat.st_size
 
 
 def fetch_ledgers(store: Store, attempt: int) -> None:
@@ -175,7 +175,7 @@ def keep_of(store: Store) -> commits.Keep:
     from jobkit.rundir.ledger import read_json
 
     with contextlib.suppress(DamagedError):  # of what is not written by a Run nothing is removed
-        if (told := read_json(store, contract.STRATEGY)) is not None and (keep := _keep(told)) is not None:
+        if (strategy := read_json(store, contract.STRATEGY)) is not None and (keep := _keep(strategy)) is not None:
             return keep
     return commits.Keep(newest=1 << 30)
 

@@ -94,8 +94,8 @@ class Outbox:
                 ):
                     self._left.append(name)
         self._senders = {
-            name: growing_files.Sender(self._store, name, found)
-            for name, found in there.items()
+            name: growing_files.Sender(self._store, name, parts)
+            for name, parts in there.items()
             if growing_files.is_growing(name)
         }
         return self._senders

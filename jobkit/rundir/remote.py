@@ -132,14 +132,14 @@ class Remote:
         Whoever may write there chooses the names: those that are not one's inside are left out (see names.py).
         """
         try:
-            found = self._call("list", "find", name, detail=True)
+            listing = self._call("list", "find", name, detail=True)
         except FileNotFoundError:
             return {}
         _, root = self._fs()
         # s3fs names the place itself, as a directory, if its first object appears between two of its own requests.
         sizes = {
             path.removeprefix(root + "/"): int(info["size"] or 0)
-            for path, info in found.items()
+            for path, info in listing.items()
             if info.get("type") == "file" and path.startswith(root + "/")
         }
         # Consoles show folders by empty objects whose name ends in a slash.
@@ -155,10 +155,10 @@ class Remote:
         """
         info = self._call("look at", "info", name)
         for key in ("LastModified", "mtime", "last_modified", "created"):  # of S3, Google's and files, Azure, memory
-            if isinstance(found := info.get(key), datetime.datetime):
-                return found.timestamp()
-            if isinstance(found, int | float):
-                return float(found)
+            if isinstance(mtime := info.get(key), datetime.datetime):
+                return mtime.timestamp()
+            if isinstance(mtime, int | float):
+                return float(mtime)
         raise StorageError(f"{self.url} does not tell when {name} was written")
 
     def remove(self, objects: Iterable[str]) -> None:
@@ -184,12 +184,12 @@ class Remote:
         bucket, _, prefix = root.partition("/")
         try:
             listed = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
-            found = [(upload["Key"], upload["UploadId"]) for upload in listed.get("Uploads") or []]
-            for key, upload in found:
+            uploads = [(upload["Key"], upload["UploadId"]) for upload in listed.get("Uploads") or []]
+            for key, upload in uploads:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
         except Exception as error:
             raise translate(error, f"cannot end old uploads to {self.url}") from error
-        return len(found)
+        return len(uploads)
 
     def fetch(self, name: str, target: Path) -> None:
         """Write an object's content to a local file."""

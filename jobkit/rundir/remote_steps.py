@@ -46,16 +46,16 @@ def read(remote: Remote, step: int) -> Commit:
 def steps(remote: Remote) -> list[int]:
     """List the committed steps on a URL, in rising order, with one request per thousand objects."""
     steps = group(remote.find(contract.CHECKPOINTS))
-    return sorted(step for step, found in steps.items() if commit_name(step) in found)
+    return sorted(step for step, objects in steps.items() if commit_name(step) in objects)
 
 
 def metrics(remote: Remote) -> dict[int, dict[str, float]]:
     """Return the metrics of every committed step on a URL."""
-    found, scores = {}, remote.find(contract.SCORES)
+    by_step, scores = {}, remote.find(contract.SCORES)
     for step in steps(remote):
         with contextlib.suppress(StorageError):
-            found[step] = metrics_of(remote, step, scores)
-    return found
+            by_step[step] = metrics_of(remote, step, scores)
+    return by_step
 
 
 def metrics_of(remote: Remote, step: int, scores: Container[str]) -> dict[str, float]:
@@ -223,7 +223,7 @@ def _fetch_files(remote: Remote, commit: Commit, doing: str, stage: Path, *, kee
             advance(commit.files[name].size)
             return wrong
 
-        return [told for told in each(fetch, commit.files) if told]
+        return [problem for problem in each(fetch, commit.files) if problem]
 
 
 def _fetch_file(remote: Remote, commit: Commit, name: str, stage: Path) -> str:
@@ -255,16 +255,16 @@ def problems(store: Store, step: int) -> list[str]:
 
 def remove(remote: Remote, step: int) -> None:
     """Remove a step from a URL; commit.json first, so that no reader takes a half-removed step for whole."""
-    found = remote.find(contract.step_dir(step))
-    remote.remove([name for name in found if name == commit_name(step)])
-    remote.remove([name for name in found if name != commit_name(step)])
+    objects = remote.find(contract.step_dir(step))
+    remote.remove([name for name in objects if name == commit_name(step)])
+    remote.remove([name for name in objects if name != commit_name(step)])
 
 
 def set_aside(remote: Remote, step: int, reasons: list[str]) -> None:
     """Move a damaged step on the URL out of the way, with the reason; commit.json goes first."""
     target = f"{contract.SET_ASIDE}/{step}-{int(time.time())}"
-    found = sorted(remote.find(contract.step_dir(step)), key=lambda name: not name.endswith(contract.COMMIT))
+    objects = sorted(remote.find(contract.step_dir(step)), key=lambda name: not name.endswith(contract.COMMIT))
     remote.write(f"{target}.reason.txt", "\n".join(reasons).encode())
-    for name in found:
+    for name in objects:
         remote.write(name.replace(contract.step_dir(step), target, 1), remote.read(name))
         remote.remove([name])

@@ -368,9 +368,9 @@ class Store:
         """Remove what writers of a file that were killed have left beside it; nobody else may be writing it."""
         directory, _, last = name.rpartition("/")
         before, after = _temporary(last, "*").split("*")
-        for found in (one for one in self.names(directory) if one.startswith(before) and one.endswith(after)):
+        for leftover in (one for one in self.names(directory) if one.startswith(before) and one.endswith(after)):
             with contextlib.suppress(OSError):
-                (self.file(directory) / found).unlink()
+                (self.file(directory) / leftover).unlink()
 
     @_answered("remove")
     def remove(self, name: str) -> None:
@@ -459,11 +459,11 @@ def files_below(root: Path) -> Iterator[str]:
 
     A symbolic link is yielded as a file: nothing of ours makes one, so a checker should see it.
     """
-    found = []
+    paths = []
     for directory, subdirectories, files in os.walk(root, onerror=raise_unlisted):
         linked = [name for name in subdirectories if os.path.islink(os.path.join(directory, name))]
-        found += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *linked]]
-    yield from sorted(name.replace(os.sep, "/") for name in found)
+        paths += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *linked]]
+    yield from sorted(name.replace(os.sep, "/") for name in paths)
 
 
 def checksum(path: Path) -> tuple[int, str]:

@@ -169,8 +169,8 @@ class Uploader:
 
     def _said_what_to_keep(self) -> bool:
         """Tell whether the program of this attempt has said what to keep; what is in the home may be old."""
-        found = self._store.stat(contract.STRATEGY)
-        return found is not None and found.st_mtime >= self._since
+        stat = self._store.stat(contract.STRATEGY)
+        return stat is not None and stat.st_mtime >= self._since
 
     def carry_files(self, *, until: float | None = None) -> None:
         """Carry the rest of logs, ledgers and what describes the run; what is not up in time waits in the home.
@@ -210,7 +210,7 @@ class Uploader:
         remote, strategy = self._store.remote, mirror.keep_of(self._store)
         assert remote is not None
         by_step = remote_steps.group(remote.find(contract.CHECKPOINTS))
-        committed = {step for step, found in by_step.items() if remote_steps.commit_name(step) in found}
+        committed = {step for step, files in by_step.items() if remote_steps.commit_name(step) in files}
         scores = remote.find(contract.SCORES)
         known = {step: remote_steps.metrics_of(remote, step, scores) for step in committed}
         newest, local = max(committed, default=-1), commits.steps(self._store)

@@ -99,15 +99,15 @@ class _Gce:
         wait = f"?wait_for_change=true&last_etag={self._etag}&timeout_sec={_HANG_S}" if self._etag else ""
         preempted, self._etag = self._get(f"instance/preempted{wait}")
         maintenance, _ = self._get("instance/maintenance-event")
-        found = {}
+        events = {}
         if preempted == "TRUE":
             self._noticed_at = self._noticed_at or time.monotonic()
             reason = "Google Compute Engine preempts this VM"
-            found["preempted"] = Said(Kind.NOTICE, self.name, reason, self._noticed_at + 30.0)
+            events["preempted"] = Said(Kind.NOTICE, self.name, reason, self._noticed_at + 30.0)
         # A VM that can be moved is moved; one that cannot (with GPUs) is told an hour before, then stopped by SIGTERM.
         if maintenance not in ("NONE", ""):
-            found[maintenance] = Said(Kind.INFORMATION, self.name, f"maintenance of the host: {maintenance}")
-        return found
+            events[maintenance] = Said(Kind.INFORMATION, self.name, f"maintenance of the host: {maintenance}")
+        return events
 
     def _get(self, name: str) -> tuple[str, str]:
         path = f"/computeMetadata/v1/{name}"
@@ -124,16 +124,16 @@ class _Aws:
 
     def look(self) -> dict[str, Said]:
         """See `_Cloud`."""
-        found = {}
+        events = {}
         if action := self._get("spot/instance-action"):
-            told = json.loads(action)
-            at = datetime.fromisoformat(str(told["time"]).replace("Z", "+00:00")).timestamp()
-            reason = f"Amazon EC2 takes this instance back ({told.get('action', 'terminate')})"
-            found["action"] = Said(Kind.NOTICE, self.name, reason, _monotonic(at))
+            notice = json.loads(action)
+            at = datetime.fromisoformat(str(notice["time"]).replace("Z", "+00:00")).timestamp()
+            reason = f"Amazon EC2 takes this instance back ({notice.get('action', 'terminate')})"
+            events["action"] = Said(Kind.NOTICE, self.name, reason, _monotonic(at))
         if self._get("events/recommendations/rebalance"):
             reason = "Amazon EC2 says that an interruption of this instance has become likelier"
-            found["rebalance"] = Said(Kind.INFORMATION, self.name, reason)
-        return found
+            events["rebalance"] = Said(Kind.INFORMATION, self.name, reason)
+        return events
 
     def _get(self, name: str) -> str:
         """Return a value, empty where there is none."""
@@ -271,11 +271,11 @@ class Watch:
             if not silent and time.monotonic() - since >= _PATIENCE_S:
                 silent = True
                 error = tried.outcome.exception() if tried.outcome is not None else None
-                told = (
+                message = (
                     f"the metadata server does not answer ({error}), so nothing will warn of a preemption; in a "
                     "container use the host's network, or on EC2 a hop limit of 2"
                 )
-                self._said.put(Said(Kind.INFORMATION, cloud.name, told))
+                self._said.put(Said(Kind.INFORMATION, cloud.name, message))
 
         retrying = tenacity.Retrying(
             wait=tenacity.wait_exponential(0.2, 5.0) + tenacity.wait_random(0, 0.2),
@@ -285,8 +285,8 @@ class Watch:
             before_sleep=before_sleep,
             retry_error_callback=lambda _: {},
         )
-        found: dict[str, Said] = retrying(cloud.look)
-        return found
+        events: dict[str, Said] = retrying(cloud.look)
+        return events
 
 
 def _ask(

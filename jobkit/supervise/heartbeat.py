@@ -198,9 +198,9 @@ class Link:
             reason: What is known of the cause, for a person.
             deadline_at: When the program is killed, on the clock of `time.monotonic`; None where nobody said.
         """
-        told = {"source": source, "reason": reason, "deadline_at": deadline_at}
+        notice = {"source": source, "reason": reason, "deadline_at": deadline_at}
         with contextlib.suppress(OSError):  # a full /dev/shm: the signal alone is a notice too
-            _replace(self.directory / "notice.json", told)
+            _replace(self.directory / "notice.json", notice)
 
     def close(self) -> None:
         """Remove the directory."""
@@ -240,10 +240,10 @@ def read_beat(directory: Path) -> Beat:
 def read_unsaved(directory: Path) -> dict[str, Any] | None:
     """Return what the program says that it could not save, None if it says nothing."""
     try:
-        told = json.loads((directory / _UNSAVED).read_bytes())
+        event = json.loads((directory / _UNSAVED).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) else None
+    return event if isinstance(event, dict) else None
 
 
 def _replace(path: Path, told: Mapping[str, Any]) -> None:
@@ -255,9 +255,9 @@ def _replace(path: Path, told: Mapping[str, Any]) -> None:
 def read_told(directory: Path) -> Told | None:
     """Return what the supervisor said of a notice, None if it said nothing."""
     try:
-        told = json.loads((directory / "notice.json").read_bytes())
-        deadline_at = told["deadline_at"]
-        return Told(str(told["source"]), str(told["reason"]), None if deadline_at is None else float(deadline_at))
+        notice = json.loads((directory / "notice.json").read_bytes())
+        deadline_at = notice["deadline_at"]
+        return Told(str(notice["source"]), str(notice["reason"]), None if deadline_at is None else float(deadline_at))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

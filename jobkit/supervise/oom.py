@@ -59,7 +59,7 @@ def _counters(proc: Path, cgroups: Path) -> list[Path]:
 
     In a container the path that /proc tells may be the host's, while its own group is what is mounted.
     """
-    found = []
+    counters = []
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -72,8 +72,8 @@ def _counters(proc: Path, cgroups: Path) -> list[Path]:
             root, name = cgroups / "memory", "memory.oom_control"
         else:
             continue
-        found += [root / path.lstrip("/") / name, root / name]
-    return [*found, proc / "vmstat"]
+        counters += [root / path.lstrip("/") / name, root / name]
+    return [*counters, proc / "vmstat"]
 
 
 def _count(counter: Path | None) -> int | None:

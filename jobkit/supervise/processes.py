@@ -63,13 +63,13 @@ def descendants(pid: int | None = None) -> list[int]:
     offspring: dict[int, list[int]] = {}
     for child, (_, parent) in _table().items():
         offspring.setdefault(parent, []).append(child)
-    found: list[int] = []
+    pids: list[int] = []
     waiting = [os.getpid() if pid is None else pid]
     while waiting:
         below = offspring.get(waiting.pop(), [])
-        found += below
+        pids += below
         waiting += below
-    return found
+    return pids
 
 
 def alive(pid: int) -> bool:
@@ -98,14 +98,14 @@ def with_environment(name: str, value: str) -> list[int]:
     This finds what no family tree finds: trainers whose supervisor and runner were both killed.
     """
     wanted = f"{name}={value}".encode(errors="surrogateescape")
-    found = []
+    pids = []
     for pid in _pids():
         try:
             if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
+                pids.append(pid)
         except OSError:
             continue  # gone meanwhile, a kernel thread's, or another user's
-    return found
+    return pids
 
 
 def environment_of(pid: int) -> dict[str, str]:

@@ -30,14 +30,14 @@ def parse_pairs(printed: str) -> dict[str, str]:
     The first of equal names counts: what SLURM itself says of a job comes before the user's own text, such as the
     SubmitLine that 26.05 prints, which may hold anything.
     """
-    found = re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][A-Za-z0-9/:_-]*=|\s*$)", printed.splitlines()[0] if printed else "")
-    return dict(reversed(found))
+    pairs = re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][A-Za-z0-9/:_-]*=|\s*$)", printed.splitlines()[0] if printed else "")
+    return dict(reversed(pairs))
 
 
 def parse_time(text: str) -> float | None:
     """Read SLURM's local time, such as 2026-11-24T01:02:03; None for Unknown and the like."""
-    told = _parse(text)
-    return None if told is None else time.mktime(told)
+    parsed = _parse(text)
+    return None if parsed is None else time.mktime(parsed)
 
 
 def _parse(text: str) -> time.struct_time | None:
@@ -97,8 +97,8 @@ class Respite:
     def _ask(self, job: str, least_s: float) -> None:
         came_at = time.monotonic()
         time.sleep(least_s * _SHARE)
-        told = _show("job", job)
-        left_s = preemption_s(told, lambda: _graces(told.get("Partition", "")))
+        fields = _show("job", job)
+        left_s = preemption_s(fields, lambda: _graces(fields.get("Partition", "")))
         if left_s is not None and left_s <= _LONGEST_S:
             self._answers.put(came_at + left_s + least_s - _SAFE_S)
 

@@ -61,8 +61,8 @@ class Sentry:
         if self.stall is None:
             return None
         self._write_down(self.stall, beat.pid)
-        told = contract.grace_s_from(signal.SIGTERM)
-        patience_s = _ASKED_S if told is None else min(told, _ASKED_S)
+        grace_s = contract.grace_s_from(signal.SIGTERM)
+        patience_s = _ASKED_S if grace_s is None else min(grace_s, _ASKED_S)
         if self.stall.phase in (Phase.STOPPING, Phase.STOPPED):  # it was asked before
             patience_s = 0.0
         self._kill_at = time.monotonic() + patience_s

@@ -180,8 +180,8 @@ def _link(attempt: Attempt) -> Link:
         return Link(attempt.store.path, attempt.number)
     except OSError as error:
         places = f"{SHARED} nor in the directory for temporary files (TMPDIR)"
-        told = f"there is room for what supervisor and program share on this node neither in {places}"
-        raise explain(error, told) from None
+        message = f"there is room for what supervisor and program share on this node neither in {places}"
+        raise explain(error, message) from None
 
 
 def _open_log(attempt: Attempt) -> IO[bytes]:
@@ -291,10 +291,10 @@ def _watch(
             _put_off(attempt, link, ledger, later)
         if carrier.superseded is not None and attempt.notice is None:
             give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
-        if attempt.control is not None and (told := attempt.control.new(contract.CANCEL)) is not None:
+        if attempt.control is not None and (request := attempt.control.new(contract.CANCEL)) is not None:
             grace_s = contract.grace_s_from(signal.SIGTERM)
             attempt.until = min(attempt.until, float("inf") if grace_s is None else time.monotonic() + grace_s)
-            give_notice(attempt, link, ledger, source="stop", reason=says_stop(told), deadline_s=grace_s)
+            give_notice(attempt, link, ledger, source="stop", reason=says_stop(request), deadline_s=grace_s)
         if (patience_s := sentry.look(link.read())) is not None:
             attempt.hint = sentry.reason
             if patience_s:
@@ -475,7 +475,7 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry
     except JobkitError as error:
         say(str(error))
     reason = (attempt.hint or _reason(attempt, outcome, code)) + _memory(attempt, outcome)
-    told = {
+    record = {
         "attempt": attempt.number,
         "exit_code": code,
         "outcome": outcome,
@@ -496,7 +496,7 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry
     try:
         # What became of several processes together is written by who started them.
         attempt.store.write(
-            name if attempt.alone else contract.process_outcome(attempt.number, attempt.process[0]), _json(**told)
+            name if attempt.alone else contract.process_outcome(attempt.number, attempt.process[0]), _json(**record)
         )
     except JobkitError as error:  # a full disk: the exit code still tells those who wait for us
         say(str(error))
@@ -507,8 +507,8 @@ def _reason(attempt: Attempt, outcome: Outcome, code: int) -> str:
     if outcome is Outcome.DONE:
         return "finished"
     if outcome is Outcome.PREEMPTED:
-        told = attempt.notice if attempt.notice_reason == "signal" else f"notice: {attempt.notice_reason}"
-        return f"stopped on {told or 'notice'}"
+        cause = attempt.notice if attempt.notice_reason == "signal" else f"notice: {attempt.notice_reason}"
+        return f"stopped on {cause or 'notice'}"
     if outcome is Outcome.KILLED:
         return f"killed by {contract.describe_exit(code)}"
     return f"{contract.describe_exit(code)}: {_last_line(attempt)}".rstrip(": ")
@@ -529,8 +529,8 @@ def _last_line(attempt: Attempt) -> str:
             lines = log.read().decode(errors="replace").split("\n")
     except OSError:
         return ""
-    told = (line.strip() for line in reversed(lines))
-    return textwrap.shorten(next((line for line in told if line.strip("-") and _JAX not in line), ""), 500)
+    stripped = (line.strip() for line in reversed(lines))
+    return textwrap.shorten(next((line for line in stripped if line.strip("-") and _JAX not in line), ""), 500)
 
 
 _JAX = "JAX has removed its internal frames from the traceback"
@@ -572,7 +572,7 @@ def main(url: str | None, cwd: Path | None, command: tuple[str, ...]) -> None:
         say(str(error))
         code = error.exit_code
     except OSError as error:
-        told = explain(error, f"cannot supervise an attempt in {url}")
-        say(str(told))
-        code = told.exit_code
+        failure = explain(error, f"cannot supervise an attempt in {url}")
+        say(str(failure))
+        code = failure.exit_code
     leave(int(code))

@@ -67,15 +67,15 @@ class Unsaved:
             self._forget(NUMBERS if kind == UNCHANGED else UNCHANGED)
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         event = "save_failed" if kind in (STATE, STORAGE) else "unchanged"
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "step": step,
             "kind": kind,
             "count": count,
             "reason": reason,
             "committed_step": committed_step,
         }
-        self._ledger.append(event, **told)
-        self._heartbeat.tell_unsaved({"t": time.time(), "event": event, **told})
+        self._ledger.append(event, **fields)
+        self._heartbeat.tell_unsaved({"t": time.time(), "event": event, **fields})
         if kind in (STORAGE, NUMBERS) or count < _MOST:
             return None
         # The fact first: of a long line a status shows the beginning.

@@ -48,8 +48,8 @@ class TensorBoard:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=begin, session_log=start))
         if opening.before:
-            told = f"attempt {opening.attempt} goes on at step {opening.step} after: {opening.before}"
-            self._write_text("jobkit/interruptions", told, opening.step)
+            text = f"attempt {opening.attempt} goes on at step {opening.step} after: {opening.before}"
+            self._write_text("jobkit/interruptions", text, opening.step)
         self._newest, self._flushed, self._flushed_at = begin, -1, 0.0
         return lambda name: begin - 1
 
@@ -208,24 +208,24 @@ class MLflow:
         self._client.update_run(self._run_id, status="RUNNING")
         self._client.set_tag(self._run_id, "jobkit.attempt", opening.attempt)
         if opening.before:
-            told = f"goes on at step {opening.step} after: {opening.before}"
-            self._client.set_tag(self._run_id, f"jobkit.attempt.{opening.attempt}", told)
+            text = f"goes on at step {opening.step} after: {opening.before}"
+            self._client.set_tag(self._run_id, f"jobkit.attempt.{opening.attempt}", text)
         last = {metric.key: metric.step for metric in self._client.get_run(self._run_id).data.to_proto().metrics}
         return lambda name: last.get(name, -1)
 
     def _find_or_create(self, token: str, opening: Opening) -> str:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or self._experiment()
         # It may have been created by an attempt that was killed before it could write that down.
-        found = self._client.search_runs([experiment], f"tags.`jobkit.run` = '{token}'")
-        if found:
-            return str(found[0].info.run_id)
+        runs = self._client.search_runs([experiment], f"tags.`jobkit.run` = '{token}'")
+        if runs:
+            return str(runs[0].info.run_id)
         tags = {"jobkit.run": token, "jobkit.url": opening.store.url}
         return str(self._client.create_run(experiment, tags=tags, run_name=opening.name).info.run_id)
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found is not None else self._client.create_experiment(name))
+        experiment = self._client.get_experiment_by_name(name)
+        return str(experiment.experiment_id if experiment is not None else self._client.create_experiment(name))
 
     def send(self, points: Sequence[Point]) -> None:
         """Log metrics, as many in one request as MLflow takes."""

@@ -42,8 +42,10 @@ class Logged:
                 ready += 1
             batch, self._pending = self._pending[:ready], self._pending[ready:]
             self._flushed_at = time.monotonic()
-            told = [{"t": at, "event": "metrics", "step": step, "values": _numbers(given)} for step, at, given in batch]
-            ledger.append_all([event for event in told if event["values"]])
+            events = [
+                {"t": at, "event": "metrics", "step": step, "values": _numbers(given)} for step, at, given in batch
+            ]
+            ledger.append_all([event for event in events if event["values"]])
 
 
 def _is_ready(value: Any) -> bool:

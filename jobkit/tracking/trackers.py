@@ -134,15 +134,15 @@ class Following:
             thread.join(wait_s)
 
     def _keep_following(self, tracker: Tracker, step: int) -> None:
-        told = False
+        reported = False
         while True:
             last = self._closing.is_set()
             try:
                 self._follow(tracker, step)
                 return
             except (Exception, SystemExit) as error:  # whatever it is, it is not the training's
-                if not told:
-                    told = True
+                if not reported:
+                    reported = True
                     say(f"{tracker.name} fails, training goes on: {type(error).__name__}: {str(error)[:300]}")
             if last:
                 return
@@ -184,10 +184,10 @@ class Following:
         remote = self._store.remote
         if remote is not None and not self._store.exists(contract.TRACKERS) and remote.find(contract.TRACKERS):
             self._store.write(contract.TRACKERS, remote.read(contract.TRACKERS))
-        told = read_json(self._store, contract.TRACKERS) or {}
+        entries = read_json(self._store, contract.TRACKERS) or {}
         return {
             name: {key: text for key, text in known.items() if isinstance(text, str)}
-            for name, known in told.items()
+            for name, known in entries.items()
             if isinstance(known, dict)
         }
 
@@ -255,14 +255,14 @@ def ending_of(store: Store, attempt: int) -> str:
     """Say in a few words how an attempt ended; '' if there was none."""
     if attempt < 0:
         return ""
-    told = "killed"
+    reason = "killed"
     for event in life_events(store, attempt):
         if event["event"] == "exited":
-            told = str(event.get("reason"))
+            reason = str(event.get("reason"))
         elif event["event"] == "raised":
-            told = str(event.get("error"))
+            reason = str(event.get("error"))
         elif event["event"] == "notice":
-            told = str(event.get("source"))
+            reason = str(event.get("source"))
         if event["event"] in ("stopped", "finished"):
-            return f"{told}, committed at step {event.get('step')}" if event["event"] == "stopped" else "finished"
-    return told[:200]
+            return f"{reason}, committed at step {event.get('step')}" if event["event"] == "stopped" else "finished"
+    return reason[:200]

@@ -114,15 +114,15 @@ class DockerRunner(LocalRunner):
 
     def _until_docker(self) -> None:
         """Wait for a daemon that is just being started again, a few minutes at most."""
-        deadline, told = time.monotonic() + _DAEMON_S, False
+        deadline, reported = time.monotonic() + _DAEMON_S, False
         while self._over() is None and time.monotonic() < deadline:
             try:
                 container.check_docker()
                 break
             except JobkitError as error:
-                if not told:
+                if not reported:
                     say(f"{error}; waiting for it")
-                told = True
+                reported = True
             self._nap(1.0)
 
     def _in_container(self) -> dict[str, str]:
@@ -132,9 +132,9 @@ class DockerRunner(LocalRunner):
         return environ | {contract.ENV_RUNNER: str(os.getpid())}
 
     def _inside(self) -> tuple[set[int], set[int]]:
-        found = set(orphans.processes_of(self._store))
-        below = {child for pid in found for child in processes.descendants(pid)}
-        return found | below, found - below
+        pids = set(orphans.processes_of(self._store))
+        below = {child for pid in pids for child in processes.descendants(pid)}
+        return pids | below, pids - below
 
     def _close(self, attempt: int, code: int) -> None:
         if code != 0:  # its client may have been killed while it was making one

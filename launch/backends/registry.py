@@ -80,15 +80,15 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
         except JobkitError as error:
             readable.pop(store, None)
             tell(str(error))
-    jobs, found = {}, []
+    jobs, statuses = {}, []
     for backend in set(readable.values()):  # each scheduler is asked once
         jobs[backend] = verbs.jobs_of(backend, [store for store in readable if readable[store] is backend])
     for store, backend in readable.items():
         try:
-            found.append(verbs.status(backend, store, jobs[backend]))
+            statuses.append(verbs.status(backend, store, jobs[backend]))
         except JobkitError as error:
             tell(str(error))
-    return found
+    return statuses
 
 
 def runs_below(directory: str) -> tuple[str, list[str]]:
@@ -99,8 +99,8 @@ def runs_below(directory: str) -> tuple[str, list[str]]:
     """
     if is_remote(directory):
         top = directory.rstrip("/")
-        found = Remote(top, deadline_s=_PATIENCE_S).find()
-        names = [name.removesuffix(contract.RUN_JSON).rstrip("/") for name in found if _is_run_file(name)]
+        files = Remote(top, deadline_s=_PATIENCE_S).find()
+        names = [name.removesuffix(contract.RUN_JSON).rstrip("/") for name in files if _is_run_file(name)]
         return top, [f"{top}/{name}".rstrip("/") for name in sorted(names)]
     path = submission.open_run(directory).path
     if not path.is_dir():

@@ -49,10 +49,12 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
         print(run_status.to_json(rows) if as_json else _table(rows))
     elif action == "verify":
         steps = checkpoints.chosen(store, step, every=every)
-        found = checkpoints.verify(store, steps, lambda step, wrong: None if as_json else _print_verdict(step, wrong))
+        verdicts = checkpoints.verify(
+            store, steps, lambda step, wrong: None if as_json else _print_verdict(step, wrong)
+        )
         if as_json:
-            print(run_status.to_json({str(step): wrong for step, wrong in found.items()}))
-        sys.exit(1 if any(found.values()) else 0)
+            print(run_status.to_json({str(step): wrong for step, wrong in verdicts.items()}))
+        sys.exit(1 if any(verdicts.values()) else 0)
     elif action == "export":
         if not params:
             raise ConfigError("export what where? give --params OUT, a directory that does not exist")
@@ -71,15 +73,15 @@ def _list_sweep(store: "Store", as_json: bool) -> None:
     from launch.lifecycle import run_status
     from launch.spec import jobspec as specs
 
-    told: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
     for number, point in enumerate(specs.points(store, specs.read(store))):
         values, rows = specs.read(point).values, checkpoints.listed(point)
-        told.append({"point": number, "run": point.url, "values": values, "checkpoints": rows})
+        points.append({"point": number, "run": point.url, "values": values, "checkpoints": rows})
         if not as_json:
             shown = "  ".join(f"{name}={value}" for name, value in values.items())
             print(f"point {number}: {shown}\n{_table(rows)}\n", flush=True)
     if as_json:
-        print(run_status.to_json(told))
+        print(run_status.to_json(points))
 
 
 def _print_verdict(step: int, wrong: list[str]) -> None:

@@ -58,11 +58,11 @@ def status(run: str, as_json: bool) -> None:
     import launch
     from launch.report.follow import point_table, rows
 
-    told = launch.status(run)
-    for name, value in rows(told):
+    summary = launch.status(run)
+    for name, value in rows(summary):
         print(f"{name:<15} " + value.replace("\n", "\n" + 16 * " "))
-    if told.points:
-        print(f"\n{aligned(point_table(told))}")
+    if summary.points:
+        print(f"\n{aligned(point_table(summary))}")
 
 
 @cli.command()
@@ -159,15 +159,15 @@ def doctor(
     if probe and not run:
         raise ConfigError("--probe writes to the place where runs will lie: give --run URL")
     options = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in sbatch)}
-    found = doctor_.examine(partition, qos=options.get("qos"), grace_s=duration_s(grace))
+    findings = doctor_.examine(partition, qos=options.get("qos"), grace_s=duration_s(grace))
     if probe and run:
-        found += doctor_.probe(run, partition, options)
+        findings += doctor_.probe(run, partition, options)
     if as_json:
-        print(run_status.to_json(found))
+        print(run_status.to_json(findings))
     else:
         marks = {"ok": "ok", "warning": "warning", "fail": "FAIL"}
-        print(aligned([(marks[one.verdict], one.topic, one.text) for one in found]))
-    sys.exit(1 if any(one.verdict == "fail" for one in found) else 0)
+        print(aligned([(marks[one.verdict], one.topic, one.text) for one in findings]))
+    sys.exit(1 if any(one.verdict == "fail" for one in findings) else 0)
 
 
 cli.add_command(report.report)

@@ -57,9 +57,9 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
 
         print(f"picture: {write_picture(png, histories)}", file=sys.stderr if as_json else sys.stdout)
     if as_json:
-        found = [measure(history) for history in histories]
-        one = len(runs) == len(stores) == len(found) == 1 and found[0].run == _open(runs[0]).url
-        print(to_json(found[0] if one else found))
+        goodputs = [measure(history) for history in histories]
+        one = len(runs) == len(stores) == len(goodputs) == 1 and goodputs[0].run == _open(runs[0]).url
+        print(to_json(goodputs[0] if one else goodputs))
     elif html is None and png is None:
         _print(histories)
 
@@ -83,13 +83,13 @@ def explain(run: str, as_json: bool) -> None:
     histories = _read(_stores([run]), curves=False)
     if len(histories) > 1:
         raise ConfigError(f"{run} holds {len(histories)} runs; explain one of them, such as {histories[0].run}")
-    told = story.explain(measure(histories[0]), histories[0])
+    explanation = story.explain(measure(histories[0]), histories[0])
     if as_json:
-        print(to_json(told))
+        print(to_json(explanation))
         return
-    for one in told.story:
+    for one in explanation.story:
         print(f"{clock(one.t)}  {one.text}")
-    for number, advice in enumerate(told.advice):
+    for number, advice in enumerate(explanation.advice):
         print(("" if number else "\nNext time:\n") + f"- {advice.text}")
 
 
@@ -100,8 +100,8 @@ def _print(histories: "Sequence[History]") -> None:
     from launch.report.terminal import overview, shown
 
     console = Console(highlight=False, markup=False)
-    found = [measure(history) for history in histories]
-    console.print(shown(found[0]) if len(found) == 1 else overview(found))
+    goodputs = [measure(history) for history in histories]
+    console.print(shown(goodputs[0]) if len(goodputs) == 1 else overview(goodputs))
 
 
 def _watch(stores: "Sequence[Store]") -> None:
@@ -118,8 +118,8 @@ def _watch(stores: "Sequence[Store]") -> None:
     with Live(console=Console(highlight=False, markup=False), auto_refresh=False, vertical_overflow="visible") as view:
         while True:
             histories = _read(stores, curves=False)
-            found = [measure(history) for history in histories]
-            view.update(shown(found[0]) if len(found) == 1 else overview(found), refresh=True)
+            goodputs = [measure(history) for history in histories]
+            view.update(shown(goodputs[0]) if len(goodputs) == 1 else overview(goodputs), refresh=True)
             if all(history.now is None for history in histories):
                 return
             try:
@@ -142,18 +142,18 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
     """Return the runs and sweeps that are meant, each once; of those below a directory the ones this jobkit reads."""
     from launch.spec import jobspec as specs
 
-    found = list({store.url: store for run in runs for store in _below(run)}.values())
+    stores = list({store.url: store for run in runs for store in _below(run)}.values())
     readable = []
-    for store in found:
+    for store in stores:
         try:
             specs.check_format(store)
             readable.append(store)
         except ConfigError as error:
-            if len(found) == 1:
+            if len(stores) == 1:
                 raise
             _warn(str(error))
     if not readable:
-        raise ConfigError(f"none of these {len(found)} runs can be read here")
+        raise ConfigError(f"none of these {len(stores)} runs can be read here")
     return readable
 
 
@@ -162,14 +162,14 @@ def _below(run: str) -> "Iterator[Store]":
     from launch.lifecycle import run_status
 
     if is_remote(run):
-        found = _remote_runs(run)
+        urls = _remote_runs(run)
     else:
         store = _open(run)
         lone = store.exists(contract.RUN_JSON) or store.exists(contract.ATTEMPTS)
-        found = [store.url] if lone else [str(path) for path in run_status.find_runs(store.path)]
-    if not found:
+        urls = [store.url] if lone else [str(path) for path in run_status.find_runs(store.path)]
+    if not urls:
         raise ConfigError(f"{run} is not a run and holds none; jobkit ls DIRECTORY lists runs")
-    yield from map(_open, found)
+    yield from map(_open, urls)
 
 
 def _remote_runs(url: str) -> list[str]:
@@ -192,23 +192,23 @@ def _read(stores: "Sequence[Store]", *, curves: bool = True) -> "list[History]":
     from launch.backends import registry
 
     try:
-        told = registry.listed([store for store in stores if store.exists(contract.RUN_JSON)], _warn)
+        statuses = registry.listed([store for store in stores if store.exists(contract.RUN_JSON)], _warn)
     except JobkitError as error:
         _warn(str(error))
-        told = []
-    by_url = {status.run: status for status in told}
-    found = []
+        statuses = []
+    by_url = {status.run: status for status in statuses}
+    histories = []
     for store in stores:
         status = by_url.get(store.url)
         if status is None:
-            found.append(_by_ledger(store, curves=curves))
+            histories.append(_by_ledger(store, curves=curves))
         elif not status.points:
-            found.append(_of_status(store, status, curves=curves))
+            histories.append(_of_status(store, status, curves=curves))
         for point in status.points if status is not None else ():
             history = _of_status(_open(point.run), point, curves=curves)
             history.name = " ".join(f"{name}={value}" for name, value in point.values.items()) or history.name
-            found.append(history)
-    return found
+            histories.append(history)
+    return histories
 
 
 def _of_status(store: "Store", status: "Status", *, curves: bool) -> "History":

@@ -134,10 +134,10 @@ def headline(result: Result) -> str:
     """Say the verdict, and for which steps."""
     shown, verdict = result.shown, result.verdict
     if verdict is Verdict.NOT_CERTIFIED:
-        wrong = sum(bool(found.broken) for found in result.found)
+        wrong = sum(bool(outcome.broken) for outcome in result.found)
         return f"{verdict}: {wrong} of {len(result.found)} scenarios broke a promise"
     if verdict is Verdict.NOT_JUDGED:
-        missed = ", ".join(found.name for found in result.found if found.missed)
+        missed = ", ".join(outcome.name for outcome in result.found if outcome.missed)
         why = f"{missed} could not be hit" if missed else "nothing that was asked for could be tried"
         return f"{verdict}: {why}"
     unasked = len(_unasked(result))
@@ -182,16 +182,16 @@ class Section:
 def sections(result: Result) -> list[Section]:
     """Say what is wrong, why, what the verdict does not cover, what was not compared and what was not tried."""
     wrong = [each for each in result.found if each.broken]
-    told = [Section(f"{each.name}: {each.text}", [*each.done, *_few(each.broken)], "bad") for each in wrong]
+    parts = [Section(f"{each.name}: {each.text}", [*each.done, *_few(each.broken)], "bad") for each in wrong]
     why = result.diagnosis
     if why is not None:
         first = [f"first at step {why.step}: {why.tensor}"] if why.step is not None else []
-        told.append(Section(f"why: {why.name}", [*first, *why.evidence, f"remedy: {why.remedy}"], "warn"))
-    told.append(Section("warnings", list(result.warnings), "warn"))
+        parts.append(Section(f"why: {why.name}", [*first, *why.evidence, f"remedy: {why.remedy}"], "warn"))
+    parts.append(Section("warnings", list(result.warnings), "warn"))
     aside = [f"{what}: {', '.join(names)}" for what, names in _aside(result).items() if names]
-    told.append(Section("not compared, since undisturbed runs differ in them too", aside, "dim"))
-    told.append(Section("not tried", _not_tried(result), "dim"))
-    return [each for each in told if each.lines]
+    parts.append(Section("not compared, since undisturbed runs differ in them too", aside, "dim"))
+    parts.append(Section("not tried", _not_tried(result), "dim"))
+    return [each for each in parts if each.lines]
 
 
 _FEW = 5
@@ -250,8 +250,8 @@ def card(result: Result) -> Panel:
     table.add_column("held")
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
-    for found in result.found:
-        table.add_row(found.text, Text(mark(found), style=_STYLES[MARK_TONES[mark(found)]]), *cells(found))
+    for outcome in result.found:
+        table.add_row(outcome.text, Text(mark(outcome), style=_STYLES[MARK_TONES[mark(outcome)]]), *cells(outcome))
     shown: list[RenderableType] = [
         Text(headline(result), style=f"bold {_STYLES[VERDICT_TONES[result.verdict]]}"),
         *(Text(line) for line in tried(result)),
@@ -268,10 +268,12 @@ def card(result: Result) -> Panel:
 
 def document(result: Result) -> dict[str, Any]:
     """Return all that was found, for JSON."""
-    shown, told = result.shown, []
-    for found in result.found:
-        more = {"survived": found.survived, "at_steps": found.at_steps, "lost_steps": found.lost_steps}
-        told.append(asdict(found) | more | {"notice_to_commit_s": found.commit_s, "restart_s": found.restart_s})
+    shown, scenarios = result.shown, []
+    for outcome in result.found:
+        more = {"survived": outcome.survived, "at_steps": outcome.at_steps, "lost_steps": outcome.lost_steps}
+        scenarios.append(
+            asdict(outcome) | more | {"notice_to_commit_s": outcome.commit_s, "restart_s": outcome.restart_s}
+        )
     diagnosis = asdict(result.diagnosis) | {"name": result.diagnosis.name} if result.diagnosis else None
     return {
         "command": list(result.command),
@@ -282,7 +284,7 @@ def document(result: Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "steps": {"drilled": shown.steps, "of": shown.total, "all": shown.whole},
         "reference": asdict(shown) | {"allowed_loss": shown.allowed_loss},
-        "scenarios": told,
+        "scenarios": scenarios,
         "diagnosis": diagnosis,
         "warnings": list(result.warnings),
         "metrics_aside": list(result.aside),

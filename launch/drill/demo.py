@@ -355,14 +355,14 @@ class _Watched:
 
     def _news(self) -> Iterator[str]:
         attempts = self.store.numbers(contract.ATTEMPTS)
-        told = 0
+        count = 0
         for attempt in attempts:
             for event in ledger.attempt_events(self.store, attempt):
                 text = _told(event)
                 if text:
-                    told += 1
-                    if told > self._told:
-                        self._told = told
+                    count += 1
+                    if count > self._told:
+                        self._told = count
                         yield text
 
 
@@ -432,8 +432,8 @@ def _verdict(result: Result) -> str:
 
 def _print_json(result: Result) -> None:
     document = asdict(result) | {"survived": result.survived}
-    for told, each in zip(document["interruptions"], result.interruptions, strict=True):
-        told |= {"lost_steps": each.lost_steps, "as_promised": each.as_promised}
+    for entry, each in zip(document["interruptions"], result.interruptions, strict=True):
+        entry |= {"lost_steps": each.lost_steps, "as_promised": each.as_promised}
     print(json.dumps(document, indent=2))
 
 

@@ -126,8 +126,8 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
     Raises:
         JobkitError: If it cannot: a run that was to tell something came to nothing.
     """
-    if (found := _donated(run, shown.run)) is not None:
-        return found
+    if (diagnosis := _donated(run, shown.run)) is not None:
+        return diagnosis
     at = shown.middle
     probed = {ENV_DRILL: Drill(shown.until, shown.save_every, probe=(*FIRST, at, at + 1, at + 2)).to_json()}
     paced = {ENV_DRILL: Drill(shown.until, shown.save_every, shown.pace_s, (*FIRST, at, at + 1, at + 2)).to_json()}
@@ -140,39 +140,39 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
     ask = _Ask(start, Path(shown.run).parent)
     (way, stopped), other = ways.items()
     again, interrupted = ask({"again": probed, f"again-{way}": stopped}, whole=("again",))
-    if (found := _donated(again.url, interrupted.url)) is not None:
-        return found
+    if (diagnosis := _donated(again.url, interrupted.url)) is not None:
+        return diagnosis
     repeated = compare(shown.run, again.url)
     aside = varying(repeated)
 
     def compare_rest(one: str, other: str) -> Mapping[str, Any]:
-        told = compare(one, other)
-        return {**told, "equal": same(told, aside)}
+        comparison = compare(one, other)
+        return {**comparison, "equal": same(comparison, aside)}
 
     if not same(repeated, aside):
         return _unrepeatable(repeated, again, probed, compare_rest, ask)
     must_end(interrupted)
     evidence = ["two runs that nobody interrupted are equal to the last bit: the interruption makes the difference"]
     if compare_rest(again.url, interrupted.url)["equal"]:
-        told = {"notice": "on a notice nothing is lost", "kill": "after that kill nothing was lost"}[way]
+        observation = {"notice": "on a notice nothing is lost", "kill": "after that kill nothing was lost"}[way]
         way, stopped = other
         (interrupted,) = ask({f"again-{way}": stopped})
         if compare_rest(again.url, interrupted.url)["equal"]:
             return Diagnosis("unknown", "", _ALL, [*evidence, "interrupted for the diagnosis, it was the same"])
-        evidence.append(f"{told}: only a {way} makes it")
+        evidence.append(f"{observation}: only a {way} makes it")
     undisturbed, resumed = seen(interrupted, 0), seen(interrupted, 1)
     usual = seen(again, 0)
-    found = _lost(undisturbed, resumed, usual)
-    if found is None or found.cause in ("counter", "start"):
+    diagnosis = _lost(undisturbed, resumed, usual)
+    if diagnosis is None or diagnosis.cause in ("counter", "start"):
         try:
-            found = _clock(found, stopped, probed, compare_rest, ask) or found
+            diagnosis = _clock(diagnosis, stopped, probed, compare_rest, ask) or diagnosis
         except AskedError as error:
             evidence.append(f"whether it depends on the time of day is not known: {error}")
-    if found is None:
-        found = Diagnosis("unknown", "", _ALL, ["nothing that the drill can see differs when the run resumes"])
-    found.evidence[:0] = evidence
-    found.step, found.tensor = _first_tensor({**usual, **undisturbed}, resumed)
-    return found
+    if diagnosis is None:
+        diagnosis = Diagnosis("unknown", "", _ALL, ["nothing that the drill can see differs when the run resumes"])
+    diagnosis.evidence[:0] = evidence
+    diagnosis.step, diagnosis.tensor = _first_tensor({**usual, **undisturbed}, resumed)
+    return diagnosis
 
 
 def notice(shown: Shown) -> str:
@@ -206,19 +206,19 @@ def _donated(*runs: str) -> Diagnosis | None:
             seen = f"after step {event['step']} the run holds arrays that the program has given away (donate_argnums)"
             return Diagnosis("donated", "", remedy, [seen], event["step"], event["leaves"][0])
     for store in map(Store, runs):
-        if told := _told_donated(store):
-            seen = f"a save found an array that the program had given away (donate_argnums): {told[:200]}"
+        if line := _told_donated(store):
+            seen = f"a save found an array that the program had given away (donate_argnums): {line[:200]}"
             return Diagnosis("donated", "", remedy, [seen])
     return None
 
 
 def _told_donated(store: Store) -> str:
     """Return what a run's ledger or log says of an array that was donated, '' if nothing."""
-    told = [str(event.get("reason") or event.get("error") or "") for event in read_events(store)]
+    lines = [str(event.get("reason") or event.get("error") or "") for event in read_events(store)]
     for attempt in store.numbers(contract.ATTEMPTS):
         log = store.file(contract.log_file(attempt))
-        told += store.read(contract.log_file(attempt)).decode(errors="replace").splitlines() if log.exists() else []
-    return next((line for line in told if _DONATED.search(line)), "")
+        lines += store.read(contract.log_file(attempt)).decode(errors="replace").splitlines() if log.exists() else []
+    return next((line for line in lines if _DONATED.search(line)), "")
 
 
 def seen(store: Store, attempt: int) -> Seen:
@@ -270,12 +270,12 @@ def of_files(names: Collection[str], interrupted: Store, reference: Store) -> Di
     undisturbed, resumed = seen(interrupted, 0), seen(interrupted, 1)
     evidence = [f"the state is the same to the last bit, and {', '.join(sorted(names)[:5])} is another"]
     likely = carried(undisturbed, resumed, seen(reference, 0))
-    found = likely[0] if likely else _in_file(undisturbed, resumed, None)
-    found = found or Diagnosis("file", min(names), "write it from what resume() is given alone")
-    found.evidence[:0] = evidence
+    diagnosis = likely[0] if likely else _in_file(undisturbed, resumed, None)
+    diagnosis = diagnosis or Diagnosis("file", min(names), "write it from what resume() is given alone")
+    diagnosis.evidence[:0] = evidence
     if likely[1:]:
-        found.evidence.append(f"also another after the restart: {', '.join(one.what for one in likely[1:6])}")
-    return found
+        diagnosis.evidence.append(f"also another after the restart: {', '.join(one.what for one in likely[1:6])}")
+    return diagnosis
 
 
 def _varies(name: str, one: Seen, two: Seen) -> bool:
@@ -285,8 +285,8 @@ def _varies(name: str, one: Seen, two: Seen) -> bool:
 
 def _value(look: dict[str, Any], name: str) -> Any:
     """Return the fingerprint of a variable, or of a global generator, None if there is none."""
-    told = look["outside"].get(name)
-    return told[1] if told is not None else look.get(name)
+    variable = look["outside"].get(name)
+    return variable[1] if variable is not None else look.get(name)
 
 
 def _lost(undisturbed: Seen, resumed: Seen, usual: Seen) -> Diagnosis | None:
@@ -309,18 +309,18 @@ def _lost(undisturbed: Seen, resumed: Seen, usual: Seen) -> Diagnosis | None:
         if not _varies(name, undisturbed, usual)
     )
     likely = sorted([*likely, *(one for one in moved if one)], key=lambda one: _ORDER.index(one.cause))
-    found = (
+    diagnosis = (
         likely[0] if likely and likely[0].cause != "counter" else _other_batch({**usual, **undisturbed}, resumed, at)
     )
-    found = found or (likely[0] if likely else None)
-    if found is None or found.cause == "counter":
-        found = _in_file(undisturbed, resumed, found) or found
-    if found is None:
-        found = _each_attempt(undisturbed, resumed, usual, at)
-    others = [one.what for one in likely if found is not None and one.what != found.what]
-    if found is not None and others:
-        found.evidence.append(f"also another after the restart: {', '.join(others[:5])}")
-    return found
+    diagnosis = diagnosis or (likely[0] if likely else None)
+    if diagnosis is None or diagnosis.cause == "counter":
+        diagnosis = _in_file(undisturbed, resumed, diagnosis) or diagnosis
+    if diagnosis is None:
+        diagnosis = _each_attempt(undisturbed, resumed, usual, at)
+    others = [one.what for one in likely if diagnosis is not None and one.what != diagnosis.what]
+    if diagnosis is not None and others:
+        diagnosis.evidence.append(f"also another after the restart: {', '.join(others[:5])}")
+    return diagnosis
 
 
 _ORDER = ("rng", "data", "part", "counter")
@@ -381,7 +381,7 @@ def _line(told: list[Any]) -> tuple[int | None, str]:
 def _copies_parts(name: str, seen: Seen) -> bool:
     """Tell whether the arrays of a variable are those of parts, whenever it was looked at: they are saved there."""
     looks = [look["outside"][name] for step, look in seen.items() if step > 0 and name in look["outside"]]
-    return all(told[4] for told in looks)
+    return all(variable[4] for variable in looks)
 
 
 def _in_file(undisturbed: Seen, resumed: Seen, found: Diagnosis | None) -> Diagnosis | None:
@@ -391,10 +391,10 @@ def _in_file(undisturbed: Seen, resumed: Seen, found: Diagnosis | None) -> Diagn
     names = sorted(written & read)
     if not names:
         return None
-    told = [f"{names[0]} is written while it trains and read after the restart; no checkpoint brings it back"]
-    told += [f"as well: {', '.join(names[1:5])}"] if names[1:] else []
-    told += [f"also another after the restart: {found.what}"] if found is not None else []
-    return Diagnosis("file", names[0], "make what is in it a part, or compute it from the step", told)
+    evidence = [f"{names[0]} is written while it trains and read after the restart; no checkpoint brings it back"]
+    evidence += [f"as well: {', '.join(names[1:5])}"] if names[1:] else []
+    evidence += [f"also another after the restart: {found.what}"] if found is not None else []
+    return Diagnosis("file", names[0], "make what is in it a part, or compute it from the step", evidence)
 
 
 def _each_attempt(undisturbed: Seen, resumed: Seen, usual: Seen, at: int) -> Diagnosis | None:
@@ -404,9 +404,9 @@ def _each_attempt(undisturbed: Seen, resumed: Seen, usual: Seen, at: int) -> Dia
         other = now is not None and now[1] != then[1] and _live(then)
         if other and not _moves(undisturbed, name) and not _varies(name, undisturbed, usual):
             line, place = _line(then)
-            told = f"{name}{place} stands still as it trains; after the restart it is another one"
+            observation = f"{name}{place} stands still as it trains; after the restart it is another one"
             remedy = "compute it from what is the same in each attempt, or make it a part"
-            return Diagnosis("start", name, remedy, [told], line=line)
+            return Diagnosis("start", name, remedy, [observation], line=line)
     return None
 
 
@@ -481,11 +481,11 @@ def _unrepeatable(
             return Diagnosis("nondeterministic", "", _CHANCE_REMEDY, [*evidence, "not every pair of runs differs"])
         evidence.append("they differ with a wall clock that stands still, too")
     step, tensor = _first_tensor(seen(one, 0), seen(two, 0))
-    found = _unseeded(seen(one, 0), seen(two, 0)) or _by_hash(still, compare, ask)
-    found = found or _drawn(seen(one, 0), seen(two, 0)) or _by_chance(seen(one, 0), seen(two, 0))
-    found.evidence[:0] = evidence
-    found.step, found.tensor = step, tensor
-    return found
+    diagnosis = _unseeded(seen(one, 0), seen(two, 0)) or _by_hash(still, compare, ask)
+    diagnosis = diagnosis or _drawn(seen(one, 0), seen(two, 0)) or _by_chance(seen(one, 0), seen(two, 0))
+    diagnosis.evidence[:0] = evidence
+    diagnosis.step, diagnosis.tensor = step, tensor
+    return diagnosis
 
 
 def _by_hash(environ: dict[str, str], compare: Compare, ask: "_Ask") -> Diagnosis | None:
@@ -494,8 +494,8 @@ def _by_hash(environ: dict[str, str], compare: Compare, ask: "_Ask") -> Diagnosi
     a, b = ask({"hashed": hashed, "hashed-again": hashed})
     if not compare(a.url, b.url)["equal"]:
         return None
-    told = "with PYTHONHASHSEED=0 they are equal: the order of a set or of hash() decides"
-    return Diagnosis("hash", "", "sort what comes from a set, or set PYTHONHASHSEED", [told])
+    observation = "with PYTHONHASHSEED=0 they are equal: the order of a set or of hash() decides"
+    return Diagnosis("hash", "", "sort what comes from a set, or set PYTHONHASHSEED", [observation])
 
 
 def _drawn(one: Seen, two: Seen) -> Diagnosis | None:
@@ -506,19 +506,19 @@ def _drawn(one: Seen, two: Seen) -> Diagnosis | None:
         if kind == "array" and two[0]["outside"].get(name, ["", crc])[1] != crc:
             other = {each for each, _ in _GLOBALS if one[0].get(each) != two[0].get(each)}
             drawn = [title for each, title in _GLOBALS if each in other & {*one[0].get("drawn", ())}]
-            told = [f"{name} is another one before the first step, each time"]
-            told += [f"{title} is not seeded, and was drawn from before the first step" for title in drawn]
-            return Diagnosis("unseeded", name, _SEED_REMEDY, told, line=line)
+            evidence = [f"{name} is another one before the first step, each time"]
+            evidence += [f"{title} is not seeded, and was drawn from before the first step" for title in drawn]
+            return Diagnosis("unseeded", name, _SEED_REMEDY, evidence, line=line)
     return None
 
 
 def _by_chance(one: Seen, two: Seen) -> Diagnosis:
     """Name what differs first between two runs, and the program's threads."""
-    what, told = _first_others(one, two)
+    what, evidence = _first_others(one, two)
     threads = sorted({name for look in one.values() for name in look.get("threads", ())})
     if threads:
-        told.append(f"it has threads: {', '.join(threads[:3])}")
-    return Diagnosis("nondeterministic", f"thread {threads[0]}" if threads else what, _CHANCE_REMEDY, told)
+        evidence.append(f"it has threads: {', '.join(threads[:3])}")
+    return Diagnosis("nondeterministic", f"thread {threads[0]}" if threads else what, _CHANCE_REMEDY, evidence)
 
 
 def _first_others(one: Seen, two: Seen) -> tuple[str, list[str]]:
@@ -542,8 +542,8 @@ def _unseeded(one: Seen, two: Seen) -> Diagnosis | None:
         return None
     for name, title in _GLOBALS:
         if one[0].get(name) != two[0].get(name) and _moves(one, name):
-            told = f"{title} starts in another state each time, and the training moves it"
-            return Diagnosis("unseeded", title, _SEED_REMEDY, [told])
+            observation = f"{title} starts in another state each time, and the training moves it"
+            return Diagnosis("unseeded", title, _SEED_REMEDY, [observation])
     for name, (kind, crc, *_) in one[0]["outside"].items():
         if kind == "rng" and two[0]["outside"].get(name, ["", crc])[1] != crc:
             return Diagnosis("unseeded", name, _SEED_REMEDY, [f"{name} starts in another state each time"])
@@ -566,7 +566,9 @@ def must_end(store: Store) -> None:
     """
     outcomes = [orphans.read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
     if not outcomes or outcomes[-1].get("outcome") != Outcome.DONE:
-        reason = next((told["reason"] for told in reversed(outcomes) if told.get("reason")), "it did not end in time")
+        reason = next(
+            (outcome["reason"] for outcome in reversed(outcomes) if outcome.get("reason")), "it did not end in time"
+        )
         raise AskedError(f"another run, {store.url}, came to nothing: {reason}")
 
 

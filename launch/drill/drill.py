@@ -124,9 +124,9 @@ def _all(backend: verbs.Backend) -> tuple[Scenario, ...]:
 
 def _untried(backend: verbs.Backend, wanted: Sequence[Scenario], shown: Shown, found: Sequence[Found]) -> list[Untried]:
     """Return what was not tried: not asked for, without an occasion, or missed."""
-    told = {one.name: one.lacking(shown) or NOT_ASKED for one in _all(backend)}
-    told |= {one.name: "" for one in wanted if not one.lacking(shown)} | {each.name: each.missed for each in found}
-    return [Untried(one.name, one.text, told[one.name]) for one in _all(backend) if told[one.name]]
+    reasons = {one.name: one.lacking(shown) or NOT_ASKED for one in _all(backend)}
+    reasons |= {one.name: "" for one in wanted if not one.lacking(shown)} | {each.name: each.missed for each in found}
+    return [Untried(one.name, one.text, reasons[one.name]) for one in _all(backend) if reasons[one.name]]
 
 
 def default_jobs() -> int:
@@ -156,9 +156,9 @@ def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Res
                 f"reference: {shown.steps} steps, {show_duration(shown.step_s)} each, first step after "
                 f"{show_duration(shown.start_s)}; {len(wanted)} scenarios, about {show_duration(estimate)}"
             )
-            found = one.scenarios(wanted, shown, comparer)
-            told = one.diagnose(found, shown, comparer)
-            warnings = one.warnings(found, shown, told)
+            results = one.scenarios(wanted, shown, comparer)
+            cause = one.diagnose(results, shown, comparer)
+            warnings = one.warnings(results, shown, cause)
     except BaseException:
         one.end_all()
         with contextlib.suppress(OSError):
@@ -168,9 +168,9 @@ def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> Res
         raise
     one.end_all()
     aside = tuple(sorted(one.aside or ()))
-    result = Result(options.command, str(options.place), shown, found, told, time.monotonic() - begun, aside)
+    result = Result(options.command, str(options.place), shown, results, cause, time.monotonic() - begun, aside)
     result.files_aside, result.warnings = tuple(sorted(one.files_aside.names)), warnings
-    result.untried = _untried(options.backend, asked, shown, found)
+    result.untried = _untried(options.backend, asked, shown, results)
     if result.passed and not options.keep:
         shutil.rmtree(options.place, ignore_errors=True)
     return result
@@ -239,7 +239,7 @@ class _Drill:
 
     def submit(self, name: str, environ: dict[str, str], *, max_failures: int = 10) -> tuple[Store, JobSpec]:
         """Start a run of the user's program."""
-        options, told = self._options, self._environ(**environ)
+        options, variables = self._options, self._environ(**environ)
         spec = JobSpec(
             command=options.command,
             run=str(options.place / name),
@@ -249,9 +249,9 @@ class _Drill:
             container=options.container and self._mounted(options.container),
         )
         if self._here:
-            store = verbs.submit(Local(told), spec)
+            store = verbs.submit(Local(variables), spec)
         else:  # a job's environment is the cluster's to make
-            words = ("env", *(f"{name}={value}" for name, value in told.items()))
+            words = ("env", *(f"{name}={value}" for name, value in variables.items()))
             spec = msgspec.structs.replace(spec, command=(*words, *options.command))
             store = verbs.submit(options.backend, spec)
         with self._mutex:
@@ -326,7 +326,7 @@ class _Drill:
 
     def scenarios(self, wanted: Sequence[Scenario], shown: Shown, comparer: Comparer) -> list[Found]:
         """Run scenarios, several at a time; in the order in which they are given."""
-        found: dict[str, Found] = {}
+        results: dict[str, Found] = {}
         self._probed = next((name for name in _PROBED if name in {one.name for one in wanted}), "")
         with ThreadPoolExecutor(self._options.jobs) as pool:
             waiting = {pool.submit(self._scenario, one, shown, comparer) for one in wanted}
@@ -335,26 +335,26 @@ class _Drill:
                     done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in done:
                         result = future.result()
-                        found[result.name] = result
+                        results[result.name] = result
                         self._telling.ended(result)
             except BaseException:
                 for future in waiting:
                     future.cancel()
                 self.end_all()
                 raise
-        return [found[one.name] for one in wanted]
+        return [results[one.name] for one in wanted]
 
     def _scenario(self, scenario: Scenario, shown: Shown, comparer: Comparer) -> Found:
         for number in range(1, _TRIES + 1):
             name = scenario.name if number == 1 else f"{scenario.name}-{number}"
-            found = self._try(scenario, name, shown, comparer)
-            if not found.missed or found.broken or self._aborted:
+            result = self._try(scenario, name, shown, comparer)
+            if not result.missed or result.broken or self._aborted:
                 break
             shown = dataclasses.replace(shown, pace_s=3 * shown.pace_s + shown.start_s / shown.steps, tail_s=0.0)
-        return found
+        return result
 
     def _try(self, scenario: Scenario, name: str, shown: Shown, comparer: Comparer) -> Found:
-        begun, found = time.monotonic(), Found(scenario.name, scenario.text)
+        begun, result = time.monotonic(), Found(scenario.name, scenario.text)
         asked = scenario.environment(shown, diagnosis.FIRST if scenario.name == self._probed else ())
         environ = self._environ(**asked)
         store, spec = self.submit(name, asked)
@@ -367,19 +367,19 @@ class _Drill:
         try:
             scenario.act(stage)
         except MissedError as missed:
-            found.missed = str(missed)
+            result.missed = str(missed)
         except (LateError, JobkitError) as error:
-            found.broken.append(str(error))
+            result.broken.append(str(error))
         self._until_over(stage, scenario.name)
-        found.done, found.run = stage.done, store.url
-        found.broken += stage.wrong
-        judge(found, scenario, store, shown)
+        result.done, result.run = stage.done, store.url
+        result.broken += stage.wrong
+        judge(result, scenario, store, shown)
         if self._here and orphans.processes_of(store):
-            found.broken.append("a process of the run is still alive")
+            result.broken.append("a process of the run is still alive")
         self._end(store)
-        self._compare(found, shown, comparer)
-        found.seconds = time.monotonic() - begun
-        return found
+        self._compare(result, shown, comparer)
+        result.seconds = time.monotonic() - begun
+        return result
 
     def _over(self, store: Store) -> bool:
         return self._aborted or not (lock.held(store) if self._here else not self._status(store).state.over)
@@ -468,32 +468,32 @@ class _Drill:
 
     def diagnose(self, all_found: Sequence[Found], shown: Shown, comparer: Comparer) -> Diagnosis | None:
         """Find out why a run differs, if one does; that this fails costs no verdict."""
-        found = next((each for each in all_found if each.identical is False or each.donated), None)
+        differing = next((each for each in all_found if each.identical is False or each.donated), None)
         files = next((each for each in all_found if each.files), None)
 
         def start(name: str, environ: dict[str, str]) -> Callable[[], Store]:
             return self._finish(name, environ, shown)
 
         try:
-            if found is not None:
-                self._telling.say(f"{found.name} went another way than the reference; looking for the reason")
-                return diagnosis.diagnose(found.run, shown, comparer.compare, start)
+            if differing is not None:
+                self._telling.say(f"{differing.name} went another way than the reference; looking for the reason")
+                return diagnosis.diagnose(differing.run, shown, comparer.compare, start)
             if files is not None:
                 return diagnosis.of_files(files.files, self._probed_run(all_found, shown), Store(shown.run))
         except Exception as error:
-            told = str(error) if isinstance(error, JobkitError) else f"{type(error).__name__}: {error}"
-            return diagnosis.failed(told)
+            reason = str(error) if isinstance(error, JobkitError) else f"{type(error).__name__}: {error}"
+            return diagnosis.failed(reason)
         return None
 
     def warnings(self, all_found: Sequence[Found], shown: Shown, told: Diagnosis | None) -> tuple[str, ...]:
         """Return what the scenarios warn of, and what the probe has seen."""
-        found = [line for each in all_found for line in each.warnings]
+        lines = [line for each in all_found for line in each.warnings]
         try:
             store = self._probed_run(all_found, shown)
-            found += [line for line in diagnosis.warnings(store, Store(shown.run)) if not (told and told.names(line))]
+            lines += [line for line in diagnosis.warnings(store, Store(shown.run)) if not (told and told.names(line))]
         except Exception as error:
-            found.append(f"what the restart does not bring back is not known: {error}")
-        return tuple(dict.fromkeys(found))
+            lines.append(f"what the restart does not bring back is not known: {error}")
+        return tuple(dict.fromkeys(lines))
 
     def _probed_run(self, all_found: Sequence[Found], shown: Shown) -> Store:
         """Return a run that was interrupted and probed: a scenario's, or, if none was fit for it, one more."""

@@ -177,14 +177,14 @@ class Comparer:
                 self._process.stdin.flush()
                 if not select.select([self._process.stdout], [], [], COMPARE_S)[0]:
                     raise TimeoutError
-                told: dict[str, Any] = json.loads(self._process.stdout.readline())
+                reply: dict[str, Any] = json.loads(self._process.stdout.readline())
             except (OSError, ValueError):  # it died, or it hangs: the next comparison is another one's
                 self.close()
                 self._process = self._start()
                 raise JobkitError(f"{a} and {b} could not be compared: python -m jobkit.compare {a} {b}") from None
-        if "error" in told:
-            raise JobkitError(f"the two runs could not be compared: {told['error']}")
-        return told
+        if "error" in reply:
+            raise JobkitError(f"the two runs could not be compared: {reply['error']}")
+        return reply
 
     def close(self) -> None:
         """End the process."""

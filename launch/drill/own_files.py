@@ -16,14 +16,14 @@ Files = Mapping[str, Path]
 
 def read(store: Store) -> Files:
     """Return the files of a run that are not jobkit's own; those of the copied code are among them."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for entry in store.path.iterdir() if store.path.is_dir() else ():
         if entry.name == contract.CODE:
             for copy in filter(Path.is_dir, entry.iterdir()):
-                found |= {str(path.relative_to(copy)): path for path in _below(copy)}
+                files |= {str(path.relative_to(copy)): path for path in _below(copy)}
         elif not contract.is_own(entry.name):
-            found |= {str(path.relative_to(store.path)): path for path in _below(entry)}
-    return found
+            files |= {str(path.relative_to(store.path)): path for path in _below(entry)}
+    return files
 
 
 def _below(top: Path) -> Iterator[Path]:

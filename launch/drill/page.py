@@ -46,7 +46,7 @@ def page(result: Result) -> str:
     """Return the card as one page."""
     e = _html
     head = "".join(f'<th class="n">{name}</th>' for name in COLUMNS)
-    rows = "".join(_row(found) for found in result.found)
+    rows = "".join(_row(outcome) for outcome in result.found)
     scope, *promised = tried(result)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -120,9 +120,9 @@ def _draw(plt: Any, result: Result) -> Any:
         write(line, color=_TONES["dim"])
     lines.append([])
     row("scenario", _Word(_HELD, "held", {"fontweight": "bold"}), COLUMNS, fontweight="bold")
-    for found in result.found:
-        tone = _TONES[MARK_TONES[mark(found)]]
-        row(found.text, _Word(_HELD, mark(found), {"color": tone}), cells(found))
+    for outcome in result.found:
+        tone = _TONES[MARK_TONES[mark(outcome)]]
+        row(outcome.text, _Word(_HELD, mark(outcome), {"color": tone}), cells(outcome))
     for section in sections(result):
         lines.append([])
         write(section.title, fontweight="bold", color=_TONES[section.tone])

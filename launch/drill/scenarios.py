@@ -142,8 +142,8 @@ class Stage:
             beat = self.beat(attempt)
             return beat if beat.phase == Phase.STEPPING and beat.step >= step else None
 
-        found: Beat = self.until(reached, f"attempt {attempt} was at step {step}")
-        return found
+        latest: Beat = self.until(reached, f"attempt {attempt} was at step {step}")
+        return latest
 
     def notice(self, attempt: int = 0) -> None:
         """Send the supervisor a SIGTERM, as a scheduler does."""
@@ -380,9 +380,9 @@ _WHERE = {"resumed": "behind resume()", "finished": "behind the last commit"}
 
 def describe(fault: str) -> str:
     """Say what the program does to itself, for a person."""
-    found = faults.FAULT.fullmatch(fault)
-    assert found is not None
-    point, count, attempt, name, delay = found.groups()
+    match = faults.FAULT.fullmatch(fault)
+    assert match is not None
+    point, count, attempt, name, delay = match.groups()
     which = _WHERE.get(point) or (f"step {count}" if point == "step" else f"{point.replace('_', ' ')}, number {count}")
     later = f", {float(delay):.2f} s after that" if delay else ""
     return f"SIG{name or 'KILL'} to attempt {attempt} ({which}{later})"

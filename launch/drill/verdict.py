@@ -129,9 +129,9 @@ def judge_files(found: Found, difference: own_files.Difference) -> None:
     found.files = tuple(sorted(difference.other | difference.missing))
     found.broken += [f"it left another {name} than an undisturbed run" for name in sorted(difference.other)]
     found.broken += [f"it left no {name}, and an undisturbed run does" for name in sorted(difference.missing)]
-    told = [f"{name}: lines of steps that were done again stand in it twice" for name in sorted(difference.again)]
-    told += [f"{name}: left over by an interruption ({found.text})" for name in sorted(difference.extra)[:_FEW]]
-    found.warnings = tuple(told)
+    warnings = [f"{name}: lines of steps that were done again stand in it twice" for name in sorted(difference.again)]
+    warnings += [f"{name}: left over by an interruption ({found.text})" for name in sorted(difference.extra)[:_FEW]]
+    found.warnings = tuple(warnings)
 
 
 _FEW = 5
@@ -163,8 +163,8 @@ def judge(found: Found, scenario: Scenario, store: Store, shown: Shown) -> None:
         found.donated = True
         gone, *more = event["leaves"]
         gone += f" (and {len(more)} more)" if more else ""
-        told = f"a save after step {event['step']} would have failed: {gone} had been given away (donate_argnums)"
-        found.broken.append(told)
+        text = f"a save after step {event['step']} would have failed: {gone} had been given away (donate_argnums)"
+        found.broken.append(text)
 
 
 def _losses(found: Found, scenario: Scenario, shown: Shown) -> Iterator[str]:

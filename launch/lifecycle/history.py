@@ -65,8 +65,8 @@ def read_history(store: Store, *, state: str = "", reason: str = "", over: bool 
         over: Whether nothing will happen to it any more by itself.
         curves: Read what the program logged, too.
     """
-    told = read_json(store, contract.RUN_JSON) or {}
-    spec = told["spec"] if isinstance(told.get("spec"), dict) else {}
+    record = read_json(store, contract.RUN_JSON) or {}
+    spec = record["spec"] if isinstance(record.get("spec"), dict) else {}
     numbers = store.numbers(contract.ATTEMPTS)
     return History(
         run=store.url,
@@ -76,7 +76,7 @@ def read_history(store: Store, *, state: str = "", reason: str = "", over: bool 
         launcher=_finite(read_lines(store, contract.EVENTS)),
         lives=[_life(store, number, min(_MOST, max(_LEAST, _ALL // len(numbers)))) for number in numbers],
         now=None if over else time.time(),
-        price_per_hour=number_of(told.get("price_per_hour", spec.get("price_per_hour"))),
+        price_per_hour=number_of(record.get("price_per_hour", spec.get("price_per_hour"))),
         grace_s=number_of(spec.get("grace_s")),
         series=read_metrics(store, only=drawn) if curves else None,
     )

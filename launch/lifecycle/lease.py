@@ -101,15 +101,15 @@ def newest(store: Store) -> Holder | None:
         except FileNotFoundError:
             continue  # the run was removed this very moment
         try:
-            told = msgspec.json.decode(content, type=_Content)
+            lease = msgspec.json.decode(content, type=_Content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            told = _Content(host="a machine that is not known", kernel="?", pid=0, home="", token="")
+            lease = _Content(host="a machine that is not known", kernel="?", pid=0, home="", token="")
         # Containers of one machine have names of their own, and one kernel that keeps their locks. A machine that was
         # switched on again has another kernel, and many are called localhost.
-        near = told.kernel == _kernel() or (told.host, told.machine) == (socket.gethostname(), _machine())
-        here = near and told.home == _home(store)
-        sign_s = None if here or told.over else _since(store, written)
-        return Holder(numbers[-1], told.token, told.host[:_LONGEST_HOST], here, told.over, sign_s)
+        near = lease.kernel == _kernel() or (lease.host, lease.machine) == (socket.gethostname(), _machine())
+        here = near and lease.home == _home(store)
+        sign_s = None if here or lease.over else _since(store, written)
+        return Holder(numbers[-1], lease.token, lease.host[:_LONGEST_HOST], here, lease.over, sign_s)
     raise StorageError(f"{store.url} lists {name}, which is not there")
 
 
@@ -119,10 +119,10 @@ def elsewhere(store: Store) -> Holder | None:
     A storage that does not answer is no sign of a death: then it is who was seen last.
     """
     try:
-        _SEEN[store.url] = found = newest(store)
+        _SEEN[store.url] = holder = newest(store)
     except StorageError:
-        found = _SEEN.get(store.url)
-    return found if found is not None and found.elsewhere else None
+        holder = _SEEN.get(store.url)
+    return holder if holder is not None and holder.elsewhere else None
 
 
 _SEEN: dict[str, Holder | None] = {}
@@ -130,8 +130,8 @@ _SEEN: dict[str, Holder | None] = {}
 
 def refuse_elsewhere(store: Store) -> None:
     """Raise ConfigError if a run has a runner on another machine."""
-    if (found := newest(store)) is not None and found.elsewhere:
-        raise ConfigError(_says_elsewhere(store, found))
+    if (holder := newest(store)) is not None and holder.elsewhere:
+        raise ConfigError(_says_elsewhere(store, holder))
 
 
 def _says_elsewhere(store: Store, found: Holder) -> str:
@@ -158,13 +158,13 @@ def claim(store: Store, *, take_over: bool = False, leaving: bool = False) -> in
     """
     deadline = time.monotonic() + _END_S
     while True:
-        found = newest(store)
-        if found is not None and found.elsewhere and not take_over:
+        holder = newest(store)
+        if holder is not None and holder.elsewhere and not take_over:
             if not leaving or time.monotonic() >= deadline:
-                raise ConfigError(_says_elsewhere(store, found))
+                raise ConfigError(_says_elsewhere(store, holder))
             time.sleep(0.5)
             continue
-        number = 0 if found is None else found.number + 1
+        number = 0 if holder is None else holder.number + 1
         if _create(store, number):
             with contextlib.suppress(JobkitError):  # of probes that were killed
                 if store.remote is not None:
@@ -205,14 +205,14 @@ class Lease:
     def look(self) -> bool:
         """See whether somebody has taken over; tell whether the storage has answered."""
         try:
-            found = newest(self._store)
+            holder = newest(self._store)
         except (JobkitError, OSError):
             return False
-        if found is not None and found.number == self._number:
-            self._token = self._token or found.token
+        if holder is not None and holder.number == self._number:
+            self._token = self._token or holder.token
         # With our number, but another's: the run was deleted, and submitted anew elsewhere.
-        if found is not None and (found.number, found.token) != (self._number, self._token):
-            self.lost = f"the run was taken over by a runner on {found.host}"
+        if holder is not None and (holder.number, holder.token) != (self._number, self._token):
+            self.lost = f"the run was taken over by a runner on {holder.host}"
         return True
 
     def close(self) -> None:
@@ -281,8 +281,8 @@ def _home(store: Store) -> str:
 def _numbers(store: Store) -> list[int]:
     if store.remote is None:
         return store.numbers(contract.LEASES)
-    found = (names.number(name.removeprefix(f"{contract.LEASES}/")) for name in store.remote.find(contract.LEASES))
-    return sorted(number for number in found if number is not None)
+    numbers = (names.number(name.removeprefix(f"{contract.LEASES}/")) for name in store.remote.find(contract.LEASES))
+    return sorted(number for number in numbers if number is not None)
 
 
 def _read(store: Store, name: str) -> bytes:

@@ -62,8 +62,8 @@ def start(store: Store, named: Sequence[str], cwd: str) -> int | None:
     """
     if not named:
         return None
-    found = store.stat(contract.EVENTS)
-    since = 0 if found is None else found.st_size
+    stat = store.stat(contract.EVENTS)
+    since = 0 if stat is None else stat.st_size
     given = json.dumps({"run": store.url, "since": since, "runner": os.getpid(), "targets": list(named), "cwd": cwd})
     # No mark of a run: whoever looks for what is left of one must not find it.
     environ = contract.handed_on(os.environ)
@@ -108,13 +108,13 @@ def follow(store: Store, named: Sequence[str], *, since: int, runner: int, cwd: 
     # One thread each: they are told in order, and one that does not answer delays no other.
     senders = {target: ThreadPoolExecutor(1) for target in named}
     over = False
-    told = _Troubles(store)
+    problems = _Troubles(store)
     while not over:
         over = not processes.alive(runner)  # looked at first: what it wrote before it went is still told
         events, since = _news(store.file(contract.EVENTS), since)
         for event in events:
             over = over or event.get("event") == "ended"
-        for message in [*filter(None, (message_of(store, event) for event in events)), *told.news()]:
+        for message in [*filter(None, (message_of(store, event) for event in events)), *problems.news()]:
             for target, sender in senders.items():
                 sender.submit(_tell, target, message, ledger, cwd)
         if not over:
@@ -142,7 +142,7 @@ class _Troubles:
 
     def news(self) -> list[dict[str, Any]]:
         """Return what is to be told."""
-        found = []
+        messages = []
         try:
             ledgers = self._ledgers()
         except JobkitError:  # a shared disk that does not answer just now
@@ -158,8 +158,8 @@ class _Troubles:
             for event in events:
                 if (trouble := troubles.of(event)) is not None and event.get("count", 1) == 1:  # once is enough
                     at = {"step": event.get("step"), "committed_step": self._committed()}
-                    found.append(_message(self._store, trouble.kind, attempt, {"reason": trouble.text}, at))
-        return found
+                    messages.append(_message(self._store, trouble.kind, attempt, {"reason": trouble.text}, at))
+        return messages
 
     def _committed(self) -> int | None:
         with contextlib.suppress(JobkitError):  # it may be what does not answer
@@ -231,7 +231,7 @@ def _message(
 
 def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
     tries = 0
-    told = {"told": message["event"], "target": targets.shown(target)}
+    fields = {"told": message["event"], "target": targets.shown(target)}
     try:
         for attempt in tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_TRIES),
@@ -242,11 +242,11 @@ def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> 
             with attempt:
                 tries += 1
                 _send(target, json.dumps(message).encode(), cwd)
-        ledger.append("notified", **told, tries=tries)
+        ledger.append("notified", **fields, tries=tries)
     except Exception as error:
         # What is not ours may have anything in its words.
         reason = str(error) if isinstance(error, Again | JobkitError) else type(error).__name__
-        ledger.append("notify_failed", **told, tries=tries, reason=reason[:300])
+        ledger.append("notify_failed", **fields, tries=tries, reason=reason[:300])
 
 
 def _send(target: str, body: bytes, cwd: str) -> None:

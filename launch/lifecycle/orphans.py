@@ -126,8 +126,8 @@ def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:
         JobkitError: If the storage does not answer.
     """
     try:
-        told = read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}")
-        return None if told is None else decode.fields(told)
+        outcome = read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}")
+        return None if outcome is None else decode.fields(outcome)
     except DamagedError:
         return None
 
@@ -138,22 +138,24 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
     The first that ended badly is what became of the attempt: the others followed. Of those that made no progress it is
     the one that is behind: the others waited for it.
     """
-    told = []
+    outcomes = []
     for name in store.names(contract.attempt_dir(attempt)):
         if name.startswith("process-"):
             with contextlib.suppress(JobkitError):
                 one = decode.fields(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
-                told += [one] if one.keys() >= {"exit_code", "processes", "process", "node", "reason", "step"} else []
-    told.sort(key=lambda outcome: outcome.get("ended", 0))
+                outcomes += (
+                    [one] if one.keys() >= {"exit_code", "processes", "process", "node", "reason", "step"} else []
+                )
+    outcomes.sort(key=lambda outcome: outcome.get("ended", 0))
     # Process 0 commits; another one that ended before may not have seen it.
     newest = {
-        "committed_step": max((step for one in told if type(step := one.get("committed_step")) is int), default=-1)
+        "committed_step": max((step for one in outcomes if type(step := one.get("committed_step")) is int), default=-1)
     }
-    preempted = any(outcome.get("exit_code") == Exit.PREEMPTED for outcome in told)
+    preempted = any(outcome.get("exit_code") == Exit.PREEMPTED for outcome in outcomes)
     # JAX aborts who still begins when another one has left on notice.
     bad = [
         one
-        for one in told
+        for one in outcomes
         if (code := one.get("exit_code")) not in (Exit.DONE, Exit.PREEMPTED)
         and not (preempted and code == _ABORTED and one.get("notice"))
     ]
@@ -165,9 +167,9 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
             min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0))) if stalled else [*wrong, *bad][0]
         )
         return first | newest | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
-    if not told or len(told) < told[0]["processes"]:
+    if not outcomes or len(outcomes) < outcomes[0]["processes"]:
         return None
-    return next((outcome for outcome in told if outcome["exit_code"] == Exit.PREEMPTED), told[0]) | newest
+    return next((outcome for outcome in outcomes if outcome["exit_code"] == Exit.PREEMPTED), outcomes[0]) | newest
 
 
 def heartbeat_directory(store: Store, attempt: int) -> Path | None:

@@ -120,8 +120,8 @@ def decide(history: Sequence[Ended], policy: Policy) -> Decision:
     if last.outcome is Outcome.DONE:
         step = _best(history, policy)
         if last.unsaved:
-            told = "finished, but without one step of the run: what it trained is not saved, its log says how"
-            return Decision("stop", 0.0, told, State.DONE)
+            reason = "finished, but without one step of the run: what it trained is not saved, its log says how"
+            return Decision("stop", 0.0, reason, State.DONE)
         return Decision("stop", 0.0, f"finished; step {step} is committed" if step >= 0 else "finished", State.DONE)
     if last.outcome is Outcome.CONFIG:
         return _stop("no restart can help (exit code 78)")
@@ -197,8 +197,8 @@ def _best(history: Sequence[Ended], policy: Policy) -> int:
 
 def _last_progress(history: Sequence[Ended], policy: Policy) -> int:
     """Return the index of the last attempt that committed something newer than all before it, -1 if none did."""
-    best, found = policy.committed_at_start, -1
+    best, last = policy.committed_at_start, -1
     for index, ended in enumerate(history):
         if ended.committed_step > best:
-            best, found = ended.committed_step, index
-    return found
+            best, last = ended.committed_step, index
+    return last

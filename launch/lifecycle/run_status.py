@@ -296,8 +296,8 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
     if job is None:
         gone = "the local runner is gone"
     elif job.id:
-        told = f": {job.reason}" if job.reason else " and nothing has started the next"
-        gone = f"job {job.id} has ended ({job.state.lower()}){told}"
+        detail = f": {job.reason}" if job.reason else " and nothing has started the next"
+        gone = f"job {job.id} has ended ({job.state.lower()}){detail}"
         if not attempted and store.exists(contract.SLURM):
             gone += f" (its output: {store.file(contract.SLURM)})"
     else:
@@ -316,8 +316,8 @@ def events(store: Store) -> list[Event]:
 
 def jobs(store: Store, backend: str) -> list[str]:
     """List a run's jobs of one scheduler that are in its ledger, oldest first."""
-    told = (event for event in events(store) if event["event"] == "job" and _JOB.fullmatch(str(event["id"] or "")))
-    return [str(event["id"]) for event in told if event.get("backend", "slurm") == backend]
+    entries = (event for event in events(store) if event["event"] == "job" and _JOB.fullmatch(str(event["id"] or "")))
+    return [str(event["id"]) for event in entries if event.get("backend", "slurm") == backend]
 
 
 _JOB = re.compile(r"\w[\w.:/-]{0,500}", re.ASCII)
@@ -427,9 +427,9 @@ def _told(
 ) -> list[dict[str, Any]]:
     """Return the events of one kind in the first or last bytes that one writer of an attempt wrote down."""
     lines = _lines(store, contract.events_file(attempt, writer), first_bytes=first, last_bytes=last)
-    found = (event for event in lines if event["event"] == name)
+    matching = (event for event in lines if event["event"] == name)
     wanted = ("t", "source", "step", "reason")
-    return [{"attempt": attempt} | {key: event[key] for key in wanted if key in event} for event in found]
+    return [{"attempt": attempt} | {key: event[key] for key in wanted if key in event} for event in matching]
 
 
 def _troubles(store: Store, attempt: int) -> list[Trouble]:
@@ -463,7 +463,7 @@ def _updated(store: Store, attempt: int | None) -> float | None:
     if attempt is not None:
         names += [contract.events_file(attempt, 0), contract.events_file(attempt, "supervisor")]
         names += [contract.log_file(attempt), f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"]
-    return max((found.st_mtime for name in names if (found := store.stat(name)) is not None), default=None)
+    return max((info.st_mtime for name in names if (info := store.stat(name)) is not None), default=None)
 
 
 def age(moment: float | None) -> float | None:
@@ -473,9 +473,9 @@ def age(moment: float | None) -> float | None:
 
 def find_runs(directory: Path, *, depth: int = 3) -> list[Path]:
     """Return the run directories below a directory, oldest first."""
-    found: list[tuple[float, Path]] = []
-    _search(directory, depth, found)
-    return [path for _, path in sorted(found)]
+    runs: list[tuple[float, Path]] = []
+    _search(directory, depth, runs)
+    return [path for _, path in sorted(runs)]
 
 
 def _search(directory: Path, depth: int, found: list[tuple[float, Path]]) -> None:

@@ -142,8 +142,8 @@ class Runner(ABC):
         if not done and why is Cause.CANCELLED:
             return self._end(State.CANCELLED, self._says_cancelled())
         if not before:
-            told = {"action": decision.action, "delay_s": decision.delay_s} | self._facts(decision, why)
-            self._write_down("decision", **told, attempt=self._newest_attempt)
+            fields = {"action": decision.action, "delay_s": decision.delay_s} | self._facts(decision, why)
+            self._write_down("decision", **fields, attempt=self._newest_attempt)
         if done:
             return self._end(State.DONE, decision.reason)
         if not decision.restart and why is not Cause.REQUEUED:
@@ -288,8 +288,8 @@ class Runner(ABC):
             names.below(top, place).mkdir(parents=True, exist_ok=True)
         command = command_in(spec, top)
         supervise = [sys.executable, "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *command]
-        told = self._grace() if spec.stall_s is None else self._grace() | {contract.ENV_STALL: f"{spec.stall_s:g}"}
-        environ = environment(self._store, environ, path=path) | told
+        limits = self._grace() if spec.stall_s is None else self._grace() | {contract.ENV_STALL: f"{spec.stall_s:g}"}
+        environ = environment(self._store, environ, path=path) | limits
         if spec.container is None:
             return supervise, environ
         environ |= container.ENVIRONMENT | self._in_container()
@@ -433,8 +433,8 @@ class Runner(ABC):
             committed_step: The newest that it left; None for the newest now.
         """
         outcome = orphans.read_outcome(self._store, attempt) or {}
-        told = outcome.get("exit_code")
-        code = told if isinstance(told, int) else code
+        recorded_code = outcome.get("exit_code")
+        code = recorded_code if isinstance(recorded_code, int) else code
         step = outcome.get("step")
         names = {event["event"] for event in attempt_events(self._store, attempt)}
         return restart.Ended(

@@ -38,7 +38,7 @@ def check(targets: Sequence[str], *, cwd: Path, environ: Mapping[str, str]) -> t
     Raises:
         ConfigError: With the remedy; nothing that may be a secret is in it.
     """
-    found = []
+    resolved = []
     for target in targets:
         kind, name = _named(target)
         if kind == "file":
@@ -49,8 +49,8 @@ def check(targets: Sequence[str], *, cwd: Path, environ: Mapping[str, str]) -> t
             _check_content(read(target, environ), cwd)
         except ConfigError as error:
             raise ConfigError(f"--notify {target}: {error}") from None
-        found.append(target)
-    return tuple(found)
+        resolved.append(target)
+    return tuple(resolved)
 
 
 def check_elsewhere(targets: Sequence[str], *, plain: Collection[str], secrets: Collection[str]) -> None:

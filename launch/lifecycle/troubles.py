@@ -39,12 +39,12 @@ def of(event: Mapping[str, Any]) -> Trouble | None:
 
 def standing(events: Iterable[Event]) -> list[Trouble]:
     """Return what is wrong at the end of what one writer of an attempt wrote down."""
-    found: dict[str, Event] = {}
+    current: dict[str, Event] = {}
     for event in events:
-        found = {name: told for name, told in found.items() if event["event"] not in KINDS[name].ends}
+        current = {name: earlier for name, earlier in current.items() if event["event"] not in KINDS[name].ends}
         if event["event"] in KINDS:
-            found[event["event"]] = event
-    return [trouble for name, event in found.items() if KINDS[name].shown and (trouble := of(event)) is not None]
+            current[event["event"]] = event
+    return [trouble for name, event in current.items() if KINDS[name].shown and (trouble := of(event)) is not None]
 
 
 def unsaved(store: Store, attempt: int) -> Event:

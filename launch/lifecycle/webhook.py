@@ -85,14 +85,14 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
 
 def _resolve(host: str, port: int, flags: int = 0) -> list[tuple[Any, ...]]:
     """Return where a name leads to, as `getaddrinfo` does; raise ConfigError if that is, or may be, where none may."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    for *_, where in found:
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    for *_, where in addresses:
         if _forbidden(str(where[0])):
             raise ConfigError(
                 f"its host leads to {where[0]}: link-local addresses, and those of a cloud's metadata service, are no "
                 "webhooks; give the address of one"
             )
-    return found
+    return addresses
 
 
 def _forbidden(address: str) -> bool:

@@ -76,9 +76,9 @@ def explain(found: Goodput, history: History) -> Story:
         found: Its figures.
         history: Where they come from.
     """
-    told = [*_beginning(found), *_endings(found, history), *_troubles(history), *_resumes(history)]
-    told = [*sorted(told, key=lambda one: one.t), *_end(found)]
-    return Story(found.run, found.name, found.state, told, list(_advice(found, history)))
+    sentences = [*_beginning(found), *_endings(found, history), *_troubles(history), *_resumes(history)]
+    sentences = [*sorted(sentences, key=lambda one: one.t), *_end(found)]
+    return Story(found.run, found.name, found.state, sentences, list(_advice(found, history)))
 
 
 # What happened.
@@ -97,14 +97,14 @@ def _beginning(found: Goodput) -> Iterator[Sentence]:
 def _endings(found: Goodput, history: History) -> Iterator[Sentence]:
     """Tell of every attempt that ended before the run was done."""
     ended = [one for one in found.attempts if one.ended is not None and one.outcome != Outcome.DONE]
-    told = sorted(sorted(ended, key=lambda one: -one.ending_s)[:_MOST], key=lambda one: one.attempt)
+    costliest = sorted(sorted(ended, key=lambda one: -one.ending_s)[:_MOST], key=lambda one: one.attempt)
     waited = {life.number: life.supervisor for life in history.lives}
-    for one in told:
+    for one in costliest:
         after = [later for later in found.attempts if later.attempt > one.attempt]
         stalls = [event for event in waited.get(one.attempt, []) if event["event"] == "stalled"]
         text = f"{_what(one, stalls)} {_cost(one, after[0] if after else None)}"
         yield Sentence(one.ended or one.started, one.outcome or "unknown", one.attempt, text, one.ending_s)
-    left = [one for one in ended if one not in told]
+    left = [one for one in ended if one not in costliest]
     if left:
         cost_s = math.fsum(one.ending_s for one in left)
         lost = sum(one.lost_steps for one in left)
@@ -117,17 +117,17 @@ def _what(one: Attempt, stalls: Sequence[Event]) -> str:
     at = f" at step {one.to_step:,}" if one.to_step is not None else " before it had a step"
     who = f"Attempt {one.attempt}"
     if one.outcome == Outcome.PREEMPTED:
-        told = f"{who} was told to stop ({one.notice or 'notice'}){at}"
+        text = f"{who} was told to stop ({one.notice or 'notice'}){at}"
         if not from_outside(one.notice):
             whole = one.notice_to_commit_s is not None
-            told = f"{who} stopped{at}: its supervisor was gone" if one.notice == "supervisor" else told
-            return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s later." if whole else f"{told}."
+            text = f"{who} stopped{at}: its supervisor was gone" if one.notice == "supervisor" else text
+            return f"{text}; everything was committed {one.notice_to_commit_s:.2f} s later." if whole else f"{text}."
         if one.saved_on_notice and one.notice_to_commit_s is not None:
-            return f"{told}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
+            return f"{text}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
         if one.saved_on_notice is None:
-            return f"{told}; there was nothing to save yet."
+            return f"{text}; there was nothing to save yet."
         late = f"; its newest steps could not be committed{_clause(one.unsaved)}."
-        return f"{told}{'.' if one.saved_on_notice else late}"
+        return f"{text}{'.' if one.saved_on_notice else late}"
     if one.outcome == Outcome.STALLED:
         event = stalls[-1] if stalls else {}
         where = f" in phase {str(event['phase']).replace('_', ' ')}" if event.get("phase") else ""
@@ -280,9 +280,9 @@ def _grace(found: Goodput, history: History) -> Iterator[Advice]:
 
 def _deadline(history: History, attempt: int) -> float | None:
     """Return how much time the notice of an attempt gave: as it said itself, or as the run was submitted."""
-    heard = [event for life in history.lives if life.number == attempt for event in life.supervisor]
-    told = [number_of(event.get("deadline_s")) for event in heard if event["event"] == "notice"]
-    return next((given for given in told if given is not None), history.grace_s)
+    events = [event for life in history.lives if life.number == attempt for event in life.supervisor]
+    deadlines = [number_of(event.get("deadline_s")) for event in events if event["event"] == "notice"]
+    return next((given for given in deadlines if given is not None), history.grace_s)
 
 
 def _interval(found: Goodput, history: History) -> Iterator[Advice]:
@@ -402,11 +402,11 @@ _WORTH_S = 2.0
 def _compile(found: Goodput, history: History) -> Iterator[Advice]:
     """Restarts compile what was compiled before."""
     again = [[event for event in life.program if _missed(event)] for life in history.lives[1:]]
-    told = [event for events in again for event in events]
-    spent_s = math.fsum(number_of(event.get("seconds")) or 0.0 for event in told)
+    compiled = [event for events in again for event in events]
+    spent_s = math.fsum(number_of(event.get("seconds")) or 0.0 for event in compiled)
     if spent_s >= _WORTH_S * sum(map(bool, again)) > 0:
-        why = _clause(str(told[-1].get("why", ""))) or ": the compile cache did not have them"
-        misses = _count(sum(map(_missed, told)), "program")
+        why = _clause(str(compiled[-1].get("why", ""))) or ": the compile cache did not have them"
+        misses = _count(sum(map(_missed, compiled)), "program")
         yield Advice(
             "compile", f"After a restart {misses} had to be compiled again, in {show_duration(spent_s)}{why}.", spent_s
         )

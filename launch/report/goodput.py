@@ -232,7 +232,7 @@ def _attempts(spans: Sequence[Span], intervals: Sequence[Interval], price: float
         {phase: _total(by_attempt.get(span.life.number, []), phase) for phase in Phase if phase not in _WAITS}
         for span in spans
     ]
-    found = []
+    attempts = []
     for index, span in enumerate(spans):
         own, after = spent[index], spent[index + 1] if index + 1 < len(spans) else {}
         outcome, wait_s = span.life.outcome, waits.get(span.life.number, 0.0)
@@ -244,7 +244,7 @@ def _attempts(spans: Sequence[Span], intervals: Sequence[Interval], price: float
         first_step = span.at("first_step")[:1]
         stopped = [event for _, event in span.at("stopped")]
         whole = [number_of(event.get("notice_to_commit_s")) for event in stopped if not event.get("lost_steps")]
-        found.append(
+        attempts.append(
             Attempt(
                 attempt=span.life.number,
                 started=span.start,
@@ -267,7 +267,7 @@ def _attempts(spans: Sequence[Span], intervals: Sequence[Interval], price: float
                 cost=None if price is None else price * held_s / 3600,
             )
         )
-    return found
+    return attempts
 
 
 _WAITS = (Phase.QUEUE, Phase.IDLE, Phase.OFF)

@@ -59,16 +59,16 @@ def page(histories: Sequence[History]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found = [measure(history) for history in histories]
-    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    goodputs = [measure(history) for history in histories]
+    title = goodputs[0].name if len(goodputs) == 1 else f"{len(goodputs)} runs"
     return environment.get_template("report.html").render(
         version=jobkit.__version__,
         title=title,
         gutter=34,
         leftwards=LEFTWARDS,
         colors={str(phase): color for phase, color in COLORS.items()},
-        overview=_overview(found) if len(found) > 1 else None,
-        runs=[_run(one, history) for one, history in zip(found, histories, strict=True)],
+        overview=_overview(goodputs) if len(goodputs) > 1 else None,
+        runs=[_run(one, history) for one, history in zip(goodputs, histories, strict=True)],
         footer=f"jobkit {jobkit.__version__}, {clock(time.time())}. Phases and figures: jobkit report --help.",
     )
 
@@ -144,11 +144,11 @@ def _key(phase: Phase) -> dict[str, str]:
 
 
 def _shares(found: Goodput) -> list[dict[str, Any]]:
-    told = []
+    shares = []
     for phase, seconds in by_share(found):
         share = found.shares[phase]
         label = WORDS[phase] if share > _LABEL_SHARE else ""
-        told.append(
+        shares.append(
             _key(phase)
             | {
                 "share": percent(share),
@@ -158,7 +158,7 @@ def _shares(found: Goodput) -> list[dict[str, Any]]:
                 "ink": ink_on(phase),
             }
         )
-    return told
+    return shares
 
 
 # The timeline.
@@ -209,7 +209,7 @@ def _part(one: Interval, start: float, end: float) -> dict[str, Any]:
 
 def _notices(events: Iterable[dict[str, Any]], start: float, end: float) -> list[dict[str, str]]:
     """Mark an attempt's first notice; the program hears it at the end of a step, and says how old it is then."""
-    heard = [
+    notices = [
         (event["t"] - (number_of(event.get("age_s")) or 0.0), event) for event in events if event["event"] == "notice"
     ]
     return [
@@ -217,7 +217,7 @@ def _notices(events: Iterable[dict[str, Any]], start: float, end: float) -> list
             "x": f"{1000 * (t - start) / (end - start):.3f}",
             "title": f"notice: {event.get('source', '')} at {clock(t)}",
         }
-        for t, event in heard[:1]
+        for t, event in notices[:1]
         if start <= t <= end
     ]
 

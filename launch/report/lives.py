@@ -44,9 +44,9 @@ class Span:
     @property
     def done(self) -> bool:
         """Whether the program came to its end."""
-        told = [self.life.outcome, *(event for _, event in self.at("exited"))]
+        endings = [self.life.outcome, *(event for _, event in self.at("exited"))]
         own = [event for event in self.life.program if event["event"] != "raised"]  # by what follows the training
-        return last_word(own) == "finished" or any(one.get("outcome") == Outcome.DONE for one in told)
+        return last_word(own) == "finished" or any(one.get("outcome") == Outcome.DONE for one in endings)
 
     def at(self, name: str) -> list[tuple[float, Event]]:
         """Return the events of one name with their times."""
@@ -66,8 +66,8 @@ def spans_of(history: History) -> list[Span]:
         start = events[0][0] if events else number_of(life.outcome.get("started"))
         if start is None:
             continue  # its number was claimed, and nothing more
-        told = [ended[-1]] if ended else [wrote_end] if wrote_end is not None else [t for t, _ in events[-1:]]
-        end = history.now if running and history.now is not None else max(told, default=start)
+        ends = [ended[-1]] if ended else [wrote_end] if wrote_end is not None else [t for t, _ in events[-1:]]
+        end = history.now if running and history.now is not None else max(ends, default=start)
         spans.append(Span(life, events, start, max(start, end), running, []))
     for earlier, later in pairwise(spans):
         later.start = max(later.start, earlier.start)
@@ -92,11 +92,11 @@ def _own_loops(history: History) -> bool:
 
 def rising(events: Iterable[Event]) -> list[tuple[float, Event]]:
     """Return events with their times, a time before the one above it raised to it."""
-    found, latest = [], -math.inf
+    pairs, latest = [], -math.inf
     for event in events:
         latest = max(latest, float(event["t"]))
-        found.append((latest, event))
-    return found
+        pairs.append((latest, event))
+    return pairs
 
 
 def _measure_steps(span: Span) -> None:
@@ -144,8 +144,8 @@ def _settle(spans: Sequence[Span]) -> None:
         begun = begun_at(span.life)
         committed = committed if begun is None else begun  # what was newer is no more
         saved = [count_of(event.get("step")) for event in span.life.program if event["event"] in _COMMITTED]
-        told = [*saved, count_of(span.life.outcome.get("committed_step"))]
-        committed = max([committed, *(step for step in told if step is not None)])
+        steps = [*saved, count_of(span.life.outcome.get("committed_step"))]
+        committed = max([committed, *(step for step in steps if step is not None)])
         if not span.running:
             span.kept = committed
     resumed: int | None = None
@@ -188,13 +188,13 @@ PEER = "peer"
 def notice_of(life: Life) -> str:
     """Return the source of an attempt's notice; the program knows it best."""
     by_process = [[*life.program, *life.supervisor], *life.others.values()]
-    heard = [[event for event in events if event["event"] == "notice"] for events in by_process]
-    if not any(heard):
+    notices = [[event for event in events if event["event"] == "notice"] for events in by_process]
+    if not any(notices):
         return ""
-    if any(events and not told and not _left_well(events) for told, events in zip(heard, by_process, strict=True)):
+    if any(events and not own and not _left_well(events) for own, events in zip(notices, by_process, strict=True)):
         # It had died, and the launcher ended the others. By who heard of it: no two machines' clocks are compared.
         return PEER
-    return next(str(event.get("source") or "notice") for told in heard for event in told)
+    return next(str(event.get("source") or "notice") for own in notices for event in own)
 
 
 def _left_well(events: Iterable[Event]) -> bool:

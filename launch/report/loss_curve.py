@@ -62,7 +62,7 @@ def curve_of(history: History, found: Goodput) -> Curve | None:
         return None
     dots = _finite(values.get(f"val_{name}", {}))
     repeated = history.series.repeated.get(name, {})
-    earlier = _finite({step: told[-2] for step, told in repeated.items() if len(told) > 1})
+    earlier = _finite({step: recorded[-2] for step, recorded in repeated.items() if len(recorded) > 1})
     cuts = [
         Cut(one.attempt, one.to_step, one.lost_steps, one.outcome or "unknown")
         for one in found.attempts
@@ -106,12 +106,12 @@ def _stretches(points: Sequence[Point]) -> list[list[Point]]:
         return []
     gaps = sorted(b[0] - a[0] for a, b in pairwise(points))
     usual = gaps[len(gaps) // 2] if gaps else 0.0
-    found = [[points[0]]]
+    stretches = [[points[0]]]
     for before, point in pairwise(points):
         if point[0] - before[0] > 3 * usual:
-            found.append([])
-        found[-1].append(point)
-    return found
+            stretches.append([])
+        stretches[-1].append(point)
+    return stretches
 
 
 def thinned(points: Sequence[Point], most: int = _POINTS) -> list[Point]:
@@ -119,12 +119,12 @@ def thinned(points: Sequence[Point], most: int = _POINTS) -> list[Point]:
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))
-    found = []
+    kept = []
     for begin in range(0, len(points), size):
         stretch = points[begin : begin + size]
         ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        found += sorted(ends)
-    return found
+        kept += sorted(ends)
+    return kept
 
 
 def nice_steps(low: float, high: float, most: int) -> list[float]:

@@ -35,10 +35,12 @@ def write_picture(path: Path, histories: Sequence[History]) -> Path:
     Raises:
         ConfigError: If matplotlib is not installed, or the picture cannot be written there.
     """
-    found = [measure(history) for history in histories]
+    goodputs = [measure(history) for history in histories]
 
     def draw(plt: Any) -> Any:
-        return _one(plt, found[0], curve_of(histories[0], found[0])) if len(found) == 1 else _many(plt, found)
+        return (
+            _one(plt, goodputs[0], curve_of(histories[0], goodputs[0])) if len(goodputs) == 1 else _many(plt, goodputs)
+        )
 
     return write_figure(path, draw)
 

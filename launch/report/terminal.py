@@ -165,12 +165,12 @@ def _pairs(pairs: Iterator[tuple[str, str]]) -> Table:
 
 def overview(runs: Sequence[Goodput]) -> Table:
     """Lay many runs out as a table."""
-    priced = any(found.cost is not None for found in runs)
+    priced = any(run.cost is not None for run in runs)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(overview_head(priced=priced)):
         table.add_column(name, justify="left" if index < 2 else "right", no_wrap=index > 0, overflow="fold")
-    for found in runs:
-        table.add_row(*overview_row(found, priced=priced))
+    for run in runs:
+        table.add_row(*overview_row(run, priced=priced))
     return table
 
 

@@ -49,28 +49,28 @@ def timeline(history: History, spans: Sequence[Span]) -> list[Interval]:
     cursor = min([*begun, *(span.start for span in spans[:1])], default=None)
     if cursor is None:
         return []
-    found: list[Interval] = []
+    intervals: list[Interval] = []
     for index, span in enumerate(spans):
-        found += _between(launcher, cursor, span.start, waits=index == 0)
-        found += _phases(span)
+        intervals += _between(launcher, cursor, span.start, waits=index == 0)
+        intervals += _phases(span)
         cursor = span.end
     ended = [t for t, event in launcher if event["event"] == "ended"][-1:]
     end = history.now if history.now is not None else max([cursor, *ended])
     requeued = any(t >= cursor and event["event"] == "requeued" for t, event in launcher)
-    found += _between(launcher, cursor, max(end, cursor), waits=not spans or requeued)
-    return _joined(interval for interval in found if interval.end > interval.start)
+    intervals += _between(launcher, cursor, max(end, cursor), waits=not spans or requeued)
+    return _joined(interval for interval in intervals if interval.end > interval.start)
 
 
 def _joined(intervals: Iterable[Interval]) -> list[Interval]:
     """Join neighbours of one attempt and phase."""
-    found: list[Interval] = []
+    joined: list[Interval] = []
     for interval in intervals:
-        before = found[-1] if found else None
+        before = joined[-1] if joined else None
         if before is not None and (before.phase, before.attempt) == (interval.phase, interval.attempt):
-            found[-1] = Interval(before.start, interval.end, interval.phase, interval.attempt)
+            joined[-1] = Interval(before.start, interval.end, interval.phase, interval.attempt)
         else:
-            found.append(interval)
-    return found
+            joined.append(interval)
+    return joined
 
 
 def _between(launcher: Sequence[tuple[float, Event]], start: float, end: float, *, waits: bool) -> list[Interval]:
@@ -86,15 +86,15 @@ def _between(launcher: Sequence[tuple[float, Event]], start: float, end: float, 
     began = [t for t, name in inside if name == "job_started"]
     queued_until = began[-1] if began else end if waits else start
     cuts = [(start, Phase.QUEUE), (queued_until, Phase.IDLE)]
-    found = [Interval(a, b, phase) for (a, phase), b in zip(cuts, [queued_until, end], strict=True)]
+    intervals = [Interval(a, b, phase) for (a, phase), b in zip(cuts, [queued_until, end], strict=True)]
     off_since: float | None = None
     for t, name in inside:
         if name == "ended":
             off_since = t if off_since is None else off_since
         elif name in ("resumed", "submitted") and off_since is not None:
-            found = _paint(found, off_since, t, Phase.OFF)
+            intervals = _paint(intervals, off_since, t, Phase.OFF)
             off_since = None
-    return found if off_since is None else _paint(found, off_since, end, Phase.OFF)
+    return intervals if off_since is None else _paint(intervals, off_since, end, Phase.OFF)
 
 
 _BEGINS = {
@@ -117,27 +117,29 @@ def _phases(span: Span) -> list[Interval]:
         if phase is not None:
             cuts.append((min(max(t, cuts[-1][0]), span.end), phase))
     ends = [*(t for t, _ in cuts[1:]), span.end]
-    found = [Interval(a, b, phase, number) for (a, phase), b in zip(cuts, ends, strict=True)]
+    intervals = [Interval(a, b, phase, number) for (a, phase), b in zip(cuts, ends, strict=True)]
     for t, event in span.at("restored"):
-        found = _paint(found, t - (number_of(event.get("seconds")) or 0.0), t, Phase.RESTORE, over=(Phase.START,))
+        intervals = _paint(
+            intervals, t - (number_of(event.get("seconds")) or 0.0), t, Phase.RESTORE, over=(Phase.START,)
+        )
     if span.own:
-        told = span.at("compiled")[:1]
-        compiled_s = math.fsum(number_of(event.get("seconds")) or 0.0 for _, event in told)
+        compiled = span.at("compiled")[:1]
+        compiled_s = math.fsum(number_of(event.get("seconds")) or 0.0 for _, event in compiled)
         for t, _ in [*span.at("fresh"), *span.at("restored")][:1]:
-            found = _paint(found, t + compiled_s, span.end, Phase.TRAIN, over=(Phase.COMPILE,))
+            intervals = _paint(intervals, t + compiled_s, span.end, Phase.TRAIN, over=(Phase.COMPILE,))
     for t, event in [*span.at("saved"), *span.at("skipped")]:
         begun = t - (number_of(event.get("durable_s")) or 0.0)
         waited = begun + (blocked_s(event) or 0.0)
-        found = _paint(found, begun, waited, Phase.SAVE, over=(Phase.TRAIN, Phase.COMPILE))
+        intervals = _paint(intervals, begun, waited, Phase.SAVE, over=(Phase.TRAIN, Phase.COMPILE))
     # Of a loop of the program's own nobody knows how many steps there were after its last save.
     if span.kept is not None and (span.lost_steps or (span.own and not span.done)):
         since = reached_at(span, max(span.kept, span.first or 0))
-        found = _paint(found, since, span.end, Phase.LOST, over=(Phase.TRAIN, Phase.SAVE))
+        intervals = _paint(intervals, since, span.end, Phase.LOST, over=(Phase.TRAIN, Phase.SAVE))
     for start, end in _silences(span):
-        found = _paint(found, start, end, Phase.STALLED, over=(Phase.TRAIN, Phase.LOST))
+        intervals = _paint(intervals, start, end, Phase.STALLED, over=(Phase.TRAIN, Phase.LOST))
     for t, event in span.at("stalled")[-1:]:
-        found = _paint(found, t - (number_of(event.get("waited_s")) or 0.0), span.end, Phase.STALLED)
-    return found
+        intervals = _paint(intervals, t - (number_of(event.get("waited_s")) or 0.0), span.end, Phase.STALLED)
+    return intervals
 
 
 def _silences(span: Span) -> Iterator[tuple[float, float]]:
@@ -157,15 +159,15 @@ def _paint(
     intervals: Iterable[Interval], start: float, end: float, phase: Phase, *, over: Sequence[Phase] = tuple(Phase)
 ) -> list[Interval]:
     """Return the same stretch of time with another phase from `start` to `end`, where it had one of `over`."""
-    found = []
+    painted = []
     for old in intervals:
         a, b = max(start, old.start), min(end, old.end)
         if old.phase not in over or b <= a:
-            found.append(old)
+            painted.append(old)
             continue
         parts = [(old.start, a, old.phase), (a, b, phase), (b, old.end, old.phase)]
-        found += [Interval(x, y, part, old.attempt) for x, y, part in parts if y > x]
-    return found
+        painted += [Interval(x, y, part, old.attempt) for x, y, part in parts if y > x]
+    return painted
 
 
 def blocked_s(event: Event) -> float | None:

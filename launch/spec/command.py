@@ -49,11 +49,11 @@ def check_command(command: Sequence[str], cwd: Path, environ: Mapping[str, str])
         ConfigError: If the program or the script does not exist.
     """
     program = command[0]
-    found = shutil.which(str(cwd / program) if os.sep in program else program, path=search_path(environ))
-    if found is None and os.sep in program:
+    executable = shutil.which(str(cwd / program) if os.sep in program else program, path=search_path(environ))
+    if executable is None and os.sep in program:
         why = "is not executable: chmod +x it" if (cwd / program).is_file() else f"does not exist (from {cwd})"
         raise ConfigError(f"the command {program!r} {why}")
-    if found is None:
+    if executable is None:
         hint = f"; for a script write: python {program}" if (cwd / program).is_file() else "; check its spelling"
         raise ConfigError(f"the command {program!r} does not exist on PATH{hint}")
     index = script_index(command)

@@ -124,8 +124,8 @@ def remove(url: str) -> None:
     """Remove the containers of a run that has no attempt just now, started or not; at best, for Docker may be down."""
     listed = ("ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={_LABEL}={url}")
     with contextlib.suppress(OSError, ConfigError):
-        if found := _run_docker(*listed, timeout_s=_ANSWER_S).stdout.split():
-            _run_docker("rm", "--force", *found, timeout_s=_ANSWER_S)
+        if ids := _run_docker(*listed, timeout_s=_ANSWER_S).stdout.split():
+            _run_docker("rm", "--force", *ids, timeout_s=_ANSWER_S)
 
 
 def refuse_foreign(container: Container, backend: str, known: Sequence[str]) -> None:
@@ -235,13 +235,13 @@ _PYTHON = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONNOUSERSITE")
 
 def _binds(paths: Sequence[Path]) -> list[str]:
     """Write directories as mounts, without those that lie below others."""
-    found: list[Path] = []
+    roots: list[Path] = []
     for path in sorted(set(paths)):
         if re.search(r"[:,\s]", str(path)):
             raise ConfigError(f"{path} cannot be mounted into a container: it has a colon, a comma or a space in it")
-        if not any(path.is_relative_to(above) for above in found):
-            found.append(path)
-    return [f"{path}:{path}" for path in found]
+        if not any(path.is_relative_to(above) for above in roots):
+            roots.append(path)
+    return [f"{path}:{path}" for path in roots]
 
 
 def _with_target(mount: str) -> str:

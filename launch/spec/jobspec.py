@@ -375,8 +375,8 @@ def write_readme(store: Store, spec: JobSpec) -> None:
     url = shlex.quote(store.url)
     if spec.sweep:
         axes = "  ".join(f"{name}={','.join(values)}" for name, values in spec.sweep.items())
-        told = {"count": sweep.count(spec.sweep), "sweep": axes[:1000], "command": command, "url": url}
-        store.write(contract.README, _SWEEP_README.format(name=spec.name, version=jobkit.__version__, **told))
+        fields = {"count": sweep.count(spec.sweep), "sweep": axes[:1000], "command": command, "url": url}
+        store.write(contract.README, _SWEEP_README.format(name=spec.name, version=jobkit.__version__, **fields))
         return
     text = _README.format(name=spec.name, version=jobkit.__version__, command=command, url=url)
     store.write(contract.README, text)

@@ -168,17 +168,17 @@ def _git_files(top: Path) -> tuple[list[str], list[str], list[str]]:
             ("--others", "--ignored", "--exclude-standard", "--directory"),
         )
     ]
-    found: tuple[list[str], list[str], list[str]] = [], [], listed[2]
-    for files, entries in zip(found[:2], listed[:2], strict=True):
+    groups: tuple[list[str], list[str], list[str]] = [], [], listed[2]
+    for files, entries in zip(groups[:2], listed[:2], strict=True):
         for name in entries:
             path = top / name
             if path.is_dir() and not path.is_symlink():
                 inner = _git_files(path) if (path / ".git").exists() else ([], [], [])
-                for into, below in zip(found, inner, strict=True):
+                for into, below in zip(groups, inner, strict=True):
                     into += [f"{name}/{each}" for each in below]
             elif _archivable(path):
                 files.append(name)
-    return found
+    return groups
 
 
 def _all_files(top: Path) -> tuple[list[str], list[str]]:
@@ -419,9 +419,9 @@ def _verified(store: Store, code: str) -> bytes:
         raise ConfigError(f"the snapshot {path} is missing; {_AGAIN}") from None
     except (gzip.BadGzipFile, EOFError, ValueError, zlib.error):
         content = b""
-    found = hashlib.sha256(content).hexdigest()[:16]
-    if found != code:
-        raise ConfigError(f"the snapshot {path} is damaged: its digest is {found}; {_AGAIN}")
+    actual = hashlib.sha256(content).hexdigest()[:16]
+    if actual != code:
+        raise ConfigError(f"the snapshot {path} is damaged: its digest is {actual}; {_AGAIN}")
     return content
 
 
@@ -461,16 +461,16 @@ def imports_below(root: Path, entries: Iterable[str]) -> tuple[str, ...]:
         entries: PYTHONPATH's and sys.path's; those of the environment itself (sys.prefix) do not count.
     """
     prefixes = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
-    found: list[str] = []
+    directories: list[str] = []
     for entry in entries:
         path = Path(entry or os.curdir).resolve()
         if any(path.is_relative_to(prefix) for prefix in prefixes if prefix != root and prefix.is_relative_to(root)):
             continue
         if path.is_relative_to(root) and path.is_dir() and "site-packages" not in path.parts:
             relative = path.relative_to(root).as_posix()
-            if relative not in found:
-                found.append(relative)
-    return tuple(found)
+            if relative not in directories:
+                directories.append(relative)
+    return tuple(directories)
 
 
 def python_path(top: Path, root: Path, imports: Iterable[str], old: str) -> str:

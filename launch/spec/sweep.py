@@ -45,13 +45,13 @@ def parse(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def _values(name: str, part: str) -> Iterable[str]:
     if not part:
         raise ConfigError(f"--sweep {name} has an empty value; write {name}=1,2,3 or {name}=0..9")
-    found = _RANGE.fullmatch(part)
-    if found is None:
+    match = _RANGE.fullmatch(part)
+    if match is None:
         left, dots, right = part.partition("..")
         if dots and any(_NUMBER.fullmatch(end) for end in (left, right.lstrip("."))):
             raise ConfigError(f"--sweep {name}={part} is no range, which has two whole numbers: 0..9; or write a list")
         return (part,)
-    first, last = int(found[1]), int(found[2])
+    first, last = int(match[1]), int(match[2])
     if last < first:
         raise ConfigError(f"--sweep {name}={part} is empty; write the smaller number first: {last}..{first}")
     if last - first >= LIMIT:
@@ -84,8 +84,8 @@ def check(command: Sequence[str], axes: Axes) -> None:
     if not all(axes.values()):
         raise ConfigError("a name of the sweep has no values; write lr=1e-3,3e-4 or seed=0..9")
     check_size(axes)
-    found = [match for word in command for match in _BRACES.finditer(word) if match[0] not in ("{{", "}}")]
-    for match in found:
+    matches = [match for word in command for match in _BRACES.finditer(word) if match[0] not in ("{{", "}}")]
+    for match in matches:
         if match[1] is None or not _NAME.fullmatch(match[1]):
             raise ConfigError(f"{match[0]!r} in the command is no name of the sweep; write a brace itself twice: {{{{")
         if match[1] not in axes:
@@ -93,7 +93,7 @@ def check(command: Sequence[str], axes: Axes) -> None:
                 f"the command has {match[0]}, but the sweep names {', '.join(axes)}; add --sweep {match[1]}=..."
             )
     for name in axes:
-        if name not in {match[1] for match in found}:
+        if name not in {match[1] for match in matches}:
             raise ConfigError(f"--sweep {name} is not used: write {{{name}}} into the command where its value belongs")
 
 
@@ -104,20 +104,20 @@ def refuse_names(command: Sequence[str]) -> None:
         ConfigError: With the name.
     """
     for word in command:
-        if (found := _UNFILLED.fullmatch(word)) is not None:
+        if (match := _UNFILLED.fullmatch(word)) is not None:
             raise ConfigError(
-                f"{word!r} in the command is for a sweep, and there is none: add --sweep {found[1]}=VALUES, or write "
+                f"{word!r} in the command is for a sweep, and there is none: add --sweep {match[1]}=VALUES, or write "
                 "the value itself"
             )
 
 
 def values(axes: Axes, point: int) -> dict[str, str]:
     """Return what each name is at a point; the last name changes fastest."""
-    found = {}
+    chosen = {}
     for name, choices in reversed(list(axes.items())):
         point, index = divmod(point, len(choices))
-        found[name] = choices[index]
-    return {name: found[name] for name in axes}
+        chosen[name] = choices[index]
+    return {name: chosen[name] for name in axes}
 
 
 def fill(command: Sequence[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
@@ -138,8 +138,8 @@ def compact(numbers: Iterable[int]) -> str:
 
 def expand(text: str) -> set[int]:
     """Read what `compact` has written; anything else is no point."""
-    found: set[int] = set()
+    points: set[int] = set()
     for part in text.split(","):
         if (ends := _PART.fullmatch(part)) is not None:
-            found.update(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
-    return found
+            points.update(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    return points

@@ -102,11 +102,11 @@ class Aws(Managed):
 
     def find(self, spec: JobSpec, job: str) -> Job | None:
         """See `Managed`."""
-        found = self._summary(spec, job)
-        if found is None:
+        summary = self._summary(spec, job)
+        if summary is None:
             return None
-        state, reason = str(found["status"]), str(found.get("statusReason", ""))
-        code = found.get("container", {}).get("exitCode")
+        state, reason = str(summary["status"]), str(summary.get("statusReason", ""))
+        code = summary.get("container", {}).get("exitCode")
         if state == "FAILED" and code is not None:
             reason = f"{reason} (exit code {code})".strip()
         return Job(id=job, state=state, reason=reason, active=state in _ACTIVE, pending=state in _PENDING)
@@ -114,23 +114,23 @@ class Aws(Managed):
     def _summary(self, spec: JobSpec, job: str) -> dict[str, Any] | None:
         # With a filter by name jobs of every state are listed.
         wanted = [{"name": "JOB_NAME", "values": [job]}]
-        told = _call(spec, "batch", "list_jobs", jobQueue=_cloud(spec).queue, filters=wanted)
-        jobs: list[dict[str, Any]] = [found for found in told["jobSummaryList"] if found["jobName"] == job]
+        reply = _call(spec, "batch", "list_jobs", jobQueue=_cloud(spec).queue, filters=wanted)
+        jobs: list[dict[str, Any]] = [summary for summary in reply["jobSummaryList"] if summary["jobName"] == job]
         return max(jobs, key=lambda found: int(found.get("createdAt", 0)), default=None)
 
     def terminate(self, spec: JobSpec, job: str) -> None:
         """See `Managed`."""
-        found = self._summary(spec, job)
-        if found is not None:
-            _call(spec, "batch", "terminate_job", jobId=found["jobId"], reason="jobkit cancel")
+        summary = self._summary(spec, job)
+        if summary is not None:
+            _call(spec, "batch", "terminate_job", jobId=summary["jobId"], reason="jobkit cancel")
 
     def output(self, spec: JobSpec, job: str) -> list[str]:
         """Return what CloudWatch has of a job's last attempt, oldest first."""
-        found = self._summary(spec, job)
-        if found is None:
+        summary = self._summary(spec, job)
+        if summary is None:
             return []
-        (told,) = _call(spec, "batch", "describe_jobs", jobs=[found["jobId"]])["jobs"]
-        stream = told.get("container", {}).get("logStreamName")
+        (detail,) = _call(spec, "batch", "describe_jobs", jobs=[summary["jobId"]])["jobs"]
+        stream = detail.get("container", {}).get("logStreamName")
         if not stream:
             return []
         group = {"logGroupName": "/aws/batch/job", "logStreamName": stream, "startFromHead": True}

@@ -87,26 +87,26 @@ class Gcp(Managed):
 
     def _is_ours(self, spec: JobSpec, job: str) -> bool:
         try:
-            found = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+            reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
         except JobkitError:
             return False
-        return bool(found.get("labels", {}).get(gcp_request.LABEL) == gcp_request.run_label(job))
+        return bool(reply.get("labels", {}).get(gcp_request.LABEL) == gcp_request.run_label(job))
 
     def find(self, spec: JobSpec, job: str) -> Job | None:
         """See `Managed`."""
         try:
-            found = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+            reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
         except GoogleError as error:
             if error.code == 404:
                 return None
             raise _explain(error, spec, job) from None
-        told = found.get("status", {})
-        state = str(told.get("state", "STATE_UNSPECIFIED"))
-        counts = told.get("taskGroups", {}).get("group0", {}).get("counts", {})
+        status = reply.get("status", {})
+        state = str(status.get("state", "STATE_UNSPECIFIED"))
+        counts = status.get("taskGroups", {}).get("group0", {}).get("counts", {})
         # A job is RUNNING for a moment after its task has ended: that one waits for nothing.
         tasks = {task for task, count in counts.items() if int(count)}
         waits = state in _PENDING or (state == "RUNNING" and bool(tasks) and tasks <= _WAITING)
-        reason = _last_words(told)
+        reason = _last_words(status)
         if state == "FAILED":
             reason = self._why(spec, job) or reason
         return Job(id=job, state=state, reason=reason, active=state in _ACTIVE, pending=waits)
@@ -143,11 +143,11 @@ class Gcp(Managed):
 
     def output(self, spec: JobSpec, job: str) -> list[str]:
         """Return what Cloud Logging has of a job: what the agent and the container printed, oldest first."""
-        found = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+        reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
         assert spec.cloud is not None
         project = spec.cloud.project
         logs = " OR ".join(f'logName="projects/{project}/logs/batch_{kind}_logs"' for kind in ("agent", "task"))
-        wanted = f'({logs}) AND labels.job_uid="{found.get("uid", "")}" AND timestamp>="{found.get("createTime", "")}"'
+        wanted = f'({logs}) AND labels.job_uid="{reply.get("uid", "")}" AND timestamp>="{reply.get("createTime", "")}"'
         body = {
             "resourceNames": [f"projects/{project}"],
             "filter": wanted,
@@ -160,21 +160,21 @@ class Gcp(Managed):
     def runs(self, project: str, region: str) -> list[str]:
         """Return the URLs of the runs that have jobs in a project and region, oldest first."""
         spec = self.complete(JobSpec(command=("ls",), cloud=Cloud(project=project, region=region)))
-        found, page = [], ""
+        jobs, page = [], ""
         while True:
             query = {"filter": f"labels.{gcp_request.OURS}=run", "pageSize": "500"} | (
                 {"pageToken": page} if page else {}
             )
             try:
-                told = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs", query=query)
+                reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs", query=query)
             except GoogleError as error:
                 raise _explain(error, spec, "") from None
-            found += [job for job in told.get("jobs", []) if gcp_request.LABEL in job.get("labels", {})]
-            page = str(told.get("nextPageToken", ""))
+            jobs += [job for job in reply.get("jobs", []) if gcp_request.LABEL in job.get("labels", {})]
+            page = str(reply.get("nextPageToken", ""))
             if not page:
                 break
-        found.sort(key=lambda job: str(job.get("createTime", "")))
-        return list(dict.fromkeys(filter(None, map(_url_of, found))))
+        jobs.sort(key=lambda job: str(job.get("createTime", "")))
+        return list(dict.fromkeys(filter(None, map(_url_of, jobs))))
 
 
 _EXIT_CODES = {

@@ -126,9 +126,9 @@ def _enough(state: tenacity.RetryCallState) -> bool:
 
 def _refusal(reply: Any) -> GoogleError:
     try:
-        told = reply.json()["error"]
-        said, status = str(told.get("message", "")), str(told.get("status", ""))
-        reason = next((str(detail["reason"]) for detail in told.get("details", []) if "reason" in detail), "")
+        error = reply.json()["error"]
+        said, status = str(error.get("message", "")), str(error.get("status", ""))
+        reason = next((str(detail["reason"]) for detail in error.get("details", []) if "reason" in detail), "")
     except (ValueError, KeyError, TypeError, AttributeError):
         said, status, reason = reply.reason or "", "", ""
     kind = _TransientError if reply.status_code in (408, 429) or reply.status_code >= 500 else GoogleError

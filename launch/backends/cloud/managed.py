@@ -204,14 +204,14 @@ class Managed(Backend):
     ) -> None:
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
         spec = specs.read(store)
-        asked, told = time.monotonic(), ""
+        asked, last_action = time.monotonic(), ""
         while (job := self._asked(store)) is not None and job.active:
             late = time.monotonic() - asked > spec.grace_s + _HEARD_S
-            if (job.pending or late) and told != job.id:
-                told = job.id
+            if (job.pending or late) and last_action != job.id:
+                last_action = job.id
                 self.terminate(spec, job.id)
-            elif wait and not told:
-                told = "waiting"
+            elif wait and not last_action:
+                last_action = "waiting"
                 progress(f"waiting for job {job.id} to save and stop (killed after {show_duration(spec.grace_s)})")
             if not wait:
                 return

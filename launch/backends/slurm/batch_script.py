@@ -98,9 +98,9 @@ def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             hint = "; scontrol show config | grep MaxArraySize tells how large an array may be" if spec.sweep else ""
             raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}{hint}") from None
-    told = {"array": sweep.compact(points)} if spec.sweep else {}
+    extra = {"array": sweep.compact(points)} if spec.sweep else {}
     try:
-        record(store, "job", id=str(job), backend=BACKEND, by=who(), **told)
+        record(store, "job", id=str(job), backend=BACKEND, by=who(), **extra)
         # SLURM has its own copy; a sweep of any size is five files. submitit leaves a link under its temporary name.
         for path in folder(store).glob("*.sh" if spec.sweep else ".*.sh"):
             path.unlink(missing_ok=True)

@@ -54,13 +54,13 @@ def examine(partition: str | None = None, *, qos: str | None = None, grace_s: fl
     """
     config = parse_config(scontrol.run("scontrol", "show", "config"))
     lines = scontrol.run("scontrol", "-o", "show", "partition").splitlines()
-    told = None
+    qos_fields = None
     if config.get("PreemptType") == _BY_QOS:
         try:
-            told = scontrol.own_qos(qos)
+            qos_fields = scontrol.own_qos(qos)
         except scontrol.SlurmError as error:
-            told = {"error": str(error)}
-    return explain(config, choose(lines, partition), told, grace_s=grace_s)
+            qos_fields = {"error": str(error)}
+    return explain(config, choose(lines, partition), qos_fields, grace_s=grace_s)
 
 
 def parse_config(printed: str) -> dict[str, str]:
@@ -115,8 +115,8 @@ def _state(partition: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _seconds(text: str) -> float:
-    found = re.match(r"\d+", text)
-    return float(found[0]) if found else 0.0
+    match = re.match(r"\d+", text)
+    return float(match[0]) if match else 0.0
 
 
 def _preemption(

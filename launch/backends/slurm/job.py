@@ -200,18 +200,18 @@ class SlurmRunner(JobRunner):
         if outcome is Outcome.DONE or self._cancelled():
             return Cause.PROGRAM
         deadline = time.monotonic() + _ASK_S
-        told = Cause.PROGRAM
+        cause = Cause.PROGRAM
         while True:
             try:
-                told = self._cause()
+                cause = self._cause()
             except SlurmError as error:
                 say(str(error))
             stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
-            if told is not Cause.PROGRAM or not stopped or time.monotonic() >= deadline:
+            if cause is not Cause.PROGRAM or not stopped or time.monotonic() >= deadline:
                 break
             self._nap(0.25)
-        limit = told is Cause.TIME_LIMIT and outcome not in (Outcome.PREEMPTED, Outcome.KILLED, Outcome.STORAGE)
-        return Cause.PROGRAM if limit else told
+        limit = cause is Cause.TIME_LIMIT and outcome not in (Outcome.PREEMPTED, Outcome.KILLED, Outcome.STORAGE)
+        return Cause.PROGRAM if limit else cause
 
     def _cancelled_before(self) -> str | None:
         """Tell whether a person cancelled the job that this one is the successor of."""

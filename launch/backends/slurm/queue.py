@@ -27,8 +27,8 @@ def jobs(store: Store) -> list[str]:
     own = run_status.jobs(store, BACKEND)
     place = specs.sweep_of(store)
     if place is not None:
-        told = [event for event in run_status.events(place[0]) if event["event"] == "job" and "array" in event]
-        own += [f"{event['id']}_{place[1]}" for event in told if place[1] in sweep.expand(str(event["array"]))]
+        events = [event for event in run_status.events(place[0]) if event["event"] == "job" and "array" in event]
+        own += [f"{event['id']}_{place[1]}" for event in events if place[1] in sweep.expand(str(event["array"]))]
     return sorted(set(own), key=scontrol.number)
 
 
@@ -40,14 +40,14 @@ def queued(stores: Sequence[Store]) -> dict[str, list[Job]]:
     Raises:
         JobkitError: If SLURM does not answer.
     """
-    found: dict[str, list[Job]] = defaultdict(list)
+    by_key: dict[str, list[Job]] = defaultdict(list)
     for job in scontrol.queue() if stores else []:
         task = f"/{contract.POINTS}/{job.id.partition('_')[2]}" if "_" in job.id else ""
         for key in {job.id, job.comment + task} - {""}:
-            found[key].append(job)
+            by_key[key].append(job)
     mine = {}
     for store in stores:
-        known = {job.id: job for key in (store.url, *jobs(store)) for job in found.get(key, ())}
+        known = {job.id: job for key in (store.url, *jobs(store)) for job in by_key.get(key, ())}
         mine[store.url] = sorted(known.values(), key=lambda job: scontrol.number(job.id))
     return mine
 
@@ -63,16 +63,16 @@ def jobs_of(stores: Sequence[Store]) -> dict[str, Job]:
     except JobkitError as error:
         unknown = str(error)
         return {store.url: Job((jobs(store) or [""])[-1], "UNKNOWN", unknown) for store in stores}
-    found = {}
+    by_url = {}
     for store in stores:
         table = known.get(store.url, [])
         active = [job for job in table if job.active]
         forgotten = Job((jobs(store) or [""])[-1], "GONE")
-        found[store.url] = active[-1] if active else table[-1] if table else forgotten
+        by_url[store.url] = active[-1] if active else table[-1] if table else forgotten
     # Of those whose end is not written down; SLURM forgets a job minutes after its end, its accounting does not.
-    gone = [store.url for store in stores if store.url in known and found[store.url].state == "GONE"]
-    told = scontrol.accounted(found[url].id for url in gone)
-    return found | {url: told[found[url].id] for url in gone if found[url].id in told}
+    gone = [store.url for store in stores if store.url in known and by_url[store.url].state == "GONE"]
+    records = scontrol.accounted(by_url[url].id for url in gone)
+    return by_url | {url: records[by_url[url].id] for url in gone if by_url[url].id in records}
 
 
 def refuse_alive(stores: Sequence[Store]) -> None:
@@ -93,7 +93,7 @@ def refuse_alive(stores: Sequence[Store]) -> None:
 def end(members: Sequence[Store], *, grace_s: float, wait: bool, progress: Progress) -> None:
     """End the jobs of runs; return when none is left, or at once."""
     asked = time.monotonic()
-    told: set[str] = set()
+    signalled: set[str] = set()
     wakers = {f"{WAKER}{one.url}" for one in members}
     _scancel([job.id for job in scontrol.queue() if job.active and job.comment in wakers])
     while True:
@@ -101,12 +101,12 @@ def end(members: Sequence[Store], *, grace_s: float, wait: bool, progress: Progr
         if not active:
             return
         insist = time.monotonic() - asked > grace_s
-        ended = [job.id for job in active.values() if job.pending or (insist and f"{job.id}!" not in told)]
-        asked_now = [job.id for job in active.values() if job.state == "RUNNING" and job.id not in {*told, *ended}]
-        if asked_now and wait and not told:
+        ended = [job.id for job in active.values() if job.pending or (insist and f"{job.id}!" not in signalled)]
+        asked_now = [job.id for job in active.values() if job.state == "RUNNING" and job.id not in {*signalled, *ended}]
+        if asked_now and wait and not signalled:
             shown = f"job{'s' * (len(asked_now) > 1)} {', '.join(asked_now[:5])}"
             progress(f"waiting for {shown} to save and stop (killed after {show_duration(grace_s)})")
-        told |= {f"{job}!" for job in ended} | set(asked_now)
+        signalled |= {f"{job}!" for job in ended} | set(asked_now)
         _scancel(ended)
         _scancel(asked_now, "--signal=TERM")
         if not wait:

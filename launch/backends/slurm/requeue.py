@@ -144,5 +144,5 @@ def wake(store: Store, spec: JobSpec, job: str) -> str | None:
     flags = [f"--{name}={value}" for name, value in given.items()]
     comment, script = f"--comment={WAKER}{store.url}", _WAKE.format(job=job)
     with clean_environment():
-        told = scontrol.run("sbatch", "--parsable", "--no-requeue", comment, *flags, f"--wrap={script}")
-    return told.strip().split(";")[0]
+        output = scontrol.run("sbatch", "--parsable", "--no-requeue", comment, *flags, f"--wrap={script}")
+    return output.strip().split(";")[0]

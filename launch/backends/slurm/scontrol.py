@@ -93,8 +93,8 @@ def queue() -> list[Job]:
     Raises:
         JobkitError: If SLURM does not answer.
     """
-    found = parse_queue(run("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T|%r|%k"))
-    return sorted(found, key=lambda job: number(job.id))
+    jobs = parse_queue(run("squeue", "--noheader", "--array", "--states=all", "--me", "--format=%i|%T|%r|%k"))
+    return sorted(jobs, key=lambda job: number(job.id))
 
 
 def parse_queue(printed: str) -> list[Job]:
@@ -124,7 +124,7 @@ def parse_accounts(printed: str) -> dict[str, Job]:
     A state may say more, as in 'CANCELLED by 1000'; tasks of an array that never started share a line: '7_[3-5]'. What
     it calls PENDING or RUNNING is left out: `squeue` would know of it, so the accounting has not heard the end.
     """
-    found = {}
+    jobs = {}
     for line in printed.splitlines():
         name, _, state = line.strip().partition("|")
         state, _, more = state.partition(" ")
@@ -132,10 +132,10 @@ def parse_accounts(printed: str) -> dict[str, Job]:
         parts = tasks.partition("]")[0].partition("%")[0].split(",")
         numbers = sweep.expand(",".join(part for part in parts if re.fullmatch(r"\d+(-\d+)?", part)))
         for job in [f"{head}_{task}" for task in numbers] if bracket else [name]:
-            told = Job(job, state.rstrip("+"), more)
-            if number(job) >= 0 and state and not told.active:
-                found[job] = told
-    return found
+            record = Job(job, state.rstrip("+"), more)
+            if number(job) >= 0 and state and not record.active:
+                jobs[job] = record
+    return jobs
 
 
 def number(job: str) -> int:
@@ -159,8 +159,8 @@ def hold_s(config: str | None = None) -> float:
     newer = re.search(r"requeue_delay=(\d+)", config)
     if newer:
         return float(newer[1])
-    found = re.search(r"cred_expire=(\d+)", config)
-    return float(found[1]) if found and int(found[1]) >= 5 else _DEFAULT_HOLD_S
+    match = re.search(r"cred_expire=(\d+)", config)
+    return float(match[1]) if match and int(match[1]) >= 5 else _DEFAULT_HOLD_S
 
 
 def own_qos(given: str | None = None) -> dict[str, str]:
@@ -175,8 +175,8 @@ def own_qos(given: str | None = None) -> dict[str, str]:
     asked = ("sacctmgr", "--noheader", "--parsable2", "show")
     if given is None:
         user = pwd.getpwuid(os.getuid()).pw_name
-        told = run(*asked, "assoc", "where", f"user={user}", "format=DefaultQOS")
-        given = next(filter(None, told.split()), "normal")
+        answer = run(*asked, "assoc", "where", f"user={user}", "format=DefaultQOS")
+        given = next(filter(None, answer.split()), "normal")
     known = parse_qos(run(*asked, "qos", f"format={','.join(_QOS_FIELDS)}"))
     if given not in known:
         raise ConfigError(f"the cluster has no QOS {given!r}; it has {', '.join(known) or 'none'}")
@@ -198,8 +198,8 @@ def kill_wait_s(config: str | None = None) -> float:
         config = run("scontrol", "show", "config") if config is None else config
     except JobkitError:
         config = ""
-    found = re.search(r"KillWait\s*=\s*(\d+)", config)
-    return max(5.0, float(found[1]) if found else _DEFAULT_KILL_WAIT_S) - 0.5
+    match = re.search(r"KillWait\s*=\s*(\d+)", config)
+    return max(5.0, float(match[1]) if match else _DEFAULT_KILL_WAIT_S) - 0.5
 
 
 def cause(job: Mapping[str, str], *, restarts: int, now: float, warned_s: float, preempt_mode: str = "") -> Cause:
