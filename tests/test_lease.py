@@ -16,15 +16,17 @@ import fsspec
 import pytest
 
 from jobkit import contract
+from jobkit.contract import State
 from jobkit.errors import ConfigError, StorageError
 from jobkit.rundir import mirror, remote_steps
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
-from launch.lifecycle import lease, run_status
+from launch.backends import registry
+from launch.lifecycle import lease, lock, run_status, submission
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 from tests.gcs_server import GcsServer
-from tests.jobs import until
+from tests.jobs import Project, until, until_over
 
 
 @pytest.fixture
@@ -442,3 +444,24 @@ def test_a_deleted_run_is_submitted_anew(machines: Machines) -> None:
     (home,) = (machines.path / "ada").glob("*-*")
     (aside,) = home.glob(".old-*")
     assert "50" in (aside / "run.json").read_text()
+
+
+def test_a_resume_that_is_refused_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails after it has taken the run, neither lock nor lease is left behind: another machine may have it."""
+    (tmp_path / "p").mkdir()
+    project = Project(tmp_path / "p")
+    store = project.submit("exit:1", "exit:0")
+    until_over(store)
+
+    def refused(*_: Any) -> None:
+        raise ConfigError("cancelled on another machine this very moment")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(submission, "take_back_cancel", refused)
+        with pytest.raises(ConfigError, match="this very moment"):
+            registry.resume(store.url)
+    assert not lock.held(store)
+    held = json.loads(store.read(f"{contract.LEASES}/{max(map(int, store.names(contract.LEASES)))}"))
+    assert held["over"], held
+    assert registry.resume(store.url) is State.RUNNING
+    assert until_over(store).state is State.DONE

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobkit import contract
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
@@ -276,3 +277,46 @@ def test_a_point_that_starts_this_very_moment(project: jobs.Project) -> None:
 def test_braces_of_others(word: str) -> None:
     """Without a sweep only a word that is a placeholder, or ends as an option with one, is taken for one."""
     sweep.refuse_names(["python", word])
+
+
+def test_one_point_that_cannot_be_asked_keeps_no_other(project: jobs.Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel that cannot be written for one point is an error, and all others are cancelled nevertheless."""
+    store = start(project, "{a}", parallel=2, a=("hold", "hold,exit:1"))
+    first, second = specs.points(store, specs.read(store))
+    for point in first, second:
+        jobs.until_stepping(point)
+    ask = submission.ask_to_cancel
+
+    def refused(one: Store, word: str = "cancelled") -> bytes:
+        if one.url == first.url:
+            raise ConfigError("no space left")
+        return ask(one, word)
+
+    monkeypatch.setattr(submission, "ask_to_cancel", refused)
+    with pytest.raises(ConfigError, match="no space left"):
+        registry.cancel(store.url)
+    assert run_status.status(second).state is State.CANCELLED
+    monkeypatch.undo()
+    registry.cancel(first.url)
+
+
+def test_a_point_that_begins_while_its_sweep_is_cancelled(
+    project: jobs.Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was over at the first look, and was resumed before the cancel was written, is cancelled too."""
+    store = start(project, "exit:1", "{a}", a=("hold", "hold,exit:1"))
+    first, _ = specs.points(store, specs.read(store))
+    until(lambda: states(store) == ["failed", "failed"], "both have failed", seconds=40)
+    until(lambda: not lock.held(store), "the sweep's runner ends")
+    ask = submission.ask_to_cancel
+
+    def late(one: Store, word: str = "cancelled") -> bytes:
+        if one.url == store.url:
+            registry.resume(first.url)
+            jobs.until_stepping(first, attempt=1)
+        return ask(one, word)
+
+    monkeypatch.setattr(submission, "ask_to_cancel", late)
+    registry.cancel(store.url)
+    assert first.exists(contract.CANCEL)
+    assert states(store) == ["cancelled", "failed"]

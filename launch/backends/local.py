@@ -25,6 +25,7 @@ from launch.lifecycle.submission import (
     LEAVING_S,
     Plan,
     cancel_content,
+    make_point,
     open_run,
     prepare,
     record,
@@ -33,7 +34,7 @@ from launch.lifecycle.submission import (
     runner_environment,
     says_alive,
 )  # fmt: skip
-from launch.lifecycle.verbs import Backend, Claim, Progress
+from launch.lifecycle.verbs import Backend, Claim, Progress, not_done
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
@@ -71,8 +72,10 @@ class Local(Backend):
             container.check_image(spec.container)
         return plan
 
-    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
-        """See `Backend`."""
+    def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
+        """See `Backend`. What it had the runner sees to itself: it waits for a daemon that does not answer."""
+        if not moved:
+            return spec
         if spec.container is not None:
             container.refuse_foreign(spec.container, self.name, self.runtimes)
             container.check_docker()
@@ -121,6 +124,8 @@ class Local(Backend):
     @contextlib.contextmanager
     def claim(self, store: Store, spec: JobSpec, *, take_over: bool) -> Iterator[Claim]:
         """See `Backend`: lock and lease. An attempt that still stops after its runner was killed gets its time."""
+        if not spec.sweep:
+            make_point(store)
         if _has_runner(store):
             raise ConfigError(says_alive(store))
         if not take_over and not run_status.has_ended(store):
@@ -128,12 +133,16 @@ class Local(Backend):
         lock = acquire(store, wait_s=spec.grace_s + 10)
         if lock is None:
             raise ConfigError(says_alive(store))
+        claim = Claim(lock)
         try:
-            number = lease.claim(store, take_over=take_over, leaving=run_status.has_ended(store))
-            lock.sign(os.getpid())
-            yield Claim(lock, number)
+            if not_done(self, specs.points(store, spec)):
+                number = lease.claim(store, take_over=take_over, leaving=run_status.has_ended(store))
+                claim = Claim(lock, number)
+                lock.sign(os.getpid())
+            yield claim
         except BaseException:
-            lock.close()
+            with contextlib.suppress(JobkitError):
+                claim.free(store)
             raise
 
     def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
@@ -159,14 +168,19 @@ class Local(Backend):
         progress: Progress,
     ) -> None:
         """See `Backend`. Runners find the cancel by themselves; what a dead one would do is done here."""
-        spec = specs.read(store)
+        spec, problems = specs.read(store), []
         for one in filter(specs.exists, left):
             content = cancels[one] if one in cancels else cancel_content(one)  # a point may be made this very moment
-            if content is not None:
-                _stop(one, content, wait=wait, progress=progress)
+            try:
+                if content is not None:
+                    _stop(one, content, wait=wait, progress=progress)
+            except JobkitError as error:  # the others are ended all the same
+                problems.append(error)
         deadline = time.monotonic() + spec.grace_s
         while spec.sweep and wait and held(store) and time.monotonic() < deadline:  # it cancels what it was starting
             time.sleep(_POLL_S)
+        if problems:
+            raise problems[0]
 
     def leave(self, store: Store, *, take_over: bool) -> None:
         """See `Backend`: a runner that lives all the same stops."""

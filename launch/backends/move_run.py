@@ -43,7 +43,7 @@ def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False
     old.refuse_alive(store, take_over=take_over)
     merged = _merged(spec, place, same=not moves)
     specs.check(merged)
-    merged = new.fit(store, merged)
+    merged = new.fit(store, merged, moved=True)
     if moves:
         old.leave(store, take_over=take_over)
         submission.record(store, "moved", source=name, target=place.backend, by=submission.who())

@@ -133,9 +133,8 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     for line in submission.remarks(plan):
         say(line)
     backend.refuse_taken(plan)
-    sent = backend.preview(plan)
     if plan.spec.cloud is not None:  # the request says all there is, and is one document
-        print(sent)
+        print(backend.preview(plan))
         return
     code = snapshot.digest(plan.tree) if plan.tree is not None else None
     spec = msgspec.structs.replace(plan.spec, code=code)
@@ -150,6 +149,7 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     print(f"run          {spec.run}\nsnapshot     {files}")
     if plan.tree and plan.tree.links:
         print(f"linked       {', '.join(plan.tree.links)}")
+    sent = backend.preview(plan)
     if sent:
         print(f"\n{sent}", end="")
     if spec.container is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jobkit.contract import State
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.lifecycle import lease, run_status, submission
 from launch.lifecycle.lock import RunLock
@@ -39,10 +39,12 @@ class Claim:
 
     def free(self, store: Store) -> None:
         """Let others start the run."""
-        if self.lease is not None:
-            lease.release(store, self.lease)
-        if self.lock is not None:
-            self.lock.close()
+        try:
+            if self.lease is not None:
+                lease.release(store, self.lease)
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
 
 class Backend(ABC):
@@ -70,8 +72,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
+    def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """Check what a run that exists is to go on with, and fill in what it leaves open; writes nothing that lasts.
+
+        Args:
+            store: The run.
+            spec: What it is to go on with.
+            moved: Whether that is another backend, or other options, than it had.
 
         Raises:
             ConfigError: If it cannot work here, with the remedy.
@@ -234,16 +241,16 @@ def resume(backend: Backend, store: Store, *, clear_cancel: bool = True, take_ov
     spec = specs.read(store)
     members = specs.points(store, spec)
     cancels = {one: submission.cancel_content(one) for one in (store, *members)}
-    left = _not_done(backend, members)
+    left = not_done(backend, members)
     if not left:
         return State.DONE
-    if not spec.sweep:
-        submission.make_point(store)
     with backend.claim(store, spec, take_over=take_over) as claim:
         if claim.lock is not None:  # its runner may have written the end until it was free
-            left = _not_done(backend, members)
+            left = not_done(backend, members)
         if left:
-            spec = backend.fit(store, spec)
+            spec = backend.fit(store, spec, moved=False)
+            if not spec.sweep:
+                submission.make_point(store)
             for one in filter(specs.exists, dict.fromkeys((store, *left))):
                 if clear_cancel:
                     submission.take_back_cancel(one, cancels[one])
@@ -286,11 +293,20 @@ def cancel(
         raise ConfigError(f"{what} {store.url} is already done; there is nothing to cancel")
     if not spec.sweep:
         submission.make_point(store)
-    cancels = {store: submission.ask_to_cancel(store, word)}
-    if spec.sweep:  # after the sweep's own: a point that is made later looks for that one
-        members = [one for one in members if not states[one].over]
-        cancels |= {one: submission.ask_to_cancel(one, word) for one in filter(specs.exists, members)}
+    cancels, problems = {store: submission.ask_to_cancel(store, word)}, []
+    if spec.sweep:
+        # A point that is made from now on looks for the sweep's own cancel; one may have begun since the look before.
+        now = _states(backend, members)
+        over = [one for one in members if states[one].over and now[one].over]
+        members = [one for one in members if one not in over and now[one] is not State.DONE]
+        for one in filter(specs.exists, members):
+            try:
+                cancels[one] = submission.ask_to_cancel(one, word)
+            except JobkitError as error:  # the others are asked all the same
+                problems.append(error)
     backend.stop(store, members, cancels, wait=wait, progress=progress)
+    if problems:
+        raise problems[0]
     after = set(_states(backend, members).values())
     return next((state for state in after if not state.over), State.DONE if after == {State.DONE} else State.CANCELLED)
 
@@ -300,5 +316,6 @@ def _states(backend: Backend, members: Sequence[Store]) -> dict[Store, State]:
     return {one: run_status.status(one, job=jobs.get(one.url)).state for one in members}
 
 
-def _not_done(backend: Backend, members: Sequence[Store]) -> list[Store]:
+def not_done(backend: Backend, members: Sequence[Store]) -> list[Store]:
+    """Return the runs that are not done."""
     return [one for one, state in _states(backend, members).items() if state is not State.DONE]

@@ -105,7 +105,7 @@ class Managed(Backend):
             raise _unseen(spec.run or "a directory on this machine")
         return prepare(self._completed(spec), elsewhere=True)
 
-    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
+    def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`."""
         if store.remote is None:
             raise _unseen(store.url)

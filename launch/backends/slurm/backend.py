@@ -51,9 +51,11 @@ class Slurm(Backend):
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
         return plan
 
-    def fit(self, store: Store, spec: JobSpec) -> JobSpec:
+    def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`."""
         check_options(spec.sbatch, grace_s=spec.grace_s)
+        if not moved:
+            return spec
         check_code(store.url, spec)
         return self._with_image(spec, os.getcwd())
 
@@ -141,5 +143,6 @@ def check_options(options: Mapping[str, str], *, grace_s: float) -> None:
             f"--time {options['time']} leaves hardly time to train: the warning comes "
             f"{show_duration(grace_s + batch_script.WARNING_S)} before the limit; give at least twice that"
         )
-    if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch is not on PATH: submit from a login node of the cluster")
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
+            raise ConfigError(f"{program} is not on PATH: submit from a login node of the cluster")
