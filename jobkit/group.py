@@ -77,7 +77,7 @@ class Group:
         """Whether this process is the one that writes what is written once."""
         return self.index == 0
 
-    def tell(self, key: str, value: Any) -> bool:
+    def put(self, key: str, value: Any) -> bool:
         """Say something under a key that nobody has used yet; tell whether it was the first to be said there.
 
         Raises:
@@ -92,7 +92,7 @@ class Group:
             raise _lost(error) from None
         return True
 
-    def hear(self, key: str, timeout_s: float = _EVER_S) -> Any:
+    def get(self, key: str, timeout_s: float = _EVER_S) -> Any:
         """Wait for what is said under a key.
 
         Raises:
@@ -120,11 +120,11 @@ class Group:
             try:
                 value = make()
             except JobkitError as error:
-                self.tell(key, told_error(error))
+                self.put(key, told_error(error))
                 raise
-            self.tell(key, {"value": value})
+            self.put(key, {"value": value})
             return value
-        reply = self.hear(key, timeout_s)
+        reply = self.get(key, timeout_s)
         raise_told(reply)
         return reply["value"]
 
@@ -137,11 +137,11 @@ class Group:
         if self.count == 1:
             return [value]
         if not self.first:
-            self.tell(f"{key}/{self.index}", value)
+            self.put(f"{key}/{self.index}", value)
             return []
-        return [value] + [self.hear(f"{key}/{other}", timeout_s) for other in range(1, self.count)]
+        return [value] + [self.get(f"{key}/{other}", timeout_s) for other in range(1, self.count)]
 
-    def part(self, timeout_s: float) -> None:
+    def leave(self, timeout_s: float) -> None:
         """Say that this process is about to end, failing or on notice; the first one waits until the others have.
 
         JAX ends them by SIGABRT as soon as what it serves is gone, and how they ended would look like that.
@@ -150,12 +150,12 @@ class Group:
             return
         if not self.first:
             with contextlib.suppress(JobkitError):
-                self.tell(f"parted/{self.index}", True)
+                self.put(f"parted/{self.index}", True)
             return
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(JobkitError, TimeoutError):
             for other in range(1, self.count):
-                self.hear(f"parted/{other}", max(0.01, deadline - time.monotonic()))
+                self.get(f"parted/{other}", max(0.01, deadline - time.monotonic()))
             time.sleep(_LAST_BREATH_S)
 
 

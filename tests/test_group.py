@@ -319,11 +319,11 @@ def _talk(url: str) -> None:
 
     jax.distributed.initialize(f"127.0.0.1:{free_port()}", 1, 0)
     one = group.Group("test", index=0, count=2)
-    assert one.tell("a", {"x": 1})
-    assert not one.tell("a", 2)
-    assert one.hear("a") == {"x": 1}
+    assert one.put("a", {"x": 1})
+    assert not one.put("a", 2)
+    assert one.get("a") == {"x": 1}
     try:
-        one.hear("b", 0.1)
+        one.get("b", 0.1)
     except TimeoutError:
         return
     raise AssertionError("heard what nobody said")

@@ -13,7 +13,7 @@ from jobkit.rundir.ledger import read_events
 from launch.backends import move_run, registry
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
-from launch.spec.placement import Where
+from launch.spec.placement import Placement
 from tests import jobs, training
 from tests.batch_server import BatchServer
 from tests.desk import NAME, TRAIN, URL, Desk
@@ -89,11 +89,11 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
         rewrite(*arguments)
 
     monkeypatch.setattr(specs, "rewrite", rewrite_late)
-    move_run.resume(store.url, Where("local", {}, None, None, 1.0))
+    move_run.resume(store.url, Placement("local", {}, None, None, 1.0))
     assert jobs.until_over(store).state is State.CANCELLED
     assert store.numbers(contract.ATTEMPTS) == [0]
     monkeypatch.undo()
-    move_run.resume(store.url, Where("local", {}, None, None, None))
+    move_run.resume(store.url, Placement("local", {}, None, None, None))
     jobs.until_stepping(store, attempt=1)
     registry.cancel(store.url)
 

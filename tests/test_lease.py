@@ -223,7 +223,7 @@ def test_status_between_two_attempts_elsewhere(on: Callable[[str], Store]) -> No
     outcome = b'{"outcome": "killed", "exit_code": 137}'
     assert store.remote is not None
     store.remote.write("attempts/0/outcome.json", outcome)
-    mirror.carry_described(store)
+    mirror.upload_described(store)
     there = on("bob")
     mirror.refresh(there)
     status = run_status.status(there)
@@ -232,7 +232,7 @@ def test_status_between_two_attempts_elsewhere(on: Callable[[str], Store]) -> No
     store.write(
         contract.EVENTS, _events(store) + b'{"t": 3, "event": "ended", "state": "done", "reason": "finished"}\n'
     )
-    mirror.carry_described(store)
+    mirror.upload_described(store)
     mirror.refresh(there)
     status = run_status.status(there)
     assert (status.state, status.runner, status.host, status.sign_s) == ("done", "ended", "", None)

@@ -101,7 +101,7 @@ def test_a_full_disk_stops_nothing(store: Store) -> None:
     path.mkdir()  # it cannot be opened again
     one.append("lost", durable=True)
     with pytest.raises(JobkitError, match="cannot write"):
-        one.settle()
+        one.flush()
     one.close()
 
 
@@ -116,12 +116,12 @@ flag.write_text("116 writes")
 for number in range(200):
     one.append("meanwhile", number=number, durable=True)
 try:
-    one.settle()
+    one.flush()
     print("settled")
 except StorageError as error:
     print(error)
 flag.unlink()
-one.settle()
+one.flush()
 print(len(path.read_bytes().splitlines()))
 one.append("after")
 one.close()
@@ -153,7 +153,7 @@ def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for number in range(100):
         one.append("x", number=number)
     path.rmdir()
-    one.settle()
+    one.flush()
     kept = [json.loads(line)["number"] for line in path.read_bytes().splitlines()]
     assert kept == list(range(100))[-len(kept) :]
     assert 10 < len(kept) < 40

@@ -15,7 +15,7 @@ from jobkit.rundir.ledger import Ledger, writer_events
 from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, Phase
 from jobkit.supervise.stall import Known, Watchdog, learn
-from jobkit.supervise.stall_monitor import Sentry
+from jobkit.supervise.stall_monitor import StallMonitor
 from launch.lifecycle import run_status, troubles
 from launch.lifecycle.history import read_history
 from launch.report.goodput import measure
@@ -153,16 +153,18 @@ def test_it_is_written_down_once(tmp_path: Path) -> None:
     """A silence has one event in the ledger however often it is looked at, and one when it is over."""
     clock = Watched(Watchdog())
     store = Store(tmp_path / "run")
-    sentry = Sentry(Known(), tmp_path, Ledger(store.file(contract.events_file(0, "supervisor"))), tmp_path / "log")
-    sentry._dog = clock.dog
+    monitor = StallMonitor(
+        Known(), tmp_path, Ledger(store.file(contract.events_file(0, "supervisor"))), tmp_path / "log"
+    )
+    monitor._dog = clock.dog
     clock.beat(Phase.FIRST_STEP)
     clock.trains(500, 0.02)
     for _ in range(300):
         clock.hangs(1.0)
-        sentry._tell_silence()
+        monitor._tell_silence()
     for _ in range(3):
         clock.trains(1, 0.02)
-        sentry._tell_silence()
+        monitor._tell_silence()
     silent, heard = writer_events(store, 0, "supervisor")
     assert (silent["event"], silent["step"], silent["budget_s"]) == ("silent", 500, 3600.0)
     assert 60 < silent["waited_s"] < 63

@@ -245,7 +245,7 @@ def test_ledgers_are_brought_in_parts_too(tmp_path: Path, monkeypatch: pytest.Mo
     _append(here, b"printed\n")
     for step in range(3):
         ledger.append("metrics", step=step)
-        carrier.carry_files()
+        carrier.upload_files()
     assert mirror.claim(there) == 1
     mirror.fetch_ledgers(there, 1)
     name = contract.events_file(attempt, 0)
@@ -263,12 +263,12 @@ def test_the_next_attempt_sends_what_a_killed_one_left(tmp_path: Path, monkeypat
     first = mirror.claim(here)
     _append(here, b"half\n")
     carrier = uploader.Uploader(here, first, Ledger(here.file(contract.events_file(first, "supervisor"))))
-    carrier.carry_files()
+    carrier.upload_files()
     _append(here, b"the other half\n")
     here.write("attempts/0/outcome.json", "{}")
     second = mirror.claim(here)
     ledger = Ledger(here.file(contract.events_file(second, "supervisor")))
-    uploader.Uploader(here, second, ledger).carry_files()
+    uploader.Uploader(here, second, ledger).upload_files()
     assert _seen(there) == b"half\nthe other half\n"
     assert here.remote is not None
     assert here.remote.read("attempts/0/outcome.json") == b"{}"
@@ -317,7 +317,7 @@ with open(store.file("attempts/0/log-0.txt"), "wb") as log:
         log.write(os.urandom(1 << 20))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 carrier = uploader.Uploader(store, attempt, Ledger(store.file("attempts/0/events-supervisor.jsonl")))
-carrier.carry_files(until=time.monotonic() + 300)
+carrier.upload_files(until=time.monotonic() + 300)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 

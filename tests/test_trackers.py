@@ -25,7 +25,7 @@ from jobkit.rundir.ledger import Ledger, read_metrics
 from jobkit.rundir.store import Store
 from jobkit.tracking import adapters
 from jobkit.tracking.adapters import TensorBoard, records, resolve
-from jobkit.tracking.trackers import Following, Opening, Point, Tail
+from jobkit.tracking.trackers import Opening, Point, Tail, TrackerFeed
 from tests import training
 from tests.gcs_server import GcsServer
 
@@ -110,7 +110,7 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
     from mlflow import MlflowClient
 
     jobkit.run.run._TRACKERS_NOTICED_S = 60.0  # a busy machine
-    run._logged.flush(run._ledger, below=1 << 60)
+    run._log_buffer.flush(run._ledger, below=1 << 60)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.2)
@@ -226,7 +226,7 @@ def test_what_a_tracker_missed_it_gets_from_a_later_attempt(tmp_path: Path, capf
         tracker.fail = attempt == 0
         ledger = Ledger(store.file(contract.events_file(attempt, 0)))
         ledger.append("restored" if attempt else "fresh", step=begin)
-        following = Following(store, attempt, [tracker])
+        following = TrackerFeed(store, attempt, [tracker])
         following.start(begin)
         for step in range(begin, end):
             ledger.append("metrics", step=step, values={"loss": attempt + step / 100})

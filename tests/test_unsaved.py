@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit import contract
-from jobkit.checkpoint.changes import _is_key, _is_source
+from jobkit.checkpoint.first_step_check import _is_key, _is_source
 from jobkit.errors import ConfigError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import Ledger, attempt_events, newest_event

@@ -23,7 +23,7 @@ import msgspec
 
 from jobkit import contract, faults, versions
 from jobkit.checkpoint import orbax_io, state
-from jobkit.checkpoint.changes import Changes
+from jobkit.checkpoint.first_step_check import FirstStepCheck
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.schedule import Rates
@@ -99,7 +99,7 @@ class Checkpoints:
         self._rehearsed = False
         self.loops = Loops()
         """Which loops were left early; every commit from there on knows."""
-        self.changes: Changes | None = None
+        self.first_step_check: FirstStepCheck | None = None
         """Compares what is committed with the step before, until there is a difference."""
         self.elsewhere: dict[int, dict[str, float]] = {}
         """Metrics of steps on the run's URL that are not in this home."""
@@ -247,14 +247,14 @@ class Checkpoints:
 
     def _compare(self, commit: Commit) -> None:
         """Look whether a step holds anything new, as long as none did; retention waits, the step before is needed."""
-        if self.changes is None:
+        if self.first_step_check is None:
             return
-        if (repeated := self.changes.repeated(commit.step)) is not None:
+        if (repeated := self.first_step_check.repeated(commit.step)) is not None:
             kind, known = NUMBERS if repeated.but_numbers else UNCHANGED, self._unsaved.stands(NUMBERS)
             self._error = self._unsaved.failed(commit.step, kind, repeated.reason, committed_step=commit.step)
             if self._error is None and not known:
                 say(f"warning: {repeated.reason}")
-        elif self.changes.seen:
+        elif self.first_step_check.seen:
             self._unsaved.changed(commit.step)
 
     def _commit(self, stage: Path, snapshot: state.Snapshot, commit: Commit) -> bool:

@@ -44,7 +44,7 @@ _ANSWER_S = 5.0
 """How long another process may take to say what it holds."""
 
 
-class Guard:
+class DeadlineSaver:
     """Watches over the training thread of one attempt, from the notice on.
 
     Args:
@@ -104,7 +104,7 @@ class Guard:
 
     def enter(self, step: int, parts: Mapping[str, Part]) -> None:
         """Come to the beginning of a loop, from which on the boundaries are known."""
-        self.look_around()
+        self.measure_room()
         self.begun = step
         for _ in range(2):  # the first time tells nothing about the cost
             self.hold(step, parts)
@@ -144,7 +144,7 @@ class Guard:
             self.between = (1 << min(30, math.ceil(math.log2(apart)))) - 1
         self._held_step, self.held_s = step, now_s
 
-    def look_around(self) -> None:
+    def measure_room(self) -> None:
         """See how much room there is, once the program has used what it uses."""
         self._room = _ROOM_BYTES // max(1, self.nbytes)
         if self._room == 0 and self.nbytes <= _SPARE * orbax_io.spare_bytes():
@@ -155,7 +155,7 @@ class Guard:
         if self.held and not self._room:
             self.held = {}
 
-    def settle(self, step: int, parts: Mapping[str, Part]) -> None:
+    def wait_for_device(self, step: int, parts: Mapping[str, Part]) -> None:
         """Wait until the device has computed this boundary; meanwhile the guard may save one that is."""
         self.hold(step, parts)
         for leaf in _arrays(self.held.get(step, {})):
@@ -174,14 +174,14 @@ class Guard:
         if self._group.count == 1:
             return self._served
         self.begin()
-        self._group.tell(f"guard/arrived/{self._group.index}", True)
+        self._group.put(f"guard/arrived/{self._group.index}", True)
         while self._verdict != "go":  # with any other word the guard ends this process
             self.lock.wait(_TICK_S)
             if self._verdict not in (None, "go", "hold"):
                 raise StorageError(self._verdict or "")
         return False
 
-    def meet(self, name: str, timeout_s: float = float("inf")) -> None:
+    def barrier(self, name: str, timeout_s: float = float("inf")) -> None:
         """Come to a save that all make together, and wait until they have: who is stuck before it would keep the rest
         in the middle of it, where the guard can do nothing.
 
@@ -202,9 +202,9 @@ class Guard:
             if self._group.first:
                 for other in range(1, self._group.count):
                     self._await(f"guard/meet/{name}/{other}", deadline)
-                self._group.tell(f"guard/meet/{name}", True)
+                self._group.put(f"guard/meet/{name}", True)
             else:
-                self._group.tell(f"guard/meet/{name}/{self._group.index}", True)
+                self._group.put(f"guard/meet/{name}/{self._group.index}", True)
                 self._await(f"guard/meet/{name}", deadline)
 
     def wait_while(self, busy: Callable[[], bool]) -> None:
@@ -221,9 +221,9 @@ class Guard:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nobody has said {key}")
 
-    def lands(self) -> bool:
+    def fits_deadline(self) -> bool:
         """Tell whether one more save is expected to land before the deadline."""
-        return self.emergency.lands(self.nbytes)
+        return self.emergency.fits_deadline(self.nbytes)
 
     def close(self) -> None:
         """Watch no longer. The training thread serves what comes, or the run is over."""
@@ -330,24 +330,24 @@ class Guard:
             while others and self._heard(f"guard/arrived/{others[0]}", _TICK_S / 4):
                 del others[0]
             if not others and self._arrived:
-                self._group.tell("guard/word", "go")
+                self._group.put("guard/word", "go")
                 return self._hear("go")
             if not others:
                 self._wake.wait(0.002)
             if self._wait_s() <= 0 or self._heard("guard/ask", 0.001):
-                self._group.tell("guard/word", "hold")
+                self._group.put("guard/word", "hold")
                 return self._together(self._common)
         if dead:
-            self._group.tell("guard/word", dead)
+            self._group.put("guard/word", dead)
             self._hear(dead)
         return None
 
     def _common(self, own: list[int] | None) -> int:
         """Return the newest step that all hold; -1 if there is none."""
-        answers = [own] + [self._group.hear(f"guard/held/{other}", _ANSWER_S) for other in range(1, self._group.count)]
+        answers = [own] + [self._group.get(f"guard/held/{other}", _ANSWER_S) for other in range(1, self._group.count)]
         common = set.intersection(*(set(steps or []) for steps in answers))
         at = max(common, default=-1)
-        self._group.tell("guard/step", at)
+        self._group.put("guard/step", at)
         return at
 
     def _follow(self) -> None:
@@ -356,17 +356,17 @@ class Guard:
         while not self._closed:
             if not asked and self._wait_s() <= 0:
                 asked = True
-                self._group.tell("guard/ask", self._group.index)
+                self._group.put("guard/ask", self._group.index)
             try:
-                word = self._group.hear("guard/word", _TICK_S)
+                word = self._group.get("guard/word", _TICK_S)
             except TimeoutError:
                 continue
             return self._together(self._answer) if word == "hold" else self._hear(word)
         return None
 
     def _answer(self, own: list[int] | None) -> int:
-        self._group.tell(f"guard/held/{self._group.index}", own)
-        return int(self._group.hear("guard/step", 2 * _ANSWER_S))
+        self._group.put(f"guard/held/{self._group.index}", own)
+        return int(self._group.get("guard/step", 2 * _ANSWER_S))
 
     def _hear(self, word: str) -> None:
         with self.lock:
@@ -396,7 +396,7 @@ class Guard:
 
     def _heard(self, key: str, timeout_s: float) -> bool:
         try:
-            self._group.hear(key, timeout_s)
+            self._group.get(key, timeout_s)
         except TimeoutError:
             return False
         return True

@@ -125,7 +125,7 @@ class Emergency:
                 raise error
             self._checkpoints.tidy()  # what failed for want of room may find it
 
-    def lands(self, nbytes: int) -> bool:
+    def fits_deadline(self, nbytes: int) -> bool:
         """Tell whether one more save is expected to land before the deadline."""
         left_s = self.left_s()
         return left_s is None or self.save_s(nbytes) < left_s - 0.5

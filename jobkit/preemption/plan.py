@@ -77,16 +77,16 @@ def choose(now: Situation) -> Plan:
     if now.step <= now.committed or (in_flight and now.saving is not None and now.step <= now.saving):
         return Plan(Choice.PROMOTE, remaining_s) if in_flight else Plan(Choice.COMMITTED)
 
-    def lands(seconds: float) -> bool:
+    def fits_deadline(seconds: float) -> bool:
         return seconds * MARGIN <= left_s
 
     def full(seconds: float, *, abandon: bool = False) -> Plan:
-        both = now.upload_s == 0 or lands(seconds + now.upload_s)
+        both = now.upload_s == 0 or fits_deadline(seconds + now.upload_s)
         return Plan(Choice.FULL if both else Choice.LOCAL, seconds, abandon)
 
     if not in_flight:
-        return full(now.save_s) if lands(now.save_s) else Plan(Choice.NOTHING, now.save_s)
+        return full(now.save_s) if fits_deadline(now.save_s) else Plan(Choice.NOTHING, now.save_s)
     afresh_s, after_s = ABANDON_S + now.save_s, remaining_s + now.save_s
-    if now.can_abandon and afresh_s < after_s and lands(afresh_s):
+    if now.can_abandon and afresh_s < after_s and fits_deadline(afresh_s):
         return full(afresh_s, abandon=True)
-    return full(after_s) if lands(after_s) else Plan(Choice.PROMOTE, remaining_s)
+    return full(after_s) if fits_deadline(after_s) else Plan(Choice.PROMOTE, remaining_s)

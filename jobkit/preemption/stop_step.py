@@ -94,14 +94,14 @@ class Agreement:
         self._asked_to_stop |= kind == STOP
         number = self._number
         try:
-            while not self._group.tell(f"round/{number}", {"kind": kind, "from": self._group.index} | told):
-                if self._group.hear(f"round/{number}", _PATIENCE_S)["kind"] in (STOP, kind):
+            while not self._group.put(f"round/{number}", {"kind": kind, "from": self._group.index} | told):
+                if self._group.get(f"round/{number}", _PATIENCE_S)["kind"] in (STOP, kind):
                     return
                 number += 1
         except (JobkitError, TimeoutError) as error:
             self._fail(error)
 
-    def meet(self, count: int) -> set[str]:
+    def barrier(self, count: int) -> set[str]:
         """Wait, at a boundary, until all open rounds are decided; return what is to be done at this one.
 
         Raises:
@@ -123,7 +123,7 @@ class Agreement:
         try:
             while not self._closing:
                 try:
-                    message = self._group.hear(f"round/{self._number}", _SLICE_S)
+                    message = self._group.get(f"round/{self._number}", _SLICE_S)
                 except TimeoutError:
                     continue
                 self._answer(self._number, message)
@@ -141,9 +141,9 @@ class Agreement:
             others = range(1, self._group.count)
             bounds = [bound] + [self._hear(f"round/{number}/bound/{other}", told["kind"]) for other in others]
             at = -1 if None in bounds else max(value for value in bounds if value is not None)
-            self._group.tell(f"round/{number}/at", at)
+            self._group.put(f"round/{number}/at", at)
         else:
-            self._group.tell(f"round/{number}/bound/{self._group.index}", bound)
+            self._group.put(f"round/{number}/bound/{self._group.index}", bound)
             decided = self._hear(f"round/{number}/at", told["kind"], rounds=2)
             at = -1 if decided is None else decided
         if at < 0 and self._closing:
@@ -160,7 +160,7 @@ class Agreement:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline and not self._closing and not self._lost():
             try:
-                number: int = self._group.hear(key, _SLICE_S)
+                number: int = self._group.get(key, _SLICE_S)
                 return number
             except TimeoutError:
                 pass

@@ -20,8 +20,8 @@ import msgspec
 
 from jobkit import compilecache, contract, faults, names, versions
 from jobkit.checkpoint import from_orbax, interval, state
-from jobkit.checkpoint.changes import Changes, FirstStep
 from jobkit.checkpoint.checkpointer import Checkpoints
+from jobkit.checkpoint.first_step_check import FirstStep, FirstStepCheck
 from jobkit.checkpoint.kinds import Held, Part, ValuePart, part_of
 from jobkit.checkpoint.restore import bring, find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
@@ -38,25 +38,26 @@ from jobkit.errors import (
     say,
 )
 from jobkit.group import lost_process, open_group
-from jobkit.preemption.deadline_saver import Guard
+from jobkit.preemption.deadline_saver import DeadlineSaver
 from jobkit.preemption.emergency_save import Emergency
 from jobkit.preemption.notice import Listener, Notice
 from jobkit.preemption.stop_step import SAVE, STOP, Agreement
 from jobkit.run.leaving import Leaving, by_break
 from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.state_view import Values
-from jobkit.rundir import commits, mirror, remote_steps, uploader
+from jobkit.rundir import commits, mirror, remote_steps
 from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.loops import Loops
 from jobkit.rundir.store import Store
+from jobkit.rundir.uploader import Uploader
 from jobkit.supervise import stacks, unsaved
 from jobkit.supervise.heartbeat import Heartbeat, Phase
 from jobkit.supervise.unsaved import Unsaved
 from jobkit.tracking import adapters
-from jobkit.tracking.log_buffer import EVERYTHING, Logged
-from jobkit.tracking.trackers import Following, Tracker
+from jobkit.tracking.log_buffer import EVERYTHING, LogBuffer
+from jobkit.tracking.trackers import Tracker, TrackerFeed
 
 if TYPE_CHECKING:
     from jobkit.drill.fingerprints import Probe
@@ -143,7 +144,7 @@ class Run:
         self._trackers = adapters.resolve(trackers)
         self._parts: dict[str, Part] | None = None
         self._opened = False
-        self._logged = Logged()
+        self._log_buffer = LogBuffer()
         self._asked: dict[str, float] | None = None
         self._next_look_s = time.monotonic() + _LOOK_S
         self._leaving = Leaving()
@@ -184,9 +185,9 @@ class Run:
             self._ledger = Ledger(self._store.file(contract.events_file(self.attempt, self._group.index)))
             # Under a supervisor the uploads are its own, so that they survive this process.
             alone = given is None and self._group.first
-            self._carrier = uploader.Uploader(self._store, self.attempt, self._ledger) if alone else None
-            if self._carrier is not None:
-                self._carrier.start()
+            self._uploader = Uploader(self._store, self.attempt, self._ledger) if alone else None
+            if self._uploader is not None:
+                self._uploader.start()
             self._ledger.append("opened", pid=os.getpid(), host=os.uname().nodename, versions=versions.found())
             if self._group.first:
                 self._store.tidy(contract.STRATEGY)
@@ -201,11 +202,11 @@ class Run:
                 ledger=self._ledger,
                 unsaved=self._unsaved,
                 busy=lambda: self._listener.noticed,
-                before_commit=lambda step: self._logged.flush(self._ledger, below=step),
+                before_commit=lambda step: self._log_buffer.flush(self._ledger, below=step),
                 group=self._group,
             )
-            self._following = Following(self._store, self.attempt, self._trackers)
-            self._guard = self._watch()
+            self._tracker_feed = TrackerFeed(self._store, self.attempt, self._trackers)
+            self._deadline_saver = self._watch()
             self._agreement = self._agree() if self._group.count > 1 else None
             self._look = self._agreement.rounds if self._agreement is not None else self._listener
             self._listener.on_notice = self._pass_on
@@ -224,7 +225,7 @@ class Run:
             versions.check_run(place.read(contract.RUN_JSON), f"{self._store.url}/{contract.RUN_JSON}")
         return mirror.claim(self._store) if given is None else given
 
-    def _watch(self) -> Guard:
+    def _watch(self) -> DeadlineSaver:
         """Make what saves where the training thread cannot."""
         emergency = Emergency(
             self._store,
@@ -234,7 +235,7 @@ class Run:
             attempt=self.attempt,
             alone=self._group.count == 1,
         )
-        return Guard(
+        return DeadlineSaver(
             emergency,
             listener=self._listener,
             group=self._group,
@@ -249,12 +250,12 @@ class Run:
         if self._agreement is not None:
             fields = {"source": notice.source, "reason": notice.reason, "deadline_s": notice.left_s()}
             self._agreement.ask(STOP, **fields)
-        self._guard.begin()
+        self._deadline_saver.begin()
 
     def _heard(self, told: dict[str, Any]) -> None:
         """Take the notice that another process, or this one, has told all of."""
         self._listener.note(f"process {told['from']}: {told['source']}", told["reason"], told.get("deadline_s"))
-        self._guard.begin()
+        self._deadline_saver.begin()
 
     def _new_probe(self) -> "Probe | None":
         if self._drill is None:
@@ -291,7 +292,7 @@ class Run:
                 self._end()
         finally:
             self._leaving.close()
-            self._guard.close()
+            self._deadline_saver.close()
             if self._probe is not None:
                 self._probe.close()
             alone = error is not None and not isinstance(error, SystemExit) and self._group.count > 1
@@ -301,19 +302,19 @@ class Run:
                     self._checkpoints.wait(_ALONE_S)
                 else:
                     self._checkpoints.close()
-                self._logged.flush(self._ledger, below=EVERYTHING if error is None else 0)
+                self._log_buffer.flush(self._ledger, below=EVERYTHING if error is None else 0)
                 self._tell_compiled()
                 if self._agreement is not None:
                     self._agreement.close()
                 self._close_trackers()
-                if self._carrier is not None:
-                    self._carrier.close(deadline_s=_UPLOAD_S)
+                if self._uploader is not None:
+                    self._uploader.close(deadline_s=_UPLOAD_S)
                 if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
                     self._ledger.append("raised", error=f"{type(error).__name__}: {error}"[:2000], step=self.step)
                 elif error is None:
                     self._heartbeat.enter(Phase.FINISHED)
                 if alone:
-                    self._group.part(_PARTING_S)
+                    self._group.leave(_PARTING_S)
             finally:
                 self._ledger.close()
                 self._listener.close()
@@ -325,11 +326,11 @@ class Run:
     def _close_trackers(self) -> None:
         """Let the trackers have the rest; after a notice only for a moment, since the next attempt sends it as well."""
         if self._heartbeat.phase == Phase.STOPPED:
-            self._following.close("preempted", wait_s=_TRACKERS_NOTICED_S)
+            self._tracker_feed.close("preempted", wait_s=_TRACKERS_NOTICED_S)
         elif sys.exc_info()[0] is None:
-            self._following.close("done", wait_s=_TRACKERS_S)
+            self._tracker_feed.close("done", wait_s=_TRACKERS_S)
         else:
-            self._following.close("failed", wait_s=_TRACKERS_NOTICED_S)
+            self._tracker_feed.close("failed", wait_s=_TRACKERS_NOTICED_S)
 
     def _end(self) -> None:
         """End normally: commit what a loop that was left early, or a loop of the user's own, still holds."""
@@ -438,7 +439,7 @@ class Run:
         values = {name: part for name, part in made.items() if isinstance(part, ValuePart)}
         self._heartbeat.enter(Phase.RESTORING)
         # A drill has to know it of its last step too.
-        self._checkpoints.changes = Changes(
+        self._checkpoints.first_step_check = FirstStepCheck(
             self._store, parts, busy=lambda: self._listener.noticed and self._drill is None
         )
         begun = time.monotonic()
@@ -471,8 +472,9 @@ class Run:
             self._unsaved.go_on(self._store, self.attempt, restored)
         self._started_with = None if without else FirstStep(made)
         if self._group.first:
-            self._following.start(self.step)
-        self._guard.nbytes, self._guard.watching = snapshot.nbytes, False  # the loop may be one of the user's own
+            self._tracker_feed.start(self.step)
+        self._deadline_saver.nbytes = snapshot.nbytes
+        self._deadline_saver.watching = False  # the loop may be one of the user's own
         faults.reach("resumed")
         return self.state
 
@@ -582,7 +584,7 @@ class Run:
         if not self._looping:  # steps() looks by itself
             self._looks += 1
             if self._look.noticed:
-                self._stopping |= STOP in self._meet()
+                self._stopping |= STOP in self._barrier()
         return self._stopping
 
     @property
@@ -639,15 +641,15 @@ class Run:
         probe, given = self._probe, self._given
         look, heartbeat, strategy, checkpoints = self._look, self._heartbeat, self._strategy, self._checkpoints
         if self.step < total and (
-            self._stopping or (look.noticed and (self._agreement is None or STOP in self._meet()))
+            self._stopping or (look.noticed and (self._agreement is None or STOP in self._barrier()))
         ):
             self._stop()
         self._looping, self._finished = True, self._finished and self.step >= total
         if not self._finished:
             self._go_on()
         self._look_at_signals()
-        guard, parts = self._guard, self._resumed()
-        guard.enter(self.step, parts)
+        saver, parts = self._deadline_saver, self._resumed()
+        saver.enter(self.step, parts)
         try:
             while self.step < total:
                 if probe is not None:
@@ -669,10 +671,10 @@ class Run:
                     or not self._stepped
                 ):
                     self._boundary(last=self.step >= total)
-                if not self.step & guard.between or now - guard.held_s >= guard.from_s:
-                    guard.hold(self.step, parts)
+                if not self.step & saver.between or now - saver.held_s >= saver.from_s:
+                    saver.hold(self.step, parts)
                 else:
-                    guard.skip()
+                    saver.skip()
         except GeneratorExit:
             self._leaving.leave(self._break, sure=by_break())
             raise
@@ -800,17 +802,17 @@ class Run:
                 del values[name]
         if not self._group.first:
             return
-        if self._logged.add(self.step, values):
-            self._logged.flush(self._ledger)
+        if self._log_buffer.add(self.step, values):
+            self._log_buffer.flush(self._ledger)
 
     # Between two steps.
 
     def _boundary(self, *, last: bool) -> None:
         if self._look.noticed or self._asked is not None or self._strategy.due(self.step, time.monotonic()):
             # A program that runs far ahead of its device would wait for it with the lock in hand.
-            self._guard.settle(self.step, self._resumed())
-        with self._guard.lock:
-            self._guard.idle = False
+            self._deadline_saver.wait_for_device(self.step, self._resumed())
+        with self._deadline_saver.lock:
+            self._deadline_saver.idle = False
             self._do_what_is_due(last=last)
 
     def _do_what_is_due(self, *, last: bool) -> None:
@@ -837,7 +839,7 @@ class Run:
             self._save("asked", agreed)
         elif save and not last:
             reason, self._save_wanted = "asked" if self._save_wanted else "interval", False
-            self._guard.meet(f"save/{self.step}")
+            self._deadline_saver.barrier(f"save/{self.step}")
             self._save(reason, {})
         self._heartbeat.committed_step = self._checkpoints.committed_step
 
@@ -871,10 +873,10 @@ class Run:
         if now >= self._strategy.next_s:  # by the clock of process 0 alone
             self._strategy.next_s = math.inf
             self._agreement.ask(SAVE)
-        due = self._meet()
+        due = self._barrier()
         return STOP in due, SAVE in due or self.step >= self._strategy.next_step
 
-    def _meet(self) -> set[str]:
+    def _barrier(self) -> set[str]:
         """Wait until the processes agree; return what is to be done at this boundary.
 
         Raises:
@@ -882,7 +884,7 @@ class Run:
         """
         assert self._agreement is not None
         try:
-            return self._agreement.meet(self.step + self._looks)
+            return self._agreement.barrier(self.step + self._looks)
         except JobkitError as error:
             raise StorageError(f"{error}; the newest committed step is {self._checkpoints.committed_step}") from None
 
@@ -900,7 +902,7 @@ class Run:
             return verdict()
         self._asks += 1
         try:
-            self._guard.meet(f"asked/{self._asks}", _ASKED_S)
+            self._deadline_saver.barrier(f"asked/{self._asks}", _ASKED_S)
             agreed: dict[str, float] | None = self._group.share(f"verdict/{self._asks}", verdict, _ASKED_S)
         except TimeoutError:
             raise ConfigError(
@@ -941,7 +943,7 @@ class Run:
 
     def _first_step(self) -> None:
         self._stepped = True
-        self._guard.look_around()
+        self._deadline_saver.measure_room()
         self._heartbeat.enter(Phase.STEPPING)
         self._ledger.append("first_step", step=self.step)
         self._tell_compiled()
@@ -963,8 +965,8 @@ class Run:
 
     def _save(self, reason: str, metrics: dict[str, float]) -> None:
         """Start a save; training goes on if it fails, loudly."""
-        self._guard.look_around()
-        self._guard.wait_while(lambda: self._checkpoints.saving)
+        self._deadline_saver.measure_room()
+        self._deadline_saver.wait_while(lambda: self._checkpoints.saving)
         at_fault = unsaved.STATE
         try:
             with self._heartbeat.during(Phase.SAVING):
@@ -1012,18 +1014,18 @@ class Run:
         Args:
             at_save: In a loop of the program's own, whether its state is that of the completed steps.
         """
-        with self._guard.lock:
+        with self._deadline_saver.lock:
             self._begin_stop()
-            served = self._guard.arrive()
+            served = self._deadline_saver.arrive()
             asked, self._asked = self._asked or {}, None
             if not (self._looping or at_save):
                 # Which step the live state belongs to, only who counts the steps knows: what was begun counts.
                 self._checkpoints.wait()
                 self._raise_failure()
-            elif served and (self._checkpoints.committed_step >= self.step or not self._guard.lands()):
+            elif served and (self._checkpoints.committed_step >= self.step or not self._deadline_saver.fits_deadline()):
                 pass  # what the guard has committed is what can be
             else:
-                self._guard.emergency.commit(
+                self._deadline_saver.emergency.commit(
                     self.step, self._snapshot, by="boundary", metrics=asked, hear=self._hear_failure
                 )
             summary = self._tell_stopped()
@@ -1039,12 +1041,12 @@ class Run:
             why: Why the last boundary is not, '' if it is.
         """
         self._tell_stopped(why)
-        if self._carrier is not None:
+        if self._uploader is not None:
             with contextlib.suppress(JobkitError):  # then the saves wait in the home
-                self._carrier.close(deadline_s=0.0)
+                self._uploader.close(deadline_s=0.0)
         sys.stdout.flush()
         sys.stderr.flush()
-        self._group.part(_PARTING_S)
+        self._group.leave(_PARTING_S)
         self._checkpoints.tidy()
         os._exit(contract.Exit.PREEMPTED)
 
@@ -1072,8 +1074,8 @@ class Run:
         if step < 0:  # in the middle of a restore
             step = max(commits.steps(self._store), default=0)
         self._heartbeat.committed_step = self._checkpoints.committed_step
-        committed_s = round((self._guard.saved_at or time.monotonic()) - notice.at_s, 6)
-        self._logged.flush(self._ledger, below=step)
+        committed_s = round((self._deadline_saver.saved_at or time.monotonic()) - notice.at_s, 6)
+        self._log_buffer.flush(self._ledger, below=step)
         lost = {"lost_steps": self.step - step, "why": why} if why else {}
         self._ledger.append("stopped", durable=True, step=step, notice_to_commit_s=committed_s, **lost)
         summary = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
@@ -1087,15 +1089,15 @@ class Run:
 
     def _finish(self) -> None:
         """Commit the last step."""
-        with self._guard.lock, self._heartbeat.during(Phase.SAVING):
+        with self._deadline_saver.lock, self._heartbeat.during(Phase.SAVING):
             try:
-                self._guard.meet(f"end/{self.step}", _END_S)
+                self._deadline_saver.barrier(f"end/{self.step}", _END_S)
             except TimeoutError:
                 raise ConfigError(
                     f"process {self._group.index} ended its loop after {self.step} steps, and another process did not: "
                     "all have to leave it at the same step"
                 ) from None
-            self._guard.watching = self._looping = False
+            self._deadline_saver.watching = self._looping = False
             self._commit()
         self._tell_finished()
 
@@ -1111,7 +1113,7 @@ class Run:
         self._finished = True
         self._begin_interval()  # if another loop follows
         self._heartbeat.enter(Phase.FINISHED)
-        self._logged.flush(self._ledger, below=EVERYTHING)
+        self._log_buffer.flush(self._ledger, below=EVERYTHING)
         self._ledger.append("finished", durable=True, step=self.step)
         faults.reach("finished")
 
@@ -1126,8 +1128,8 @@ class Run:
         error = self._checkpoints.take_error()
         if isinstance(error, SupersededError):
             raise error
-        if self._carrier is not None and self._carrier.superseded is not None:
-            raise self._carrier.superseded
+        if self._uploader is not None and self._uploader.superseded is not None:
+            raise self._uploader.superseded
         if error is not None:
             self._bear(error)
 

@@ -47,7 +47,7 @@ class Control:
         """
         for name in (contract.CANCEL, contract.SAVE):
             try:
-                mirror.hear(store if given is None else store.with_deadline(_HEAR_S), name)
+                mirror.fetch_request(store if given is None else store.with_deadline(_HEAR_S), name)
             except JobkitError:
                 if given is None:
                     raise

@@ -41,7 +41,7 @@ def empty(store: Store) -> bool:
         return False
     end = time.monotonic() + _REST_S
     later = max(store.numbers(contract.ATTEMPTS), default=-1) + 1
-    Outbox(store, later, lambda: None).carry_earlier(go_on=lambda: time.monotonic() < end)
+    Outbox(store, later, lambda: None).upload_earlier(go_on=lambda: time.monotonic() < end)
     listing, here = remote.find(), commits.metrics(store)
     if any(not _is_up(remote, step, listing) for step in _wanted(store, remote, here, listing)):
         return False

@@ -24,7 +24,7 @@ Event = dict[str, Any]
 """One line: at least `t` (seconds since the epoch, of the writer's clock) and `event`."""
 
 
-_MOST_OWED_BYTES = 16 << 20
+_MOST_PENDING_BYTES = 16 << 20
 """Lines that wait for a disk that is full or does not answer; of more than that the oldest go."""
 
 
@@ -39,7 +39,7 @@ class Ledger:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock, self.path = clock, path
         self._lock = threading.Lock()
-        self._owed = bytearray()
+        self._pending = bytearray()
         """Whole lines that are not in the file yet."""
         self._synced = True
         self._closed = False
@@ -76,11 +76,11 @@ class Ledger:
             return
         lines = "".join(json.dumps(event, separators=(",", ":"), default=str) + "\n" for event in events).encode()
         with self._lock:
-            self._owed += lines
+            self._pending += lines
             with contextlib.suppress(OSError):
-                self._pay(durable)
+                self._write_pending(durable)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Write what waits, durably.
 
         Raises:
@@ -88,27 +88,27 @@ class Ledger:
         """
         with self._lock:
             try:
-                self._pay(True)
+                self._write_pending(True)
             except OSError as error:
                 raise explain(error, f"cannot write {self.path}") from None
 
-    def _pay(self, durable: bool) -> None:
+    def _write_pending(self, durable: bool) -> None:
         """Write the lines that are owed; one that was torn off is written again as a whole."""
         try:
             if self._descriptor is None:  # a handle that went stale stays so
                 self._descriptor = self._open()
-            while self._owed:
+            while self._pending:
                 head = b"\n" if self._torn else b""
-                written = os.write(self._descriptor, head + self._owed) - len(head)
-                whole = self._owed.rfind(b"\n", 0, written) + 1
-                del self._owed[:whole]
+                written = os.write(self._descriptor, head + self._pending) - len(head)
+                whole = self._pending.rfind(b"\n", 0, written) + 1
+                del self._pending[:whole]
                 self._torn, self._synced = written > whole, False
             if durable and not self._synced:
                 os.fsync(self._descriptor)
                 self._synced = True
         except OSError:
-            if len(self._owed) > _MOST_OWED_BYTES:
-                del self._owed[: self._owed.find(b"\n", len(self._owed) - _MOST_OWED_BYTES) + 1]
+            if len(self._pending) > _MOST_PENDING_BYTES:
+                del self._pending[: self._pending.find(b"\n", len(self._pending) - _MOST_PENDING_BYTES) + 1]
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
@@ -117,9 +117,9 @@ class Ledger:
     def close(self) -> None:
         """Write what waits, if that can be, and close the file; later appends are dropped."""
         with self._lock:
-            if self._owed and not self._closed:
+            if self._pending and not self._closed:
                 with contextlib.suppress(OSError):
-                    self._pay(False)
+                    self._write_pending(False)
             self._closed = True
             descriptor, self._descriptor = self._descriptor, None
             if descriptor is not None:

@@ -23,7 +23,7 @@ from jobkit.rundir.store import Store, in_words
 _ROOT_FILES = (contract.RUN_JSON, contract.README, contract.EVENTS, contract.STRATEGY)
 
 
-def hear(store: Store, name: str) -> None:
+def fetch_request(store: Store, name: str) -> None:
     """Bring what was asked of the run on another machine into the home.
 
     Args:
@@ -59,10 +59,10 @@ def publish(store: Store) -> None:
         return
     if not store.remote.create(contract.RUN_JSON, store.read(contract.RUN_JSON)):
         raise ConfigError(f"{store.url} already holds a run: continue it with 'jobkit resume {store.url}'")
-    carry_described(store)
+    upload_described(store)
 
 
-def carry_described(store: Store) -> None:
+def upload_described(store: Store) -> None:
     """Write what describes a run to its URL, from a launching side that has just added to it."""
     if store.remote is not None:
         for name in described(store):

@@ -32,7 +32,7 @@ class Outbox:
         self._left: list[str] = []
         """Files of earlier attempts that are not on the URL as they are here."""
 
-    def carry(self, described: list[str], *, final: bool, go_on: Callable[[], bool]) -> bool:
+    def upload(self, described: list[str], *, final: bool, go_on: Callable[[], bool]) -> bool:
         """Carry what is new, small files first; tell whether everything is on the URL now.
 
         Args:
@@ -47,7 +47,7 @@ class Outbox:
         mine = [f"{place}/{name}" for place in (own, contract.SCORES) for name in self._store.names(place)]
         return self._send([*described, *(name for name in mine if "/." not in name)], final=final, go_on=go_on)
 
-    def carry_earlier(self, *, go_on: Callable[[], bool]) -> bool:
+    def upload_earlier(self, *, go_on: Callable[[], bool]) -> bool:
         """Carry only what earlier attempts left; tell whether all of that is on the URL now.
 
         Args:
@@ -63,7 +63,7 @@ class Outbox:
         wanted = [*wanted, *self._left]
         for name in wanted:
             if not growing_files.is_growing(name):
-                self._carry_whole(name, final=final)
+                self._upload_whole(name, final=final)
         done = True
         # Ledgers before logs: they are smaller, and say more.
         for name in sorted(filter(growing_files.is_growing, wanted)):
@@ -100,7 +100,7 @@ class Outbox:
         }
         return self._senders
 
-    def _carry_whole(self, name: str, *, final: bool) -> None:
+    def _upload_whole(self, name: str, *, final: bool) -> None:
         remote, info = self._store.remote, self._store.stat(name)
         assert remote is not None
         if info is None:

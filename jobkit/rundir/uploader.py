@@ -62,8 +62,8 @@ class Uploader:
         self._threads = [
             threading.Thread(target=self._go_on, args=(name, every_s, work), name=f"jobkit-{name}", daemon=True)
             for name, every_s, work in (
-                ("steps", _TICK_S, self._carry_steps),
-                ("files", _FILES_S, self._carry_files_on),
+                ("steps", _TICK_S, self._upload_steps),
+                ("files", _FILES_S, self._upload_files_on),
                 ("requests", _CANCEL_S, self._hear_requests),
             )
         ]
@@ -91,7 +91,7 @@ class Uploader:
         end = time.monotonic() + deadline_s
         while True:
             try:
-                self._carry(until=max(end, time.monotonic() + _REST_S))
+                self._upload_rest(until=max(end, time.monotonic() + _REST_S))
                 return
             except SupersededError:
                 raise
@@ -133,18 +133,18 @@ class Uploader:
             if self._failing.pop(name, None) is not None and not self._failing:
                 self._ledger.append("upload_back", after_s=round(time.monotonic() - since, 3))
 
-    def _carry(self, *, until: float) -> None:
+    def _upload_rest(self, *, until: float) -> None:
         """Carry everything that is left, steps first."""
         # At the end in any case: who decides whether the run goes on looks into the home.
         self._hear_requests()
-        self._carry_steps(shown=True)
-        self.carry_files(until=until)
+        self._upload_steps(shown=True)
+        self.upload_files(until=until)
 
     def _hear_requests(self) -> None:
-        mirror.hear(self._store, contract.CANCEL)
-        mirror.hear(self._store, contract.SAVE)
+        mirror.fetch_request(self._store, contract.CANCEL)
+        mirror.fetch_request(self._store, contract.SAVE)
 
-    def _carry_steps(self, *, shown: bool = False) -> None:
+    def _upload_steps(self, *, shown: bool = False) -> None:
         """Carry new steps, newest before older; one that cannot be carried holds up no other."""
         assert self._store.remote is not None
         if self._old_uploads:
@@ -172,7 +172,7 @@ class Uploader:
         stat = self._store.stat(contract.STRATEGY)
         return stat is not None and stat.st_mtime >= self._since
 
-    def carry_files(self, *, until: float | None = None) -> None:
+    def upload_files(self, *, until: float | None = None) -> None:
         """Carry the rest of logs, ledgers and what describes the run; what is not up in time waits in the home.
 
         Args:
@@ -184,11 +184,11 @@ class Uploader:
         if self._store.remote is None:
             return
         end = time.monotonic() + _REST_S if until is None else until
-        if not self._outbox.carry(self._described(), final=True, go_on=lambda: time.monotonic() < end):
+        if not self._outbox.upload(self._described(), final=True, go_on=lambda: time.monotonic() < end):
             say(f"not all logs of {self._store.url} are there yet; the rest waits in {self._store.path}")
 
-    def _carry_files_on(self) -> None:
-        self._outbox.carry(
+    def _upload_files_on(self) -> None:
+        self._outbox.upload(
             self._described(), final=False, go_on=lambda: not self._closing.is_set() and self.superseded is None
         )
 

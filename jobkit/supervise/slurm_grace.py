@@ -66,7 +66,7 @@ def preemption_s(job: Mapping[str, str], partition: Callable[[], Mapping[str, st
     return float(grace) if grace.isdecimal() else None
 
 
-class Respite:
+class DeadlineExtension:
     """Asks SLURM once, on a thread of its own, how long a signal that has come leaves.
 
     Args:
@@ -85,7 +85,7 @@ class Respite:
         """
         job, self._job = self._job, None
         if job is not None and least_s is not None:
-            threading.Thread(target=self._ask, args=(job, least_s), name="jobkit-respite", daemon=True).start()
+            threading.Thread(target=self._ask, args=(job, least_s), name="jobkit-slurm-grace", daemon=True).start()
 
     def deadline_at(self) -> float | None:
         """Return, once, when the program is killed, on the clock of `time.monotonic`; None while nobody has said."""

@@ -20,7 +20,7 @@ _STACKS = 30_000
 """Characters of the stacks that the ledger keeps; the log has all."""
 
 
-class Sentry:
+class StallMonitor:
     """Watches over one program.
 
     Args:

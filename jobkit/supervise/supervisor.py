@@ -28,16 +28,17 @@ from jobkit import compilecache, contract, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.patience import Patience
-from jobkit.rundir import commits, mirror, uploader
+from jobkit.rundir import commits, mirror
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger, tail_events
 from jobkit.rundir.store import Store, explain
+from jobkit.rundir.uploader import Uploader
 from jobkit.supervise import cloud_metadata, processes
 from jobkit.supervise import stall as watchdog
 from jobkit.supervise.heartbeat import SHARED, Beat, Link, Phase
 from jobkit.supervise.oom import Memory
-from jobkit.supervise.slurm_grace import Respite
-from jobkit.supervise.stall_monitor import Sentry
+from jobkit.supervise.slurm_grace import DeadlineExtension
+from jobkit.supervise.stall_monitor import StallMonitor
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _LEFTOVER_S = 5.0
@@ -131,14 +132,14 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
     attempt = Attempt(patient, mirror.claim(patient) if given is None else given, (index, count), command, cwd)
     attempt.control = control
     ledger = patient.insist(lambda: Ledger(store.file(contract.events_file(attempt.number, attempt.writer))))
-    carrier = uploader.Uploader(store, attempt.number, ledger)
+    uploader = Uploader(store, attempt.number, ledger)
     link = _link(attempt)
     known = watchdog.learn(patient, attempt.number, attempt.writer)
-    sentry = Sentry(known, link.directory, ledger, attempt.log)
+    monitor = StallMonitor(known, link.directory, ledger, attempt.log)
     try:
         watch.start()
         if index == 0:
-            carrier.start()
+            uploader.start()
         patient.write(
             f"{contract.attempt_dir(attempt.number)}/{contract.of_process('supervisor.json', index)}",
             _json(pid=os.getpid(), started=attempt.started, heartbeat=str(link.directory)),
@@ -154,16 +155,16 @@ def supervise(store: Store, command: Sequence[str], *, cwd: Path | None = None) 
                     log.write(f"jobkit: {error}\n".encode())
         if attempt.child:
             ledger.append("started", pid=attempt.child, command=shlex.join(command))
-            code = _watch(attempt, link, ledger, wakeup, carrier, watch, sentry)
+            code = _watch(attempt, link, ledger, wakeup, uploader, watch, monitor)
             if index == 0:
-                code = _upload(attempt, carrier, code)
+                code = _upload(attempt, uploader, code)
         else:
             _copy_log(attempt, _Tail())
             code = int(Exit.CONFIG)
-        _end(attempt, ledger, link.read(), code, sentry)
+        _end(attempt, ledger, link.read(), code, monitor)
         if index == 0:
             with contextlib.suppress(JobkitError):
-                carrier.carry_files()  # the outcome itself
+                uploader.upload_files()  # the outcome itself
         _stay(attempt, code, wakeup, watch)
         # A launcher of several processes ends all when one ends badly. These may still be saving; but where this one
         # never came to its run, none did, and they would wait for it for minutes.
@@ -246,10 +247,10 @@ class _Tail:
         self.offset = 0
 
 
-def _upload(attempt: Attempt, carrier: uploader.Uploader, code: int) -> int:
+def _upload(attempt: Attempt, uploader: Uploader, code: int) -> int:
     """Finish what the program left to upload; the attempt is neither done nor preempted in good order without it."""
     try:
-        carrier.close(deadline_s=_UPLOAD_NOTICED_S if attempt.notice else _UPLOAD_S)
+        uploader.close(deadline_s=_UPLOAD_NOTICED_S if attempt.notice else _UPLOAD_S)
     except JobkitError as error:
         attempt.hint = str(error)
         return int(error.exit_code) if code in (Exit.DONE, Exit.PREEMPTED) else code
@@ -261,16 +262,16 @@ def _watch(
     link: Link,
     ledger: Ledger,
     wakeup: int,
-    carrier: uploader.Uploader,
+    uploader: Uploader,
     watch: cloud_metadata.Watch,
-    sentry: Sentry,
+    monitor: StallMonitor,
 ) -> int:
     """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
     tail = _Tail()
     poll = select.poll()
     poll.register(wakeup, select.POLLIN)
     interrupts = 0
-    respite = Respite()
+    extension = DeadlineExtension()
     ended_at: float | None = None
     while True:
         numbers = os.read(wakeup, 512) if poll.poll(_TICK_S * 1000) else b""
@@ -284,21 +285,21 @@ def _watch(
                     name, grace_s = signal.Signals(number).name, contract.grace_s_from(number)
                     give_notice(attempt, link, ledger, source=name, reason="signal", deadline_s=grace_s, number=number)
                     if number == signal.SIGTERM:
-                        respite.begin(grace_s)
+                        extension.begin(grace_s)
         for said in watch.said():
             _hear(attempt, link, ledger, said)
-        if (later := respite.deadline_at()) is not None:
-            _put_off(attempt, link, ledger, later)
-        if carrier.superseded is not None and attempt.notice is None:
-            give_notice(attempt, link, ledger, source="superseded", reason=str(carrier.superseded))
+        if (later := extension.deadline_at()) is not None:
+            _extend_deadline(attempt, link, ledger, later)
+        if uploader.superseded is not None and attempt.notice is None:
+            give_notice(attempt, link, ledger, source="superseded", reason=str(uploader.superseded))
         if attempt.control is not None and (request := attempt.control.new(contract.CANCEL)) is not None:
             grace_s = contract.grace_s_from(signal.SIGTERM)
             attempt.until = min(attempt.until, float("inf") if grace_s is None else time.monotonic() + grace_s)
             give_notice(attempt, link, ledger, source="stop", reason=says_stop(request), deadline_s=grace_s)
-        if (patience_s := sentry.look(link.read())) is not None:
-            attempt.hint = sentry.reason
+        if (patience_s := monitor.look(link.read())) is not None:
+            attempt.hint = monitor.reason
             if patience_s:
-                give_notice(attempt, link, ledger, source="watchdog", reason=sentry.reason, deadline_s=patience_s)
+                give_notice(attempt, link, ledger, source="watchdog", reason=monitor.reason, deadline_s=patience_s)
         _reap(attempt)
         _copy_log(attempt, tail)
         if attempt.child in attempt.codes:
@@ -308,7 +309,7 @@ def _watch(
                 break
     _reap(attempt)
     _copy_log(attempt, tail)
-    return _exit_code(attempt, link.read(), sentry.stall)
+    return _exit_code(attempt, link.read(), monitor.stall)
 
 
 def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: cloud_metadata.Said) -> None:
@@ -323,7 +324,7 @@ def _hear(attempt: Attempt, link: Link, ledger: Ledger, said: cloud_metadata.Sai
         attempt.going = said.kind is cloud_metadata.Kind.NOTICE and not attempt.asked
 
 
-def _put_off(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -> None:
+def _extend_deadline(attempt: Attempt, link: Link, ledger: Ledger, deadline_at: float) -> None:
     """Move the deadline of the notice to where SLURM has told that it is, if nothing else ends the program before."""
     deadline_at = min(deadline_at, attempt.until)
     if attempt.notice is not None and attempt.deadline_at is not None and deadline_at > attempt.deadline_at:
@@ -464,7 +465,7 @@ def _copy_log(attempt: Attempt, tail: _Tail) -> None:
         sys.stdout.buffer.flush()
 
 
-def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry) -> None:
+def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, monitor: StallMonitor) -> None:
     """Write down how the attempt ended."""
     outcome = contract.outcome_of(code)
     committed = beat.committed_step
@@ -488,10 +489,10 @@ def _end(attempt: Attempt, ledger: Ledger, beat: Beat, code: int, sentry: Sentry
         "process": attempt.process[0],
         "processes": attempt.process[1],
         "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
-    } | sentry.outcome
-    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, **sentry.longest)
+    } | monitor.outcome
+    ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, **monitor.longest)
     with contextlib.suppress(JobkitError):
-        attempt.store.insist(ledger.settle)
+        attempt.store.insist(ledger.flush)
     name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
     try:
         # What became of several processes together is written by who started them.

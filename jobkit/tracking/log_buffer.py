@@ -12,7 +12,7 @@ _FLUSH_S = 0.5
 """Logged values reach the ledger at most this much later, and always before the commit of their step."""
 
 
-class Logged:
+class LogBuffer:
     """Logged values that are not in the ledger yet. Safe to use from several threads.
 
     JAX arrays are converted when they are ready, so that logging does not wait for the device.

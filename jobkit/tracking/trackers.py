@@ -94,7 +94,7 @@ class Tracker(Protocol):
         ...
 
 
-class Following:
+class TrackerFeed:
     """The trackers of one attempt, each on its own thread.
 
     Args:
@@ -121,7 +121,7 @@ class Following:
                 for package in getattr(tracker, "packages", ()):
                     importlib.import_module(package)
             thread = threading.Thread(
-                target=self._keep_following, args=(tracker, step), name=f"jobkit-{tracker.name}", daemon=True
+                target=self._keep_feeding, args=(tracker, step), name=f"jobkit-{tracker.name}", daemon=True
             )
             thread.start()
             self._threads.append(thread)
@@ -133,7 +133,7 @@ class Following:
         for thread in self._threads:
             thread.join(wait_s)
 
-    def _keep_following(self, tracker: Tracker, step: int) -> None:
+    def _keep_feeding(self, tracker: Tracker, step: int) -> None:
         reported = False
         while True:
             last = self._closing.is_set()

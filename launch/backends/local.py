@@ -156,7 +156,7 @@ class Local(Backend):
         """See `Backend`. What is left of a budget stays, unless the run had ended; points have runners of their own."""
         record_resumed(store)
         with contextlib.suppress(JobkitError):  # the runner carries it again
-            mirror.carry_described(store)
+            mirror.upload_described(store)
 
     def stop(
         self,

@@ -83,7 +83,7 @@ class LocalRunner(Runner):
         with contextlib.suppress(JobkitError):
             self._write_down("ended", state=state, reason=reason)
             if sure:
-                mirror.carry_described(self._store)
+                mirror.upload_described(self._store)
         return self._code(state)
 
     def empty_home(self) -> None:

@@ -15,15 +15,15 @@ from launch.backends import registry
 from launch.lifecycle import submission, verbs
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
-from launch.spec.placement import Where
+from launch.spec.placement import Placement
 
 
-def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False) -> State:
+def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = False) -> State:
     """Continue a run on a backend, or with other options on the one it had.
 
     Args:
         url: The run.
-        place: Where it is to go on.
+        place: Placement it is to go on.
         take_over: Whether to take it from the local runner of another machine that gives signs of life.
 
     Durability: on return run.json is on storage, on the run's URL too, and the new backend has the run.
@@ -53,7 +53,7 @@ def resume(url: str | os.PathLike[str], place: Where, *, take_over: bool = False
     return verbs.resume(new, store, clear_cancel=False, take_over=take_over and new.processes_here)
 
 
-def _merged(spec: JobSpec, place: Where, *, same: bool) -> JobSpec:
+def _merged(spec: JobSpec, place: Placement, *, same: bool) -> JobSpec:
     """Return what is asked for: on the backend that the run had, what is not said stays."""
     price = spec.price_per_hour if place.price_per_hour is None else place.price_per_hour
     sbatch = (spec.sbatch if same else {}) | place.sbatch

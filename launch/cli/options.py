@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from jobkit.errors import ConfigError
-from launch.spec.placement import Where
+from launch.spec.placement import Placement
 
 if TYPE_CHECKING:
     from launch.lifecycle.verbs import Backend
@@ -73,14 +73,14 @@ class Launching(click.Command):
         return rest
 
 
-def where_options(function: F) -> F:
+def placement_options(function: F) -> F:
     """Add the options to a command."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
 
-def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
+def placement(options: dict[str, Any], given: dict[str, Any]) -> Placement:
     """Merge a profile's options and the command line's, which win.
 
     Raises:
@@ -111,7 +111,7 @@ def where(options: dict[str, Any], given: dict[str, Any]) -> Where:
         raise ConfigError(_foreign(next(iter(asked)), "cloud", name))
     fields = tuple(_FIELDS.get(one, one.replace("-", "_")) for one in [*asked, *(["time"] if time else [])])
     price = _choose("price-per-hour", options, given)
-    return Where(name, sbatch, cloud.from_options(asked, time=time) if managed else None, container, price, fields)
+    return Placement(name, sbatch, cloud.from_options(asked, time=time) if managed else None, container, price, fields)
 
 
 def _foreign(option: str, field: str, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from jobkit.contract import State
-from launch.cli.options import where, where_options
+from launch.cli.options import placement, placement_options
 from launch.cli.output import follow, print_status
 
 
@@ -16,7 +16,7 @@ from launch.cli.output import follow, print_status
 @click.argument("run")
 @click.option("--on", help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
-@where_options
+@placement_options
 @click.option("--take-over", is_flag=True, help="Though another machine's runner gave a sign less than 10 min ago.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -44,7 +44,7 @@ def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: 
     if profile or any(value not in (None, ()) for value in given.values()):
         old = specs.read_backend(submission.open_run(run))[0]
         options = specs.read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
-        state = move_run.resume(run, where({"on": old} | options, given), take_over=take_over)
+        state = move_run.resume(run, placement({"on": old} | options, given), take_over=take_over)
     else:
         state = registry.resume(run, take_over=take_over)
     if state is State.DONE:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError, say
-from launch.cli.options import Launching, where, where_options
+from launch.cli.options import Launching, placement, placement_options
 from launch.cli.output import follow, print_status
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
 )
-@where_options
+@placement_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -88,7 +88,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     flags["shared"] = given["shared"] or None
     options |= {name: value for name, value in flags.items() if value is not None}
     axes = sweep.parse(given["sweep"])
-    place = where(options, given)
+    place = placement(options, given)
     spec = JobSpec(
         sweep=axes,
         parallel=options.get("array-parallelism") if axes else given["array_parallelism"],

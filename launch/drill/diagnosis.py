@@ -577,7 +577,7 @@ class _Ask:
 
     Args:
         start: Starts one.
-        place: Where the drill lies.
+        place: Placement the drill lies.
     """
 
     def __init__(self, start: Start, place: Path) -> None:

@@ -66,7 +66,7 @@ class Options:
 
     Args:
         command: The user's program.
-        place: Where the runs lie.
+        place: Placement the runs lie.
         steps: How many steps to drill; None for as many as a few seconds hold, 0 for all of the program's.
         at: The step at which to interrupt it in mid-run; None for the middle.
         jobs: Scenarios at the same time.

@@ -179,7 +179,7 @@ class Runner(ABC):
         """Leave; bring what the run says of itself to its URL first."""
         say(reason)
         try:
-            mirror.carry_described(self._store)
+            mirror.upload_described(self._store)
         except JobkitError as error:
             say(str(error))
         return int(code)
@@ -194,7 +194,7 @@ class Runner(ABC):
     def _write_down(self, event: str, **fields: Any) -> None:
         """Append to the ledger what must not be lost."""
         self._ledger.append(event, durable=True, **fields)
-        self._store.insist(self._ledger.settle)
+        self._store.insist(self._ledger.flush)
 
     def _bide(self, seconds: float) -> None:
         """Wait while no attempt runs: for the next one, or for a storage that does not answer."""
@@ -228,7 +228,7 @@ class Runner(ABC):
     def _over_anywhere(self) -> tuple[State, str] | None:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
         with contextlib.suppress(JobkitError):
-            mirror.hear(self._store, contract.CANCEL)
+            mirror.fetch_request(self._store, contract.CANCEL)
         return self._over()
 
     def _cancelled(self) -> bool:

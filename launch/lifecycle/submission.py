@@ -383,7 +383,7 @@ def record(store: Store, event: str, **fields: object) -> None:
     ledger = store.insist(lambda: Ledger(store.file(contract.EVENTS)))
     try:
         ledger.append(event, durable=True, **fields)
-        store.insist(ledger.settle)
+        store.insist(ledger.flush)
     finally:
         ledger.close()
 
@@ -408,7 +408,7 @@ def end(store: Store, state: State, reason: str) -> None:
         return
     record(store, "ended", state=state, reason=reason)
     with contextlib.suppress(JobkitError):
-        mirror.carry_described(store)
+        mirror.upload_described(store)
 
 
 def runner_environment() -> dict[str, str]:

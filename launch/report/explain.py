@@ -69,38 +69,38 @@ class Story(msgspec.Struct, frozen=True):
     advice: list[Advice]
 
 
-def explain(found: Goodput, history: History) -> Story:
+def explain(goodput: Goodput, history: History) -> Story:
     """Tell a run's story.
 
     Args:
-        found: Its figures.
+        goodput: Its figures.
         history: Where they come from.
     """
-    sentences = [*_beginning(found), *_endings(found, history), *_troubles(history), *_resumes(history)]
-    sentences = [*sorted(sentences, key=lambda one: one.t), *_end(found)]
-    return Story(found.run, found.name, found.state, sentences, list(_advice(found, history)))
+    sentences = [*_beginning(goodput), *_endings(goodput, history), *_troubles(history), *_resumes(history)]
+    sentences = [*sorted(sentences, key=lambda one: one.t), *_end(goodput)]
+    return Story(goodput.run, goodput.name, goodput.state, sentences, list(_advice(goodput, history)))
 
 
 # What happened.
 
 
-def _beginning(found: Goodput) -> Iterator[Sentence]:
-    if found.submitted is None:
+def _beginning(goodput: Goodput) -> Iterator[Sentence]:
+    if goodput.submitted is None:
         return
-    waited = found.intervals[0] if found.intervals[0].phase is Phase.QUEUE else None
-    after = f" and started {show_duration(waited.seconds)} later" if waited is not None and found.attempts else ""
+    waited = goodput.intervals[0] if goodput.intervals[0].phase is Phase.QUEUE else None
+    after = f" and started {show_duration(waited.seconds)} later" if waited is not None and goodput.attempts else ""
     yield Sentence(
-        found.submitted, "submitted", None, f"The run was submitted{after}.", waited.seconds if waited else 0.0
+        goodput.submitted, "submitted", None, f"The run was submitted{after}.", waited.seconds if waited else 0.0
     )
 
 
-def _endings(found: Goodput, history: History) -> Iterator[Sentence]:
+def _endings(goodput: Goodput, history: History) -> Iterator[Sentence]:
     """Tell of every attempt that ended before the run was done."""
-    ended = [one for one in found.attempts if one.ended is not None and one.outcome != Outcome.DONE]
+    ended = [one for one in goodput.attempts if one.ended is not None and one.outcome != Outcome.DONE]
     costliest = sorted(sorted(ended, key=lambda one: -one.ending_s)[:_MOST], key=lambda one: one.attempt)
     waited = {life.number: life.supervisor for life in history.lives}
     for one in costliest:
-        after = [later for later in found.attempts if later.attempt > one.attempt]
+        after = [later for later in goodput.attempts if later.attempt > one.attempt]
         stalls = [event for event in waited.get(one.attempt, []) if event["event"] == "stalled"]
         text = f"{_what(one, stalls)} {_cost(one, after[0] if after else None)}"
         yield Sentence(one.ended or one.started, one.outcome or "unknown", one.attempt, text, one.ending_s)
@@ -240,33 +240,33 @@ def _resumes(history: History) -> Iterator[Sentence]:
             ended = None
 
 
-def _end(found: Goodput) -> Iterator[Sentence]:
-    if not found.intervals:
+def _end(goodput: Goodput) -> Iterator[Sentence]:
+    if not goodput.intervals:
         return
-    state = found.state or ("over" if found.ended is not None else "alive")
-    at = f" at step {found.steps:,}" if found.steps is not None else ""
-    count = f"{len(found.attempts)} attempt{'s' * (len(found.attempts) != 1)}"
-    money = f", {found.cost_lost:,.2f} of {found.cost:,.2f} not for training" if found.cost else ""
-    verb = "is" if found.ended is None else "ended as"
-    so_far = f"after {count} and {show_duration(found.total_s)}: goodput {percent(found.goodput)}{money}"
-    yield Sentence(found.intervals[-1].end, "end", None, f"The run {verb} {state}{at} {so_far}.")
+    state = goodput.state or ("over" if goodput.ended is not None else "alive")
+    at = f" at step {goodput.steps:,}" if goodput.steps is not None else ""
+    count = f"{len(goodput.attempts)} attempt{'s' * (len(goodput.attempts) != 1)}"
+    money = f", {goodput.cost_lost:,.2f} of {goodput.cost:,.2f} not for training" if goodput.cost else ""
+    verb = "is" if goodput.ended is None else "ended as"
+    so_far = f"after {count} and {show_duration(goodput.total_s)}: goodput {percent(goodput.goodput)}{money}"
+    yield Sentence(goodput.intervals[-1].end, "end", None, f"The run {verb} {state}{at} {so_far}.")
 
 
 # What would avoid it.
 
 
-def _advice(found: Goodput, history: History) -> Iterator[Advice]:
+def _advice(goodput: Goodput, history: History) -> Iterator[Advice]:
     for one in (_grace, _interval, _node, _memory, _stalled, _program, _compile, _bucket, _queue, _disk):
-        yield from one(found, history)
+        yield from one(goodput, history)
 
 
-def _grace(found: Goodput, history: History) -> Iterator[Advice]:
+def _grace(goodput: Goodput, history: History) -> Iterator[Advice]:
     """A notice came and the save did not land."""
-    late = [one for one in found.attempts if one.saved_on_notice is False]
+    late = [one for one in goodput.attempts if one.saved_on_notice is False]
     if not late:
         return
-    needs = found.durable_s.max if found.durable_s is not None else 0.0
-    text = f"{len(late)} of {_count(found.to_save, 'notice')} ended before the save was committed"
+    needs = goodput.durable_s.max if goodput.durable_s is not None else 0.0
+    text = f"{len(late)} of {_count(goodput.to_save, 'notice')} ended before the save was committed"
     given = _deadline(history, late[-1].attempt)
     if given is not None and given >= 2 * needs:
         log = f"jobkit logs --attempt {late[-1].attempt}"
@@ -285,19 +285,19 @@ def _deadline(history: History, attempt: int) -> float | None:
     return next((given for given in deadlines if given is not None), history.grace_s)
 
 
-def _interval(found: Goodput, history: History) -> Iterator[Advice]:
+def _interval(goodput: Goodput, history: History) -> Iterator[Advice]:
     """Saves are far from the interval that this run's own losses and costs call for."""
     saves = [event for life in history.lives for event in life.program if event["event"] == "saved"]
     blocking = [
         number_of(event.get("blocking_s")) or 0.0 for event in saves if event.get("reason") not in ("end", "notice")
     ]
-    losses = [one for one in found.attempts if one.ended is not None and one.lost_steps]
-    if not blocking or found.durable_s is None:
+    losses = [one for one in goodput.attempts if one.ended is not None and one.lost_steps]
+    if not blocking or goodput.durable_s is None:
         return
     now_s = _saved_every(history)
     lost_s = math.fsum(one.seconds[Phase.LOST] for one in losses)
     if losses:
-        best_s = interval_s(Cost(median(blocking), found.durable_s.median), found.held_s / len(losses))
+        best_s = interval_s(Cost(median(blocking), goodput.durable_s.median), goodput.held_s / len(losses))
         if now_s is None or best_s < now_s / 2:
             every = f"every {show_duration(now_s)}" if now_s is not None else "not at intervals"
             text = (
@@ -307,7 +307,7 @@ def _interval(found: Goodput, history: History) -> Iterator[Advice]:
             )
             yield Advice("interval", text, lost_s)
             return
-    share, spent = found.shares[Phase.SAVE], found.seconds[Phase.SAVE]
+    share, spent = goodput.shares[Phase.SAVE], goodput.seconds[Phase.SAVE]
     if now_s is not None and share > 0.02 and lost_s < spent / 2:
         text = (
             f"Saving every {show_duration(now_s)} took {percent(share)} of the time, more than the losses it "
@@ -337,25 +337,27 @@ def _as_option(seconds: float) -> str:
 _BAD = (Outcome.KILLED, Outcome.STALLED, Outcome.FAILED, Outcome.STORAGE)
 
 
-def _node(found: Goodput, history: History) -> Iterator[Advice]:
+def _node(goodput: Goodput, history: History) -> Iterator[Advice]:
     """One node stands out among the bad endings, while others did well."""
-    bad = Counter(one.node for one in found.attempts if one.node and one.outcome in _BAD)
-    good = {one.node for one in found.attempts if one.node and one.outcome not in _BAD}
+    bad = Counter(one.node for one in goodput.attempts if one.node and one.outcome in _BAD)
+    good = {one.node for one in goodput.attempts if one.node and one.outcome not in _BAD}
     for node, count in bad.most_common(1):
         if count >= 2 and count > sum(bad.values()) / 2 and node not in good and (good or len(bad) > 1):
-            cost_s = math.fsum(one.ending_s for one in found.attempts if one.node == node and one.outcome in _BAD)
+            cost_s = math.fsum(one.ending_s for one in goodput.attempts if one.node == node and one.outcome in _BAD)
             text = f"{count} of {sum(bad.values())} bad endings were on {node}: leave it out (--sbatch exclude={node})."
             yield Advice("node", text, cost_s)
 
 
-def _memory(found: Goodput, history: History) -> Iterator[Advice]:
+def _memory(goodput: Goodput, history: History) -> Iterator[Advice]:
     """Killed without a notice: mostly memory, and said so where the reason does."""
     killed = [
         one
-        for one in found.attempts
+        for one in goodput.attempts
         if one.outcome == Outcome.KILLED and one.notice in ("", PEER) and "SIGKILL" in one.reason
     ]
-    said = [one for one in found.attempts if re.search(r"out of memory|\bOOM\b|MemoryError", one.reason, re.IGNORECASE)]
+    said = [
+        one for one in goodput.attempts if re.search(r"out of memory|\bOOM\b|MemoryError", one.reason, re.IGNORECASE)
+    ]
     cost_s = math.fsum(one.ending_s for one in {one.attempt: one for one in [*killed, *said]}.values())
     if said:
         text = f"Attempt {said[0].attempt} ran out of memory ({said[0].reason}): ask for more, or use less."
@@ -368,8 +370,8 @@ def _memory(found: Goodput, history: History) -> Iterator[Advice]:
         yield Advice("memory", text, cost_s)
 
 
-def _stalled(found: Goodput, history: History) -> Iterator[Advice]:
-    hung = [one for one in found.attempts if one.outcome == Outcome.STALLED]
+def _stalled(goodput: Goodput, history: History) -> Iterator[Advice]:
+    hung = [one for one in goodput.attempts if one.outcome == Outcome.STALLED]
     if hung:
         which = ", ".join(str(one.attempt) for one in hung[:5])
         log = f"jobkit logs --attempt {hung[-1].attempt}"
@@ -377,9 +379,9 @@ def _stalled(found: Goodput, history: History) -> Iterator[Advice]:
         yield Advice("stalled", text, math.fsum(one.ending_s for one in hung))
 
 
-def _program(found: Goodput, history: History) -> Iterator[Advice]:
+def _program(goodput: Goodput, history: History) -> Iterator[Advice]:
     """The program failed, at the same step again and again or not."""
-    failed = [one for one in found.attempts if one.outcome == Outcome.FAILED]
+    failed = [one for one in goodput.attempts if one.outcome == Outcome.FAILED]
     if not failed:
         return
     steps = Counter(one.to_step for one in failed)
@@ -399,7 +401,7 @@ _WORTH_S = 2.0
 """Seconds of compiling per restart above which it is worth a word; a tiny program takes a tenth of one."""
 
 
-def _compile(found: Goodput, history: History) -> Iterator[Advice]:
+def _compile(goodput: Goodput, history: History) -> Iterator[Advice]:
     """Restarts compile what was compiled before."""
     again = [[event for event in life.program if _missed(event)] for life in history.lives[1:]]
     compiled = [event for events in again for event in events]
@@ -410,12 +412,13 @@ def _compile(found: Goodput, history: History) -> Iterator[Advice]:
         yield Advice(
             "compile", f"After a restart {misses} had to be compiled again, in {show_duration(spent_s)}{why}.", spent_s
         )
-    elif found.compile_hits is None and len(found.attempts) > 1 and found.shares[Phase.COMPILE] > 0.05:
+    elif goodput.compile_hits is None and len(goodput.attempts) > 1 and goodput.shares[Phase.COMPILE] > 0.05:
         text = (
-            f"{percent(found.shares[Phase.COMPILE])} of the time went into {len(found.attempts)} first steps, mostly "
-            "compiling; JAX's compilation cache (JAX_COMPILATION_CACHE_DIR) keeps that from one attempt to the next."
+            f"{percent(goodput.shares[Phase.COMPILE])} of the time went into {len(goodput.attempts)} first steps, "
+            "mostly compiling; JAX's compilation cache (JAX_COMPILATION_CACHE_DIR) keeps that from one attempt to the "
+            "next."
         )
-        yield Advice("compile", text, _compiled_again(found))
+        yield Advice("compile", text, _compiled_again(goodput))
 
 
 def _missed(event: Event) -> int:
@@ -424,15 +427,15 @@ def _missed(event: Event) -> int:
     return len(again) if isinstance(again, list) else 0
 
 
-def _compiled_again(found: Goodput) -> float:
-    return math.fsum(one.seconds[Phase.COMPILE] for one in found.attempts[1:])
+def _compiled_again(goodput: Goodput) -> float:
+    return math.fsum(one.seconds[Phase.COMPILE] for one in goodput.attempts[1:])
 
 
 _SLOW = 20e6
 """Bytes per second below which an upload is slow: a bucket in the same region takes several times that."""
 
 
-def _bucket(found: Goodput, history: History) -> Iterator[Advice]:
+def _bucket(goodput: Goodput, history: History) -> Iterator[Advice]:
     uploads = [
         (size, seconds)
         for life in history.lives
@@ -450,14 +453,14 @@ def _bucket(found: Goodput, history: History) -> Iterator[Advice]:
         yield Advice("bucket", text, seconds)
 
 
-def _queue(found: Goodput, history: History) -> Iterator[Advice]:
-    share = found.shares[Phase.QUEUE]
-    if share > 0.25 and found.seconds[Phase.QUEUE] > 600:
+def _queue(goodput: Goodput, history: History) -> Iterator[Advice]:
+    share = goodput.shares[Phase.QUEUE]
+    if share > 0.25 and goodput.seconds[Phase.QUEUE] > 600:
         text = f"{percent(share)} of the time the job was queued: a shorter --time or another partition starts sooner."
-        yield Advice("queue", text, found.seconds[Phase.QUEUE])
+        yield Advice("queue", text, goodput.seconds[Phase.QUEUE])
 
 
-def _disk(found: Goodput, history: History) -> Iterator[Advice]:
+def _disk(goodput: Goodput, history: History) -> Iterator[Advice]:
     damaged = [event for life in history.lives for event in life.program if event["event"] == "set_aside"]
     if damaged:
         text = f"{_count(len(damaged), 'checkpoint')} changed on storage after the commit: have the disk looked at."

@@ -71,39 +71,39 @@ def write_figure(path: Path, draw: Callable[[Any], Any]) -> Path:
     return path
 
 
-def _one(plt: Any, found: Goodput, curve: Curve | None) -> Any:
-    lanes = max(1, min(_LANES, len(found.attempts)))
+def _one(plt: Any, goodput: Goodput, curve: Curve | None) -> Any:
+    lanes = max(1, min(_LANES, len(goodput.attempts)))
     heights = [0.42, 0.35 + 0.22 * min(lanes, 16), *([2.5] if curve is not None else [])]
     figure, panels = plt.subplots(
         len(heights), 1, figsize=(10, sum(heights) + 1.9), height_ratios=heights, layout="constrained", squeeze=False
     )
-    figure.suptitle(_title(found), x=0.014, ha="left", fontsize=12.5, fontweight="bold")
-    _bar(panels[0][0], found)
-    _timeline(panels[1][0], found)
+    figure.suptitle(_title(goodput), x=0.014, ha="left", fontsize=12.5, fontweight="bold")
+    _bar(panels[0][0], goodput)
+    _timeline(panels[1][0], goodput)
     if curve is not None:
         _curve(panels[2][0], curve)
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.12)
-    shown = [phase for phase, _ in by_share(found)]
+    shown = [phase for phase, _ in by_share(goodput)]
     keys = [plt.Rectangle((0, 0), 1, 1, color=COLORS[phase]) for phase in shown]
-    words = [f"{WORDS[phase]} {percent(found.shares[phase])}" for phase in shown]
+    words = [f"{WORDS[phase]} {percent(goodput.shares[phase])}" for phase in shown]
     figure.legend(
         keys, words, loc="outside lower left", ncols=4, frameon=False, fontsize=9, handlelength=1, handleheight=1
     )
     return figure
 
 
-def _title(found: Goodput) -> str:
-    words = [found.name, f"goodput {percent(found.goodput)} of {show_duration(found.total_s)}"]
-    words.append(f"{lost_of(found)} of {found.executed_steps:,} steps lost")
-    if found.to_save:
-        words.append(f"{found.saved_on_notice} of {found.to_save} notices saved")
+def _title(goodput: Goodput) -> str:
+    words = [goodput.name, f"goodput {percent(goodput.goodput)} of {show_duration(goodput.total_s)}"]
+    words.append(f"{lost_of(goodput)} of {goodput.executed_steps:,} steps lost")
+    if goodput.to_save:
+        words.append(f"{goodput.saved_on_notice} of {goodput.to_save} notices saved")
     return "   ".join(words)
 
 
-def _bar(axes: Any, found: Goodput) -> None:
+def _bar(axes: Any, goodput: Goodput) -> None:
     left = 0.0
-    for phase, _ in by_share(found):
-        share = found.shares[phase]
+    for phase, _ in by_share(goodput):
+        share = goodput.shares[phase]
         axes.barh(0, share, left=left, color=COLORS[phase], height=1, edgecolor="white", linewidth=0.5)
         if share > 0.07:
             axes.text(left + share / 2, 0, percent(share), ha="center", va="center", color=ink_on(phase))
@@ -112,16 +112,16 @@ def _bar(axes: Any, found: Goodput) -> None:
     axes.axis("off")
 
 
-def _timeline(axes: Any, found: Goodput) -> None:
-    if not found.intervals:
+def _timeline(axes: Any, goodput: Goodput) -> None:
+    if not goodput.intervals:
         axes.axis("off")
         return
-    start, length = found.intervals[0].start, found.intervals[-1].end - found.intervals[0].start
+    start, length = goodput.intervals[0].start, goodput.intervals[-1].end - goodput.intervals[0].start
     size, unit = next((size, unit) for least, size, unit in _UNITS if length >= least)
-    numbers = [one.attempt for one in found.attempts][-_LANES:] or [0]
+    numbers = [one.attempt for one in goodput.attempts][-_LANES:] or [0]
     lane = numbers[0]
-    for index, one in enumerate(found.intervals):
-        lane = _lane(found.intervals, index, lane)
+    for index, one in enumerate(goodput.intervals):
+        lane = _lane(goodput.intervals, index, lane)
         if one.phase is Phase.OFF or lane not in numbers:
             continue
         height = 0.24 if one.phase in WAITING else 0.78
@@ -171,23 +171,23 @@ def _curve(axes: Any, curve: Curve) -> None:
     axes.tick_params(length=3)
 
 
-def _many(plt: Any, found: Sequence[Goodput]) -> Any:
+def _many(plt: Any, goodput: Sequence[Goodput]) -> Any:
     """Draw a bar for each of many runs."""
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.3 * len(found)), layout="constrained")
-    for row, one in enumerate(found):
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.3 * len(goodput)), layout="constrained")
+    for row, one in enumerate(goodput):
         left = 0.0
         for phase, _ in by_share(one):
             axes.barh(row, one.shares[phase], left=left, color=COLORS[phase], height=0.75)
             left += one.shares[phase]
         axes.text(0.01, row, percent(one.goodput), va="center", color="white", fontweight="bold", fontsize=9)
-    axes.set_yticks(range(len(found)), [one.name for one in found])
-    axes.set(xlim=(0, 1), ylim=(len(found) - 0.4, -0.6))
+    axes.set_yticks(range(len(goodput)), [one.name for one in goodput])
+    axes.set(xlim=(0, 1), ylim=(len(goodput) - 0.4, -0.6))
     axes.set_title("where the time of each run went")
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    shown = [phase for phase in Phase if phase is not Phase.OFF and any(one.seconds[phase] for one in found)]
+    shown = [phase for phase in Phase if phase is not Phase.OFF and any(one.seconds[phase] for one in goodput)]
     keys = [plt.Rectangle((0, 0), 1, 1, color=COLORS[phase]) for phase in shown]
     figure.legend(keys, [WORDS[phase] for phase in shown], loc="outside lower left", ncols=6, frameon=False, fontsize=9)
     return figure

@@ -18,39 +18,39 @@ _LANES = 40
 """How many attempts have a lane; of more the newest are shown."""
 
 
-def shown(found: Goodput) -> RenderableType:
+def shown(goodput: Goodput) -> RenderableType:
     """Lay one run out for a terminal."""
-    parts: list[RenderableType] = [_head(found)]
-    if found.total_s:
-        parts += [Text(), _shares(found), Text(), _timeline(found)]
-    parts += [Text(), _attempts(found), Text(), _pairs(figures(found))]
+    parts: list[RenderableType] = [_head(goodput)]
+    if goodput.total_s:
+        parts += [Text(), _shares(goodput), Text(), _timeline(goodput)]
+    parts += [Text(), _attempts(goodput), Text(), _pairs(figures(goodput))]
     return Group(*parts)
 
 
-def _head(found: Goodput) -> Text:
-    attempts = f"{len(found.attempts)} attempt{'s' * (len(found.attempts) != 1)}"
-    step = f", step {found.steps:,}" if found.steps is not None else ""
-    state = f"  {found.state}" if found.state else ""
-    text = Text(found.run, style="bold").append(state, style="bold green" if found.state == "done" else "bold")
-    text.append(f"  {attempts}{step} in {show_duration(found.total_s)}", style="not bold")
-    if found.reason and found.state not in ("done", found.reason):
-        text.append(f"\n{found.reason}", style="not bold dim")
+def _head(goodput: Goodput) -> Text:
+    attempts = f"{len(goodput.attempts)} attempt{'s' * (len(goodput.attempts) != 1)}"
+    step = f", step {goodput.steps:,}" if goodput.steps is not None else ""
+    state = f"  {goodput.state}" if goodput.state else ""
+    text = Text(goodput.run, style="bold").append(state, style="bold green" if goodput.state == "done" else "bold")
+    text.append(f"  {attempts}{step} in {show_duration(goodput.total_s)}", style="not bold")
+    if goodput.reason and goodput.state not in ("done", goodput.reason):
+        text.append(f"\n{goodput.reason}", style="not bold dim")
     return text
 
 
-def _shares(found: Goodput) -> RenderableType:
+def _shares(goodput: Goodput) -> RenderableType:
     bar = Text()
-    cells = _spread_cells([seconds for _, seconds in by_share(found)], _BAR)
-    for (phase, _), count in zip(by_share(found), cells, strict=True):
+    cells = _spread_cells([seconds for _, seconds in by_share(goodput)], _BAR)
+    for (phase, _), count in zip(by_share(goodput), cells, strict=True):
         bar.append("█" * count, style=COLORS[phase])
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right")
     table.add_column(justify="right")
-    for phase, seconds in by_share(found):
+    for phase, seconds in by_share(goodput):
         name = Text("■ ", style=COLORS[phase]).append(WORDS[phase], style="default")
-        table.add_row(name, percent(found.shares[phase]), show_duration(seconds))
-    title = Text.assemble("goodput ", (percent(found.goodput), "bold"), f"  of {show_duration(found.total_s)}")
+        table.add_row(name, percent(goodput.shares[phase]), show_duration(seconds))
+    title = Text.assemble("goodput ", (percent(goodput.goodput), "bold"), f"  of {show_duration(goodput.total_s)}")
     return Group(title, bar, table)
 
 
@@ -65,13 +65,13 @@ def _spread_cells(amounts: Sequence[float], cells: int) -> list[int]:
     return given
 
 
-def _timeline(found: Goodput) -> RenderableType:
+def _timeline(goodput: Goodput) -> RenderableType:
     """Draw a lane for each attempt; a cell has the colour of what it was mostly spent on."""
-    start, width = found.intervals[0].start, found.intervals[-1].end - found.intervals[0].start
+    start, width = goodput.intervals[0].start, goodput.intervals[-1].end - goodput.intervals[0].start
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(justify="right", style="dim")
-    for attempt in found.attempts[-_LANES:]:
-        own = [one for one in found.intervals if one.attempt == attempt.attempt]
+    for attempt in goodput.attempts[-_LANES:]:
+        own = [one for one in goodput.intervals if one.attempt == attempt.attempt]
         lane = Text()
         for cell in range(_BAR):
             a, b = start + width * cell / _BAR, start + width * (cell + 1) / _BAR
@@ -85,16 +85,16 @@ def _timeline(found: Goodput) -> RenderableType:
     return table
 
 
-def _attempts(found: Goodput) -> Table:
+def _attempts(goodput: Goodput) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name, justify in (("attempt", "right"), ("length", "right"), ("steps", "left"), ("lost", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("its end cost", justify="right", no_wrap=True)
-    if found.cost is not None:
+    if goodput.cost is not None:
         table.add_column("money", justify="right", no_wrap=True)
     table.add_column("ended", overflow="fold")
-    for one in found.attempts[-_LANES:]:
-        money = [f"{one.cost:,.2f}"] if found.cost is not None else []
+    for one in goodput.attempts[-_LANES:]:
+        money = [f"{one.cost:,.2f}"] if goodput.cost is not None else []
         cost = show_duration(one.ending_s) if one.ending_s else "-"
         table.add_row(
             str(one.attempt),
@@ -123,31 +123,33 @@ def end_of(one: Attempt) -> str:
     return outcome if one.reason in ("", "finished") else f"{outcome}: {one.reason}"
 
 
-def figures(found: Goodput) -> Iterator[tuple[str, str]]:
+def figures(goodput: Goodput) -> Iterator[tuple[str, str]]:
     """Yield what is worth knowing beside the shares, as pairs of words for a person."""
-    lost = f"{found.lost_steps:,} ({found.repeated_steps:,} trained again) of {found.executed_steps:,}"
-    if lost_unseen(found):
-        lost = (
-            f"unknown, {show_duration(found.seconds[Phase.LOST])} of training: of an own loop only the saves are known"
-        )
+    lost = f"{goodput.lost_steps:,} ({goodput.repeated_steps:,} trained again) of {goodput.executed_steps:,}"
+    if lost_unseen(goodput):
+        unseen = show_duration(goodput.seconds[Phase.LOST])
+        lost = f"unknown, {unseen} of training: of an own loop only the saves are known"
     yield "steps lost", lost
-    if found.to_save:
-        yield "saved on notice", f"{found.saved_on_notice} of {found.to_save}"
-    if (commit := found.notice_to_commit_s) is not None:
+    if goodput.to_save:
+        yield "saved on notice", f"{goodput.saved_on_notice} of {goodput.to_save}"
+    if (commit := goodput.notice_to_commit_s) is not None:
         yield "notice to commit", f"{_seconds(commit.median)} median, {_seconds(commit.max)} longest"
-    if (first := found.first_step_s) is not None:
+    if (first := goodput.first_step_s) is not None:
         yield "time to first step", f"{_seconds(first.median)} median, {_seconds(first.max)} longest"
-    if found.blocking_s is not None and found.durable_s is not None:
-        size = f" of {show_size(found.save_bytes)}" if found.save_bytes is not None else ""
-        yield "saves", f"{found.saves}{size}" + (f", {found.failed_saves} failed" if found.failed_saves else "")
-        yield "a save blocks", f"{_seconds(found.blocking_s.median)} median, {_seconds(found.blocking_s.total)} in all"
-        yield "durable after", f"{_seconds(found.durable_s.median)} median, {_seconds(found.durable_s.max)} longest"
-    if found.compile_hits is not None:
-        yield "compile cache", f"{found.compile_hits} hits, {found.compile_misses} misses"
-    if found.stalls:
-        yield "stalls", str(found.stalls)
-    if found.cost is not None and found.cost_lost is not None:
-        yield "money", f"{found.cost:,.2f}, of it {found.cost_lost:,.2f} not for training"
+    if goodput.blocking_s is not None and goodput.durable_s is not None:
+        size = f" of {show_size(goodput.save_bytes)}" if goodput.save_bytes is not None else ""
+        yield "saves", f"{goodput.saves}{size}" + (f", {goodput.failed_saves} failed" if goodput.failed_saves else "")
+        yield (
+            "a save blocks",
+            f"{_seconds(goodput.blocking_s.median)} median, {_seconds(goodput.blocking_s.total)} in all",
+        )
+        yield "durable after", f"{_seconds(goodput.durable_s.median)} median, {_seconds(goodput.durable_s.max)} longest"
+    if goodput.compile_hits is not None:
+        yield "compile cache", f"{goodput.compile_hits} hits, {goodput.compile_misses} misses"
+    if goodput.stalls:
+        yield "stalls", str(goodput.stalls)
+    if goodput.cost is not None and goodput.cost_lost is not None:
+        yield "money", f"{goodput.cost:,.2f}, of it {goodput.cost_lost:,.2f} not for training"
 
 
 def _seconds(seconds: float) -> str:
@@ -180,13 +182,13 @@ def overview_head(*, priced: bool) -> list[str]:
     return [*names, "money"] if priced else names
 
 
-def overview_row(found: Goodput, *, priced: bool) -> list[str]:
+def overview_row(goodput: Goodput, *, priced: bool) -> list[str]:
     """Write what the table of many runs says of one."""
-    saved = f"{found.saved_on_notice}/{found.to_save}" if found.to_save else "-"
-    step = "-" if found.steps is None else f"{found.steps:,}"
-    row = [found.name, found.state or "-", str(len(found.attempts)), step, show_duration(found.total_s)]
-    row += [percent(found.goodput), lost_of(found), saved]
-    return [*row, "-" if found.cost is None else f"{found.cost:,.2f}"] if priced else row
+    saved = f"{goodput.saved_on_notice}/{goodput.to_save}" if goodput.to_save else "-"
+    step = "-" if goodput.steps is None else f"{goodput.steps:,}"
+    row = [goodput.name, goodput.state or "-", str(len(goodput.attempts)), step, show_duration(goodput.total_s)]
+    row += [percent(goodput.goodput), lost_of(goodput), saved]
+    return [*row, "-" if goodput.cost is None else f"{goodput.cost:,.2f}"] if priced else row
 
 
 def clock(t: float) -> str:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Where:
+class Placement:
     """Where a run runs, and on what.
 
     Args:

@@ -158,7 +158,7 @@ class Managed(Backend):
         else:
             job = job_id(store, spec, len(known))
             record(store, "job", id=job, backend=self.name, by=who())
-        mirror.carry_described(store)
+        mirror.upload_described(store)
         faults.reach("before_create")
         self.create(store, spec, job)
         faults.reach("after_create")

@@ -104,7 +104,7 @@ def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points
         # SLURM has its own copy; a sweep of any size is five files. submitit leaves a link under its temporary name.
         for path in folder(store).glob("*.sh" if spec.sweep else ".*.sh"):
             path.unlink(missing_ok=True)
-        mirror.carry_described(store)
+        mirror.upload_described(store)
     except (JobkitError, OSError) as error:
         say(f"job {job} is submitted, and writes itself down when it starts: {error}")
     return str(job)

@@ -50,7 +50,7 @@ class SlurmRunner(JobRunner):
     def __init__(self, store: Store, spec: JobSpec, job: str, restarts: int) -> None:
         super().__init__(store, spec, job, BACKEND)
         self._restarts = restarts
-        self._secured = ""
+        self._successor = ""
         """What makes the run go on after this job, once that is arranged."""
         self._lifted = False
         self._look_at = 0.0
@@ -67,7 +67,7 @@ class SlurmRunner(JobRunner):
         again = any(here.items() <= event.items() for event in run_status.events(self._store))
         self._write_down("job_started", **here, nodes=_nodes())
         if self._restarts and not again:
-            self._strike_lost()
+            self._blame_lost_nodes()
         self._clear()
         ended_by = "the runner was killed" if again else "SLURM ended the job"
         preempted = self._restarts > 0 and not again
@@ -86,23 +86,23 @@ class SlurmRunner(JobRunner):
             self._lift_hold()
             return self._leave("SLURM starts the job again", Exit.PREEMPTED)
         if why is Cause.PROGRAM:
-            self._strike()
+            self._blame_node()
             if self._move_away():
-                return self._leave(self._secured, Exit.PREEMPTED)
+                return self._leave(self._successor, Exit.PREEMPTED)
             self._wait(decision.delay_s)
-            return self._leave(self._secured, Exit.PREEMPTED) if self._secured else None
+            return self._leave(self._successor, Exit.PREEMPTED) if self._successor else None
         if (over := self._over_anywhere()) is not None:
             return self._end(*over)
-        self._secure(running=why is not Cause.GONE)
-        return self._leave(self._secured, Exit.PREEMPTED)
+        self._arrange_successor(running=why is not Cause.GONE)
+        return self._leave(self._successor, Exit.PREEMPTED)
 
-    def _strike(self) -> None:
+    def _blame_node(self) -> None:
         """Hold the death of a process against its node, where SLURM had nothing to do with it."""
         outcome = orphans.read_outcome(self._store, self._newest_attempt) or {}
         if self._history[-1].outcome in (Outcome.KILLED, Outcome.STALLED) and "node" in outcome:
             self._write_down("strike", node=outcome["node"], why=outcome.get("reason"))
 
-    def _strike_lost(self) -> None:
+    def _blame_lost_nodes(self) -> None:
         """Hold it against a node of the job's life before this one that SLURM has given up on."""
         before = [event for event in run_status.events(self._store) if event["event"] == "job_started"][:-1]
         if before:
@@ -117,21 +117,21 @@ class SlurmRunner(JobRunner):
         if not bad or bad[0] not in here:
             return False
         try:
-            self._secured = requeue.elsewhere(self._store, self._spec, self._job, bad)
+            self._successor = requeue.elsewhere(self._store, self._spec, self._job, bad)
         except JobkitError as error:
             say(f"stays on {', '.join(bad)}, which failed it: {error}")
             return False
-        self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
+        self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
         return True
 
-    def _secure(self, *, running: bool) -> None:
+    def _arrange_successor(self, *, running: bool) -> None:
         """Arrange, once, that the run goes on after this job."""
-        if not self._secured:
+        if not self._successor:
             bad: list[str] = []
             with contextlib.suppress(JobkitError):
                 bad = nodes.avoid(run_status.events(self._quick), time.time())
-            self._secured = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
-            self._ledger.append("requeued", job=self._job, how=self._secured, durable=True)
+            self._successor = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
+            self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
 
     def _lift_hold(self) -> None:
         """See to it, once, that the job, which SLURM has requeued, is not held back for minutes."""
@@ -148,7 +148,7 @@ class SlurmRunner(JobRunner):
     def _superseded(self) -> str | None:
         """Name what has taken over from this job: a later job of the run, or an attempt that it did not start."""
         newest = max(queue.jobs(self._store), key=scontrol.number, default=self._job)
-        if scontrol.number(newest) > scontrol.number(self._job) and newest not in self._secured.split():
+        if scontrol.number(newest) > scontrol.number(self._job) and newest not in self._successor.split():
             return f"job {newest}"
         return super()._superseded()
 
@@ -163,7 +163,7 @@ class SlurmRunner(JobRunner):
             self._look_ahead((Cause.TIME_LIMIT, Cause.GONE), running=False)
 
     def _settled(self) -> bool:
-        return super()._settled() or bool(self._secured)
+        return super()._settled() or bool(self._successor)
 
     def _bide(self, seconds: float) -> None:
         # SLURM may end the job meanwhile, and tells this process nothing of it.
@@ -172,13 +172,13 @@ class SlurmRunner(JobRunner):
 
     def _look_ahead(self, causes: tuple[Cause, ...], *, running: bool) -> None:
         """Arrange that the run goes on, where SLURM ends the job for one of some causes; again, where that fails."""
-        if self._secured or self._cancelled() or time.monotonic() < self._look_at:
+        if self._successor or self._cancelled() or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK_S
         try:
             why = self._cause()
             if why in causes:
-                self._secure(running=running and why is not Cause.GONE)
+                self._arrange_successor(running=running and why is not Cause.GONE)
             elif why is Cause.REQUEUED:
                 self._lift_hold()
             self._signal = None

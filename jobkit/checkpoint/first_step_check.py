@@ -75,7 +75,7 @@ class Repeated(NamedTuple):
     but_numbers: bool = False
 
 
-class Changes:
+class FirstStepCheck:
     """Compares each committed step with the one before, until they differ: from then on nothing is computed.
 
     What counts is every leaf outside of data iterators and generators. Both steps are read back, on the thread that
