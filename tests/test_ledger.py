@@ -143,7 +143,7 @@ def test_a_stale_ledger_is_opened_again(store: Store, tmp_path: Path) -> None:
 
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of more lines than may wait for a disk the oldest go, and those that stay are whole."""
-    monkeypatch.setattr("jobkit.rundir.ledger._MOST_OWED_BYTES", 1000)
+    monkeypatch.setattr("jobkit.rundir.ledger._MOST_PENDING_BYTES", 1000)
     path = tmp_path / "ledger"
     one = Ledger(path)
     path.unlink()

@@ -272,18 +272,16 @@ class Checkpoints:
             own: dict[str, Any] = msgspec.to_builtins(_own_files(stage, snapshot, self._group.index))
         except Exception as error:
             own = told_error(orbax_io.failure(error, f"process {self._group.index} cannot write its part"))
-        reports = self._group.gather(f"written/{self._count}", own, _SAVE_S)
+        sent = self._group.gather(f"written/{self._count}", own, _SAVE_S)
 
         def publish() -> bool:
-            for files in reports:
+            for files in sent:
                 raise_told(files)
             stage.mkdir(exist_ok=True)
             for path in _beside(stage).iterdir():
                 os.rename(path, stage / path.name)
             _beside(stage).rmdir()
-            measured = {
-                name: msgspec.convert(record, FileRecord) for files in reports for name, record in files.items()
-            }
+            measured = {name: msgspec.convert(record, FileRecord) for files in sent for name, record in files.items()}
             return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit, measured=measured)
 
         return bool(self._group.share(f"committed/{self._count}", publish))

@@ -144,6 +144,10 @@ class DeadlineSaver:
             self.between = (1 << min(30, math.ceil(math.log2(apart)))) - 1
         self._held_step, self.held_s = step, now_s
 
+    def found_state(self, nbytes: int) -> None:
+        """Know how much there is to save; watch no boundary yet, for the loop may be one of the user's own."""
+        self.nbytes, self.watching = nbytes, False
+
     def measure_room(self) -> None:
         """See how much room there is, once the program has used what it uses."""
         self._room = _ROOM_BYTES // max(1, self.nbytes)

@@ -248,8 +248,7 @@ class Run:
     def _pass_on(self, notice: Notice) -> None:
         """Tell of a notice, once, on a thread of the listener's or the agreement's."""
         if self._agreement is not None:
-            fields = {"source": notice.source, "reason": notice.reason, "deadline_s": notice.left_s()}
-            self._agreement.ask(STOP, **fields)
+            self._agreement.ask(STOP, source=notice.source, reason=notice.reason, deadline_s=notice.left_s())
         self._deadline_saver.begin()
 
     def _heard(self, told: dict[str, Any]) -> None:
@@ -473,8 +472,7 @@ class Run:
         self._started_with = None if without else FirstStep(made)
         if self._group.first:
             self._tracker_feed.start(self.step)
-        self._deadline_saver.nbytes = snapshot.nbytes
-        self._deadline_saver.watching = False  # the loop may be one of the user's own
+        self._deadline_saver.found_state(snapshot.nbytes)
         faults.reach("resumed")
         return self.state
 
@@ -1078,14 +1076,12 @@ class Run:
         self._log_buffer.flush(self._ledger, below=step)
         lost = {"lost_steps": self.step - step, "why": why} if why else {}
         self._ledger.append("stopped", durable=True, step=step, notice_to_commit_s=committed_s, **lost)
-        summary = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
+        line = f"{notice.source}: stopped after step {step}, committed {committed_s:.2f} s after the notice"
         if why:
-            summary = (
-                f"{notice.source}: stopped with step {step}, committed before, of {self.step} completed ones: {why}"
-            )
-        say(summary)
+            line = f"{notice.source}: stopped with step {step}, committed before, of {self.step} completed ones: {why}"
+        say(line)
         self._heartbeat.enter(Phase.STOPPED)
-        return summary
+        return line
 
     def _finish(self) -> None:
         """Commit the last step."""

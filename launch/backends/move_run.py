@@ -23,7 +23,7 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
 
     Args:
         url: The run.
-        place: Placement it is to go on.
+        place: Where it is to go on.
         take_over: Whether to take it from the local runner of another machine that gives signs of life.
 
     Durability: on return run.json is on storage, on the run's URL too, and the new backend has the run.

@@ -6,7 +6,6 @@ carried over and what was not; if it does not, runs with a wall clock that stand
 what it depends on.
 """
 
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,22 +15,15 @@ from typing import Any
 from jobkit import contract
 from jobkit.contract import ENV_DRILL, ENV_FAULT, Outcome
 from jobkit.drill.settings import Drill
-from jobkit.errors import DONATED, JobkitError
+from jobkit.errors import DONATED
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
+from launch.drill.asking import NOON_S, Ask, AskedError, Start, must_end
 from launch.drill.scenarios import Shown
 from launch.lifecycle import orphans
 
 _DONATED = re.compile(rf"{DONATED}|[Aa]rray has been deleted|deleted or donated")
 """What jobkit says of an array that was donated, and what JAX does, in words that depend on who touches it."""
-_NOON_S = 1_700_000_000.0
-_FROZEN = """\
-import os
-if os.environ.get("JOBKIT_SUPERVISOR"):
-    from jobkit.drill.frozen_clock import freeze
-    freeze(float(os.environ["JOBKIT_DRILL_CLOCK"]))
-"""
-
 CAUSES = {
     "rng": "unsaved RNG",
     "data": "unsaved data position",
@@ -100,18 +92,12 @@ def varying(comparison: Mapping[str, Any]) -> frozenset[str]:
 
 
 Compare = Callable[[str, str], Mapping[str, Any]]
-Start = Callable[[str, dict[str, str]], Callable[[], Store]]
-"""Start a run by name, with variables in its environment; what it returns waits for the end."""
 Seen = dict[int, dict[str, Any]]
 """`probed` events by step."""
 
 
 FIRST = (0, 1, 2, 5, 10, 20)
 """Where a drill looks into the reference and into one interrupted run, besides where that is interrupted."""
-
-
-class AskedError(JobkitError):
-    """A run that was to tell something did not come to its end."""
 
 
 def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosis:
@@ -137,7 +123,7 @@ def diagnose(run: str, shown: Shown, compare: Compare, start: Start) -> Diagnosi
     }
     if (orphans.read_outcome(Store(run), 0) or {}).get("outcome") == Outcome.KILLED:
         ways = dict(reversed(ways.items()))
-    ask = _Ask(start, Path(shown.run).parent)
+    ask = Ask(start, Path(shown.run).parent)
     (way, stopped), other = ways.items()
     again, interrupted = ask({"again": probed, f"again-{way}": stopped}, whole=("again",))
     if (diagnosis := _donated(again.url, interrupted.url)) is not None:
@@ -446,7 +432,7 @@ def _first_tensor(undisturbed: Seen, resumed: Seen) -> tuple[int | None, str | N
 
 
 def _clock(
-    found: Diagnosis | None, interrupted: dict[str, str], undisturbed: dict[str, str], compare: Compare, ask: "_Ask"
+    found: Diagnosis | None, interrupted: dict[str, str], undisturbed: dict[str, str], compare: Compare, ask: Ask
 ) -> Diagnosis | None:
     """Look whether an interruption makes no difference once the wall clock stands still."""
     whole, broken = ask({"still": ask.frozen(undisturbed), "still-interrupted": ask.frozen(interrupted)})
@@ -460,11 +446,11 @@ _CLOCK_REMEDY = "compute nothing that trains from the time of day: from the step
 
 
 def _unrepeatable(
-    repeated: Mapping[str, Any], again: Store, probed: dict[str, str], compare: Compare, ask: "_Ask"
+    repeated: Mapping[str, Any], again: Store, probed: dict[str, str], compare: Compare, ask: Ask
 ) -> Diagnosis:
     """Find out why two runs that nobody interrupted differ."""
     still = ask.frozen(probed)
-    later = ask.frozen(probed, at_s=_NOON_S + 100_003.5)
+    later = ask.frozen(probed, at_s=NOON_S + 100_003.5)
     evidence = [f"two runs that nobody interrupted differ: {tell(repeated)}"]
     try:
         one, two, other = ask({"still": still, "still-again": still, "later": later})
@@ -488,7 +474,7 @@ def _unrepeatable(
     return diagnosis
 
 
-def _by_hash(environ: dict[str, str], compare: Compare, ask: "_Ask") -> Diagnosis | None:
+def _by_hash(environ: dict[str, str], compare: Compare, ask: Ask) -> Diagnosis | None:
     """Look whether undisturbed runs are equal once strings have the same hashes."""
     hashed = environ | {"PYTHONHASHSEED": "0"}
     a, b = ask({"hashed": hashed, "hashed-again": hashed})
@@ -556,53 +542,3 @@ def _unseeded(one: Seen, two: Seen) -> Diagnosis | None:
 
 
 _SEED_REMEDY = "seed it, and give it to resume() as a part"
-
-
-def must_end(store: Store) -> None:
-    """Check that a run which was to tell something came to its end.
-
-    Raises:
-        AskedError: If it did not.
-    """
-    outcomes = [orphans.read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
-    if not outcomes or outcomes[-1].get("outcome") != Outcome.DONE:
-        reason = next(
-            (outcome["reason"] for outcome in reversed(outcomes) if outcome.get("reason")), "it did not end in time"
-        )
-        raise AskedError(f"another run, {store.url}, came to nothing: {reason}")
-
-
-class _Ask:
-    """Starts runs together and waits for them.
-
-    Args:
-        start: Starts one.
-        place: Placement the drill lies.
-    """
-
-    def __init__(self, start: Start, place: Path) -> None:
-        self._start, self._place = start, place
-
-    def __call__(self, wanted: Mapping[str, dict[str, str]], whole: Collection[str] | None = None) -> list[Store]:
-        """Run programs by name, each with its environment, and return their runs in that order.
-
-        Args:
-            wanted: The environments.
-            whole: Which of them have to come to their end; None for all.
-
-        Raises:
-            AskedError: If one does not that has to.
-        """
-        stores = [finish() for finish in [self._start(name, environ) for name, environ in wanted.items()]]
-        for name, store in zip(wanted, stores, strict=True):
-            if whole is None or name in whole:
-                must_end(store)
-        return stores
-
-    def frozen(self, environ: dict[str, str], *, at_s: float = _NOON_S) -> dict[str, str]:
-        """Return an environment in which the program's wall clock stands still."""
-        directory = self._place / "clock"
-        directory.mkdir(exist_ok=True)
-        (directory / "sitecustomize.py").write_text(_FROZEN)
-        path = [str(directory), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return environ | {"JOBKIT_DRILL_CLOCK": str(at_s), "PYTHONPATH": os.pathsep.join(path)}

@@ -29,7 +29,7 @@ from jobkit.units import show_duration
 from launch.backends import registry
 from launch.backends.local import Local
 from launch.backends.slurm import scontrol
-from launch.drill import diagnosis, observe, own_files, scenarios
+from launch.drill import asking, diagnosis, observe, own_files, scenarios
 from launch.drill.diagnosis import Diagnosis
 from launch.drill.observe import Comparer, LateError, MissedError
 from launch.drill.scenarios import Scenario, Shown, Stage, describe
@@ -66,7 +66,7 @@ class Options:
 
     Args:
         command: The user's program.
-        place: Placement the runs lie.
+        place: Where the runs lie.
         steps: How many steps to drill; None for as many as a few seconds hold, 0 for all of the program's.
         at: The step at which to interrupt it in mid-run; None for the middle.
         jobs: Scenarios at the same time.
@@ -450,7 +450,7 @@ class _Drill:
                 name = f"undisturbed-{len(self._undisturbed) + 1}"
                 environ = {contract.ENV_DRILL: Drill(until=shown.until, save_every=shown.save_every).to_json()}
                 store = self._finish(name, environ, shown)()
-                diagnosis.must_end(store)
+                asking.must_end(store)
                 self._undisturbed.append(store)
             return self._undisturbed[number]
 

@@ -335,8 +335,7 @@ def last_life_event(store: Store) -> Event:
 
 def has_ended(store: Store, state: State | None = None) -> bool:
     """Tell whether the end of a run is written down, in one state or any."""
-    last = last_life_event(store)
-    return last.get("event") == "ended" and state in (None, last.get("state"))
+    return (last := last_life_event(store)).get("event") == "ended" and state in (None, last.get("state"))
 
 
 def _cancelled(store: Store) -> Store | None:

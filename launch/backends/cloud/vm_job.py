@@ -22,8 +22,8 @@ from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
+from launch.backends.job_runner import JobRunner
 from launch.lifecycle import orphans, restart, run_status
-from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.submission import open_run
 from launch.spec import cloud_options

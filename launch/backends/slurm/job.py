@@ -20,12 +20,12 @@ from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.slurm_grace import parse_time
+from launch.backends.job_runner import JobRunner
 from launch.backends.slurm import bad_nodes as nodes
 from launch.backends.slurm import queue, requeue, scontrol
 from launch.backends.slurm.batch_script import BACKEND, WARNING_S
 from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, restart, run_status
-from launch.lifecycle.job_runner import JobRunner
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED
 from launch.lifecycle.submission import begin_point, open_run
