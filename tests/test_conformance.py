@@ -21,9 +21,10 @@ import pytest
 
 from jobkit import contract
 from jobkit.contract import State
+from jobkit.errors import ConfigError
 from jobkit.supervise import processes
 from launch.backends import registry
-from launch.lifecycle import lock, run_status, submission
+from launch.lifecycle import run_status, submission
 from tests import jobs
 from tests.aws_batch_server import QUEUE, AwsBatchServer
 from tests.batch_server import BatchServer
@@ -115,7 +116,7 @@ def on_local(desk: Desk, request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         os.kill(jobs.supervisor_pid(store, store.numbers(contract.ATTEMPTS)[-1]), signal.SIGTERM)
 
     yield Place(desk, url, (), preempt)
-    if lock.held(submission.open_run(url)):
+    with contextlib.suppress(ConfigError):  # it is done, or was never made
         registry.cancel(url)
 
 

@@ -40,7 +40,7 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
         return State.DONE
     if moves and (spec.sweep or spec.sweep_url):
         raise ConfigError(f"{store.url} belongs to a sweep, which goes on where it was submitted: --on {name}")
-    old.refuse_alive(store, take_over=take_over)
+    verbs.refuse_alive(old, store, take_over=take_over)
     merged = _merged(spec, place, same=not moves)
     specs.check(merged)
     merged = new.fit(store, merged, moved=True)

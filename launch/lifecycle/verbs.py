@@ -6,6 +6,7 @@ is done or alive is started again.
 """
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from launch.lifecycle.submission import Plan
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
+_POLL_S = 1.0
 Progress = Callable[[str], None]
 """Called with a line for a person when a waiting begins."""
 
@@ -121,7 +123,7 @@ class Backend(ABC):
         Raises:
             ConfigError: If it is alive.
         """
-        self.refuse_alive(store)
+        refuse_alive(self, store)
         yield Claim()
 
     @abstractmethod
@@ -179,6 +181,18 @@ class Backend(ABC):
             ConfigError: If this backend cannot tell.
         """
         raise ConfigError(f"--on {self.name} lists no runs; give a directory or a bucket's URL instead")
+
+
+def refuse_alive(backend: Backend, store: Store, *, take_over: bool = False) -> None:
+    """Raise ConfigError if a run is alive; a job that is leaving after the run's end gets time to be gone."""
+    deadline = time.monotonic() + submission.LEAVING_S
+    while True:
+        try:
+            return backend.refuse_alive(store, take_over=take_over)
+        except ConfigError:
+            if not run_status.has_ended(store) or time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_S)
 
 
 def submit(backend: Backend, spec: JobSpec) -> Store:
