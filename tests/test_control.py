@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +329,26 @@ def test_a_cancel_that_is_taken_back_while_a_home_is_refreshed(tmp_path: Path, m
     assert store.names("") == [contract.SAVE, contract.STRATEGY]
     store.write(contract.CANCEL, "of an earlier life")
     mirror.refresh(store)
+
+
+def test_a_cancel_ends_no_job_of_a_resume(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody resumes a run while a `cancel` still waits for its job, the new job is left alone."""
+    store = project.submit("commit:1,exit:3", "exit:3")
+    until_over(store)
+    submission.record(store, "resumed")  # as far as the ledger knows it is alive
+    table, ended = [scontrol.Job("7", "RUNNING", comment=store.url)], []
+
+    def scancel(jobs: Sequence[str], *options: str) -> None:
+        ended.extend(jobs)
+        if jobs:  # it ends, and somebody resumes the run before the next look
+            submission.take_back_cancel(store, submission.cancel_content(store))
+            table[:] = [scontrol.Job("8", "PENDING", comment=store.url)]
+
+    monkeypatch.setattr(scontrol, "queue", lambda: list(table))
+    monkeypatch.setattr(queue, "_scancel", scancel)
+    verbs.cancel(Slurm(), store)
+    assert ended == ["7"]
+    assert run_status.last_life_event(store)["event"] == "resumed"
 
 
 def test_who_waited_for_a_cancel_ends_no_run_that_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

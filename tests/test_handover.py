@@ -1,6 +1,7 @@
 """One run on three backends, one after another: this machine, spot VMs, a SLURM cluster."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,24 @@ def test_a_move_that_cannot_work_changes_nothing(project: Project) -> None:
     assert (said.returncode, said.stderr.count("\n")) == (2, 1)
     assert "a VM does not see" in said.stderr
     assert store.read(contract.RUN_JSON) == before
+
+
+def test_a_move_that_is_refused_late_changes_nothing(project: Project, tmp_path: Path) -> None:
+    """Where the new scheduler does not answer the run stays where it was, and its cancel stands."""
+    store = project.submit("hold")
+    jobs.until_stepping(store)
+    registry.cancel(store.url)
+    before = store.read(contract.RUN_JSON)
+    for name in ("sbatch", "srun", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\necho it is down >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    for verdict in ("cannot tell whether", "SLURM refused the job"):
+        path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+        said = project.cli("resume", store.url, "--on", "slurm", PATH=path)
+        assert (said.returncode, said.stderr.count("\n")) == (2, 1), said.stderr
+        assert verdict in said.stderr
+        assert store.read(contract.RUN_JSON) == before
+        assert store.exists(contract.CANCEL) == (verdict == "cannot tell whether")  # the resume had begun
+        (tmp_path / "squeue").write_text("#!/bin/sh\nexit 0\n")
+    assert registry.resume(store.url) is State.RUNNING
+    registry.cancel(store.url)

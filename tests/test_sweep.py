@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.backends import local_sweep, registry
 from launch.backends.local import Local
@@ -320,3 +320,16 @@ def test_a_point_that_begins_while_its_sweep_is_cancelled(
     registry.cancel(store.url)
     assert first.exists(contract.CANCEL)
     assert states(store) == ["cancelled", "failed"]
+
+
+def test_one_point_that_cannot_be_read_keeps_no_other(project: jobs.Project) -> None:
+    """A damaged point is an error of the cancel; the sweep and all its other points are cancelled."""
+    store = start(project, "{a}", parallel=2, a=("commit:1", "hold"))
+    first, second = specs.points(store, specs.read(store))
+    jobs.until_over(first)
+    jobs.until_stepping(second)
+    first.write(contract.RUN_JSON, b"{")
+    with pytest.raises(JobkitError, match="is damaged"):
+        registry.cancel(store.url)
+    assert store.exists(contract.CANCEL)
+    assert run_status.status(second).state is State.CANCELLED

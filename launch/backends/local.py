@@ -94,11 +94,11 @@ class Local(Backend):
             JobkitError: If the runner does not come up.
         """
         assert claim.lock is not None
-        module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
         ready, write = os.pipe()
-        fds = [claim.lock.descriptor, write]
+        fds, number, process = [claim.lock.descriptor, write], claim.lease, None
         try:
-            number = lease.claim(store) if claim.lease is None else claim.lease
+            module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
+            number = lease.claim(store) if number is None else number
             command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
             with open(store.file(contract.RUNNER_LOG), "ab", opener=names.opener) as log:
                 process = subprocess.Popen(
@@ -112,6 +112,9 @@ class Local(Backend):
         except OSError as error:
             raise explain(error, f"cannot start the local runner of {store.url}") from None
         finally:
+            if process is None and number is not None:
+                with contextlib.suppress(JobkitError):
+                    lease.release(store, number)
             claim.lock.close()
             os.close(ready)
             if write >= 0:

@@ -35,7 +35,7 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
     spec, (name, created) = specs.read(store), specs.read_backend(store)
     old, new = registry.named(name), registry.named(place.backend)
     moves = new is not old
-    cancels = {one: submission.cancel_content(one) for one in (store, *specs.points(store, spec))}
+    cancels = verbs.cancels_of(store)
     if verbs.status(old, store).state is State.DONE:
         return State.DONE
     if moves and (spec.sweep or spec.sweep_url):
@@ -44,13 +44,19 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
     merged = _merged(spec, place, same=not moves)
     specs.check(merged)
     merged = new.fit(store, merged, moved=True)
+    if moves and not new.processes_here:  # it is asked before anything is changed
+        new.refuse_alive(store)
     if moves:
         old.leave(store, take_over=take_over)
         submission.record(store, "moved", source=name, target=place.backend, by=submission.who())
     specs.rewrite(store, merged, place.backend, created)
-    for one in filter(specs.exists, cancels):
-        submission.take_back_cancel(one, cancels[one])
-    return verbs.resume(new, store, clear_cancel=False, take_over=take_over and new.processes_here)
+    try:
+        return verbs.resume(new, store, take_over=take_over and new.processes_here, cancels=cancels)
+    except ConfigError:
+        specs.rewrite(store, spec, name, created)
+        if moves:
+            submission.record(store, "moved", source=place.backend, target=name, by=submission.who())
+        raise
 
 
 def _merged(spec: JobSpec, place: Placement, *, same: bool) -> JobSpec:

@@ -1,7 +1,8 @@
 """The table of backends, by name; of a run, its backend, and what can be done to it."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jobkit import contract
 from jobkit.contract import State
@@ -13,7 +14,7 @@ from launch.backends.cloud.gcp import Gcp
 from launch.backends.local import Local
 from launch.backends.slurm.backend import Slurm
 from launch.lifecycle import run_status, submission, verbs
-from launch.lifecycle.run_status import Status
+from launch.lifecycle.run_status import Job, Status
 from launch.lifecycle.verbs import Backend, Progress
 from launch.spec import jobspec as specs
 
@@ -82,13 +83,25 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
             tell(str(error))
     jobs, statuses = {}, []
     for backend in set(readable.values()):  # each scheduler is asked once
-        jobs[backend] = verbs.jobs_of(backend, [store for store in readable if readable[store] is backend])
+        jobs[backend] = _jobs(backend, [store for store in readable if readable[store] is backend])
     for store, backend in readable.items():
         try:
             statuses.append(verbs.status(backend, store, jobs[backend]))
         except JobkitError as error:
             tell(str(error))
     return statuses
+
+
+def _jobs(backend: Backend, stores: Sequence[Store]) -> Mapping[str, Job]:
+    """Ask once for all; where one of them cannot be read, for each, so that it hides no other."""
+    try:
+        return verbs.jobs_of(backend, stores)
+    except JobkitError:
+        each: dict[str, Job] = {}
+        for store in stores:
+            with contextlib.suppress(JobkitError):  # its status says why
+                each |= verbs.jobs_of(backend, [store])
+        return each
 
 
 def runs_below(directory: str) -> tuple[str, list[str]]:

@@ -21,7 +21,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.store import Store, is_remote, local_path, remove_tree
+from jobkit.rundir.store import Store, explain, is_remote, local_path, remove_tree
 from launch.lifecycle import lease, orphans, run_status, targets
 from launch.lifecycle.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import jobspec as specs
@@ -218,7 +218,10 @@ def make_point(store: Store) -> None:
     if specs.exists(store):
         return
     spec, (backend, _) = specs.read(store), specs.read_backend(store)
-    store.path.mkdir(parents=True, exist_ok=True)  # the sweep's own mode says who gets that far
+    try:
+        store.path.mkdir(parents=True, exist_ok=True)  # the sweep's own mode says who gets that far
+    except OSError as error:
+        raise explain(error, f"cannot create {store.path}") from None
     specs.write_readme(store, spec)
     if specs.create(store, spec, backend):
         record(store, "submitted", command=list(spec.command), code=spec.code, by=who())

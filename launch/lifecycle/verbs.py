@@ -27,6 +27,10 @@ Progress = Callable[[str], None]
 """Called with a line for a person when a waiting begins."""
 
 
+class UnknownError(ConfigError):
+    """Nobody can tell whether a run is alive."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """What keeps others from starting a run while somebody does: nothing, where the backend knows itself who runs it.
@@ -128,7 +132,7 @@ class Backend(ABC):
 
     @abstractmethod
     def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
-        """Raise ConfigError if a run, or a point of a sweep, is alive, or nobody can tell."""
+        """Raise ConfigError if a run, or a point of a sweep, is alive; UnknownError if nobody can tell."""
 
     def record_resumed(self, store: Store, left: Iterable[Store]) -> None:
         """Write down that a person resumes a run.
@@ -189,8 +193,11 @@ def refuse_alive(backend: Backend, store: Store, *, take_over: bool = False) -> 
     while True:
         try:
             return backend.refuse_alive(store, take_over=take_over)
+        except UnknownError:
+            raise
         except ConfigError:
-            if not run_status.has_ended(store) or time.monotonic() >= deadline:
+            ended = all(map(run_status.has_ended, specs.points(store, specs.read(store))))
+            if not ended or time.monotonic() >= deadline:
                 raise
         time.sleep(_POLL_S)
 
@@ -234,7 +241,19 @@ def jobs_of(backend: Backend, stores: Sequence[Store]) -> Mapping[str, Job]:
     return backend.jobs([one for store in stores for one in specs.points(store, specs.read(store))])
 
 
-def resume(backend: Backend, store: Store, *, clear_cancel: bool = True, take_over: bool = False) -> State:
+def cancels_of(store: Store) -> dict[str, bytes | None]:
+    """Return the cancels of a run, or of a sweep and its points, that this machine knows of, by their URLs."""
+    return {one.url: submission.cancel_content(one) for one in (store, *specs.points(store, specs.read(store)))}
+
+
+def resume(
+    backend: Backend,
+    store: Store,
+    *,
+    clear_cancel: bool = True,
+    take_over: bool = False,
+    cancels: Mapping[str, bytes | None] | None = None,
+) -> State:
     """Have a run, or the points of a sweep that are not done, go on from what is committed.
 
     Args:
@@ -242,6 +261,7 @@ def resume(backend: Backend, store: Store, *, clear_cancel: bool = True, take_ov
         store: The run or sweep.
         clear_cancel: Whether an earlier cancel is taken back; one that comes meanwhile never is.
         take_over: Whether to take it from the runner of another machine without waiting until that counts as dead.
+        cancels: Those that are taken back, as `cancels_of` returned them; by default the ones that there are now.
 
     Returns:
         Its state then; DONE, and nothing started, if it is done.
@@ -254,7 +274,7 @@ def resume(backend: Backend, store: Store, *, clear_cancel: bool = True, take_ov
         raise ConfigError(f"only a local runner is taken over; of {store.url} {name} tells whether it lives: resume it")
     spec = specs.read(store)
     members = specs.points(store, spec)
-    cancels = {one: submission.cancel_content(one) for one in (store, *members)}
+    cancels = cancels_of(store) if cancels is None else cancels
     left = not_done(backend, members)
     if not left:
         return State.DONE
@@ -267,7 +287,7 @@ def resume(backend: Backend, store: Store, *, clear_cancel: bool = True, take_ov
                 submission.make_point(store)
             for one in filter(specs.exists, dict.fromkeys((store, *left))):
                 if clear_cancel:
-                    submission.take_back_cancel(one, cancels[one])
+                    submission.take_back_cancel(one, cancels[one.url])
             backend.record_resumed(store, left)
             backend.enqueue(store, spec, [members.index(one) for one in left])
     if left:
@@ -301,18 +321,19 @@ def cancel(
     """
     spec = specs.read(store)
     members = specs.points(store, spec)
-    states = _states(backend, members)
+    problems: list[JobkitError] = []
+    states = _states(backend, members, problems if spec.sweep else None)
     if set(states.values()) == {State.DONE}:
         what = "sweep" if spec.sweep else "run"
         raise ConfigError(f"{what} {store.url} is already done; there is nothing to cancel")
     if not spec.sweep:
         submission.make_point(store)
-    cancels, problems = {store: submission.ask_to_cancel(store, word)}, []
+    cancels = {store: submission.ask_to_cancel(store, word)}
     if spec.sweep:
         # A point that is made from now on looks for the sweep's own cancel; one may have begun since the look before.
-        now = _states(backend, members)
-        over = [one for one in members if states[one].over and now[one].over]
-        members = [one for one in members if one not in over and now[one] is not State.DONE]
+        now = _states(backend, members, problems)
+        over = {one for one, state in now.items() if state is State.DONE or (state.over and states[one].over)}
+        members = [one for one in members if one not in over]
         for one in filter(specs.exists, members):
             try:
                 cancels[one] = submission.ask_to_cancel(one, word)
@@ -325,9 +346,20 @@ def cancel(
     return next((state for state in after if not state.over), State.DONE if after == {State.DONE} else State.CANCELLED)
 
 
-def _states(backend: Backend, members: Sequence[Store]) -> dict[Store, State]:
-    jobs = backend.jobs(members)
-    return {one: run_status.status(one, job=jobs.get(one.url)).state for one in members}
+def _states(
+    backend: Backend, members: Sequence[Store], problems: list[JobkitError] | None = None
+) -> dict[Store, State]:
+    """Return the states of runs; one that cannot be read is no reason to leave the others, where problems are taken."""
+    jobs, states = backend.jobs(members), {}
+    for one in members:
+        try:
+            states[one] = run_status.status(one, job=jobs.get(one.url)).state
+        except JobkitError as error:
+            if problems is None:
+                raise
+            problems.append(error)
+            states[one] = State.RUNNING  # as far as anybody knows
+    return states
 
 
 def not_done(backend: Backend, members: Sequence[Store]) -> list[Store]:

@@ -22,8 +22,8 @@ from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch.lifecycle import run_status, submission
-from launch.lifecycle.submission import Plan, prepare, record, who
-from launch.lifecycle.verbs import Backend, Progress
+from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
+from launch.lifecycle.verbs import Backend, Progress, UnknownError
 from launch.spec import cloud_options, snapshot
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
@@ -160,8 +160,13 @@ class Managed(Backend):
             record(store, "job", id=job, backend=self.name, by=who())
         mirror.upload_described(store)
         faults.reach("before_create")
-        self.create(store, spec, job)
-        faults.reach("after_create")
+        try:
+            self.create(store, spec, job)
+            faults.reach("after_create")
+        except KeyboardInterrupt:  # whoever asked for it sees to the run, and the service may have the job
+            with contextlib.suppress(JobkitError):
+                self.terminate(spec, job)
+            raise
 
     def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
         """See `Backend`."""
@@ -181,7 +186,7 @@ class Managed(Backend):
         try:
             job = self._asked(store)
         except JobkitError as error:
-            raise ConfigError(f"cannot tell whether run {store.url} is alive: {error}") from None
+            raise UnknownError(f"cannot tell whether run {store.url} is alive: {error}") from None
         if job is not None and job.active:
             raise ConfigError(
                 f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
@@ -205,7 +210,8 @@ class Managed(Backend):
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
         spec = specs.read(store)
         asked, last_action = time.monotonic(), ""
-        while (job := self._asked(store)) is not None and job.active:
+        # Until nothing runs, or somebody takes the cancel back: the job of a resume is not ended.
+        while cancel_content(store) is not None and (job := self._asked(store)) is not None and job.active:
             late = time.monotonic() - asked > spec.grace_s + _HEARD_S
             if (job.pending or late) and last_action != job.id:
                 last_action = job.id

@@ -12,13 +12,13 @@ from pathlib import Path
 import msgspec
 
 from jobkit.contract import State
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import parse_limit, show_duration
 from launch.backends.slurm import batch_script, queue
 from launch.lifecycle import run_status
 from launch.lifecycle.run_status import Job
-from launch.lifecycle.submission import Plan, end_cancelled, prepare
+from launch.lifecycle.submission import Plan, cancel_content, end_cancelled, prepare
 from launch.lifecycle.verbs import Backend, Progress
 from launch.spec import container
 from launch.spec import jobspec as specs
@@ -94,9 +94,20 @@ class Slurm(Backend):
         progress: Progress,
     ) -> None:
         """See `Backend`: they get their grace, then SLURM is told to insist."""
-        queue.end(left, grace_s=specs.read(store).grace_s, wait=wait, progress=progress)
-        for one in filter(specs.exists, left if wait else ()):
-            end_cancelled(one, cancels.get(one, cancels[store]))
+
+        def standing() -> list[Store]:
+            """Return those whose cancel nobody has taken back: the job of a resume is not ended."""
+            return [one for one in left if cancel_content(one if one in cancels else store) is not None]
+
+        queue.end(standing, grace_s=specs.read(store).grace_s, wait=wait, progress=progress)
+        problems = []
+        for one in filter(specs.exists, standing() if wait else ()):
+            try:
+                end_cancelled(one, cancels.get(one, cancels[store]))
+            except JobkitError as error:  # the others are ended all the same
+                problems.append(error)
+        if problems:
+            raise problems[0]
 
 
 _REFUSED = {

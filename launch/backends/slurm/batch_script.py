@@ -17,6 +17,8 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
+from launch.backends.slurm import scontrol
+from launch.backends.slurm.scontrol import SlurmError
 from launch.lifecycle.submission import record, runner_environment, who
 from launch.spec import sweep
 from launch.spec.jobspec import JobSpec
@@ -107,6 +109,10 @@ def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points
         mirror.upload_described(store)
     except (JobkitError, OSError) as error:
         say(f"job {job} is submitted, and writes itself down when it starts: {error}")
+    except KeyboardInterrupt:  # whoever asked for it sees to the run
+        with contextlib.suppress(SlurmError):
+            scontrol.run("scancel", str(job))
+        raise
     return str(job)
 
 

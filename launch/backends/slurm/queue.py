@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
@@ -13,7 +13,7 @@ from launch.backends.slurm import scontrol
 from launch.backends.slurm.batch_script import BACKEND
 from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import run_status
-from launch.lifecycle.verbs import Progress
+from launch.lifecycle.verbs import Progress, UnknownError
 from launch.spec import jobspec as specs
 from launch.spec import sweep
 
@@ -80,7 +80,7 @@ def refuse_alive(stores: Sequence[Store]) -> None:
     try:
         known = queued(stores)
     except JobkitError as error:
-        raise ConfigError(f"cannot tell whether run {stores[0].url} is alive: {error}; try again") from None
+        raise UnknownError(f"cannot tell whether run {stores[0].url} is alive: {error}; try again") from None
     for one in stores:
         for job in known[one.url][-1:]:
             if job.active:
@@ -90,14 +90,14 @@ def refuse_alive(stores: Sequence[Store]) -> None:
                 )
 
 
-def end(members: Sequence[Store], *, grace_s: float, wait: bool, progress: Progress) -> None:
-    """End the jobs of runs; return when none is left, or at once."""
+def end(members: Callable[[], Sequence[Store]], *, grace_s: float, wait: bool, progress: Progress) -> None:
+    """End the jobs of runs, which are asked for at each look; return when none is left, or at once."""
     asked = time.monotonic()
     signalled: set[str] = set()
-    wakers = {f"{WAKER}{one.url}" for one in members}
+    wakers = {f"{WAKER}{one.url}" for one in members()}
     _scancel([job.id for job in scontrol.queue() if job.active and job.comment in wakers])
     while True:
-        active = {job.id: job for table in queued(members).values() for job in table if job.active}
+        active = {job.id: job for table in queued(members()).values() for job in table if job.active}
         if not active:
             return
         insist = time.monotonic() - asked > grace_s
