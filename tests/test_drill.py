@@ -677,8 +677,8 @@ def test_page() -> None:
     """The page is one file without script or request, and the command in it is text."""
     text = drill_page.page(result())
     assert "&lt;other&gt; bits" in text
-    assert "<b>&#x27;" not in text
-    assert "--note &#x27;&lt;b&gt;&#x27;" in text
+    assert "<b>&#39;" not in text
+    assert "--note &#39;&lt;b&gt;&#39;" in text
     assert "unsaved RNG: key in a.py:main" in text
     assert not re.search(r"<script|<link|<img|src=|url\(|@import|http", text)
     assert "prefers-color-scheme: dark" in text

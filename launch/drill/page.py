@@ -1,6 +1,5 @@
 """A drill's card as one self-contained HTML page, and as a picture: no script, no request to anywhere."""
 
-import html
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -8,72 +7,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobkit.printable import printable
-from launch.drill.card import COLUMNS, MARK_TONES, VERDICT_TONES, Section, cells, headline, mark, sections, title, tried
+from launch.drill.card import COLUMNS, MARK_TONES, VERDICT_TONES, cells, headline, mark, sections, title, tried
 from launch.drill.verdict import Found, Result
 from launch.report.png import write_figure
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --dim: #66727f; --back: #ffffff; --line: #dde3ea; --good: #1d7a46;
-        --bad: #c0392b; --warn: #8a5a00; --box: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --dim: #98a4b0; --back: #14181d; --line: #2d353d; --good: #5fcf8d; --bad: #ff7b6b;
-          --warn: #e6b455; --box: #1b2127; } }
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); margin: 0 auto; padding: 24px;
-       max-width: 960px }
-h1 { font-size: 20px; margin: 0 0 4px } code { font-size: 14px; overflow-wrap: anywhere }
-.dim { color: var(--dim) } .good { color: var(--good) } .bad { color: var(--bad) }
-.verdict { font-size: 18px; font-weight: 600; margin: 16px 0 }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-.warn { color: var(--warn) }
-.box { color: inherit; background: var(--box); border-left: 3px solid var(--line); padding: 8px 16px; margin: 16px 0;
-       overflow-wrap: anywhere }
-.box.bad { border-color: var(--bad) } .box.warn { border-color: var(--warn) }
-td:first-child { min-width: 130px }
-@media (max-width: 600px) { body { padding: 14px } th, td { font-size: 13px; padding-right: 8px } }
-.small { font-size: 13px } ul { margin: 4px 0; padding-left: 20px }
-"""
-
-
-def _html(text: str) -> str:
-    return html.escape(printable(text))
+from launch.report.template import render
 
 
 def page(result: Result) -> str:
     """Return the card as one page."""
-    e = _html
-    head = "".join(f'<th class="n">{name}</th>' for name in COLUMNS)
-    rows = "".join(_row(outcome) for outcome in result.found)
     scope, *promised = tried(result)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{e(title(result))}</title><style>{_STYLE}</style></head><body>
-<h1>jobkit drill</h1><code>{e(shlex.join(result.command))}</code>
-<div class="verdict {VERDICT_TONES[result.verdict]}">{e(headline(result))}</div>
-<p class="dim">{e(scope)}.</p>
-<div class="scroll"><table><thead><tr><th>scenario</th><th>held</th>{head}</tr></thead>
-<tbody>{rows}</tbody></table></div>
-{"".join(_box(section) for section in sections(result))}
-<p class="dim small">{e(". ".join(promised))}.</p>
-</body></html>
-"""
+    return render(
+        "drill.html",
+        title=title(result),
+        command=shlex.join(result.command),
+        tone=VERDICT_TONES[result.verdict],
+        headline=headline(result),
+        scope=scope,
+        columns=COLUMNS,
+        rows=[_row(outcome) for outcome in result.found],
+        sections=sections(result),
+        promised=". ".join(promised),
+    )
 
 
-def _row(found: Found) -> str:
-    e = _html
-    row = "".join(f'<td class="n">{e(cell)}</td>' for cell in cells(found))
-    lines = "".join(f"<li>{e(line)}</li>" for line in found.done)
-    more = f'<ul class="small dim">{lines}</ul>' if lines else ""
-    held = f'<td class="{MARK_TONES[mark(found)]}">{mark(found)}</td>'
-    return f"<tr><td>{e(found.text)}{more}</td>{held}{row}</tr>"
-
-
-def _box(section: Section) -> str:
-    items = "".join(f"<li>{_html(line)}</li>" for line in section.lines)
-    return f'<div class="box {section.tone}"><b>{_html(section.title)}</b><ul>{items}</ul></div>'
+def _row(outcome: Found) -> dict[str, Any]:
+    shown = mark(outcome)
+    return {
+        "text": outcome.text,
+        "done": outcome.done,
+        "mark": shown,
+        "tone": MARK_TONES[shown],
+        "cells": list(cells(outcome)),
+    }
 
 
 # The picture.

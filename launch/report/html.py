@@ -9,7 +9,6 @@ from typing import Any
 import jobkit
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
-from jobkit.printable import printable
 from jobkit.rundir.store import explain as says
 from jobkit.units import show_duration
 from launch.lifecycle.history import History, number_of
@@ -17,6 +16,7 @@ from launch.report.explain import explain
 from launch.report.goodput import Attempt, Goodput, by_share, lost_of, measure
 from launch.report.loss_curve import Curve, curve_of, nice_steps
 from launch.report.phases import COLORS, MEANING, WORDS, ink_on, percent
+from launch.report.template import render
 from launch.report.terminal import WAITING, clock, end_of, figures, overview_head, overview_row, steps_of
 from launch.report.timeline import Interval, Phase
 
@@ -48,20 +48,10 @@ def write_page(path: Path, histories: Sequence[History]) -> Path:
 
 def page(histories: Sequence[History]) -> str:
     """Return the page of some runs."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # Names, commands and reasons are whatever a program said: all of it is escaped.
-    environment = Environment(
-        loader=PackageLoader("launch"),
-        autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     goodputs = [measure(history) for history in histories]
     title = goodputs[0].name if len(goodputs) == 1 else f"{len(goodputs)} runs"
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         version=jobkit.__version__,
         title=title,
         gutter=34,
