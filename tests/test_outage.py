@@ -135,7 +135,8 @@ def test_a_sweep_goes_on_after_an_outage(project: Project, outage: Outage) -> No
     """The runner of a sweep waits for the disk as those of its points do."""
     spec = project.spec("commit:{x},sleep:1", run="s", sweep={"x": ("1", "2", "3")})
     store = verbs.submit(Local(outage.environ), spec)
-    until(lambda: run_status.status(Store(f"{store.url}/points/0")).state is State.RUNNING, "the first point runs")
+    first = Store(f"{store.url}/points/0")
+    until(lambda: first.exists("run.json") and run_status.status(first).committed_step == 1, "the first point trains")
     with outage.during():
         time.sleep(3)
     until(lambda: not lock.held(store), "the sweep is over", seconds=90)

@@ -23,7 +23,7 @@ from jobkit import contract
 from jobkit.errors import ConfigError, say
 
 DOCKER, PYXIS = "docker", "pyxis"
-RUNTIMES = ("apptainer", "singularity", PYXIS, DOCKER)
+RUNTIMES = (DOCKER, "apptainer", "singularity", PYXIS)
 _SHARED = "/dev/shm"
 _ANSWER_S, _LONG_S = 20.0, 120.0
 """How long the daemon may take to answer, and to start a container."""
