@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobkit.preemption import deadline_saver
+from jobkit.preemption import boundaries
 
 
 def holds(every: int, begun: int, at: int) -> set[int]:
@@ -11,7 +11,7 @@ def holds(every: int, begun: int, at: int) -> set[int]:
     held: list[int] = []
     for step in range(begun, at + 1):
         if step == begun or step % every == 0:
-            held = [*deadline_saver.kept(held, 100, begun), step]
+            held = [*boundaries.kept(held, 100, begun), step]
     return set(held)
 
 
@@ -33,6 +33,6 @@ def test_processes_hold_a_common_boundary(strides: tuple[int, int], begun: int, 
 @given(steps=st.sets(st.integers(0, 1000)), room=st.integers(0, 9), begun=st.integers(0, 1000))
 def test_no_more_than_there_is_room_for(steps: set[int], room: int, begun: int) -> None:
     """What is held before the newest never exceeds its room, and is never something new."""
-    left = deadline_saver.kept(steps, room, begun)
+    left = boundaries.kept(steps, room, begun)
     assert len(left) <= room
     assert set(left) <= steps

@@ -192,7 +192,7 @@ def _fill_up(_: str, where: str, *, notice: bool) -> None:
         for step in run.steps(20):
             state.net = state.net + 1
             if step == 5:
-                run._checkpoints.wait()
+                run._session.checkpoints.wait()
                 with open(Path(where).parent / "ballast", "wb") as file:
                     try:
                         while True:
@@ -202,7 +202,7 @@ def _fill_up(_: str, where: str, *, notice: bool) -> None:
                         pass
                 if notice:
                     os.kill(os.getpid(), signal.SIGTERM)
-            run._checkpoints.wait()
+            run._session.checkpoints.wait()
 
 
 @pytest.mark.parametrize("notice", [False, True])

@@ -193,7 +193,7 @@ def _stops_early(url: str, total: int = 1000, kill: str = "", held: bool = False
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.1)
             if kill == "commit" and step == 49:
-                while run._checkpoints.saving:
+                while run._session.checkpoints.saving:
                     time.sleep(0.01)
                 os.environ[contract.ENV_FAULT] = "before_rename"
             if step % 10 == 9:
@@ -256,7 +256,7 @@ def _raises_in_a_step(url: str, swallowed: bool) -> None:
         try:
             for step in run.steps(20):
                 state.total += 1
-                while run._checkpoints.saving:
+                while run._session.checkpoints.saving:
                     time.sleep(0.01)
                 if step == 7 and run.attempt == 0:
                     raise ValueError("in the middle of a step")
@@ -428,7 +428,7 @@ def _stops_while_the_start_is_saved(url: Path) -> None:
             raise fails.pop()
 
     with jobkit.Run(url, save_every=None) as run:
-        run._checkpoints._before_commit = before_commit
+        run._session.checkpoints._before_commit = before_commit
         state = run.resume(total=0, optimizer=None)
         for _ in run.through(range(4)):
             state.total = 7

@@ -52,7 +52,6 @@ LONG = {
     "jobkit.checkpoint.checkpointer": 560,
     "jobkit.checkpoint.kinds": 454,
     "jobkit.drill.fingerprints": 493,
-    "jobkit.run.run": 1185,
     "jobkit.rundir.commits": 480,
     "jobkit.rundir.store": 491,
     "jobkit.supervise.supervisor": 579,

@@ -228,7 +228,7 @@ def test_notice_during_import_compile_and_training_from_outside(tmp_path: Path, 
 def _big(point: str, run: Any) -> None:
     if point == "step" and run.step == 5:
         deadline = time.monotonic() + 5
-        while not run._checkpoints.saving and time.monotonic() < deadline:
+        while not run._session.checkpoints.saving and time.monotonic() < deadline:
             time.sleep(0.0005)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -413,7 +413,7 @@ def _gives_its_state_away(url: str, back: int, end: int) -> None:
         train = run.resume(train={"n": jnp.zeros(())}, optimizer=None).train
         for step in run.steps(end):
             train = update(train)
-            run._checkpoints.wait()  # a save is not begun while one is under way
+            run._session.checkpoints.wait()  # a save is not begun while one is under way
             if step == 0 or run.step % back == back - 1:
                 run.state.train = train
             if step == 8:
@@ -531,7 +531,7 @@ def _best_in_flight(url: str) -> None:
             if step == 4:
                 run.save(loss=0.1)
             if step == 5:
-                assert run._checkpoints.saving_step == 5
+                assert run._session.checkpoints.saving_step == 5
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -554,7 +554,7 @@ def _slow_step(url: str) -> None:
             state.total += 1
             time.sleep(0.02)
             if step == 20:
-                run._checkpoints.rates.saves.append((1 << 20, 5.0))
+                run._session.checkpoints.rates.saves.append((1 << 20, 5.0))
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(6)
 

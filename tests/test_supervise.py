@@ -349,6 +349,24 @@ def test_sigkill_of_the_supervisor_is_a_notice_to_a_run(tmp_path: Path) -> None:
     under_test.process.communicate()
 
 
+def test_a_stop_that_the_end_of_the_run_serves_is_none_that_is_done(tmp_path: Path) -> None:
+    """A loop of the program's own that ends on a stop, inside a shell that exits 0: preempted, and not done."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time, jobkit\n"
+        "with jobkit.Run(save_every=None) as run:\n"
+        "    state = run.resume(total=0)\n"
+        "    run.save(1, wait=True)\n"
+        "    while not run.should_stop:\n"
+        "        time.sleep(0.01)\n"
+    )
+    under_test = Supervised(tmp_path / "run", "sh", "-c", f"{sys.executable} {script}; true")
+    under_test.wait_for(lambda: under_test.store.exists("checkpoints/1/commit.json"))
+    under_test.process.send_signal(signal.SIGTERM)
+    code, printed, outcome = under_test.end()
+    assert (code, outcome["outcome"]) == (75, "preempted"), printed
+
+
 def test_output_goes_to_the_log_and_on(tmp_path: Path) -> None:
     """What the command prints is in the attempt's log and comes out of the supervisor, bytes and all."""
     code, printed, _ = Supervised(tmp_path / "run", "printf", "%s\\n%s", "one", "tail").end()

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jobkit.run.run
+import jobkit.run.session
 from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger, read_metrics
@@ -109,8 +109,8 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
     import wandb
     from mlflow import MlflowClient
 
-    jobkit.run.run._TRACKERS_NOTICED_S = 60.0  # a busy machine
-    run._log_buffer.flush(run._ledger, below=1 << 60)
+    jobkit.run.session._TRACKERS_NOTICED_S = 60.0  # a busy machine
+    run._session.log_buffer.flush(run._session.ledger, below=1 << 60)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.2)
@@ -122,7 +122,7 @@ def _when_followed(run: Any, step: int, number: signal.Signals) -> None:
                 break
     else:
         raise AssertionError("the trackers do not follow")
-    assert sys.excepthook is jobkit.run.run._hook  # W&B replaces it, and with it our exit codes
+    assert sys.excepthook is jobkit.run.session._on_error  # W&B replaces it, and with it our exit codes
     os.kill(os.getpid(), number)
 
 

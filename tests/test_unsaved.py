@@ -106,7 +106,7 @@ def _trains(
                 model(batch[:, :3])
             elif how == "object":
                 parts["trainer"].weight += 1.0
-            run._checkpoints.wait()  # a save is not begun while one is under way
+            run._session.checkpoints.wait()  # a save is not begun while one is under way
             if step == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
             if step == kill:
@@ -282,7 +282,7 @@ def _trains_together(url: str, *, copy: bool) -> None:
         for _ in run.steps(40):
             if not copy and jax.process_index() == 1:
                 state.own["w"] += 1.0
-            run._checkpoints.wait()
+            run._session.checkpoints.wait()
 
 
 # A state, or a storage, that cannot be saved.
@@ -306,7 +306,7 @@ def _goes_bad(url: str | None = None, *, bad: tuple[int, int] = (15, 10**9), ste
         for step in run.steps(steps):
             state.n += 1
             it.step = step + 1
-            run._checkpoints.wait()
+            run._session.checkpoints.wait()
             if step == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
 

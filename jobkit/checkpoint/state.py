@@ -102,6 +102,17 @@ def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
     return snapshot
 
 
+def take_whole(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
+    """Take a program's state apart to be written; as `take`.
+
+    Raises:
+        DonatedError: If an array is gone, naming it.
+    """
+    snapshot = take(parts, shared=shared)
+    snapshot.check_whole()
+    return snapshot
+
+
 def check_savable(parts: Mapping[str, Part]) -> None:
     """Look, after the first step, whether the state can be saved; what an object has in hand is seen when it is saved.
 

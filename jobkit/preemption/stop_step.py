@@ -66,7 +66,7 @@ class Agreement:
     Args:
         group: The processes, more than one.
         count: Returns how many boundaries the loop has reached.
-        heard: Called with what was said, when a round to stop begins.
+        on_stop: Called with what was said, when a round to stop begins.
         lost: Names a process that has ended badly, '' while all live.
     """
 
@@ -75,11 +75,11 @@ class Agreement:
         group: Group,
         count: Callable[[], int],
         *,
-        heard: Callable[[dict[str, Any]], None] = lambda told: None,
+        on_stop: Callable[[dict[str, Any]], None] = lambda message: None,
         lost: Callable[[], str] = lambda: "",
     ) -> None:
         self.rounds = Rounds(count)
-        self._group, self._heard, self._lost = group, heard, lost
+        self._group, self._on_stop, self._lost = group, on_stop, lost
         self._number = 0
         self._changed = threading.Condition()
         self._failure: JobkitError | None = None
@@ -87,14 +87,14 @@ class Agreement:
         self._thread = threading.Thread(target=self._run, name="jobkit-agreement", daemon=True)
         self._thread.start()
 
-    def ask(self, kind: str, **told: Any) -> None:
+    def ask(self, kind: str, **details: Any) -> None:
         """Open a round; if another one to stop was opened meanwhile, that serves as well. Any thread may ask."""
         if kind == STOP and self._asked_to_stop:
             return
         self._asked_to_stop |= kind == STOP
         number = self._number
         try:
-            while not self._group.put(f"round/{number}", {"kind": kind, "from": self._group.index} | told):
+            while not self._group.put(f"round/{number}", {"kind": kind, "from": self._group.index} | details):
                 if self._group.get(f"round/{number}", _PATIENCE_S)["kind"] in (STOP, kind):
                     return
                 number += 1
@@ -131,20 +131,20 @@ class Agreement:
         except Exception as error:  # whatever it is, the loop must not wait for this thread
             self._fail(error)
 
-    def _answer(self, number: int, told: dict[str, Any]) -> None:
+    def _answer(self, number: int, message: dict[str, Any]) -> None:
         with self._changed:
-            bound = self.rounds.begin(number, told["kind"])
-        if told["kind"] == STOP:
+            bound = self.rounds.begin(number, message["kind"])
+        if message["kind"] == STOP:
             self._asked_to_stop = True
-            self._heard(told)
+            self._on_stop(message)
         if self._group.first:
             others = range(1, self._group.count)
-            bounds = [bound] + [self._hear(f"round/{number}/bound/{other}", told["kind"]) for other in others]
+            bounds = [bound] + [self._number_at(f"round/{number}/bound/{other}", message["kind"]) for other in others]
             at = -1 if None in bounds else max(value for value in bounds if value is not None)
             self._group.put(f"round/{number}/at", at)
         else:
             self._group.put(f"round/{number}/bound/{self._group.index}", bound)
-            decided = self._hear(f"round/{number}/at", told["kind"], rounds=2)
+            decided = self._number_at(f"round/{number}/at", message["kind"], rounds=2)
             at = -1 if decided is None else decided
         if at < 0 and self._closing:
             return
@@ -154,8 +154,8 @@ class Agreement:
             self.rounds.decide(number, at)
             self._changed.notify_all()
 
-    def _hear(self, key: str, kind: str, *, rounds: int = 1) -> int | None:
-        """Hear a number; None if who would say it is dead, or does not answer though it is urgent."""
+    def _number_at(self, key: str, kind: str, *, rounds: int = 1) -> int | None:
+        """Return the number under a key; None if who would say it is dead, or does not answer though it is urgent."""
         patience_s = rounds * _PATIENCE_S if kind == STOP else float("inf")  # a save has time
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline and not self._closing and not self._lost():

@@ -47,13 +47,13 @@ def _ours(root: Path, state: dict[str, jax.Array]) -> tuple[float, float]:
         jobkit.Run(root / "run", save_every="2 steps", keep=1) as run,
     ):
         values = run.resume(net=state, optimizer=None)
-        run._checkpoints.wait()
+        run._session.checkpoints.wait()
         for step in run.steps(100):
             values.net = dict(values.net)
             if step in range(2, 2 * ALONE + 1, 2):
-                run._checkpoints.wait()
+                run._session.checkpoints.wait()
             elif step == 2 * ALONE + 2:
-                assert run._checkpoints.saving_step == step
+                assert run._session.checkpoints.saving_step == step
                 os.kill(os.getpid(), signal.SIGTERM)
     events = attempt_events(Store(root / "run"), 0)
     alone = [event["durable_s"] for event in events if event["event"] == "saved" and event["reason"] == "interval"]

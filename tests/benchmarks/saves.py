@@ -59,7 +59,7 @@ def _jobkit(run: jobkit.Run, step: int) -> tuple[float, float]:
     while run.committed_step < step:
         time.sleep(0.0005)
     durable = time.perf_counter() - begun
-    run._checkpoints.wait()  # retention and the rehearsal are not part of the save; keep them out of the next round
+    run._session.checkpoints.wait()  # retention and the rehearsal are no part of a save: not in the next round
     return blocking, durable
 
 
@@ -77,7 +77,7 @@ def main() -> int:
         jobkit.Run(root / "run", save_every=None, keep=1) as run,
     ):
         run.resume(net=state, optimizer=None)
-        run._checkpoints.wait()
+        run._session.checkpoints.wait()
         contenders: dict[str, Callable[[int], tuple[float, float]]] = {
             "flat write + fsync (floor)": lambda step: _flat(root, state, step),
             "Orbax default": lambda step: _orbax(default, ocp.args.StandardSave(state), step),

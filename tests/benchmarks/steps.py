@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jobkit
+from jobkit.run.boundary import Loop
 
 STEPS, ROUNDS, LIMIT_US = 20_000, 21, 5.0
 
@@ -35,7 +36,7 @@ def _jobkit(run: jobkit.Run, steps: int) -> float:
         if step >= total:
             break
     taken = (time.perf_counter() - begun) / steps * 1e6
-    run._looping = False
+    run._boundary.loop = Loop.LEFT
     return taken
 
 

@@ -77,8 +77,8 @@ def _measure(megabytes: int) -> dict[str, list[float]]:
         jobkit.Run("gs://bucket/run", save_every=None, keep=100) as run,
     ):
         run.resume(net=state, optimizer=None)
-        assert run._uploader is not None
-        run._uploader._closing.set()  # the benchmark itself uploads, to see when it ends
+        assert run._session.uploader is not None
+        run._session.uploader._closing.set()  # the benchmark itself uploads, to see when it ends
         for step in range(1, ROUNDS + 1):
             for name, figure in (
                 ("wire", _wire("gs://bucket/wire", megabytes, step)),
