@@ -29,8 +29,8 @@ from jobkit.checkpoint.restore import find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.rundir import commits
-from jobkit.rundir.commits import Keep
 from jobkit.rundir.ledger import Ledger, attempt_events
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
 from tests.test_state import parts_of, same, saved
 

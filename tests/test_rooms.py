@@ -49,12 +49,8 @@ NAMES_JAX = {"checkpoint", "run", "drill", "group", "compilecache", "compare", "
 """The only rooms that may name jax and its family."""
 MOST_MODULES, MOST_LINES = 14, 450
 LONG = {
-    "jobkit.checkpoint.checkpointer": 560,
-    "jobkit.checkpoint.kinds": 454,
     "jobkit.drill.fingerprints": 493,
     "jobkit.run.run": 1185,
-    "jobkit.rundir.commits": 480,
-    "jobkit.rundir.store": 491,
     "jobkit.supervise.supervisor": 579,
     "launch.drill.demo": 524,
     "launch.drill.diagnosis": 545,

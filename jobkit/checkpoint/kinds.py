@@ -53,7 +53,7 @@ class Slot:
 
 
 class Part(Protocol):
-    """A part of the state, whatever its kind."""
+    """A part of the state, whatever its kind; those of each kind inherit from it."""
 
     kind: str
     given: dict[str, Record]
@@ -73,6 +73,7 @@ class Part(Protocol):
         Raises:
             ConfigError: If they cannot be put into what the program gave.
         """
+        return list(self.given or entry["leaves"])
 
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Put the leaves of a saved entry back, in that order."""
@@ -102,7 +103,7 @@ class Held:
     given: dict[str, Record] = field(default_factory=dict)
 
 
-class ValuePart:
+class ValuePart(Part):
     """A pytree, held by the run itself."""
 
     kind = "value"
@@ -149,7 +150,7 @@ class ValuePart:
         return made
 
 
-class NnxPart:
+class NnxPart(Part):
     """An NNX object or a container of them, changed in place."""
 
     kind = "nnx"
@@ -188,9 +189,11 @@ class NnxPart:
         """Keep the values of the variables that `slots` found last: finding them takes milliseconds."""
         known = self._known
         try:
-            values = [_own_tree(variable.get_raw_value()) for _, variable in known]
+            raw = [variable.get_raw_value() for _, variable in known]
         except AttributeError:
             raise ConfigError("arrays that are no nnx.Variable are changed in place unseen") from None
+        # A variable's value may be a container; nearly all are arrays.
+        values = [value if isinstance(value, jax.Array) else jax.tree.map(own, value) for value in raw]
 
         def slots() -> tuple[list[Slot], Any]:
             now = self._variables()
@@ -203,10 +206,6 @@ class NnxPart:
             ), None
 
         return Held(self.kind, jax.tree.leaves(values), slots, self.given)
-
-    def order(self, entry: Mapping[str, Any]) -> list[str]:
-        """Return the order of the variables."""
-        return list(self.given)
 
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Update every variable of the live object."""
@@ -223,7 +222,7 @@ class NnxPart:
         nnx.update(self._target, nnx.from_flat_state(flat))
 
 
-class RefPart:
+class RefPart(Part):
     """A jax.Ref, or a container of them, changed in place."""
 
     kind = "ref"
@@ -248,17 +247,13 @@ class RefPart:
         slots, _ = self.slots()
         return Held(self.kind, [slot.value for slot in slots], lambda: (slots, None), self.given)
 
-    def order(self, entry: Mapping[str, Any]) -> list[str]:
-        """Return the order of the refs."""
-        return list(self.given)
-
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Write into every ref."""
         for ref, value in zip(jax.tree.leaves(self._target), values, strict=True):
             ref[...] = value
 
 
-class ObjectPart:
+class ObjectPart(Part):
     """An object that gives and takes its state as plain data."""
 
     kind = "object"
@@ -279,10 +274,6 @@ class ObjectPart:
             slot.value = own(slot.value)
         return Held(self.kind, [slot.value for slot in slots], lambda: (slots, skeleton))
 
-    def order(self, entry: Mapping[str, Any]) -> list[str]:
-        """Return the order of the leaves in the skeleton."""
-        return list(entry["leaves"])
-
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Hand the object the state it gave."""
         self._set(decode(entry.get("skeleton"), values))
@@ -299,11 +290,6 @@ def _slots_of(variables: Iterable[tuple[tuple[Any, ...], Any, Any]]) -> list[Slo
         for inner, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
             slots.append(Slot(prefix + names(inner), leaf, role))
     return slots
-
-
-def _own_tree(value: Any) -> Any:
-    """Do the same with a variable's value, which may be a container; nearly all are arrays."""
-    return value if isinstance(value, jax.Array) else jax.tree.map(own, value)
 
 
 def _outlines(slots: Iterable[Slot]) -> dict[str, Record]:
@@ -346,7 +332,9 @@ def part_of(name: str, value: Any) -> Part:
         raise ConfigError(f"part {name!r} is no pytree that JAX can flatten: {error}") from None
     if any(map(_is_nnx, nodes)):
         _refuse_mixture(name, value, _is_nnx, "NNX objects")
-        return NnxPart(name, value if not isinstance(value, _variable_type()) else [value])  # NNX has no state of one
+        from flax import nnx
+
+        return NnxPart(name, [value] if isinstance(value, nnx.Variable) else value)  # NNX has no state of one
     if any(map(_is_ref, nodes)):
         _refuse_mixture(name, value, _is_ref, "jax.Ref")
         return RefPart(name, value)
@@ -393,12 +381,6 @@ def is_iterator(value: Any) -> bool:
     """Tell an iterator, by its type: a dict may have its items as attributes, and raise KeyError for others."""
     # Named a leaf before JAX sees it: JAX warns of iterators in trees and will refuse them in words of its own.
     return hasattr(type(value), "__next__")
-
-
-def _variable_type() -> type:
-    from flax import nnx
-
-    return nnx.Variable
 
 
 def _refuse_mixture(name: str, value: Any, is_kind: Callable[[Any], bool], kinds: str) -> None:

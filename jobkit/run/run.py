@@ -46,10 +46,11 @@ from jobkit.run.leaving import Leaving, by_break
 from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.state_view import Values
 from jobkit.rundir import commits, mirror, remote_steps
-from jobkit.rundir.commits import EarlyStop, Keep, check_newest, sweep
+from jobkit.rundir.commits import check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.loops import Loops
+from jobkit.rundir.loops import EarlyStop, Loops
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
 from jobkit.rundir.uploader import Uploader
 from jobkit.supervise import stacks, unsaved

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 
 from jobkit import names
 from jobkit.errors import StorageError
-from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, in_words
 
 PART_BYTES = 1 << 22
@@ -67,20 +66,18 @@ def fetch(store: Store, name: str, parts: Parts) -> None:
     Raises:
         JobkitError: If the URL cannot be read, or the home cannot be written.
     """
-    remote = store.remote
-    assert remote is not None
     for _ in range(_TRIES):
         if not parts:
             return
         try:
-            _fetch(store, remote, name, parts)
+            _fetch(store, name, parts)
             return
         except FileNotFoundError:  # put together with others meanwhile
-            parts = grouped(remote.find(f"{name}.d")).get(name, {})
+            parts = grouped(store.bucket.find(f"{name}.d")).get(name, {})
     raise StorageError(f"{store.url} lists parts of {name} that are not there when they are read")
 
 
-def _fetch(store: Store, remote: Remote, name: str, parts: Parts) -> None:
+def _fetch(store: Store, name: str, parts: Parts) -> None:
     path = store.file(name)
     with in_words(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +86,7 @@ def _fetch(store: Store, remote: Remote, name: str, parts: Parts) -> None:
             have = os.fstat(descriptor).st_size
             for place, (part, size) in sorted(parts.items()):
                 if place <= have < place + size:
-                    content = memoryview(remote.read(part))[have - place :]
+                    content = memoryview(store.bucket.read(part))[have - place :]
                     while content:
                         written = os.pwrite(descriptor, content, have)
                         content, have = content[written:], have + written
@@ -108,8 +105,7 @@ class Sender:
     """
 
     def __init__(self, store: Store, name: str, parts: Parts) -> None:
-        assert store.remote is not None
-        self._remote, self._path, self._name = store.remote, store.file(name), name
+        self._remote, self._path, self._name = store.bucket, store.file(name), name
         self._parts: list[tuple[int, int]] = []
         """Place and size of those that another one may take in."""
         self._surplus: list[str] = []

@@ -24,7 +24,8 @@ from typing import BinaryIO
 
 from jobkit import contract, names
 from jobkit.errors import ConfigError
-from jobkit.rundir.store import Store, explain, raise_unlisted, sync_directory
+from jobkit.rundir.files import raise_unlisted, sync_directory
+from jobkit.rundir.store import Store, explain
 from jobkit.units import show_size
 
 LIMIT_BYTES = 200_000_000
