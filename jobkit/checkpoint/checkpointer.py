@@ -27,7 +27,7 @@ from jobkit.rundir.files import free_bytes
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.loops import Loops
 from jobkit.rundir.retention import Keep
-from jobkit.rundir.store import Store, explain
+from jobkit.rundir.store import Store, in_words
 from jobkit.supervise.heartbeat import Heartbeat
 from jobkit.supervise.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 from jobkit.units import show_size
@@ -138,7 +138,11 @@ class Checkpoints:
             reason=reason,
             files={},
             metrics=dict(metrics),
-            topology=_topology(),
+            topology={
+                "process_count": jax.process_count(),
+                "device_count": jax.device_count(),
+                "platform": jax.default_backend(),
+            },
             versions=versions.found(),
             early_stops=[stop for stop in self.loops.early if stop.step <= step],
         )
@@ -381,10 +385,8 @@ class Checkpoints:
             ConfigError: With what is needed and what is free, in a run's first attempt.
             StorageError: In a later one: there was room before, and may be again.
         """
-        try:
+        with in_words(f"cannot look at {self._store.url}"):
             free = free_bytes(self._store.path)
-        except OSError as error:
-            raise explain(error, f"cannot look at {self._store.url}") from None
         needed = _with_metadata(nbytes)
         if free < needed:
             kind = StorageError if self._attempt else ConfigError
@@ -397,11 +399,3 @@ class Checkpoints:
 def _with_metadata(nbytes: int) -> int:
     """Return the bytes that a checkpoint takes on disk: Orbax's metadata comes on top of the state."""
     return int(nbytes * 1.05) + (1 << 20)
-
-
-def _topology() -> dict[str, int | str]:
-    return {
-        "process_count": jax.process_count(),
-        "device_count": jax.device_count(),
-        "platform": jax.default_backend(),
-    }

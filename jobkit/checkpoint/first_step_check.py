@@ -36,27 +36,25 @@ class FirstStep:
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
-        self._leaves = {
-            name: [weakref.ref(slot.value) for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
-            for name, part in parts.items()
-            if part.kind != "object"
+        self._before = {
+            name: list(map(weakref.ref, _arrays(part))) for name, part in parts.items() if part.kind != "object"
         }
 
     def warning(self) -> str:
         """Say, once after the first step, which parts it left as they were; '' if all changed."""
         same = []
-        leaves, self._leaves = self._leaves, {}
-        for name, before in leaves.items():
-            now = [slot.value for slot in self._parts[name].slots()[0] if isinstance(slot.value, jax.Array)]
-            if (
-                before
-                and len(now) == len(before)
-                and all(ref() is value for ref, value in zip(before, now, strict=True))
-            ):
+        known, self._before = self._before, {}
+        for name, before in known.items():
+            now = _arrays(self._parts[name])
+            if before and len(now) == len(before) and all(ref() is one for ref, one in zip(before, now, strict=True)):
                 same.append(name)
         if not same:
             return ""
         return f"warning: the first step changed nothing in {', '.join(same)}: {_REMEDY}"
+
+
+def _arrays(part: Part) -> list[jax.Array]:
+    return [slot.value for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
 
 
 _REMEDY = (

@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,53 +117,47 @@ class Save:
         Raises:
             Exception: Whatever kept it from being committed, of Orbax's too.
         """
-        if self._group.count == 1:
-            self._wait_for_data(writer, before)
-            measured = commits.measure(self.stage, self._files())
-            self._advance(SaveState.PUBLISHING)
-            return self._publish(snapshot, commit, measured)
+        several = self._group.count > 1
         try:
-            self._wait_for_data(writer, before)
-            own: dict[str, Any] = msgspec.to_builtins(_own_files(self.stage, snapshot, self._group.index))
+            writer.wait()
+            faults.reach("after_data")
+            before(self.step)
+            measured = _own_files(self.stage, snapshot, self._group.index) if several else self._measured()
+            own: dict[str, Any] = msgspec.to_builtins(measured)
         except Exception as error:
+            if not several:
+                raise
             own = told_error(failure(error, f"process {self._group.index} cannot write its part"))
-        self._advance(SaveState.PUBLISHING)
+        with self._gate:
+            self._go_on()
+            self.state = SaveState.PUBLISHING
         sent = self._group.gather(f"written/{self._number}", own, _SAVE_S)
 
         def publish() -> bool:
             for files in sent:
                 raise_told(files)
-            self.stage.mkdir(exist_ok=True)
-            for path in _beside(self.stage).iterdir():
-                os.rename(path, self.stage / path.name)
-            _beside(self.stage).rmdir()
+            if several:
+                self.stage.mkdir(exist_ok=True)
+                for path in _beside(self.stage).iterdir():
+                    os.rename(path, self.stage / path.name)
+                _beside(self.stage).rmdir()
             measured = {name: msgspec.convert(record, FileRecord) for files in sent for name, record in files.items()}
-            return self._publish(snapshot, commit, measured)
+            table = _state_json(snapshot)
+            return commits.publish(self._store, self.stage, state=table, commit=commit, measured=measured)
 
         return bool(self._group.share(f"committed/{self._number}", publish))
 
-    def _wait_for_data(self, writer: Writer, before: Callable[[int], None]) -> None:
-        writer.wait()
-        faults.reach("after_data")
-        before(self.step)
-
-    def _files(self) -> Iterator[str]:
-        """Yield the files of the stage, as long as the save is wanted."""
+    def _measured(self) -> dict[str, FileRecord]:
+        """Measure the files of the stage, as long as the save is wanted."""
+        measured: dict[str, FileRecord] = {}
         for name in files_below(self.stage) if self.stage.exists() else ():
             self._go_on()
-            yield name
-
-    def _publish(self, snapshot: Snapshot, commit: Commit, measured: dict[str, FileRecord]) -> bool:
-        return commits.publish(self._store, self.stage, state=_state_json(snapshot), commit=commit, measured=measured)
+            measured |= commits.measure(self.stage, [name])
+        return measured
 
     def _go_on(self) -> None:
         if self.state is SaveState.ABANDONED:
             raise StorageError("abandoned for a newer save")
-
-    def _advance(self, state: SaveState) -> None:
-        with self._gate:
-            self._go_on()
-            self.state = state
 
     def end(self, state: SaveState) -> SaveState:
         """Come to an end, unless the save was abandoned; return what came of it."""

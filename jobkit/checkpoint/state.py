@@ -15,24 +15,9 @@ import msgspec
 import numpy as np
 
 from jobkit import contract, decode
+from jobkit.checkpoint import leaves
 from jobkit.checkpoint.kinds import Held, Part, Slot, refusal
-from jobkit.checkpoint.leaves import (
-    DTYPES,
-    FROM_JSON,
-    Path,
-    Record,
-    differences,
-    dtype_of,
-    is_gone,
-    is_leaf,
-    key_of,
-    outline_of,
-    quote,
-    quoted,
-    record_of,
-    several,
-    value_of,
-)
+from jobkit.checkpoint.leaves import Path, Record
 from jobkit.errors import ConfigError, DonatedError
 from jobkit.rundir.store import Store
 
@@ -82,29 +67,29 @@ def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
         records = {}
         for slot in slots:
             _check_leaf(name, slot, part.given)
-            record, array = record_of(slot.value)
+            record, array = leaves.record_of(slot.value)
             if slot.role:
                 record["role"] = slot.role
-            key = key_of(slot.path)
+            key = leaves.key_of(slot.path)
             if key in records:
                 raise ConfigError(f"part {name!r} has two leaves named {key!r}: rename one of the two keys")
             records[key] = record
-            if is_gone(slot.value):
+            if leaves.is_gone(slot.value):
                 snapshot.donated.append("/".join((name, *slot.path)))
                 continue
             if array is None:
                 continue
             snapshot.nbytes += array.nbytes
-            if shared and not _is_global(array):
+            if shared and not (isinstance(array, jax.Array) and not array.is_fully_addressable):
                 record["local"] = {"at": local_bytes, "shape": list(array.shape), "dtype": array.dtype.name}
                 snapshot.local.append(np.array(array, array.dtype.newbyteorder("="), order="C"))
                 local_bytes += array.nbytes
             else:
-                snapshot.arrays[quoted(name, slot.path)] = array
+                snapshot.arrays[leaves.quoted(name, slot.path)] = array
         entry = snapshot.table[name] = {"kind": part.kind, "leaves": records}
         if skeleton is not None or part.kind == "object":
             entry["skeleton"] = skeleton
-        if part.kind != "object" and (skeleton is not None or differences(name, records, part.given)):
+        if part.kind != "object" and (skeleton is not None or leaves.differences(name, records, part.given)):
             entry["given"] = part.given
     return snapshot
 
@@ -124,7 +109,7 @@ def check_savable(parts: Mapping[str, Part]) -> None:
 
 def donated(parts: Mapping[str, Part]) -> list[str]:
     """Name the leaves whose arrays were given away and have no successor."""
-    return ["/".join((name, *slot.path)) for name, _, slot in _live(parts) if is_gone(slot.value)]
+    return ["/".join((name, *slot.path)) for name, _, slot in _live(parts) if leaves.is_gone(slot.value)]
 
 
 def _live(parts: Mapping[str, Part]) -> list[tuple[str, Part, Slot]]:
@@ -134,13 +119,9 @@ def _live(parts: Mapping[str, Part]) -> list[tuple[str, Part, Slot]]:
 
 def _check_leaf(part: str, slot: Slot, given: Mapping[str, Record]) -> None:
     """Refuse what cannot be written down, and functions that the program has not given."""
-    code = callable(slot.value) and given.get(key_of(slot.path)) == outline_of(slot.value)
-    if not is_leaf(slot.value) and not code:
+    code = callable(slot.value) and given.get(leaves.key_of(slot.path)) == leaves.outline_of(slot.value)
+    if not leaves.is_leaf(slot.value) and not code:
         raise ConfigError(refusal("/".join((part, *slot.path)), slot.value))
-
-
-def _is_global(array: Any) -> bool:
-    return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
 def local_arrays(table: Mapping[str, Any]) -> dict[Path, np.ndarray]:
@@ -149,8 +130,11 @@ def local_arrays(table: Mapping[str, Any]) -> dict[Path, np.ndarray]:
     Args:
         table: The process's leaf table, as `table_of` returns it.
     """
-    own = {path: record["local"] for path, record in _paths(table) if "local" in record}
-    return {path: np.frombuffer(one["bytes"], dtype_of(one)).reshape(one["shape"]).copy() for path, one in own.items()}
+    arrays = {}
+    for path, record in _paths(table):
+        if (own := record.get("local")) is not None:
+            arrays[path] = np.frombuffer(own["bytes"], leaves.dtype_of(own)).reshape(own["shape"]).copy()
+    return arrays
 
 
 def stored_paths(table: Mapping[str, Any]) -> dict[Path, Record]:
@@ -170,7 +154,7 @@ def _paths(table: Mapping[str, Any]) -> Iterator[tuple[Path, Record]]:
 
 def _path(part: str, key: str) -> Path:
     """Return where Orbax stores a leaf, by its key in the table."""
-    return (quote(part), *(key.split("/") if key else ()))
+    return (leaves.quote(part), *(key.split("/") if key else ()))
 
 
 def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) -> None:
@@ -203,8 +187,8 @@ def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) ->
             if part.kind != entry["kind"]:
                 problems.append(f"{name}: {entry['kind']} there, {part.kind} here")
             continue
-        differs = differences(name, part.given, entry.get("given", entry["leaves"]))
-        if differs and differences(name, part.given, entry["leaves"]):
+        differs = leaves.differences(name, part.given, entry.get("given", entry["leaves"]))
+        if differs and leaves.differences(name, part.given, entry["leaves"]):
             problems += differs
             continue
         try:
@@ -212,7 +196,7 @@ def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) ->
         except ConfigError as error:
             problems.append(str(error))
     if problems:
-        raise ConfigError(f"the program's state differs {where}: {several(problems)}: {remedy}")
+        raise ConfigError(f"the program's state differs {where}: {leaves.several(problems)}: {remedy}")
 
 
 def give_back(parts: Mapping[str, Part], table: Mapping[str, Any], arrays: Mapping[Path, Any]) -> None:
@@ -225,12 +209,13 @@ def give_back(parts: Mapping[str, Part], table: Mapping[str, Any], arrays: Mappi
     """
     ready = []
     for name, part in parts.items():
-        live = {key_of(slot.path): slot.value for slot in part.slots()[0]}
-        records = table[name]["leaves"]
+        live = {leaves.key_of(slot.path): slot.value for slot in part.slots()[0]}
+        entry = table[name]
         values = [
-            value_of(records[key], arrays.get(_path(name, key)), live.get(key)) for key in part.order(table[name])
+            leaves.value_of(entry["leaves"][key], arrays.get(_path(name, key)), live.get(key))
+            for key in part.order(entry)
         ]
-        ready.append((part, values, table[name]))
+        ready.append((part, values, entry))
     for part, values, entry in ready:  # all values exist: nothing is half-restored if making one failed
         part.assign(values, entry)
 
@@ -303,7 +288,7 @@ def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
     content = (store.get(file) if own else None) or b""
     for path, record in own.items():
         place = record["local"]
-        begin, nbytes = place.pop("at"), math.prod(place["shape"]) * dtype_of(place).itemsize
+        begin, nbytes = place.pop("at"), math.prod(place["shape"]) * leaves.dtype_of(place).itemsize
         place["bytes"] = content[begin : begin + nbytes]
         if len(place["bytes"]) < nbytes:
             raise ConfigError(f"{store.file(file)} does not hold {'/'.join(path)!a}")
@@ -326,7 +311,7 @@ def _check_record(name: str, leaf: _Leaf, *, whole: bool) -> None:
             if leaf.type is None:
                 raise ValueError("a scalar of no type")
             if whole and leaf.type != "function":
-                FROM_JSON[leaf.type](leaf.value)
+                leaves.FROM_JSON[leaf.type](leaf.value)
             return
         if leaf.shape is None or (leaf.impl if leaf.kind == "key" else leaf.dtype) is None:
             raise ValueError("an array without shape or dtype")
@@ -334,7 +319,7 @@ def _check_record(name: str, leaf: _Leaf, *, whole: bool) -> None:
         if leaf.local is not msgspec.UNSET:
             arrays.append((leaf.local.shape, leaf.local.dtype))
         for shape, dtype in arrays if whole else []:
-            if math.prod(filter(None, shape)) >= 1 << 60 or dtype not in DTYPES:
+            if math.prod(filter(None, shape)) >= 1 << 60 or dtype not in leaves.DTYPES:
                 raise ValueError(f"no array has shape {shape} and dtype {dtype!a}")
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(f"{name[:200]!a}: {error}") from None

@@ -25,7 +25,7 @@ from jobkit.patience import Patience
 from jobkit.rundir.files import checksum, crc32c, files_below, remove_tree, sync_directory, sync_tree
 from jobkit.rundir.loops import EarlyStop
 from jobkit.rundir.remote import Remote
-from jobkit.rundir.store import Store, explain
+from jobkit.rundir.store import Store, explain, in_words
 
 _UNSEALED = "00000000"
 _EARLY_STOPS = "early stops"
@@ -227,10 +227,8 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
     except DamagedError as error:
         return [str(error)]
     root = store.file(contract.step_dir(step))
-    try:
+    with in_words(f"cannot list {root}"):
         present = set(files_below(root)) - {contract.COMMIT}
-    except OSError as error:
-        raise explain(error, f"cannot list {root}") from None
     last_s = time.monotonic() + _BAD_SECTOR_S
     asking = Patience(over=lambda: time.monotonic() >= last_s or stop())
     wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - present)]
@@ -316,10 +314,8 @@ def new_stage(store: Store, step: int, attempt: int) -> Path:
         ConfigError, StorageError: If the run directory cannot be written.
     """
     stage = store.file(contract.STAGE)
-    try:
+    with in_words(f"cannot create {stage}"):
         stage.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain(error, f"cannot create {stage}") from None
     return stage / f"{attempt}-{step}-{secrets.token_hex(4)}"
 
 
@@ -389,31 +385,34 @@ def publish(
 def set_aside(store: Store, step: int, reasons: Iterable[str]) -> Path:
     """Move a damaged step out of the way, with the reason beside it. Nothing is removed."""
     target = store.file(f"{contract.SET_ASIDE}/{step}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
-    try:
+    with in_words(f"cannot set damaged step {step} of {store.url} aside"):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(store.file(contract.step_dir(step)), target)
         sync_directory(target.parent)
         sync_directory(store.file(contract.CHECKPOINTS))
         target.with_name(target.name + ".reason.txt").write_text("\n".join(reasons) + "\n")
-    except OSError as error:
-        raise explain(error, f"cannot set damaged step {step} of {store.url} aside") from None
     return target
 
 
 def remove(store: Store, step: int) -> None:
     """Remove a committed step: out of sight in one rename, then from storage."""
-    trash = store.file(contract.TRASH)
     try:
-        trash.mkdir(parents=True, exist_ok=True)
-        target = trash / f"{step}-{secrets.token_hex(4)}"
-        os.rename(store.file(contract.step_dir(step)), target)
-        sync_directory(store.file(contract.CHECKPOINTS))
+        with in_words(f"cannot remove step {step} of {store.url}", absent=True):
+            gone = to_trash(store, store.file(contract.step_dir(step)))
+            sync_directory(store.file(contract.CHECKPOINTS))
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise explain(error, f"cannot remove step {step} of {store.url}") from None
     faults.reach("during_retention")
-    remove_tree(target)
+    remove_tree(gone)
+
+
+def to_trash(store: Store, path: Path) -> Path:
+    """Take what is to be removed out of sight, in one rename; return where it is now, for whoever removes it."""
+    trash = store.file(contract.TRASH)
+    trash.mkdir(parents=True, exist_ok=True)
+    gone = trash / f"{path.name}-{secrets.token_hex(4)}"
+    os.rename(path, gone)
+    return gone
 
 
 def sweep(store: Store, *, attempt: int) -> None:
@@ -427,8 +426,7 @@ def sweep(store: Store, *, attempt: int) -> None:
         number = names.number(name.partition("-")[0])
         if number is not None and number < attempt:
             with contextlib.suppress(OSError):
-                trash.mkdir(exist_ok=True)
-                os.rename(stage / name, trash / f"{name}-{secrets.token_hex(4)}")
+                to_trash(store, stage / name)
     for name in store.names(contract.TRASH):
         remove_tree(trash / name)
         with contextlib.suppress(OSError):

@@ -8,7 +8,6 @@ code, below which the program ran, if it left anything there.
 
 import contextlib
 import os
-import secrets
 import stat
 import tarfile
 import time
@@ -54,7 +53,7 @@ def empty(store: Store) -> bool:
         return False
     for step in here:
         commits.remove(store, step)
-    with in_words(f"cannot empty {store.path}"):
+    with in_words(f"cannot empty {store.path}", absent=True):
         for name in (contract.STAGE, contract.TRASH, contract.CACHE):
             remove_tree(store.file(name))
         for name in [*filter(growing_files.is_log, files), *(name for name in mirror.described(store) if "/" in name)]:
@@ -90,13 +89,10 @@ def _remove_copies(store: Store, name: str) -> None:
             if not _only_unpacked(store.file(name), tree):
                 return
             # In one rename: what is there counts as whole, and the next attempt would run what is left.
-            trash = store.file(contract.TRASH)
-            trash.mkdir(parents=True, exist_ok=True)
-            gone = trash / f"{tree.name}-{secrets.token_hex(4)}"
-            os.rename(tree, gone)
+            gone = commits.to_trash(store, tree)
             remove_tree(gone)
             with contextlib.suppress(OSError):
-                trash.rmdir()
+                gone.parent.rmdir()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(store.file(name))
 

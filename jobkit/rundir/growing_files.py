@@ -40,13 +40,10 @@ def grouped(found: Mapping[str, int]) -> dict[str, Parts]:
     files: dict[str, Parts] = {}
     for name, size in found.items():
         part = _PART.fullmatch(name)
-        if part is None or not is_growing(part[1]):
-            files.setdefault(name, {}).setdefault(0, (name, size))
-        else:
-            known = files.setdefault(part[1], {})
-            place = int(part[2])
-            if place not in known or known[place][1] < size:
-                known[place] = name, size
+        file, place = (part[1], int(part[2])) if part is not None and is_growing(part[1]) else (name, 0)
+        known = files.setdefault(file, {})
+        if place not in known or known[place][1] < size:
+            known[place] = name, size
     return files
 
 
@@ -79,7 +76,7 @@ def fetch(store: Store, name: str, parts: Parts) -> None:
 
 def _fetch(store: Store, name: str, parts: Parts) -> None:
     path = store.file(name)
-    with in_words(f"cannot write {path}"):
+    with in_words(f"cannot write {path}", absent=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = names.opener(path, os.O_WRONLY | os.O_CREAT)
         try:
@@ -133,7 +130,8 @@ class Sender:
         self._remote.remove(self._surplus)
         self._surplus = []
         try:
-            with in_words(f"cannot read {self._path}"), open(self._path, "rb", opener=names.opener) as file:
+            doing = f"cannot read {self._path}"
+            with in_words(doing, absent=True), open(self._path, "rb", opener=names.opener) as file:
                 size = os.fstat(file.fileno()).st_size
                 if self._shift + size < self._sent:
                     self._shift = self._sent  # somebody emptied it: what was sent stays, what follows is new

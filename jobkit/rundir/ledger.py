@@ -18,7 +18,7 @@ from typing import Any
 
 from jobkit import contract, decode, names
 from jobkit.errors import DamagedError
-from jobkit.rundir.store import Store, explain
+from jobkit.rundir.store import Store, explain, in_words
 
 Event = dict[str, Any]
 """One line: at least `t` (seconds since the epoch, of the writer's clock) and `event`."""
@@ -86,11 +86,8 @@ class Ledger:
         Raises:
             JobkitError: If it cannot be written.
         """
-        with self._lock:
-            try:
-                self._write_pending(True)
-            except OSError as error:
-                raise explain(error, f"cannot write {self.path}") from None
+        with self._lock, in_words(f"cannot write {self.path}"):
+            self._write_pending(True)
 
     def _write_pending(self, durable: bool) -> None:
         """Write the lines that are owed; one that was torn off is written again as a whole."""

@@ -209,7 +209,7 @@ def set_deleted_aside(store: Store) -> None:
 def _set_home_aside(store: Store, *names: str) -> None:
     """Move what a home holds out of the way; what makes it be done goes last, so that after a kill it is done again."""
     aside = store.file(f".old-{time.time_ns()}")
-    with in_words(f"cannot move what {store.path} holds of another run"):
+    with in_words(f"cannot move what {store.path} holds of another run", absent=True):
         aside.mkdir()
         for name in sorted(names, key=(contract.ID, contract.RUN_JSON).__contains__):
             with contextlib.suppress(FileNotFoundError):

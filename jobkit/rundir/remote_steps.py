@@ -96,7 +96,7 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
         ledger.append("skipped", step=step, reason="committed on the URL before")
         return True
     with contextlib.ExitStack() as stack:
-        stack.enter_context(in_words(f"cannot read step {step} of {store.path}"))
+        stack.enter_context(in_words(f"cannot read step {step} of {store.path}", absent=True))
         try:
             # Opened all at once, so that retention in the program may remove the step while it is being uploaded.
             content = store.read(commit_name(step))
@@ -171,7 +171,7 @@ def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
         return [str(error)]
     stage = commits.new_stage(store, step, attempt)
     try:
-        with in_words(f"cannot write step {step} into {store.path}"):
+        with in_words(f"cannot write step {step} into {store.path}", absent=True):
             wrong = _fetch_files(remote, commit, f"downloading step {step}", into=stage)
             if wrong:
                 return wrong
@@ -223,9 +223,8 @@ def problems(store: Store, step: int) -> list[str]:
 
 def remove(remote: Remote, step: int) -> None:
     """Remove a step from a URL; commit.json first, so that no reader takes a half-removed step for whole."""
-    objects = remote.find(contract.step_dir(step))
-    remote.remove([name for name in objects if name == commit_name(step)])
-    remote.remove([name for name in objects if name != commit_name(step)])
+    remote.remove([commit_name(step)])
+    remote.remove(remote.find(contract.step_dir(step)))
 
 
 def set_aside(remote: Remote, step: int, reasons: list[str]) -> None:

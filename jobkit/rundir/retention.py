@@ -2,8 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
@@ -11,10 +10,10 @@ from jobkit import contract
 from jobkit.rundir.store import Store
 
 _EVERYTHING = 1 << 30
+_Mode = Annotated[str, msgspec.Meta(pattern="^(min|max)$")]
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(msgspec.Struct, frozen=True):
     """Which committed steps stay.
 
     Args:
@@ -22,8 +21,8 @@ class Keep:
         best: Metric and 'min' or 'max'; the best step by it stays too.
     """
 
-    newest: int = 3
-    best: tuple[str, str] | None = None
+    newest: Annotated[int, msgspec.Meta(ge=1)] = msgspec.field(name="keep")
+    best: tuple[str, _Mode] | None = msgspec.field(default=None, name="keep_best")
 
     def superfluous(self, known: Mapping[int, Mapping[str, float]]) -> list[int]:
         """Say which steps may go, oldest first; never the newest.
@@ -49,20 +48,12 @@ class Keep:
         return min(scored)[1] if scored else None
 
 
-class _Strategy(msgspec.Struct):
-    """What strategy.json says of retention."""
-
-    keep: Annotated[int, msgspec.Meta(ge=1)] = _EVERYTHING
-    keep_best: tuple[str, Literal["min", "max"]] | None = None
-
-
 def keep_of(store: Store) -> Keep:
     """Return what the program's `Run` keeps; everything while it has not said, or says it in no words of ours.
 
     Raises:
         StorageError: If the storage does not answer.
     """
-    said = _Strategy()
     with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
-        said = msgspec.json.decode(store.get(contract.STRATEGY) or b"{}", type=_Strategy)
-    return Keep(said.keep, said.keep_best)
+        return msgspec.json.decode(store.get(contract.STRATEGY) or b"", type=Keep)
+    return Keep(_EVERYTHING)

@@ -60,13 +60,18 @@ def explain(error: OSError, doing: str) -> JobkitError:
 
 
 @contextlib.contextmanager
-def in_words(doing: str) -> Iterator[None]:
-    """Turn the system's errors inside into ours, but that something is absent, which is an answer; see `explain`."""
+def in_words(doing: str, *, absent: bool = False) -> Iterator[None]:
+    """Turn the system's errors inside into ours; see `explain`.
+
+    Args:
+        doing: What is tried, as the start of a sentence.
+        absent: Whether FileNotFoundError is an answer, and stays.
+    """
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if absent and isinstance(error, FileNotFoundError):
+            raise
         raise explain(error, doing) from None
 
 
@@ -119,7 +124,7 @@ def home_of(url: str) -> Path:
     root = Path(given or Path(tempfile.gettempdir()) / f"jobkit-{os.getuid()}")
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     home = root / f"{url.rstrip('/').rpartition('/')[2]}-{digest}"
-    try:
+    with in_words(f"cannot create {home}"):
         if given:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_uid != os.getuid():
@@ -127,8 +132,6 @@ def home_of(url: str) -> Path:
         else:  # where everybody may make one of that name
             _own(root)
         _own(home)
-    except OSError as error:
-        raise explain(error, f"cannot create {home}") from None
     return home
 
 
@@ -180,12 +183,8 @@ def _answered(
         @functools.wraps(method)
         def answered(self: "Store", name: str, /, *args: P.args, **named: P.kwargs) -> R:
             def once() -> R:
-                try:
+                with in_words(f"cannot {doing} {self.path / name}", absent=absent):
                     return method(self, name, *args, **named)
-                except OSError as error:
-                    if absent and isinstance(error, FileNotFoundError):
-                        raise
-                    raise explain(error, f"cannot {doing} {self.file(name)}") from None
 
             return self.insist(once)
 
@@ -246,13 +245,11 @@ class Store:
         Raises:
             JobkitError: If it cannot be made.
         """
-        try:
+        with in_words(f"cannot create {self.path}"):
             if self.path.exists():
                 return
             mode = 0o777 if shared else 0o770 if _for_a_group(self.path.parent) else 0o700
             self.path.mkdir(mode=mode, parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain(error, f"cannot create {self.path}") from None
 
     def file(self, name: str) -> Path:
         """Return the path of a name inside the run directory.
@@ -413,17 +410,15 @@ def _temporary(name: str, token: str) -> str:
 def _written(path: Path, content: bytes | str) -> Iterator[Path]:
     """Write content durably under a temporary name beside a path; translate errors, and leave nothing behind."""
     temporary = path.with_name(_temporary(path.name, secrets.token_hex(6)))
-    doing = f"cannot create {path.parent}"
-    try:
+    with in_words(f"cannot create {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        doing = f"cannot write {path}"
-        with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    except OSError as error:
-        raise explain(error, doing) from None
+    try:
+        with in_words(f"cannot write {path}"):
+            with open(temporary, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
