@@ -46,7 +46,6 @@ from jobkit.run.leaving import Leaving, by_break
 from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.state_view import Values
 from jobkit.rundir import commits, mirror, remote_steps
-from jobkit.rundir.commits import check_newest, sweep
 from jobkit.rundir.control import Control, says_stop
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.loops import EarlyStop, Loops
@@ -487,7 +486,7 @@ class Run:
 
     def _bring_newest(self) -> None:
         """Bring the newest step into the home, after tidying up there."""
-        sweep(self._store, attempt=self.attempt)
+        commits.sweep(self._store, attempt=self.attempt)
         if self._store.remote is not None:
             remote_steps.fetch_newest(self._store, self._ledger, attempt=self.attempt)
             self._checkpoints.elsewhere = remote_steps.metrics(self._store.remote)
@@ -821,7 +820,7 @@ class Run:
             self._next_look_s = time.monotonic() + _LOOK_S
             self._look_at_signals()
             try:
-                check_newest(self._store, self.attempt, "go on")
+                commits.check_newest(self._store, self.attempt, "go on")
             except SupersededError:
                 raise
             except JobkitError:

@@ -12,18 +12,19 @@ from jobkit import names
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
-    _sync(path, os.O_DIRECTORY)
+    sync(path, os.O_DIRECTORY)
 
 
 def sync_tree(root: Path) -> None:
     """Make every file and directory below `root`, and `root` itself, durable."""
     for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
         for name in files:
-            _sync(Path(directory, name))
+            sync(Path(directory, name))
         sync_directory(Path(directory))
 
 
-def _sync(path: Path, flags: int = 0) -> None:
+def sync(path: Path, flags: int = 0) -> None:
+    """Make the content of a file durable."""
     descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
