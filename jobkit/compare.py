@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 
-from jobkit import contract
 from jobkit.contract import Exit
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.printable import printable
@@ -163,13 +162,12 @@ def _leaves(store: Store, step: int) -> dict[str, tuple[str, Any]]:
     Raises:
         StorageError: If the step is damaged.
     """
-    from jobkit.checkpoint.restore import find_step
-    from jobkit.checkpoint.state import stored_paths
-    from jobkit.checkpoint.table import table_of
+    from jobkit.checkpoint import orbax_io, restore, state
 
-    find_step(store, step)  # verifies every byte
-    table = table_of(store, step)
-    arrays = _arrays(store, step, list(stored_paths(table)))
+    restore.find_step(store, step)  # verifies every byte
+    table = state.table_of(store, step)
+    found = orbax_io.read(store, step, dict.fromkeys(state.stored_paths(table)), alone=True)
+    arrays = {"/".join(path): array for path, array in found.items()}
     leaves: dict[str, tuple[str, Any]] = {}
     for part, entry in table.items():
         for key, record in entry["leaves"].items():
@@ -179,30 +177,6 @@ def _leaves(store: Store, step: int) -> dict[str, tuple[str, Any]]:
         if entry.get("skeleton") is not None:
             leaves[f"{part} (its state)"] = (entry["kind"], json.dumps(entry["skeleton"], sort_keys=True))
     return leaves
-
-
-def _arrays(store: Store, step: int, paths: list[tuple[str, ...]]) -> dict[str, Any]:
-    """Read a step's arrays as numpy, by name: whatever devices they were on."""
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    as_numpy: dict[str, Any] = {}
-    for path in paths:
-        node = as_numpy
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = ocp.RestoreArgs(restore_type=np.ndarray)
-    if not as_numpy:
-        return {}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(store.file(contract.step_dir(step)) / contract.ORBAX_ITEM, restore_args=as_numpy)
-    arrays = {}
-    for path in paths:
-        node = tree
-        for name in path:
-            node = node[name]
-        arrays["/".join(path)] = np.asarray(node)
-    return arrays
 
 
 def _kind(record: Mapping[str, Any]) -> str:

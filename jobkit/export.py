@@ -1,12 +1,12 @@
 """Write a run's parameters alone: `python -m jobkit.export RUN OUT [STEP [--json]]`; `jobkit checkpoints` calls it."""
 
+import contextlib
 import json
-import os
 import sys
 
 from jobkit.checkpoint.restore import export_params
 from jobkit.contract import Exit
-from jobkit.errors import JobkitError, say
+from jobkit.errors import JobkitError, flush, say
 from jobkit.printable import printable
 
 
@@ -23,12 +23,10 @@ def main(arguments: list[str]) -> int:
     except JobkitError as error:
         say(str(error))
         return Exit.USAGE
-    try:
-        text = json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves)
+    text = json.dumps({"run": run, "exported": out, "leaves": leaves}, indent=2) if as_json else "\n".join(leaves)
+    with contextlib.suppress(BrokenPipeError):  # `... | head`: the parameters are written all the same
         print(printable(text))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `... | head`: the parameters are written all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter's last flush fail
+    flush()
     return 0
 
 

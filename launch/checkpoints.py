@@ -53,13 +53,13 @@ def listed(store: Store) -> list[Row]:
     rows = []
     for step in sorted({*commits.steps(store), *remote}):
         uploaded = step in remote if store.remote is not None else None
+        problem = damaged.get(step, "")
         try:
             commit = _commit(store, step)
         except JobkitError as error:
-            rows.append(Row(step=step, uploaded=uploaded, problem=str(error)))
-            continue
-        if step in damaged:
-            rows.append(Row(step=step, uploaded=uploaded, problem=damaged[step]))
+            problem = str(error)
+        if problem:
+            rows.append(Row(step=step, uploaded=uploaded, problem=problem))
             continue
         row = Row(
             step=step,
@@ -78,8 +78,7 @@ def listed(store: Store) -> list[Row]:
 def _commit(store: Store, step: int) -> commits.Commit:
     if step in commits.steps(store):
         return commits.read(store, step)
-    assert store.remote is not None
-    return commits.with_scores(store, remote_steps.read(store.remote, step))
+    return commits.with_scores(store, remote_steps.read(store.bucket, step))
 
 
 def verify(store: Store, steps: list[int], tell: Callable[[int, list[str]], None]) -> dict[int, list[str]]:

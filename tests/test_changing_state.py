@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import jobkit
 from jobkit.checkpoint import state
 from jobkit.checkpoint.restore import load, restore
-from jobkit.checkpoint.table import table_of
+from jobkit.checkpoint.state import table_of
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from tests import training

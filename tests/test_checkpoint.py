@@ -29,8 +29,8 @@ from jobkit.checkpoint.restore import find_step, restore
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.rundir import commits
-from jobkit.rundir.commits import Keep
 from jobkit.rundir.ledger import Ledger, attempt_events
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
 from tests.test_state import parts_of, same, saved
 
@@ -558,7 +558,7 @@ def test_load_refuses(run: Store, tmp_path: Path) -> None:
     store = saved(tmp_path / "run", parts_of(x=1))
     with pytest.raises(ConfigError, match="has no best step: its Run was given no keep_best"):
         jobkit.load(store.url, step="best", x=1)
-    store.write(contract.STRATEGY, json.dumps({"keep_best": ["val_loss", "min"]}))
+    store.write(contract.STRATEGY, json.dumps({"keep": 3, "keep_best": ["val_loss", "min"]}))
     with pytest.raises(ConfigError, match=r"no committed step of .* has the metric 'val_loss' yet"):
         find_step(store, "best")
     damage(store, 1)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from jobkit import contract
 from jobkit.errors import ConfigError, StorageError, SupersededError
 from jobkit.rundir import commits
-from jobkit.rundir.commits import Commit, Keep
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
 
 DATA = {"default/manifest": b"\0\1" * 20, "default/d/part0": b"abc" * 50, "default/d/part1": b"xyz" * 50, "empty": b""}

@@ -17,10 +17,11 @@ import pytest
 
 from jobkit import contract, decode
 from jobkit.errors import JobkitError
-from jobkit.rundir import commits, ledger, mirror
+from jobkit.rundir import commits, ledger, retention
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.control import Control
-from jobkit.rundir.store import Store, checksum
+from jobkit.rundir.files import checksum
+from jobkit.rundir.store import Store
 from jobkit.supervise import stall
 from jobkit.tracking import trackers
 from launch.cli import main
@@ -159,7 +160,7 @@ READERS: list[Callable[[Store], object]] = [
     read_history,
     ledger.read_metrics,
     ledger.read_events,
-    mirror.keep_of,
+    retention.keep_of,
     commits.metrics,
     lambda store: [commits.problems(store, step) for step in commits.steps(store)],
     lambda store: Control(store).new(contract.SAVE),

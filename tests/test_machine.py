@@ -28,8 +28,8 @@ def _life(url: str, saves: int, answer: str) -> None:
     from jobkit.checkpoint import state
     from jobkit.checkpoint.checkpointer import Checkpoints
     from jobkit.rundir import commits
-    from jobkit.rundir.commits import Keep
     from jobkit.rundir.ledger import Ledger
+    from jobkit.rundir.retention import Keep
 
     def tell(**what: Any) -> None:
         with open(answer, "a") as file:

@@ -211,7 +211,7 @@ def test_folders_that_a_console_made_are_nobodys(gcs: GcsServer, capsys: pytest.
     remote = Store(url).remote
     assert remote is not None
     assert list(remote.find()) == ["attempts/0/claim.json"]
-    assert remote_steps.attempts(remote) == [0]
+    assert remote.numbers(contract.ATTEMPTS) == [0]
     assert remote_steps.steps(remote) == []
     assert capsys.readouterr().err == ""
 

@@ -22,6 +22,7 @@ from jobkit.rundir import commits, mirror, remote_steps, uploader
 from jobkit.rundir.ledger import Ledger, read_events, read_metrics
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
+from launch.lifecycle import submission
 from tests import training
 from tests.gcs_server import GcsServer
 from tests.jobs import until
@@ -111,6 +112,38 @@ def test_find_read_write_remove(place: Place) -> None:
     assert remote.find() == {"a/two": 3}
     with pytest.raises(FileNotFoundError):
         remote.read("a/one")
+
+
+def test_an_object_is_removed_by_its_content(place: Place) -> None:
+    """What has the content goes, once; what has another stays, and is told, also where none was to be there."""
+    remote = Remote(place.url)
+    remote.write(contract.CANCEL, b"mine")
+    assert not remote.remove_this(contract.CANCEL, b"another")
+    assert not remote.remove_this(contract.CANCEL, None)
+    assert remote.read(contract.CANCEL) == b"mine"
+    assert remote.remove_this(contract.CANCEL, b"mine")
+    assert remote.find() == {}
+    assert remote.remove_this(contract.CANCEL, b"mine")
+    assert remote.remove_this(contract.CANCEL, None)
+
+
+@pytest.mark.parametrize("place", ["gs"], indirect=True)
+def test_a_cancel_that_comes_as_one_is_taken_back_stays(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel from another machine between the look at the old one and its removal is told of, and stays."""
+    store = Store(place.url)
+    old = submission.ask(store, contract.CANCEL)
+    read = store.bucket.read
+
+    def reading(name: str) -> bytes:
+        content = read(name)
+        Remote(place.url).write(name, b"of another machine")
+        return content
+
+    monkeypatch.setattr(store.bucket, "read", reading)
+    with pytest.raises(ConfigError, match="was cancelled on another machine this very moment"):
+        submission.take_back_cancel(store, old)
+    assert read(contract.CANCEL) == b"of another machine"
+    assert store.read(contract.CANCEL) == old
 
 
 def test_uploads_of_dead_attempts_are_ended(moto: dict[str, str], tmp_path: Path) -> None:
@@ -297,7 +330,7 @@ def test_an_old_attempt_cannot_commit_to_the_bucket(place: Place) -> None:
     elsewhere = _elsewhere(place, 1)
     assert mirror.claim(elsewhere) == old + 1
     with pytest.raises(ConfigError, match=f"attempt {old + 1} has taken over"):
-        remote_steps.check_newest(Remote(place.url), old)
+        commits.check_newest(Remote(place.url), old, "commit")
 
 
 def test_submit_status_and_cancel_on_a_bucket(place: Place) -> None:

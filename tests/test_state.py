@@ -33,8 +33,8 @@ from jobkit.checkpoint.leaves import is_leaf
 from jobkit.checkpoint.restore import restore
 from jobkit.errors import ConfigError
 from jobkit.run.optimizer_check import has_optimizer
-from jobkit.rundir.commits import Keep
 from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
 
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.rundir.store import Store, checksum, explain, files_below, free_bytes, local_path, remove_tree, sync_tree
+from jobkit.rundir.files import checksum, files_below, free_bytes, remove_tree, sync_tree
+from jobkit.rundir.store import Store, explain, local_path
 
 _SPAWN = multiprocessing.get_context("spawn")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jobkit.checkpoint.interval import UNKNOWN_S
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.errors import ConfigError
-from jobkit.rundir.commits import Keep
+from jobkit.rundir.retention import Keep
 
 BEST = ("val_loss", "min")
 

@@ -332,14 +332,14 @@ def join_many(started: list[multiprocessing.process.BaseProcess], timeout_s: flo
 
 def values(url: Path | str, step: int, part: str = "params") -> dict[str, Any]:
     """Return the arrays of one part of a committed step, by their names."""
-    from jobkit import contract
-    from jobkit.checkpoint import orbax_io, restore, state
+    from jobkit.checkpoint import orbax_io, state
     from jobkit.rundir.store import Store
 
     store = Store(url)
-    item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
-    wanted = [path for path in state.stored_paths(restore.table_of(store, step)) if path[0] == part]
-    return {path[1]: array.tolist() for path, array in sorted(orbax_io.read(item, dict.fromkeys(wanted)).items())}
+    wanted = [path for path in state.stored_paths(state.table_of(store, step)) if path[0] == part]
+    return {
+        path[1]: array.tolist() for path, array in sorted(orbax_io.read(store, step, dict.fromkeys(wanted)).items())
+    }
 
 
 def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = False) -> str:
@@ -350,7 +350,7 @@ def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = Fals
     """
     import numpy as np
 
-    from jobkit.checkpoint import orbax_io, restore, state
+    from jobkit.checkpoint import orbax_io, state
     from jobkit.rundir import commits
     from jobkit.rundir.store import Store
 
@@ -358,9 +358,9 @@ def digest(url: Path | str, step: int | None = None, *, arrays_only: bool = Fals
     step = commits.steps(store)[-1] if step is None else step
     assert commits.problems(store, step) == []
     directory = store.file(contract.step_dir(step))
-    table = restore.table_of(store, step)
+    table = state.table_of(store, step)
     total = hashlib.sha256(b"" if arrays_only else repr((step, table)).encode())
-    found = orbax_io.read(directory / contract.ORBAX_ITEM, dict.fromkeys(state.stored_paths(table)))
+    found = orbax_io.read(store, step, dict.fromkeys(state.stored_paths(table)))
     for path in sorted(found):
         total.update(repr(path).encode() + np.asarray(found[path]).tobytes())
     if arrays_only:

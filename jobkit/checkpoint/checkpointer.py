@@ -1,62 +1,36 @@
-"""Save, commit, retain: orbax_io.py writes through Orbax, commits.py decides what is a checkpoint.
+"""Save, commit, retain: saving.py takes one save to its end, commits.py decides what is a checkpoint.
 
 A save has two halves. On the training thread: the state is taken apart and Orbax takes its device-to-host copies. On a
 thread of its own: Orbax writes to the stage, the files are made durable, measured and renamed into place, and only then
-old steps go. One save is under way at a time.
-
-In a run of several processes all of them save the same steps in the same order. Each writes and measures its own files;
-process 0 commits when it has heard of all, and the others hear from it whether it did.
+old steps go. One save is under way at a time; in a run of several processes all of them save the same steps in the same
+order.
 """
 
 import contextlib
-import json
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
-import msgspec
 
 from jobkit import contract, faults, versions
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.first_step_check import FirstStepCheck
 from jobkit.checkpoint.kinds import Part
-from jobkit.checkpoint.restore import restore
+from jobkit.checkpoint.restore import read_back, restore
+from jobkit.checkpoint.saving import Save, SaveState
 from jobkit.checkpoint.schedule import Rates
-from jobkit.checkpoint.table import table_of
-from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError, SupersededError, say
-from jobkit.group import Group, raise_told, told_error
+from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError, say
+from jobkit.group import Group
 from jobkit.rundir import commits
-from jobkit.rundir.commits import Commit, FileRecord, Keep
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.files import free_bytes
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.loops import Loops
-from jobkit.rundir.store import Store, explain, files_below, free_bytes, remove_tree
+from jobkit.rundir.retention import Keep
+from jobkit.rundir.store import Store, in_words
 from jobkit.supervise.heartbeat import Heartbeat
 from jobkit.supervise.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
 from jobkit.units import show_size
-
-_ORBAX_TMP = ".orbax-checkpoint-tmp"
-_SAVE_S = 1800.0
-"""How long one process may take longer than the first to write its part of a save."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """One committed save, as training felt it.
-
-    Args:
-        step: Completed steps.
-        blocking_s: Seconds the training thread spent.
-        durable_s: Seconds from the start of the save to its commit.
-    """
-
-    step: int
-    blocking_s: float
-    durable_s: float
 
 
 class Checkpoints:
@@ -92,9 +66,10 @@ class Checkpoints:
         self._group = group or Group("")
         self._count = 0
         self._writer = orbax_io.Writer()
-        self._spent: list[tuple[orbax_io.Writer, Path]] = []
-        """Writers of saves that failed, which would raise what is left of that at the next; and where they wrote."""
-        self._thread: threading.Thread | None = None
+        self._spent: list[tuple[orbax_io.Writer, Save]] = []
+        """Writers of saves that failed, which would raise what is left of that at the next."""
+        self._save: Save | None = None
+        """The newest one."""
         self._error: JobkitError | None = None
         self._rehearsed = False
         self.loops = Loops()
@@ -103,19 +78,32 @@ class Checkpoints:
         """Compares what is committed with the step before, until there is a difference."""
         self.elsewhere: dict[int, dict[str, float]] = {}
         """Metrics of steps on the run's URL that are not in this home."""
-        self.saving_step: int | None = None
-        """Step of the save under way."""
-        self.saving_asked = False
-        """Whether the program asked for it, rather than the clock: its metrics may be the best there will be."""
         self.rates = Rates()
         """How long saves took."""
-        self._begun = 0.0
-        self._stage = Path()
-        self._abandoned = self._publishing = False
-        self._gate = threading.Lock()
         self.committed_step = -1
         """Newest step known to be committed, -1 if there is none."""
-        self.last: Saved | None = None
+        self.last: Save | None = None
+        """The newest save that was committed."""
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is still being written or tidied up after."""
+        return self._save is not None and self._save.running
+
+    @property
+    def saving_step(self) -> int | None:
+        """Step of the save under way."""
+        return self._save.step if self._save is not None and self._save.in_flight else None
+
+    @property
+    def saving_asked(self) -> bool:
+        """Whether the program asked for it, rather than the clock: its metrics may be the best there will be."""
+        return self._save is not None and self._save.asked
+
+    @property
+    def saving_for_s(self) -> float:
+        """How long the save under way has been so."""
+        return time.monotonic() - self._save.begun if self._save is not None else 0.0
 
     def save(self, snapshot: state.Snapshot, step: int, *, reason: str, metrics: Mapping[str, float]) -> None:
         """Start saving a step; waits for the one under way first. Of a committed step the metrics alone are kept.
@@ -132,17 +120,16 @@ class Checkpoints:
             return
         snapshot.check_whole()
         jax.block_until_ready(snapshot.arrays)  # type: ignore[no-untyped-call]  # the device's own time is none of the save's
-        self._begun = begun = time.monotonic()
-        self._abandoned = self._publishing = False
         self._count += 1
-        stage = self._stage = Path(self._group.share(f"stage/{self._count}", lambda: str(self._new_stage(step))))
+        asked = reason == "asked" or bool(metrics)
+        save = Save(self._store, self._group, self._count, step=step, attempt=self._attempt, asked=asked)
         faults.reach("before_write")
         try:
             upload = self._store.remote is not None
-            self._writer.start(stage, snapshot.arrays, snapshot.nbytes, for_upload=upload)
+            self._writer.start(save.stage, snapshot.arrays, snapshot.nbytes, for_upload=upload)
         except Exception as error:
-            self._renew_writer(stage)
-            _discard(stage)
+            self._renew_writer(save)
+            save.discard()
             raise self._reason(error, f"cannot save step {step} to {self._store.url}", step) from error
         commit = Commit(
             step=step,
@@ -151,16 +138,16 @@ class Checkpoints:
             reason=reason,
             files={},
             metrics=dict(metrics),
-            topology=_topology(),
+            topology={
+                "process_count": jax.process_count(),
+                "device_count": jax.device_count(),
+                "platform": jax.default_backend(),
+            },
             versions=versions.found(),
             early_stops=[stop for stop in self.loops.early if stop.step <= step],
         )
-        blocking_s = time.monotonic() - begun
-        self.saving_step, self.saving_asked = step, reason == "asked" or bool(metrics)
-        self._thread = threading.Thread(
-            target=self._finish, args=(stage, snapshot, commit, begun, blocking_s), name="jobkit-save"
-        )
-        self._thread.start()
+        self._save = save
+        save.start(lambda: self._finish(save, snapshot, commit))
 
     def _score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep metrics of a step that is committed already: of an evaluation after the save, say."""
@@ -178,41 +165,31 @@ class Checkpoints:
             early = self.loops.early
             commits.score(self._store, self.committed_step, {}, attempt=self._attempt, early_stops=early)
 
-    def _new_stage(self, step: int) -> Path:
-        stage = commits.new_stage(self._store, step, self._attempt)
-        if self._group.count > 1:
-            _beside(stage).mkdir()
-        return stage
-
-    def _finish(self, stage: Path, snapshot: state.Snapshot, commit: Commit, begun: float, blocking_s: float) -> None:
+    def _finish(self, save: Save, snapshot: state.Snapshot, commit: Commit) -> None:
         """Write, commit, retain: the half of a save that training does not wait for."""
         try:
             faults.reach("during_write")
-            new = self._commit(stage, snapshot, commit)
+            new = save.commit(self._writer, snapshot, commit, self._before_commit)
         except Exception as error:
-            self._renew_writer(stage)
-            if self._abandoned:  # then this is what was meant to happen
+            self._renew_writer(save)
+            if save.end(SaveState.FAILED) is SaveState.ABANDONED:  # then this is what was meant to happen
                 self._ledger.append("abandoned", step=commit.step)
                 return
             if self._group.first:
-                _discard(stage)
-            self._fail(
-                self._reason(error, f"cannot commit step {commit.step} to {self._store.url}", commit.step), commit
-            )
+                save.discard()
+            self._fail(error, f"cannot commit step {commit.step} to {self._store.url}", commit)
             return
-        finally:
-            self.saving_step = None
-        durable_s = time.monotonic() - begun
+        save.end(SaveState.COMMITTED)
         self.committed_step = max(self.committed_step, commit.step)
-        self.last = Saved(commit.step, blocking_s, durable_s)
-        self.rates.add((snapshot.nbytes, durable_s), reason=commit.reason)
+        self.last = save
+        self.rates.add((snapshot.nbytes, save.durable_s), reason=commit.reason)
         self._ledger.append(
             "saved" if new else "skipped",
             durable=True,
             step=commit.step,
             reason=commit.reason,
-            blocking_s=round(blocking_s, 6),
-            durable_s=round(durable_s, 6),
+            blocking_s=round(save.blocking_s, 6),
+            durable_s=round(save.durable_s, 6),
             bytes=snapshot.nbytes,
             metrics=dict(commit.metrics),
         )
@@ -224,7 +201,7 @@ class Checkpoints:
             self._compare(commit)
             self._retain()
         except JobkitError as error:
-            self._fail(self._reason(error, "", commit.step), commit)
+            self._fail(error, "", commit)
 
     def _reason(self, error: Exception, doing: str, step: int) -> JobkitError:
         """Say why a save failed: a newer attempt takes the files away, and what the disk says of that is no reason."""
@@ -237,8 +214,9 @@ class Checkpoints:
                 pass
         return orbax_io.failure(error, doing)
 
-    def _fail(self, error: JobkitError, commit: Commit) -> None:
+    def _fail(self, raised: Exception, doing: str, commit: Commit) -> None:
         """Write down, and keep for `take_error`, why a save failed; to be superseded is none of the storage's doing."""
+        error = self._reason(raised, doing, commit.step)
         if isinstance(error, SupersededError):
             self._ledger.append("superseded", step=commit.step, reason=str(error))
         else:
@@ -257,58 +235,15 @@ class Checkpoints:
         elif self.first_step_check.seen:
             self._unsaved.changed(commit.step)
 
-    def _commit(self, stage: Path, snapshot: state.Snapshot, commit: Commit) -> bool:
-        """Commit what every process has written; tell whether the step is new."""
-        if self._group.count == 1:
-            self._wait_for_data(commit.step)
-            names = files_below(stage) if stage.exists() else []
-            measured = {name: self._measure(stage, name) for name in names}
-            with self._gate:
-                self._go_on()
-                self._publishing = True
-            return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit, measured=measured)
-        try:
-            self._wait_for_data(commit.step)
-            own: dict[str, Any] = msgspec.to_builtins(_own_files(stage, snapshot, self._group.index))
-        except Exception as error:
-            own = told_error(orbax_io.failure(error, f"process {self._group.index} cannot write its part"))
-        sent = self._group.gather(f"written/{self._count}", own, _SAVE_S)
-
-        def publish() -> bool:
-            for files in sent:
-                raise_told(files)
-            stage.mkdir(exist_ok=True)
-            for path in _beside(stage).iterdir():
-                os.rename(path, stage / path.name)
-            _beside(stage).rmdir()
-            measured = {name: msgspec.convert(record, FileRecord) for files in sent for name, record in files.items()}
-            return commits.publish(self._store, stage, state=_state_json(snapshot), commit=commit, measured=measured)
-
-        return bool(self._group.share(f"committed/{self._count}", publish))
-
-    def _renew_writer(self, stage: Path) -> None:
+    def _renew_writer(self, save: Save) -> None:
         """Write the next save with another writer; several processes do not go on after a save that failed."""
         if self._group.count == 1:
-            self._spent.append((self._writer, stage))
+            self._spent.append((self._writer, save))
             self._writer = orbax_io.Writer()
-
-    def _wait_for_data(self, step: int) -> None:
-        self._writer.wait()
-        faults.reach("after_data")
-        self._before_commit(step)
-
-    def _measure(self, stage: Path, name: str) -> FileRecord:
-        self._go_on()
-        return commits.measure(stage, [name])[name]
-
-    def _go_on(self) -> None:
-        if self._abandoned:
-            raise StorageError("abandoned for a newer save")
 
     def abandon(self, nbytes: int = 0) -> bool:
         """Break the save in flight off, to make way for a newer one, and wait for that; tell whether it was possible.
 
-        Orbax cannot be told to stop, so its directory is taken away: with a file in its place, the next write fails.
         What it has written stays until `tidy`, since to remove a GB takes a third of a second.
 
         Durability: what was committed before stays; of the step in flight nothing does.
@@ -316,12 +251,8 @@ class Checkpoints:
         Args:
             nbytes: What is to be written next: without room for both, what was written goes first.
         """
-        with self._gate:
-            if self._group.count > 1 or self._publishing or not self.saving:
-                return False
-            self._abandoned = True
-        orbax_io.silence()
-        _take_away(self._stage)
+        if self._save is None or not self._save.running or not self._save.abandon():
+            return False
         self.wait()
         with contextlib.suppress(OSError):
             if free_bytes(self._store.path) < _with_metadata(nbytes):
@@ -333,40 +264,17 @@ class Checkpoints:
 
         Again at the end: one of a writer's threads may have written on after another had failed.
         """
-        for _, stage in self._spent:
-            _discard(stage)
-
-    @property
-    def saving_for_s(self) -> float:
-        """How long the save under way has been so."""
-        return time.monotonic() - self._begun
+        for _, save in self._spent:
+            save.discard()
 
     def _rehearse(self, step: int) -> None:
         """Read the attempt's first commit back the way a restore does: an untested restore is no checkpoint."""
         if self._rehearsed or self._busy():
             return
         begun = time.monotonic()
-        wrong = commits.problems(self._store, step, stop=self._busy)
-        if self._busy():
+        wrong = read_back(self._store, step, stop=self._busy)
+        if wrong is None:
             return
-        table = table_of(self._store, step)
-        item = self._store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
-        try:
-            for paths in orbax_io.batches(state.stored_paths(table)):
-                if self._busy():
-                    return
-                for path, array in orbax_io.read(item, dict.fromkeys(paths), alone=True).items():
-                    record = paths[path]
-                    if record["is"] != "key" and (list(array.shape), array.dtype.name) != (
-                        record["shape"],
-                        record["dtype"],
-                    ):
-                        wrong.append(f"{'/'.join(path)} reads as {array.dtype} {array.shape}")
-        except Exception as error:
-            said = orbax_io.failure(error, f"cannot read step {step} of {self._store.url} back")
-            if isinstance(said, PackageError) or orbax_io.system_error(error) is not None:
-                raise said from error  # its bytes are as they were written
-            wrong.append(str(error))
         if wrong:
             commits.check_newest(self._store, self._attempt, f"set step {step} aside")  # it may have removed the step
             commits.set_aside(self._store, step, wrong)
@@ -387,11 +295,8 @@ class Checkpoints:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the save under way, if any, is committed or has failed."""
-        thread = self._thread  # two threads may wait
-        if thread is not None:
-            thread.join(timeout_s)
-            if not thread.is_alive() and self._thread is thread:
-                self._thread = None
+        if self._save is not None:
+            self._save.wait(timeout_s)
 
     @property
     def failed(self) -> bool:
@@ -402,12 +307,6 @@ class Checkpoints:
         """Return what went wrong on the saving thread since the last call."""
         error, self._error = self._error, None
         return error
-
-    @property
-    def saving(self) -> bool:
-        """Whether a save is still being written or tidied up after."""
-        thread = self._thread
-        return thread is not None and thread.is_alive()
 
     def close(self) -> None:
         """Wait for the save under way and end Orbax's threads.
@@ -486,10 +385,8 @@ class Checkpoints:
             ConfigError: With what is needed and what is free, in a run's first attempt.
             StorageError: In a later one: there was room before, and may be again.
         """
-        try:
+        with in_words(f"cannot look at {self._store.url}"):
             free = free_bytes(self._store.path)
-        except OSError as error:
-            raise explain(error, f"cannot look at {self._store.url}") from None
         needed = _with_metadata(nbytes)
         if free < needed:
             kind = StorageError if self._attempt else ConfigError
@@ -502,59 +399,3 @@ class Checkpoints:
 def _with_metadata(nbytes: int) -> int:
     """Return the bytes that a checkpoint takes on disk: Orbax's metadata comes on top of the state."""
     return int(nbytes * 1.05) + (1 << 20)
-
-
-def _discard(stage: Path) -> None:
-    """Remove a stage that will not be committed, with the temporary directory Orbax keeps beside it."""
-    with contextlib.suppress(OSError):
-        for path in stage.parent.glob(stage.name + "*"):
-            remove_tree(path)
-            with contextlib.suppress(OSError):
-                path.unlink()  # what `_take_away` put in the way
-
-
-def _take_away(stage: Path) -> None:
-    """Put files where a stage, or Orbax's temporary directory of it, is or would be."""
-    for path in (stage.with_name(stage.name + _ORBAX_TMP), stage):
-        for number in range(10):  # tensorstore may make the directory again between the two calls
-            with contextlib.suppress(OSError):
-                os.rename(path, path.with_name(f"{path.name}.gone-{number}"))
-            with contextlib.suppress(OSError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                break
-
-
-def _beside(stage: Path) -> Path:
-    """Return where the processes put files of their own while Orbax, which makes the stage itself, still writes."""
-    return stage.with_name(stage.name + ".own")
-
-
-def _own_files(stage: Path, snapshot: state.Snapshot, process: int) -> dict[str, FileRecord]:
-    """Write what belongs to this process alone; measure that and its shards. Process 0's table comes at the commit."""
-    directory, shards = _beside(stage), f"{contract.ORBAX_ITEM}/ocdbt.process_{process}"
-    names = [contract.of_process(contract.LOCAL, process)]
-    with (directory / names[0]).open("wb") as file:
-        for array in snapshot.local:
-            file.write(array.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    if process:
-        names.append(contract.of_process(contract.STATE, process))
-        with (directory / names[1]).open("w") as file:
-            json.dump(_state_json(snapshot), file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-    measured = commits.measure(stage, [f"{shards}/{name}" for name in files_below(stage / shards)])
-    return commits.measure(directory, names) | measured
-
-
-def _state_json(snapshot: state.Snapshot) -> dict[str, Any]:
-    return {"version": contract.RUN_VERSION, "parts": snapshot.table}
-
-
-def _topology() -> dict[str, int | str]:
-    return {
-        "process_count": jax.process_count(),
-        "device_count": jax.device_count(),
-        "platform": jax.default_backend(),
-    }

@@ -7,18 +7,15 @@ committed step that holds the same as the one before; it is looked for until the
 import random
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jobkit import contract
 from jobkit.checkpoint import orbax_io as arrays
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part
-from jobkit.checkpoint.leaves import Record
-from jobkit.checkpoint.table import table_of
+from jobkit.checkpoint.leaves import Path, Record
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
 
@@ -39,27 +36,25 @@ class FirstStep:
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
-        self._leaves = {
-            name: [weakref.ref(slot.value) for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
-            for name, part in parts.items()
-            if part.kind != "object"
+        self._before = {
+            name: list(map(weakref.ref, _arrays(part))) for name, part in parts.items() if part.kind != "object"
         }
 
     def warning(self) -> str:
         """Say, once after the first step, which parts it left as they were; '' if all changed."""
         same = []
-        leaves, self._leaves = self._leaves, {}
-        for name, before in leaves.items():
-            now = [slot.value for slot in self._parts[name].slots()[0] if isinstance(slot.value, jax.Array)]
-            if (
-                before
-                and len(now) == len(before)
-                and all(ref() is value for ref, value in zip(before, now, strict=True))
-            ):
+        known, self._before = self._before, {}
+        for name, before in known.items():
+            now = _arrays(self._parts[name])
+            if before and len(now) == len(before) and all(ref() is one for ref, one in zip(before, now, strict=True)):
                 same.append(name)
         if not same:
             return ""
         return f"warning: the first step changed nothing in {', '.join(same)}: {_REMEDY}"
+
+
+def _arrays(part: Part) -> list[jax.Array]:
+    return [slot.value for slot in part.slots()[0] if isinstance(slot.value, jax.Array)]
 
 
 _REMEDY = (
@@ -109,12 +104,16 @@ class FirstStepCheck:
             self._looks += 1
             if self._looks > _OFTEN and self._looks & (self._looks - 1):
                 return None
-            one, other = self._read(before), self._read(step)
-            if not other.leaves or len(one.tables) != len(other.tables):
+            one, other = self._tables(before), self._tables(step)
+            parts = other[0]
+            if not parts or len(one) != len(other):
                 return None
-            self.seen = one.arrays != other.arrays or not self._same_arrays(before, step, other.trained)
-            different = self.seen or one.words != other.words or not self._same_arrays(before, step, other.numbers)
-            self.seen |= different and not other.trained  # where there is no array, numbers are all there is to train
+            trained = list(map(_trained, other))
+            stored, first = state.stored_paths(parts), state.stored_paths(trained[0])
+            rest = {path: record for path, record in stored.items() if path not in first}
+            self.seen = list(map(_trained, one)) != trained or not self._same_arrays(before, step, first)
+            different = self.seen or one != other or not self._same_arrays(before, step, rest)
+            self.seen |= different and not trained[0]  # where there is no array, numbers are all there is to train
         except Exception:  # whoever restores will say what is wrong with a step; here it is no proof of anything
             return None
         if self.seen or self._busy():
@@ -122,79 +121,41 @@ class FirstStepCheck:
         if different:
             reason = (
                 f"no array differs between steps {before} and {step}, though numbers do (of "
-                f"{', '.join(sorted(other.tables[0]))}): {_REMEDY}; if it does not train the arrays, leave them out of "
+                f"{', '.join(sorted(parts))}): {_REMEDY}; if it does not train the arrays, leave them out of "
                 "resume()"
             )
             return Repeated(reason, but_numbers=True)
+        leaves = sum(len(entry["leaves"]) or 1 for entry in parts.values())
         reason = (
-            f"step {step} holds the same as step {before} in all {other.leaves} leaves of "
-            f"{', '.join(sorted(other.tables[0]))}: {_REMEDY}; if it only evaluates, leave the model out of resume()"
+            f"step {step} holds the same as step {before} in all {leaves} leaves of "
+            f"{', '.join(sorted(parts))}: {_REMEDY}; if it only evaluates, leave the model out of resume()"
         )
         return Repeated(reason)
 
-    def _read(self, step: int) -> "_Written":
-        """Read what counts of a step, but for the arrays that the processes share."""
-        count = int(commits.read(self._store, step).topology.get("process_count", 1))
-        tables: list[dict[str, Any]] = []
-        held: list[dict[str, dict[str, Record]]] = []
-        words: list[Any] = []
-        own_arrays: list[Any] = []
-        for process in range(count):
+    def _tables(self, step: int) -> list[dict[str, Any]]:
+        """Return what counts of a step, by process: its leaf table, with the bytes of what is its own."""
+        tables = []
+        for process in range(commits.read(self._store, step).processes):
             table = {
                 name: entry | {"leaves": {key: one for key, one in entry["leaves"].items() if not _is_key(key, one)}}
-                for name, entry in table_of(self._store, step, process).items()
+                for name, entry in state.table_of(self._store, step, process).items()
                 if name not in self._sources and name not in _KEYS
             }
             # What an object holds besides its arrays is in its skeleton.
             tables.append({name: one for name, one in table.items() if one["leaves"] or one["kind"] == "object"})
-            file = f"{contract.step_dir(step)}/{contract.of_process(contract.LOCAL, process)}"
-            own = self._store.read(file) if self._store.exists(file) else b""
-            held.append({name: _without_numbers(entry["leaves"]) for name, entry in tables[-1].items()})
-            words.append([tables[-1], _local(tables[-1], own)])
-            own_arrays.append([_leaves(held[-1]), _local(_leaves(held[-1]), own)])
-        numbers = {
-            name: {key: one for key, one in entry["leaves"].items() if key not in held[0][name]}
-            for name, entry in tables[0].items()
-        }
-        leaves = sum(len(entry["leaves"]) or 1 for entry in tables[0].values())
-        return _Written(tables, words, own_arrays, _leaves(held[0]), _leaves(numbers), leaves)
+        return tables
 
-    def _same_arrays(self, one: int, other: int, table: Mapping[str, Any]) -> bool:
-        """Compare the arrays that Orbax holds, the smallest first; tell whether there was no difference."""
-        paths = state.stored_paths(table)
+    def _same_arrays(self, one: int, other: int, paths: Mapping[Path, Record]) -> bool:
+        """Compare arrays that Orbax holds, the smallest first; tell whether there was no difference."""
         ordered = sorted(paths, key=lambda path: arrays.size_of(paths[path]))
         for some in (ordered[:_FEW], ordered[_FEW:]):
             for batch in arrays.batches({path: paths[path] for path in some}, _AT_ONCE_BYTES):
                 if self._busy():
                     return True
-                left, right = (
-                    arrays.read(self._store.file(contract.step_dir(step)) / contract.ORBAX_ITEM, batch, alone=True)
-                    for step in (one, other)
-                )
+                left, right = (arrays.read(self._store, step, batch, alone=True) for step in (one, other))
                 if any(left[path].tobytes() != right[path].tobytes() for path in batch):
                     return False
         return True
-
-
-@dataclass
-class _Written:
-    """What counts of a step.
-
-    Args:
-        tables: The leaf table of each process.
-        words: All that is compared before any array is read.
-        arrays: What of it is about arrays.
-        trained: The leaf table of process 0's arrays alone.
-        numbers: Of all but those.
-        leaves: How many leaves there are.
-    """
-
-    tables: list[dict[str, Any]]
-    words: list[Any]
-    arrays: list[Any]
-    trained: dict[str, Any]
-    numbers: dict[str, Any]
-    leaves: int
 
 
 _KEYS = frozenset(["rng", "rngs"])
@@ -209,21 +170,20 @@ def _is_source(value: Any) -> bool:
     return hasattr(kind, "__next__") or (has_position and hasattr(kind, "__iter__"))
 
 
-def _local(table: Mapping[str, Any], own: bytes) -> dict[Any, bytes]:
-    return {path: one.tobytes() for path, one in state.local_arrays(table, own).items()}
+def _trained(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a leaf table of what only training changes, without the parts that have no such leaf.
 
-
-def _leaves(parts: Mapping[str, Mapping[str, Record]]) -> dict[str, Any]:
-    """Make a leaf table, without the parts that have no leaf."""
-    return {name: {"leaves": leaves} for name, leaves in parts.items() if leaves}
-
-
-def _without_numbers(leaves: Mapping[str, Record]) -> dict[str, Record]:
-    """Leave out plain numbers and words, and an integer that is a part by itself: they change in no training alone."""
-    arrays = {key: one for key, one in leaves.items() if one["is"] not in ("scalar", "numpy_scalar")}
-    if len(leaves) == 1 and all(not one["shape"] and "int" in one["dtype"] for one in arrays.values()):
-        return {}
-    return arrays
+    Plain numbers and words, and an integer that is a part by itself, change in no training alone.
+    """
+    trained = {}
+    for name, entry in table.items():
+        arrays = {key: one for key, one in entry["leaves"].items() if one["is"] not in ("scalar", "numpy_scalar")}
+        counts = len(entry["leaves"]) == 1 and all(
+            not one["shape"] and "int" in one["dtype"] for one in arrays.values()
+        )
+        if arrays and not counts:
+            trained[name] = {"leaves": arrays}
+    return trained
 
 
 def _is_key(key: str, record: Record) -> bool:

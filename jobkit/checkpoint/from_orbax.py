@@ -4,6 +4,7 @@ Read is what `StandardCheckpointer`, `PyTreeCheckpointer` and `CheckpointManager
 matched with the program's parts; shapes and dtypes must agree, since a silent cast would be another training.
 """
 
+import contextlib
 import os
 import re
 import tempfile
@@ -19,11 +20,11 @@ import orbax.checkpoint as ocp
 from jobkit import contract
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part
-from jobkit.checkpoint.leaves import Record, names, quoted, record_of, value_of
+from jobkit.checkpoint.leaves import Record, names, quoted, record_of, several, value_of
 from jobkit.errors import ConfigError, JobkitError, StorageError
-from jobkit.rundir.progress import transfer
-from jobkit.rundir.remote import Remote, each
-from jobkit.rundir.store import files_below, is_remote, local_path
+from jobkit.rundir.files import files_below
+from jobkit.rundir.remote import Remote, carry
+from jobkit.rundir.store import is_remote, local_path
 
 Leaves = dict[tuple[str, ...], Any]
 """A stored tree: path of names -> array or number."""
@@ -104,9 +105,8 @@ def _fit(
             given[path] = stored
     problems += [f"{'/'.join((name, *path))} is only there" for path in left]
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ConfigError(
-            f"the checkpoint {where} does not fit part {name!r}: {'; '.join(problems[:4])}{more}: "
+            f"the checkpoint {where} does not fit part {name!r}: {several(problems)}: "
             "give the part that it holds, or convert it first"
         )
     return given, fresh
@@ -163,27 +163,20 @@ def _assign(items: Mapping[str, Leaves], parts: Mapping[str, Part]) -> dict[str,
 def _read(url: str | os.PathLike[str]) -> tuple[dict[str, Leaves], int | None]:
     """Read every item; return them by name ('' for a tree that is no item) and the step, if the path tells one."""
     text = os.fspath(url).rstrip("/")
-    if not is_remote(text):
-        root = local_path(text)
-        if not root.is_dir():
-            raise ConfigError(f"there is no checkpoint to start from at {root}: no such directory")
-        prefix, items = _locate(list(files_below(root)), text)
+    with contextlib.ExitStack() as stack:
+        if is_remote(text):
+            remote = Remote(text)
+            sizes = remote.find()
+            prefix, items = _locate(list(sizes), text)
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jobkit-start-")))
+            wanted = {name: size for name, size in sizes.items() if name.startswith(prefix)}
+            carry(f"downloading {text}", wanted, lambda name: remote.fetch(name, root / name))
+        else:
+            root = local_path(text)
+            if not root.is_dir():
+                raise ConfigError(f"there is no checkpoint to start from at {root}: no such directory")
+            prefix, items = _locate(list(files_below(root)), text)
         return {name: _load(root / prefix / item) for name, item in items.items()}, _step(f"{text}/{prefix}")
-    remote = Remote(text)
-    sizes = remote.find()
-    names = list(sizes)
-    prefix, items = _locate(names, text)
-    with tempfile.TemporaryDirectory(prefix="jobkit-start-") as scratch:
-        wanted = [name for name in names if name.startswith(prefix)]
-        with transfer(f"downloading {text}", sum(sizes[name] for name in wanted)) as advance:
-
-            def fetch(name: str) -> None:
-                remote.fetch(name, Path(scratch) / name)
-                advance(sizes[name])
-
-            for _ in each(fetch, wanted):
-                pass
-        return {name: _load(Path(scratch) / prefix / item) for name, item in items.items()}, _step(f"{text}/{prefix}")
 
 
 def _locate(names: list[str], where: str) -> tuple[str, dict[str, str]]:

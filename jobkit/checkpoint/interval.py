@@ -78,8 +78,18 @@ def interval_s(cost: Cost, mean_s: float, *, cap: float = CAP) -> float:
         mean_s: Mean time between unnoticed losses.
         cap: Largest share of the time that training may wait for saves.
     """
+    return max(_bounds(cost, mean_s, cap))
+
+
+def _bounds(cost: Cost, mean_s: float, cap: float = CAP) -> dict[float, str]:
+    """Return what the interval is not below, each with its reason; of equal ones the last counts."""
     weight_s = cost.blocking_s + BEHIND * max(cost.durable_s - cost.blocking_s, 0.0)
-    return max(math.sqrt(2 * weight_s * mean_s), cost.durable_s, cost.blocking_s / cap, SHORTEST_S)
+    return {
+        math.sqrt(2 * weight_s * mean_s): "the least that saves and unnoticed losses cost together",
+        SHORTEST_S: "the shortest there is",
+        cost.blocking_s / cap: f"saves may hold training up for {cap:.0%} of the time",
+        cost.durable_s: "a save takes as long to be durable",
+    }
 
 
 class Interval:
@@ -140,14 +150,9 @@ class Interval:
             return None
         self._told_s = seconds
         mean_s = self._between_s(now_s)
-        why = {
-            SHORTEST_S: "the shortest there is",
-            cost.blocking_s / CAP: f"saves may hold training up for {CAP:.0%} of the time",
-            cost.durable_s: "a save takes as long to be durable",
-        }.get(seconds, "the least that saves and unnoticed losses cost together")
         return {
             "seconds": round(seconds, 3),
-            "why": why,
+            "why": _bounds(cost, mean_s)[seconds],
             "blocking_s": round(cost.blocking_s, 6),
             "durable_s": round(cost.durable_s, 6),
             "between_s": round(mean_s, 1),

@@ -19,20 +19,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jobkit.checkpoint import leaves
 from jobkit.checkpoint import skeleton as skeletons
-from jobkit.checkpoint.leaves import (
-    DTYPES,
-    NUMBERS,
-    Path,
-    Record,
-    differences,
-    is_leaf,
-    key_of,
-    kind_of,
-    names,
-    outline_of,
-    own,
-)
+from jobkit.checkpoint.leaves import Path, Record
 from jobkit.checkpoint.objects import decode, encode, position_of
 from jobkit.errors import ConfigError
 
@@ -53,7 +42,7 @@ class Slot:
 
 
 class Part(Protocol):
-    """A part of the state, whatever its kind."""
+    """A part of the state, whatever its kind; those of each kind inherit from it."""
 
     kind: str
     given: dict[str, Record]
@@ -73,6 +62,7 @@ class Part(Protocol):
         Raises:
             ConfigError: If they cannot be put into what the program gave.
         """
+        return list(self.given or entry["leaves"])
 
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Put the leaves of a saved entry back, in that order."""
@@ -102,7 +92,7 @@ class Held:
     given: dict[str, Record] = field(default_factory=dict)
 
 
-class ValuePart:
+class ValuePart(Part):
     """A pytree, held by the run itself."""
 
     kind = "value"
@@ -122,8 +112,8 @@ class ValuePart:
 
     def hold(self) -> Held:
         """Keep the leaves: the containers may be changed in place."""
-        leaves, structure = jax.tree.flatten(self.value)
-        kept = [own(leaf) for leaf in leaves]
+        values, structure = jax.tree.flatten(self.value)
+        kept = [leaves.own(value) for value in values]
         return Held(self.kind, kept, lambda: self._slots_of(jax.tree.unflatten(structure, kept)), self.given)
 
     def order(self, entry: Mapping[str, Any]) -> list[str]:
@@ -149,7 +139,7 @@ class ValuePart:
         return made
 
 
-class NnxPart:
+class NnxPart(Part):
     """An NNX object or a container of them, changed in place."""
 
     kind = "nnx"
@@ -174,7 +164,7 @@ class NnxPart:
             (path, variable, variable.get_value() if isinstance(variable, nnx.Variable) else variable)
             for path, variable in self._known
         )
-        other = self.given and sorted(self.given.keys() ^ {key_of(slot.path) for slot in slots})
+        other = self.given and sorted(self.given.keys() ^ {leaves.key_of(slot.path) for slot in slots})
         if other:
             change = "is gone" if other[0] in self.given else "is new"
             raise ConfigError(
@@ -188,9 +178,11 @@ class NnxPart:
         """Keep the values of the variables that `slots` found last: finding them takes milliseconds."""
         known = self._known
         try:
-            values = [_own_tree(variable.get_raw_value()) for _, variable in known]
+            raw = [variable.get_raw_value() for _, variable in known]
         except AttributeError:
             raise ConfigError("arrays that are no nnx.Variable are changed in place unseen") from None
+        # A variable's value may be a container; nearly all are arrays.
+        values = [value if isinstance(value, jax.Array) else jax.tree.map(leaves.own, value) for value in raw]
 
         def slots() -> tuple[list[Slot], Any]:
             now = self._variables()
@@ -203,10 +195,6 @@ class NnxPart:
             ), None
 
         return Held(self.kind, jax.tree.leaves(values), slots, self.given)
-
-    def order(self, entry: Mapping[str, Any]) -> list[str]:
-        """Return the order of the variables."""
-        return list(self.given)
 
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Update every variable of the live object."""
@@ -223,7 +211,7 @@ class NnxPart:
         nnx.update(self._target, nnx.from_flat_state(flat))
 
 
-class RefPart:
+class RefPart(Part):
     """A jax.Ref, or a container of them, changed in place."""
 
     kind = "ref"
@@ -235,8 +223,9 @@ class RefPart:
 
     def slots(self) -> tuple[list[Slot], Any]:
         """Return what the refs hold now."""
-        slots = [Slot(names(path), ref[...]) for path, ref in jax.tree_util.tree_flatten_with_path(self._target)[0]]
-        if self.given and (diffs := differences(self._name, _outlines(slots), self.given)):
+        refs, _ = jax.tree_util.tree_flatten_with_path(self._target)
+        slots = [Slot(leaves.names(path), ref[...]) for path, ref in refs]
+        if self.given and (diffs := leaves.differences(self._name, _outlines(slots), self.given)):
             raise ConfigError(
                 f"{diffs[0].replace(' there', ' when resume() was given it')}: a Ref keeps what it is; write into it, "
                 "ref[...] = value, and put no other in its place"
@@ -248,17 +237,13 @@ class RefPart:
         slots, _ = self.slots()
         return Held(self.kind, [slot.value for slot in slots], lambda: (slots, None), self.given)
 
-    def order(self, entry: Mapping[str, Any]) -> list[str]:
-        """Return the order of the refs."""
-        return list(self.given)
-
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Write into every ref."""
         for ref, value in zip(jax.tree.leaves(self._target), values, strict=True):
             ref[...] = value
 
 
-class ObjectPart:
+class ObjectPart(Part):
     """An object that gives and takes its state as plain data."""
 
     kind = "object"
@@ -269,19 +254,15 @@ class ObjectPart:
 
     def slots(self) -> tuple[list[Slot], Any]:
         """Return the arrays of the object's state and the skeleton around them."""
-        skeleton, leaves = encode(self._get())
-        return [Slot((str(index),), leaf) for index, leaf in enumerate(leaves)], skeleton
+        skeleton, values = encode(self._get())
+        return [Slot((str(index),), value) for index, value in enumerate(values)], skeleton
 
     def hold(self) -> Held:
         """Keep a copy of the state."""
         slots, skeleton = self.slots()
         for slot in slots:
-            slot.value = own(slot.value)
+            slot.value = leaves.own(slot.value)
         return Held(self.kind, [slot.value for slot in slots], lambda: (slots, skeleton))
-
-    def order(self, entry: Mapping[str, Any]) -> list[str]:
-        """Return the order of the leaves in the skeleton."""
-        return list(entry["leaves"])
 
     def assign(self, values: list[Any], entry: Mapping[str, Any]) -> None:
         """Hand the object the state it gave."""
@@ -297,17 +278,12 @@ def _slots_of(variables: Iterable[tuple[tuple[Any, ...], Any, Any]]) -> list[Slo
         prefix = tuple(str(key) for key in path)
         role = type(variable).__name__ if isinstance(variable, nnx.Variable) else ""
         for inner, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
-            slots.append(Slot(prefix + names(inner), leaf, role))
+            slots.append(Slot(prefix + leaves.names(inner), leaf, role))
     return slots
 
 
-def _own_tree(value: Any) -> Any:
-    """Do the same with a variable's value, which may be a container; nearly all are arrays."""
-    return value if isinstance(value, jax.Array) else jax.tree.map(own, value)
-
-
 def _outlines(slots: Iterable[Slot]) -> dict[str, Record]:
-    return {key_of(slot.path): outline_of(slot.value) for slot in slots}
+    return {leaves.key_of(slot.path): leaves.outline_of(slot.value) for slot in slots}
 
 
 def _flat(value: Any) -> list[Slot]:
@@ -319,9 +295,9 @@ def _flat(value: Any) -> list[Slot]:
         if _is_nnx(leaf):
             role = "OptVariable" if any(path[: len(root)] == root for root in moments) else type(leaf).__name__
             inner = jax.tree_util.tree_flatten_with_path(leaf)[0]
-            slots += [Slot(names((*path, *below[1:])), item, role) for below, item in inner]
+            slots += [Slot(leaves.names((*path, *below[1:])), item, role) for below, item in inner]
         else:
-            slots.append(Slot(names(path), leaf))
+            slots.append(Slot(leaves.names(path), leaf))
     return slots
 
 
@@ -346,7 +322,9 @@ def part_of(name: str, value: Any) -> Part:
         raise ConfigError(f"part {name!r} is no pytree that JAX can flatten: {error}") from None
     if any(map(_is_nnx, nodes)):
         _refuse_mixture(name, value, _is_nnx, "NNX objects")
-        return NnxPart(name, value if not isinstance(value, _variable_type()) else [value])  # NNX has no state of one
+        from flax import nnx
+
+        return NnxPart(name, [value] if isinstance(value, nnx.Variable) else value)  # NNX has no state of one
     if any(map(_is_ref, nodes)):
         _refuse_mixture(name, value, _is_ref, "jax.Ref")
         return RefPart(name, value)
@@ -354,7 +332,7 @@ def part_of(name: str, value: Any) -> Part:
         return ObjectPart(*position)
     functions = _holds_equinox(value)
     for slot in _flat(value):
-        if not (is_leaf(slot.value) or (functions and callable(slot.value))):
+        if not (leaves.is_leaf(slot.value) or (functions and callable(slot.value))):
             raise ConfigError(refusal("/".join((name, *slot.path)), slot.value))
     # The variables of nnx.state(model) are the model's own, and would be trained with it until the first restart.
     return ValuePart(name, jax.tree.map(lambda leaf: leaf, value) if any(map(_is_state, nodes)) else value)
@@ -395,60 +373,55 @@ def is_iterator(value: Any) -> bool:
     return hasattr(type(value), "__next__")
 
 
-def _variable_type() -> type:
-    from flax import nnx
-
-    return nnx.Variable
-
-
 def _refuse_mixture(name: str, value: Any, is_kind: Callable[[Any], bool], kinds: str) -> None:
     """Refuse a container of what is changed in place and plain leaves, which could not be restored there."""
     for path, node in jax.tree_util.tree_flatten_with_path(value, is_leaf=is_kind)[0]:
         if not is_kind(node):
-            where = "/".join((name, *names(path)))
+            where = "/".join((name, *leaves.names(path)))
             raise ConfigError(
-                f"part {name!r} mixes {kinds} with plain values ({where} is {kind_of(node)}): "
+                f"part {name!r} mixes {kinds} with plain values ({where} is {leaves.kind_of(node)}): "
                 "give them to resume() as two parts"
             )
 
 
 def refusal(where: str, value: Any) -> str:
     """Say why a leaf cannot be a part and what to do."""
+    what = leaves.kind_of(value)
     if isinstance(value, np.ma.MaskedArray):
         return f"{where!r} is a masked array, whose mask would be lost: pass its data and its mask as two arrays"
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         whose = "JAX" if isinstance(value, jax.Array) else "numpy"
-        newer = "a newer tensorstore writes it, or " if value.dtype.name in DTYPES else ""
+        newer = "a newer tensorstore writes it, or " if value.dtype.name in leaves.DTYPES else ""
         return (
             f"{where!r} is a {whose} array of dtype {value.dtype}, which a checkpoint cannot hold: "
             f"{newer}encode it as numbers of a usual dtype"
         )
-    if isinstance(value, (*NUMBERS, str, bytes)):
+    if isinstance(value, (*leaves.NUMBERS, str, bytes)):
         plain = next(kind for kind in (int, float, complex, str, bytes) if isinstance(value, kind)).__name__
-        return f"{where!r} is {kind_of(value)}, of which only the plain value could be saved: pass {plain}(...) of it"
+        return f"{where!r} is {what}, of which only the plain value could be saved: pass {plain}(...) of it"
     if isinstance(value, set | frozenset):
         return (
-            f"{where!r} is {kind_of(value)}, which has no order that a restart could keep: pass "
+            f"{where!r} is {what}, which has no order that a restart could keep: pass "
             "dict.fromkeys(sorted(...), True), which answers `in` as fast, or a sorted list"
         )
-    if kind_of(value) == "a torch.Tensor":
+    if what == "a torch.Tensor":
         return f"{where!r} is a torch.Tensor: pass its numbers, tensor.numpy(), and make it again with torch.from_numpy"
     if position_of(value) is not None:
-        return f"{where!r} is {kind_of(value)} inside a container: give it to resume() as a part of its own"
+        return f"{where!r} is {what} inside a container: give it to resume() as a part of its own"
     if is_iterator(value):
         return (
-            f"{where!r} is {kind_of(value)}, which cannot be rewound: iterate a Grain dataset "
+            f"{where!r} is {what}, which cannot be rewound: iterate a Grain dataset "
             "(iter(grain.MapDataset.source(...).shuffle(seed=0).batch(32).to_iter_dataset())), or give it "
             "state_dict() and load_state_dict()"
         )
-    if kind_of(value) == "a torch.utils.data.dataloader.DataLoader":
+    if what == "a torch.utils.data.dataloader.DataLoader":
         return (
-            f"{where!r} is {kind_of(value)}, which has no position: make a "
+            f"{where!r} is {what}, which has no position: make a "
             "torchdata.stateful_dataloader.StatefulDataLoader of the same arguments, which has one"
         )
     if hasattr(type(value), "__iter__"):
-        return f"{where!r} is {kind_of(value)}, which has no position: make its iterator first and pass that, iter(...)"
+        return f"{where!r} is {what}, which has no position: make its iterator first and pass that, iter(...)"
     return (
-        f"{where!r} is {kind_of(value)}, which jobkit cannot save: pass NNX objects, pytrees of arrays and numbers, "
+        f"{where!r} is {what}, which jobkit cannot save: pass NNX objects, pytrees of arrays and numbers, "
         "or objects with state_dict() and load_state_dict()"
     )

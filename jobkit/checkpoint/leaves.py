@@ -269,6 +269,12 @@ def differences(part: str, here: Mapping[str, Record], there: Mapping[str, Recor
     return lines
 
 
+def several(problems: list[str]) -> str:
+    """Say what is wrong with a state: the first few, and how many more there are."""
+    more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return f"{'; '.join(problems[:4])}{more}"
+
+
 def names(path: Iterable[Any]) -> Path:
     """Turn JAX's key path into names: DictKey, SequenceKey, GetAttrKey and FlattenedIndexKey have one each."""
     return tuple(str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))) for key in path)

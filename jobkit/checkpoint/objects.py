@@ -109,14 +109,11 @@ def _decode(node: Any, leaves: list[Any]) -> Any:
     if kind == "tuple":
         return tuple(_decode(item, leaves) for item in content)
     if kind == "dict":
-        return {_hashable(_decode(key, leaves)): _decode(item, leaves) for key, item in content}
+        pairs = ((_decode(key, leaves), _decode(item, leaves)) for key, item in content)
+        return {tuple(key) if isinstance(key, list) else key: item for key, item in pairs}
     if kind == "tensor":
         return importlib.import_module("torch").from_numpy(np.array(leaves[content]))
     return leaves[content]
-
-
-def _hashable(key: Any) -> Any:
-    return tuple(key) if isinstance(key, list) else key
 
 
 def _is_tensor(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Orbax writes and reads the arrays of a run's own checkpoints, the way it is told to here.
 
-Four other modules import it, none of which writes into a run: restore.py exports parameters, from_orbax.py reads what
-plain Orbax wrote, compare.py reads two runs as numpy, and leaves.py says how one array is to be read.
+Three other modules import it, none of which writes into a run: restore.py exports parameters, from_orbax.py reads what
+plain Orbax wrote, and leaves.py says how one array is to be read.
 
 In a run of several processes all of them call the same in the same order, and each writes its own shards. They meet in
 barriers of JAX's coordination service: Orbax is told who they are, since it would take the devices for that otherwise.
@@ -13,7 +13,9 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import orbax.checkpoint as ocp
 from jobkit import contract
 from jobkit.checkpoint.leaves import Record, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
-from jobkit.rundir.store import explain
+from jobkit.rundir.store import Store, explain
 from jobkit.supervise.oom import Memory
 
 # Measured at 1 GB (zstd costs 60 % of the time and a copy of the state in memory, and saves 7 % of weights).
@@ -41,12 +43,12 @@ class Writer:
     def __init__(self) -> None:
         self._orbax: ocp.AsyncCheckpointer | None = None
 
-    def start(self, stage: Path, arrays: Mapping[str, Any], nbytes: int, *, for_upload: bool) -> None:
+    def start(self, stage: Path, arrays: Mapping[tuple[str, ...], Any], nbytes: int, *, for_upload: bool) -> None:
         """Take copies off the devices and begin writing to `stage`, which must not exist.
 
         Args:
             stage: Directory of the checkpoint.
-            arrays: Nested dicts of arrays.
+            arrays: Quoted path -> array.
             nbytes: Bytes of all of them.
             for_upload: Whether the files will be carried to an object store.
         """
@@ -58,12 +60,13 @@ class Writer:
             options = ocp.CompositeOptions(multiprocessing_options=everyone)
             handler = ocp.CompositeCheckpointHandler(composite_options=options, **{contract.ORBAX_ITEM: item})
             self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=_BARRIER_S, multiprocessing_options=everyone)
+        tree = nested(arrays)
         if for_upload:
             size = _upload_bytes(nbytes)
-            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=size), arrays)
-            args = ocp.args.PyTreeSave(arrays, chunked, ocdbt_target_data_file_size=size)
+            chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=size), tree)
+            args = ocp.args.PyTreeSave(tree, chunked, ocdbt_target_data_file_size=size)
         else:
-            args = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+            args = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
         self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: args}))
 
     def wait(self) -> None:
@@ -104,7 +107,8 @@ def _only(*processes: int) -> ocp.options.MultiprocessingOptions:
 
 
 def read(
-    item: Path,
+    store: Store,
+    step: int,
     wanted: Mapping[tuple[str, ...], Any],
     *,
     records: Mapping[Any, Record] | None = None,
@@ -113,7 +117,8 @@ def read(
     """Read arrays by quoted path.
 
     Args:
-        item: The Orbax item's directory.
+        store: The run directory.
+        step: A committed step.
         wanted: Path -> the leaf in the running program, whose placement on devices the result takes.
         records: How each leaf was written down; without them all are read as numpy.
         alone: Whether this process reads by itself, rather than all processes together.
@@ -128,12 +133,12 @@ def read(
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=readers)
     with ocp.Checkpointer(handler, multiprocessing_options=readers) as reader:
         tree = reader.restore(
-            item,
+            store.file(contract.step_dir(step)) / contract.ORBAX_ITEM,
             args=ocp.args.PyTreeRestore(
                 item=nested(dict.fromkeys(wanted, 0)), restore_args=nested(args), partial_restore=True
             ),
         )
-    return {path: _at(tree, path) for path in wanted}
+    return {path: reduce(getitem, path, tree) for path in wanted}
 
 
 def nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -144,12 +149,6 @@ def nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
         for name in path[:-1]:
             node = node.setdefault(name, {})
         node[path[-1]] = value
-    return tree
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
     return tree
 
 

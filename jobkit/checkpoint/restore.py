@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from jobkit import contract, faults
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.kinds import Part, ValuePart, part_of
 from jobkit.checkpoint.leaves import Record, quoted
-from jobkit.checkpoint.table import table_of
-from jobkit.errors import ConfigError, StorageError, end_in_words
-from jobkit.rundir import commits, mirror, remote_steps
+from jobkit.errors import ConfigError, PackageError, StorageError, end_in_words
+from jobkit.rundir import commits, mirror, remote_steps, retention
 from jobkit.rundir.store import Store
 
 
@@ -33,23 +32,57 @@ def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool
         ConfigError: If shapes, dtypes or structure differ; names the leaf.
         StorageError: If Orbax cannot read it although its bytes are as committed.
     """
-    table, arrays = _own(store, step, parts if partial else None)
+    table = _own(store, step, parts if partial else None)
     state.check(parts, table, where=f"from the checkpoint of step {step}")
     live: dict[tuple[str, ...], Any] = {}
     for name, part in parts.items():
         if part.kind != "object":
             live |= {quoted(name, slot.path): slot.value for slot in part.slots()[0]}
-    wanted = {path: live.get(path) for path in state.stored_paths(table)}
+    arrays, stored = state.local_arrays(table), state.stored_paths(table)
     try:
-        arrays |= orbax_io.read(_item(store, step), wanted, records=state.stored_paths(table))
+        arrays |= orbax_io.read(store, step, {path: live.get(path) for path in stored}, records=stored)
     except Exception as error:
         raise orbax_io.failure(error, f"cannot read step {step} of {store.url}") from error
     faults.reach("during_restore")
     state.give_back(parts, table, arrays)
 
 
-def _own(store: Store, step: int, parts: Iterable[str] | None) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
-    """Return the leaf table that is this process's, and the arrays in it that were one process's own.
+def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str] | None:
+    """Read a committed step the way a restore does, in this process alone.
+
+    Args:
+        store: The run directory.
+        step: A committed step.
+        stop: Tells whether to give up.
+
+    Returns:
+        What is wrong with it, one sentence each; None if it was given up.
+
+    Raises:
+        JobkitError: If it could not be read, although its bytes are as they were written.
+    """
+    wrong = commits.problems(store, step, stop=stop)
+    if stop():
+        return None
+    stored = state.stored_paths(state.table_of(store, step))
+    try:
+        for batch in orbax_io.batches(stored):
+            if stop():
+                return None
+            for path, array in orbax_io.read(store, step, dict.fromkeys(batch), alone=True).items():
+                kept, read = (batch[path]["shape"], batch[path].get("dtype")), (list(array.shape), array.dtype.name)
+                if batch[path]["is"] != "key" and read != kept:
+                    wrong.append(f"{'/'.join(path)} reads as {array.dtype} {array.shape}")
+    except Exception as error:
+        said = orbax_io.failure(error, f"cannot read step {step} of {store.url} back")
+        if isinstance(said, PackageError) or orbax_io.system_error(error) is not None:
+            raise said from error
+        wrong.append(str(error))
+    return wrong
+
+
+def _own(store: Store, step: int, parts: Iterable[str] | None) -> dict[str, Any]:
+    """Return the leaf table that is this process's.
 
     Args:
         store: The run directory.
@@ -59,44 +92,24 @@ def _own(store: Store, step: int, parts: Iterable[str] | None) -> tuple[dict[str
     Raises:
         ConfigError: If a part is not there, or was not the same in each of another number of processes.
     """
-    saved = int(commits.read(store, step).topology.get("process_count", 1))
+    saved = commits.read(store, step).processes
     index, count = jax.process_index(), jax.process_count()
-    table, local = _of_process(store, step, index if saved == count else 0, parts)
-    if saved not in (1, count):
-        for other in range(1, saved):
-            its_table, its_local = _of_process(store, step, other, parts)
-            for name in table:
-                if _plain(table[name]) != _plain(its_table[name]) or not _same(name, local, its_local):
-                    raise ConfigError(
-                        f"part {name!r} of step {step} of {store.url} was another one in each of the {saved} processes "
-                        f"that saved it, and this attempt has {count}: resume with {saved} processes, or give resume() "
-                        "a part whose state does not depend on the process (a data iterator over global batches)"
-                    )
-    return table, local
-
-
-def _of_process(
-    store: Store, step: int, process: int, parts: Iterable[str] | None
-) -> tuple[dict[str, Any], dict[tuple[str, ...], Any]]:
-    table = table_of(store, step, process)
-    absent = sorted(set(parts) - table.keys()) if parts is not None else []
-    if absent:
-        has = ", ".join(sorted(table))
-        raise ConfigError(f"step {step} of {store.url} has no part {absent[0]!r}; it has {has}")
-    table = {name: table[name] for name in (parts if parts is not None else table)}
-    name = f"{contract.step_dir(step)}/{contract.of_process(contract.LOCAL, process)}"
-    return table, state.local_arrays(table, store.read(name) if store.exists(name) else b"")
-
-
-def _plain(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a part's table without the places of arrays."""
-    leaves = {key: {k: v for k, v in record.items() if k != "local"} for key, record in entry["leaves"].items()}
-    return entry | {"leaves": leaves}
-
-
-def _same(part: str, one: Mapping[tuple[str, ...], Any], other: Mapping[tuple[str, ...], Any]) -> bool:
-    prefix = quoted(part, ())
-    return all(array.tobytes() == other[path].tobytes() for path, array in one.items() if path[:1] == prefix)
+    tables = (state.table_of(store, step, process) for process in ([index] if saved == count else range(saved)))
+    table = next(tables)
+    if parts is not None:
+        if absent := sorted(set(parts) - table.keys()):
+            has = ", ".join(sorted(table))
+            raise ConfigError(f"step {step} of {store.url} has no part {absent[0]!r}; it has {has}")
+        table = {name: table[name] for name in parts}
+    for other in tables:
+        for name in table:
+            if table[name] != other.get(name):
+                raise ConfigError(
+                    f"part {name!r} of step {step} of {store.url} was another one in each of the {saved} processes "
+                    f"that saved it, and this attempt has {count}: resume with {saved} processes, or give resume() "
+                    "a part whose state does not depend on the process (a data iterator over global batches)"
+                )
+    return table
 
 
 def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts: Any) -> Any:
@@ -131,7 +144,7 @@ def fetch(store: Store, step: int | str) -> None:
     mirror.refresh(store)
     scores = store.remote.find(contract.SCORES)
     known = {at: remote_steps.metrics_of(store.remote, at, scores) for at in remote_steps.steps(store.remote)}
-    wanted = mirror.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
+    wanted = retention.keep_of(store).best_of(known) if step == "best" else max(known, default=None)
     number = step if isinstance(step, int) else wanted
     if number is not None and number in known and number not in commits.steps(store):
         bring(store, number, attempt=0)
@@ -164,7 +177,7 @@ def find_step(store: Store, step: int | str) -> int:
     if step == "latest":
         number = known[-1]
     elif step == "best":
-        keep = mirror.keep_of(store)
+        keep = retention.keep_of(store)
         if keep.best is None:
             raise ConfigError(f"{store.url} has no best step: its Run was given no keep_best=('metric', 'min')")
         number = keep.best_of(commits.metrics(store))
@@ -215,11 +228,11 @@ def export_params(
         raise ConfigError(message) from None
     fetch(store, step)
     number = find_step(store, step)
-    stored = state.stored_paths(table_of(store, number))
+    stored = state.stored_paths(state.table_of(store, number))
     wanted = {path: None for path, record in stored.items() if _is_param(path, record)}
     if not wanted:
         raise ConfigError(f"step {number} of {store.url} holds no parameters")
-    params = orbax_io.read(_item(store, number), wanted)
+    params = orbax_io.read(store, number, wanted)
     try:
         # Not the asynchronous one: when that fails, its threads keep the process from ever ending.
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -234,10 +247,6 @@ def _is_param(path: tuple[str, ...], record: Record) -> bool:
     if role is None:
         return record["is"] != "key" and bool({"params", "batch_stats"} & set(path)) and "opt_state" not in path
     return not role.startswith(("Opt", "Rng", "MetricState"))
-
-
-def _item(store: Store, step: int) -> Path:
-    return store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
 
 
 end_in_words()  # a script that loads a run has no `Run`, which sees to that

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from jobkit.checkpoint.interval import UNKNOWN_S, Cost, Interval
 from jobkit.errors import ConfigError
-from jobkit.rundir.commits import Keep
+from jobkit.rundir.retention import Keep
 from jobkit.units import duration_s
 
 

@@ -1,33 +1,25 @@
 """What is saved: all parts of a program's state, taken apart into arrays for Orbax and a table of all leaves.
 
 Every leaf is written down with its kind, shape and dtype; what comes back is what was there, to the bit. Where a part
-has become something else than the program gave, the table tells of both.
+has become something else than the program gave, the table tells of both. It is state.json, and what is relied on here
+is looked at when that is read.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
+import msgspec
 import numpy as np
 
-from jobkit import contract
+from jobkit import contract, decode
+from jobkit.checkpoint import leaves
 from jobkit.checkpoint.kinds import Held, Part, Slot, refusal
-from jobkit.checkpoint.leaves import (
-    Path,
-    Record,
-    differences,
-    dtype_of,
-    is_gone,
-    is_leaf,
-    key_of,
-    outline_of,
-    quote,
-    quoted,
-    record_of,
-    value_of,
-)
+from jobkit.checkpoint.leaves import Path, Record
 from jobkit.errors import ConfigError, DonatedError
+from jobkit.rundir.store import Store
 
 
 @dataclass
@@ -35,7 +27,7 @@ class Snapshot:
     """The state of a program at one step boundary, ready to be written.
 
     Args:
-        arrays: Nested dicts of arrays, the tree that Orbax stores: part, then path.
+        arrays: What Orbax stores, by quoted path: the part's name first.
         table: What goes to state.json: kind, records and skeleton of each part.
         nbytes: Bytes of all arrays.
         local: In a run of several processes, the arrays that belong to this process alone; `local` in a record tells
@@ -43,7 +35,7 @@ class Snapshot:
         donated: Leaves whose arrays are gone: such a state cannot be written.
     """
 
-    arrays: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[Path, Any] = field(default_factory=dict)
     table: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
     local: list[np.ndarray] = field(default_factory=list)
@@ -75,29 +67,29 @@ def take(parts: Mapping[str, Part | Held], *, shared: bool = False) -> Snapshot:
         records = {}
         for slot in slots:
             _check_leaf(name, slot, part.given)
-            record, array = record_of(slot.value)
+            record, array = leaves.record_of(slot.value)
             if slot.role:
                 record["role"] = slot.role
-            key = key_of(slot.path)
+            key = leaves.key_of(slot.path)
             if key in records:
                 raise ConfigError(f"part {name!r} has two leaves named {key!r}: rename one of the two keys")
             records[key] = record
-            if is_gone(slot.value):
+            if leaves.is_gone(slot.value):
                 snapshot.donated.append("/".join((name, *slot.path)))
                 continue
             if array is None:
                 continue
             snapshot.nbytes += array.nbytes
-            if shared and not _is_global(array):
+            if shared and not (isinstance(array, jax.Array) and not array.is_fully_addressable):
                 record["local"] = {"at": local_bytes, "shape": list(array.shape), "dtype": array.dtype.name}
                 snapshot.local.append(np.array(array, array.dtype.newbyteorder("="), order="C"))
                 local_bytes += array.nbytes
             else:
-                _put(snapshot.arrays, quoted(name, slot.path), array)
+                snapshot.arrays[leaves.quoted(name, slot.path)] = array
         entry = snapshot.table[name] = {"kind": part.kind, "leaves": records}
         if skeleton is not None or part.kind == "object":
             entry["skeleton"] = skeleton
-        if part.kind != "object" and (skeleton is not None or differences(name, records, part.given)):
+        if part.kind != "object" and (skeleton is not None or leaves.differences(name, records, part.given)):
             entry["given"] = part.given
     return snapshot
 
@@ -128,7 +120,7 @@ def check_savable(parts: Mapping[str, Part]) -> None:
 
 def donated(parts: Mapping[str, Part]) -> list[str]:
     """Name the leaves whose arrays were given away and have no successor."""
-    return ["/".join((name, *slot.path)) for name, _, slot in _live(parts) if is_gone(slot.value)]
+    return ["/".join((name, *slot.path)) for name, _, slot in _live(parts) if leaves.is_gone(slot.value)]
 
 
 def _live(parts: Mapping[str, Part]) -> list[tuple[str, Part, Slot]]:
@@ -138,41 +130,25 @@ def _live(parts: Mapping[str, Part]) -> list[tuple[str, Part, Slot]]:
 
 def _check_leaf(part: str, slot: Slot, given: Mapping[str, Record]) -> None:
     """Refuse what cannot be written down, and functions that the program has not given."""
-    code = callable(slot.value) and given.get(key_of(slot.path)) == outline_of(slot.value)
-    if not is_leaf(slot.value) and not code:
+    code = callable(slot.value) and given.get(leaves.key_of(slot.path)) == leaves.outline_of(slot.value)
+    if not leaves.is_leaf(slot.value) and not code:
         raise ConfigError(refusal("/".join((part, *slot.path)), slot.value))
 
 
-def _is_global(array: Any) -> bool:
-    return isinstance(array, jax.Array) and not array.is_fully_addressable
-
-
-def local_arrays(table: Mapping[str, Any], content: bytes) -> dict[tuple[str, ...], np.ndarray]:
+def local_arrays(table: Mapping[str, Any]) -> dict[Path, np.ndarray]:
     """Return the arrays that belonged to one process alone, by quoted path.
 
     Args:
-        table: The process's leaf table.
-        content: The bytes of its arrays.
+        table: The process's leaf table, as `table_of` returns it.
     """
     arrays = {}
     for path, record in _paths(table):
-        if (place := record.get("local")) is not None:
-            count = int(np.prod(place["shape"], dtype=np.int64))
-            try:
-                array = np.frombuffer(content, dtype_of(place), count, place["at"])
-            except ValueError as error:
-                raise ConfigError(f"{contract.LOCAL} does not hold {'/'.join(path)!a}: {error}") from None
-            arrays[path] = array.reshape(place["shape"]).copy()
+        if (own := record.get("local")) is not None:
+            arrays[path] = np.frombuffer(own["bytes"], leaves.dtype_of(own)).reshape(own["shape"]).copy()
     return arrays
 
 
-def _put(tree: dict[str, Any], path: Path, value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
-
-
-def stored_paths(table: Mapping[str, Any]) -> dict[tuple[str, ...], Record]:
+def stored_paths(table: Mapping[str, Any]) -> dict[Path, Record]:
     """List the arrays that a table says Orbax holds: quoted path (part first) -> record."""
     return {
         path: record
@@ -184,7 +160,12 @@ def stored_paths(table: Mapping[str, Any]) -> dict[tuple[str, ...], Record]:
 def _paths(table: Mapping[str, Any]) -> Iterator[tuple[Path, Record]]:
     for name, entry in table.items():
         for key, record in entry["leaves"].items():
-            yield (quote(name), *(key.split("/") if key else ())), record
+            yield _path(name, key), record
+
+
+def _path(part: str, key: str) -> Path:
+    """Return where Orbax stores a leaf, by its key in the table."""
+    return (leaves.quote(part), *(key.split("/") if key else ()))
 
 
 def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) -> None:
@@ -217,8 +198,8 @@ def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) ->
             if part.kind != entry["kind"]:
                 problems.append(f"{name}: {entry['kind']} there, {part.kind} here")
             continue
-        differs = differences(name, part.given, entry.get("given", entry["leaves"]))
-        if differs and differences(name, part.given, entry["leaves"]):
+        differs = leaves.differences(name, part.given, entry.get("given", entry["leaves"]))
+        if differs and leaves.differences(name, part.given, entry["leaves"]):
             problems += differs
             continue
         try:
@@ -226,11 +207,10 @@ def check(parts: Mapping[str, Part], table: Mapping[str, Any], *, where: str) ->
         except ConfigError as error:
             problems.append(str(error))
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ConfigError(f"the program's state differs {where}: {'; '.join(problems[:4])}{more}: {remedy}")
+        raise ConfigError(f"the program's state differs {where}: {leaves.several(problems)}: {remedy}")
 
 
-def give_back(parts: Mapping[str, Part], table: Mapping[str, Any], arrays: Mapping[tuple[str, ...], Any]) -> None:
+def give_back(parts: Mapping[str, Part], table: Mapping[str, Any], arrays: Mapping[Path, Any]) -> None:
     """Put a checkpoint's values into the program's parts.
 
     Args:
@@ -240,12 +220,117 @@ def give_back(parts: Mapping[str, Part], table: Mapping[str, Any], arrays: Mappi
     """
     ready = []
     for name, part in parts.items():
-        live = {key_of(slot.path): slot.value for slot in part.slots()[0]}
-        records = table[name]["leaves"]
+        live = {leaves.key_of(slot.path): slot.value for slot in part.slots()[0]}
+        entry = table[name]
         values = [
-            value_of(records[key], arrays.get((quote(name), *(key.split("/") if key else ()))), live.get(key))
-            for key in part.order(table[name])
+            leaves.value_of(entry["leaves"][key], arrays.get(_path(name, key)), live.get(key))
+            for key in part.order(entry)
         ]
-        ready.append((part, values, table[name]))
+        ready.append((part, values, entry))
     for part, values, entry in ready:  # all values exist: nothing is half-restored if making one failed
         part.assign(values, entry)
+
+
+_DEEPEST = 900
+"""A skeleton nests three times as deep as the program's containers."""
+_Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 50)]
+
+
+class _Place(msgspec.Struct):
+    at: _Size
+    shape: list[_Size]
+    dtype: str
+
+
+class _Leaf(msgspec.Struct):
+    kind: Literal["jax", "numpy", "numpy_scalar", "key", "scalar"] = msgspec.field(name="is")
+    shape: list[_Size] | None = None
+    dtype: str | None = None
+    impl: str | None = None
+    type: str | None = None
+    value: Any = None
+    role: str | None = None
+    weak: bool = False
+    swapped: bool = False
+    local: _Place | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Entry(msgspec.Struct):
+    kind: str
+    leaves: dict[str, _Leaf]
+    given: dict[str, _Leaf] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Table(msgspec.Struct):
+    parts: dict[str, _Entry]
+
+
+def table_of(store: Store, step: int, process: int = 0) -> dict[str, Any]:
+    """Read the parts of a leaf table that one process wrote, of a step whose bytes were checked.
+
+    Returns:
+        The entry of each part; `local` in the record of an array that was this process's alone has its bytes.
+
+    Raises:
+        ConfigError: If it is absent, or none that this jobkit reads. Its bytes are as they were committed, so that this
+            is no damage, and nothing is set aside for it.
+        JobkitError: If the storage does not answer.
+    """
+    name = f"{contract.step_dir(step)}/{contract.of_process(contract.STATE, process)}"
+    try:
+        document = decode.json_object(store.read(name), deepest=_DEEPEST, text=False)
+    except FileNotFoundError:
+        raise ConfigError(f"step {step} of {store.url} has no {name.rpartition('/')[2]}") from None
+    try:
+        table = msgspec.convert(document, _Table)
+        for part, entry in table.parts.items():
+            for records in (entry.leaves, {} if entry.given is msgspec.UNSET else entry.given):
+                for key, leaf in records.items():
+                    _check_record(f"{part}/{key}", leaf, whole=records is entry.leaves)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ConfigError(
+            f"{store.file(name)} is no table of a state that this jobkit reads, although its bytes are as committed: "
+            f"{error}; install the jobkit that wrote it, or choose another step"
+        ) from None
+    assert document is not None
+    parts: dict[str, Any] = document["parts"]
+    own = {path: record for path, record in _paths(parts) if "local" in record}
+    file = f"{contract.step_dir(step)}/{contract.of_process(contract.LOCAL, process)}"
+    content = (store.get(file) if own else None) or b""
+    for path, record in own.items():
+        place = record["local"]
+        begin, nbytes = place.pop("at"), math.prod(place["shape"]) * leaves.dtype_of(place).itemsize
+        place["bytes"] = content[begin : begin + nbytes]
+        if len(place["bytes"]) < nbytes:
+            raise ConfigError(f"{store.file(file)} does not hold {'/'.join(path)!a}")
+    return parts
+
+
+def _check_record(name: str, leaf: _Leaf, *, whole: bool) -> None:
+    """Refuse a record that no leaf has.
+
+    Args:
+        name: The leaf.
+        leaf: Its record.
+        whole: Whether something is made from it; else it only says what there was.
+
+    Raises:
+        ValueError: With the leaf.
+    """
+    try:
+        if leaf.kind == "scalar":
+            if leaf.type is None:
+                raise ValueError("a scalar of no type")
+            if whole and leaf.type != "function":
+                leaves.FROM_JSON[leaf.type](leaf.value)
+            return
+        if leaf.shape is None or (leaf.impl if leaf.kind == "key" else leaf.dtype) is None:
+            raise ValueError("an array without shape or dtype")
+        arrays = [] if leaf.kind == "key" else [(leaf.shape, leaf.dtype)]
+        if leaf.local is not msgspec.UNSET:
+            arrays.append((leaf.local.shape, leaf.local.dtype))
+        for shape, dtype in arrays if whole else []:
+            if math.prod(filter(None, shape)) >= 1 << 60 or dtype not in leaves.DTYPES:
+                raise ValueError(f"no array has shape {shape} and dtype {dtype!a}")
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{name[:200]!a}: {error}") from None

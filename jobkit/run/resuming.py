@@ -18,8 +18,8 @@ from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.saving import Saving
 from jobkit.run.session import Session
 from jobkit.rundir import commits, remote_steps
-from jobkit.rundir.commits import EarlyStop, sweep
-from jobkit.rundir.loops import Loops
+from jobkit.rundir.commits import sweep
+from jobkit.rundir.loops import EarlyStop, Loops
 from jobkit.supervise.heartbeat import Phase
 
 

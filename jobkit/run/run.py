@@ -26,7 +26,7 @@ from jobkit.run.leaving import by_break
 from jobkit.run.saving import Saving
 from jobkit.run.session import Session, store_of
 from jobkit.run.state_view import Values
-from jobkit.rundir.commits import Keep
+from jobkit.rundir.retention import Keep
 from jobkit.supervise.heartbeat import Phase
 from jobkit.tracking import adapters
 from jobkit.tracking.trackers import Tracker

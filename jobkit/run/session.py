@@ -23,9 +23,9 @@ from jobkit.preemption.notice import Listener, Notice
 from jobkit.preemption.stop_step import STOP, Agreement, Rounds
 from jobkit.preemption.stopping import PARTING_S, Stopping
 from jobkit.rundir import mirror
-from jobkit.rundir.commits import Keep
 from jobkit.rundir.control import Control
 from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
 from jobkit.rundir.uploader import Uploader
 from jobkit.supervise import stacks

@@ -14,17 +14,18 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-import google_crc32c
 import msgspec
 
 from jobkit import contract, decode, faults, names, versions
 from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError
 from jobkit.patience import Patience
-from jobkit.rundir.store import Store, checksum, explain, files_below, remove_tree, sync_directory, sync_tree
+from jobkit.rundir.files import checksum, crc32c, files_below, remove_tree, sync_directory, sync_tree
+from jobkit.rundir.loops import EarlyStop
+from jobkit.rundir.remote import Remote
+from jobkit.rundir.store import Store, explain, in_words
 
 _UNSEALED = "00000000"
 _EARLY_STOPS = "early stops"
@@ -36,22 +37,6 @@ class FileRecord(msgspec.Struct, frozen=True):
 
     size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]
     crc32c: str
-
-
-class EarlyStop(msgspec.Struct, frozen=True, kw_only=True):
-    """A loop that the program left before its end (see leaving.py).
-
-    Args:
-        kind: 'steps' or 'through'.
-        total: What it was to reach.
-        step: Completed steps when it was left.
-        again: Whether the program has entered it again: leaving it is no end of the training.
-    """
-
-    kind: str
-    total: int
-    step: int
-    again: bool = False
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,9 +68,19 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     seal: str = _UNSEALED
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: record.size for name, record in self.files.items()}
+
+    @property
+    def processes(self) -> int:
+        """How many processes saved it together."""
+        return int(self.topology.get("process_count", 1))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files together."""
-        return sum(record.size for record in self.files.values())
+        return sum(self.sizes.values())
 
 
 class _Envelope(msgspec.Struct):
@@ -184,7 +179,7 @@ def parse(content: bytes, step: int, *, where: str) -> Commit:
     try:
         envelope = msgspec.json.decode(content, type=_Envelope)
         unsealed = content.replace(f'"seal": "{envelope.seal}"'.encode(), f'"seal": "{_UNSEALED}"'.encode())
-        if content != _sealed(unsealed) or envelope.seal != f"{google_crc32c.value(unsealed):08x}":
+        if content != _sealed(unsealed) or envelope.seal != crc32c(unsealed):
             raise DamagedError(f"{where} is damaged: its content does not match its own crc32c")
         # Only a version whose seal fits is believed: a flipped bit there is damage, not a newer jobkit.
         versions.check_format(envelope.version, where)
@@ -232,10 +227,8 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
     except DamagedError as error:
         return [str(error)]
     root = store.file(contract.step_dir(step))
-    try:
+    with in_words(f"cannot list {root}"):
         present = set(files_below(root)) - {contract.COMMIT}
-    except OSError as error:
-        raise explain(error, f"cannot list {root}") from None
     last_s = time.monotonic() + _BAD_SECTOR_S
     asking = Patience(over=lambda: time.monotonic() >= last_s or stop())
     wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - present)]
@@ -273,21 +266,18 @@ def _measured(path: Path, asking: Patience) -> tuple[int, str]:
         OSError: If the file is lost.
         StorageError: If the storage does not answer.
     """
-    failed: OSError | None = None
 
     def once() -> tuple[int, str]:
-        nonlocal failed
         try:
             return checksum(path)
         except OSError as error:
-            failed = error
-            raise explain(error, f"cannot read {path}") from None
+            raise explain(error, f"cannot read {path}") from error
 
     try:
         return asking(once)
-    except JobkitError:
-        if failed is not None and failed.errno in _LOST:
-            raise failed from None
+    except JobkitError as error:
+        if isinstance(said := error.__cause__, OSError) and said.errno in _LOST:
+            raise said from None
         raise
 
 
@@ -303,17 +293,16 @@ def _told(values: Mapping[str, float]) -> dict[str, float | str]:
 
 def _sealed(content: bytes) -> bytes:
     """Put the crc32c of an unsealed commit.json into it."""
-    seal = f"{google_crc32c.value(content):08x}"
-    return content.replace(f'"seal": "{_UNSEALED}"'.encode(), f'"seal": "{seal}"'.encode())
+    return content.replace(f'"seal": "{_UNSEALED}"'.encode(), f'"seal": "{crc32c(content)}"'.encode())
 
 
-def check_newest(store: Store, attempt: int, doing: str) -> None:
-    """Refuse to go on once a newer attempt has begun.
+def check_newest(place: Store | Remote, attempt: int, doing: str) -> None:
+    """Refuse to go on once a newer attempt has begun, in the run directory or, for what is written there, on the URL.
 
     Raises:
         SupersededError: Naming it.
     """
-    newest = max(store.numbers(contract.ATTEMPTS), default=attempt)
+    newest = max(place.numbers(contract.ATTEMPTS), default=attempt)
     if newest > attempt:
         raise SupersededError(f"attempt {attempt} may not {doing}: attempt {newest} has taken over")
 
@@ -325,10 +314,8 @@ def new_stage(store: Store, step: int, attempt: int) -> Path:
         ConfigError, StorageError: If the run directory cannot be written.
     """
     stage = store.file(contract.STAGE)
-    try:
+    with in_words(f"cannot create {stage}"):
         stage.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain(error, f"cannot create {stage}") from None
     return stage / f"{attempt}-{step}-{secrets.token_hex(4)}"
 
 
@@ -398,67 +385,34 @@ def publish(
 def set_aside(store: Store, step: int, reasons: Iterable[str]) -> Path:
     """Move a damaged step out of the way, with the reason beside it. Nothing is removed."""
     target = store.file(f"{contract.SET_ASIDE}/{step}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
-    try:
+    with in_words(f"cannot set damaged step {step} of {store.url} aside"):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(store.file(contract.step_dir(step)), target)
         sync_directory(target.parent)
         sync_directory(store.file(contract.CHECKPOINTS))
         target.with_name(target.name + ".reason.txt").write_text("\n".join(reasons) + "\n")
-    except OSError as error:
-        raise explain(error, f"cannot set damaged step {step} of {store.url} aside") from None
     return target
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which committed steps stay.
-
-    Args:
-        newest: How many of the newest; at least 1.
-        best: Metric and 'min' or 'max'; the best step by it stays too.
-    """
-
-    newest: int = 3
-    best: tuple[str, str] | None = None
-
-    def superfluous(self, known: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """Say which steps may go, oldest first; never the newest.
-
-        Args:
-            known: Committed steps with their metrics.
-        """
-        ordered = sorted(known)
-        kept = set(ordered[-max(1, self.newest) :])
-        best = self.best_of(known)
-        if best is not None:
-            kept.add(best)
-        return [step for step in ordered if step not in kept]
-
-    def best_of(self, known: Mapping[int, Mapping[str, float]]) -> int | None:
-        """Return the best step by the metric, the earliest among equals; NaN is never best."""
-        if self.best is None:
-            return None
-        name, mode = self.best
-        sign = 1.0 if mode == "min" else -1.0
-        scored = [(sign * values[name], step) for step, values in known.items() if name in values]
-        scored = [(score, step) for score, step in scored if score == score]
-        return min(scored)[1] if scored else None
 
 
 def remove(store: Store, step: int) -> None:
     """Remove a committed step: out of sight in one rename, then from storage."""
-    trash = store.file(contract.TRASH)
     try:
-        trash.mkdir(parents=True, exist_ok=True)
-        target = trash / f"{step}-{secrets.token_hex(4)}"
-        os.rename(store.file(contract.step_dir(step)), target)
-        sync_directory(store.file(contract.CHECKPOINTS))
+        with in_words(f"cannot remove step {step} of {store.url}", absent=True):
+            gone = to_trash(store, store.file(contract.step_dir(step)))
+            sync_directory(store.file(contract.CHECKPOINTS))
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise explain(error, f"cannot remove step {step} of {store.url}") from None
     faults.reach("during_retention")
-    remove_tree(target)
+    remove_tree(gone)
+
+
+def to_trash(store: Store, path: Path) -> Path:
+    """Take what is to be removed out of sight, in one rename; return where it is now, for whoever removes it."""
+    trash = store.file(contract.TRASH)
+    trash.mkdir(parents=True, exist_ok=True)
+    gone = trash / f"{path.name}-{secrets.token_hex(4)}"
+    os.rename(path, gone)
+    return gone
 
 
 def sweep(store: Store, *, attempt: int) -> None:
@@ -472,8 +426,7 @@ def sweep(store: Store, *, attempt: int) -> None:
         number = names.number(name.partition("-")[0])
         if number is not None and number < attempt:
             with contextlib.suppress(OSError):
-                trash.mkdir(exist_ok=True)
-                os.rename(stage / name, trash / f"{name}-{secrets.token_hex(4)}")
+                to_trash(store, stage / name)
     for name in store.names(contract.TRASH):
         remove_tree(trash / name)
         with contextlib.suppress(OSError):

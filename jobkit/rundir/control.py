@@ -72,9 +72,7 @@ class Control:
 
     def _read(self, name: str) -> bytes | None:
         try:
-            return self._store.read(name)
-        except FileNotFoundError:
-            return None
+            return self._store.get(name)
         except JobkitError:
             return self._seen.get(name)  # a shared disk that does not answer just now
 

@@ -8,7 +8,6 @@ code, below which the program ran, if it left anything there.
 
 import contextlib
 import os
-import secrets
 import stat
 import tarfile
 import time
@@ -18,10 +17,11 @@ from pathlib import Path
 
 from jobkit import contract
 from jobkit.errors import StorageError
-from jobkit.rundir import commits, growing_files, mirror, remote_steps
-from jobkit.rundir.outbox import Outbox
+from jobkit.rundir import commits, growing_files, mirror, remote_steps, retention
+from jobkit.rundir.files import remove_tree
 from jobkit.rundir.remote import Remote
-from jobkit.rundir.store import Store, in_words, remove_tree
+from jobkit.rundir.store import Store, in_words
+from jobkit.rundir.uploader import Outbox, files_in
 
 Metrics = dict[int, dict[str, float]]
 _REST_S = 60.0
@@ -41,46 +41,35 @@ def empty(store: Store) -> bool:
         return False
     end = time.monotonic() + _REST_S
     later = max(store.numbers(contract.ATTEMPTS), default=-1) + 1
-    Outbox(store, later, lambda: None).upload_earlier(go_on=lambda: time.monotonic() < end)
+    Outbox(store, later).upload_earlier(go_on=lambda: time.monotonic() < end)
     listing, here = remote.find(), commits.metrics(store)
     if any(not _is_up(remote, step, listing) for step in _wanted(store, remote, here, listing)):
         return False
     sent = {name: growing_files.size_of(pieces) for name, pieces in growing_files.grouped(listing).items()}
     if remote.read(contract.EVENTS) != store.read(contract.EVENTS):
         return False
-    files = [
-        f"{place}/{name}"
-        for place in (*map(contract.attempt_dir, store.numbers(contract.ATTEMPTS)), contract.SCORES)
-        for name in store.names(place)
-    ]
-    if any(sent.get(name) != size for name in files if "/." not in name and (size := _size(store, name)) is not None):
+    files = files_in(store, *map(contract.attempt_dir, store.numbers(contract.ATTEMPTS)), contract.SCORES)
+    if any(sent.get(name) != size for name in files if (size := store.size(name)) >= 0):
         return False
     for step in here:
         commits.remove(store, step)
-    with in_words(f"cannot empty {store.path}"):
+    with in_words(f"cannot empty {store.path}", absent=True):
         for name in (contract.STAGE, contract.TRASH, contract.CACHE):
             remove_tree(store.file(name))
         for name in [*filter(growing_files.is_log, files), *(name for name in mirror.described(store) if "/" in name)]:
-            if sent.get(name) == _size(store, name):
+            if sent.get(name) == store.size(name):
                 _remove_copies(store, name)
     return True
 
 
 def _wanted(store: Store, remote: Remote, here: Metrics, found: Mapping[str, int]) -> list[int]:
     """List the steps of the home that the URL is to have: all but those that it would not keep."""
-    by_step, scores = remote_steps.group(_below(found, contract.CHECKPOINTS)), _below(found, contract.SCORES)
     known: Metrics = {}
-    for step, names in by_step.items():
-        if f"{contract.step_dir(step)}/{contract.COMMIT}" in names:
-            with contextlib.suppress(StorageError):  # damaged: then it is not there
-                known[step] = remote_steps.metrics_of(remote, step, scores)
-    superfluous = mirror.keep_of(store).superfluous(here | known)
+    for step in remote_steps.committed(remote_steps.group(found)):
+        with contextlib.suppress(StorageError):  # damaged: then it is not there
+            known[step] = remote_steps.metrics_of(remote, step, found)
+    superfluous = retention.keep_of(store).superfluous(here | known)
     return [step for step in here if step in known or step not in superfluous]
-
-
-def _below(found: Mapping[str, int], place: str) -> dict[str, int]:
-    """Return the part of a listing that is below a place."""
-    return {name: size for name, size in found.items() if name.startswith(f"{place}/")}
 
 
 def _is_up(remote: Remote, step: int, found: Mapping[str, int]) -> bool:
@@ -89,13 +78,7 @@ def _is_up(remote: Remote, step: int, found: Mapping[str, int]) -> bool:
         commit = remote_steps.read(remote, step)
     except StorageError:
         return False
-    place = contract.step_dir(step)
-    return all(found.get(f"{place}/{name}") == record.size for name, record in commit.files.items())
-
-
-def _size(store: Store, name: str) -> int | None:
-    info = store.stat(name)
-    return None if info is None else info.st_size
+    return all(found.get(f"{contract.step_dir(step)}/{name}") == size for name, size in commit.sizes.items())
 
 
 def _remove_copies(store: Store, name: str) -> None:
@@ -106,13 +89,10 @@ def _remove_copies(store: Store, name: str) -> None:
             if not _only_unpacked(store.file(name), tree):
                 return
             # In one rename: what is there counts as whole, and the next attempt would run what is left.
-            trash = store.file(contract.TRASH)
-            trash.mkdir(parents=True, exist_ok=True)
-            gone = trash / f"{tree.name}-{secrets.token_hex(4)}"
-            os.rename(tree, gone)
+            gone = commits.to_trash(store, tree)
             remove_tree(gone)
             with contextlib.suppress(OSError):
-                trash.rmdir()
+                gone.parent.rmdir()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(store.file(name))
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 
 from jobkit import names
 from jobkit.errors import StorageError
-from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, in_words
 
 PART_BYTES = 1 << 22
@@ -41,13 +40,10 @@ def grouped(found: Mapping[str, int]) -> dict[str, Parts]:
     files: dict[str, Parts] = {}
     for name, size in found.items():
         part = _PART.fullmatch(name)
-        if part is None or not is_growing(part[1]):
-            files.setdefault(name, {}).setdefault(0, (name, size))
-        else:
-            known = files.setdefault(part[1], {})
-            place = int(part[2])
-            if place not in known or known[place][1] < size:
-                known[place] = name, size
+        file, place = (part[1], int(part[2])) if part is not None and is_growing(part[1]) else (name, 0)
+        known = files.setdefault(file, {})
+        if place not in known or known[place][1] < size:
+            known[place] = name, size
     return files
 
 
@@ -67,29 +63,27 @@ def fetch(store: Store, name: str, parts: Parts) -> None:
     Raises:
         JobkitError: If the URL cannot be read, or the home cannot be written.
     """
-    remote = store.remote
-    assert remote is not None
     for _ in range(_TRIES):
         if not parts:
             return
         try:
-            _fetch(store, remote, name, parts)
+            _fetch(store, name, parts)
             return
         except FileNotFoundError:  # put together with others meanwhile
-            parts = grouped(remote.find(f"{name}.d")).get(name, {})
+            parts = grouped(store.bucket.find(f"{name}.d")).get(name, {})
     raise StorageError(f"{store.url} lists parts of {name} that are not there when they are read")
 
 
-def _fetch(store: Store, remote: Remote, name: str, parts: Parts) -> None:
+def _fetch(store: Store, name: str, parts: Parts) -> None:
     path = store.file(name)
-    with in_words(f"cannot write {path}"):
+    with in_words(f"cannot write {path}", absent=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = names.opener(path, os.O_WRONLY | os.O_CREAT)
         try:
             have = os.fstat(descriptor).st_size
             for place, (part, size) in sorted(parts.items()):
                 if place <= have < place + size:
-                    content = memoryview(remote.read(part))[have - place :]
+                    content = memoryview(store.bucket.read(part))[have - place :]
                     while content:
                         written = os.pwrite(descriptor, content, have)
                         content, have = content[written:], have + written
@@ -108,8 +102,7 @@ class Sender:
     """
 
     def __init__(self, store: Store, name: str, parts: Parts) -> None:
-        assert store.remote is not None
-        self._remote, self._path, self._name = store.remote, store.file(name), name
+        self._remote, self._path, self._name = store.bucket, store.file(name), name
         self._parts: list[tuple[int, int]] = []
         """Place and size of those that another one may take in."""
         self._surplus: list[str] = []
@@ -137,7 +130,8 @@ class Sender:
         self._remote.remove(self._surplus)
         self._surplus = []
         try:
-            with in_words(f"cannot read {self._path}"), open(self._path, "rb", opener=names.opener) as file:
+            doing = f"cannot read {self._path}"
+            with in_words(doing, absent=True), open(self._path, "rb", opener=names.opener) as file:
                 size = os.fstat(file.fileno()).st_size
                 if self._shift + size < self._sent:
                     self._shift = self._sent  # somebody emptied it: what was sent stays, what follows is new

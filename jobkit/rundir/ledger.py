@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from jobkit import contract, decode, names
 from jobkit.errors import DamagedError
-from jobkit.rundir.store import Store, explain
+from jobkit.rundir.store import Store, explain, in_words
 
 Event = dict[str, Any]
 """One line: at least `t` (seconds since the epoch, of the writer's clock) and `event`."""
@@ -86,11 +86,8 @@ class Ledger:
         Raises:
             JobkitError: If it cannot be written.
         """
-        with self._lock:
-            try:
-                self._write_pending(True)
-            except OSError as error:
-                raise explain(error, f"cannot write {self.path}") from None
+        with self._lock, in_words(f"cannot write {self.path}"):
+            self._write_pending(True)
 
     def _write_pending(self, durable: bool) -> None:
         """Write the lines that are owed; one that was torn off is written again as a whole."""
@@ -182,11 +179,10 @@ def read_lines(store: Store, name: str, *, but: bytes | None = None, logged: int
         but: Without lines that contain this.
         logged: Of logged values, of which there may be millions, so many lines at most, evenly, and the last one.
     """
-    try:
-        content = store.read(name)
-    except FileNotFoundError:
-        return []
-    return _parsed(content if logged is None else b"\n".join(_thinned(content.splitlines(), logged)), but)
+    lines = (store.get(name) or b"").splitlines()
+    if logged is not None:
+        lines = _thinned(lines, logged)
+    return _parsed(line for line in lines if but is None or but not in line)
 
 
 def _thinned(lines: list[bytes], most: int) -> list[bytes]:
@@ -197,15 +193,9 @@ def _thinned(lines: list[bytes], most: int) -> list[bytes]:
     return [line for index, line in enumerate(lines) if index in kept or _METRICS not in line]
 
 
-def _parsed(content: bytes, but: bytes | None = None) -> list[Event]:
-    events = []
-    for line in content.splitlines():
-        if but is not None and but in line:
-            continue
-        event = decode.event(line)
-        if event is not None:  # torn by a SIGKILL or a full disk: normal input
-            events.append(event)
-    return events
+def _parsed(lines: Iterable[bytes]) -> list[Event]:
+    """Read lines; one that a SIGKILL or a full disk has torn is normal input, and left out."""
+    return [event for line in lines if (event := decode.event(line)) is not None]
 
 
 def newest_event(store: Store, name: str, events: Collection[str]) -> Event:
@@ -225,8 +215,8 @@ def newest_event(store: Store, name: str, events: Collection[str]) -> Event:
             if at == 0:
                 whole = rest + whole
             for line in reversed(whole.splitlines()):
-                if any(mark in line for mark in wanted) and (parsed := _parsed(line)) and parsed[0]["event"] in events:
-                    return parsed[0]
+                if any(mark in line for mark in wanted) and (event := decode.event(line)) and event["event"] in events:
+                    return event
     return {}
 
 
@@ -235,12 +225,8 @@ _BLOCK_BYTES = 1 << 18
 
 def tail_events(store: Store, name: str, event: str, nbytes: int = 1 << 20) -> list[Event]:
     """Read the newest events of one kind in one file, oldest first: what its last bytes hold; none without a file."""
-    try:
-        content = store.read(name, last_bytes=nbytes)
-    except FileNotFoundError:
-        return []
-    lines = [line for line in content.splitlines() if f'"{event}"'.encode() in line]
-    return [entry for entry in _parsed(b"\n".join(lines)) if entry["event"] == event]
+    mark, lines = f'"{event}"'.encode(), (store.get(name, last_bytes=nbytes) or b"").splitlines()
+    return [entry for entry in _parsed(line for line in lines if mark in line) if entry["event"] == event]
 
 
 @dataclass
@@ -272,8 +258,8 @@ def read_metrics(store: Store, *, only: Callable[[Collection[str]], Collection[s
             if not isinstance(step, int):
                 continue
             if event["event"] in ("fresh", "restored"):
-                for name, line in series.values.items():
-                    for taken_back in _from(line, step):
+                for name, line in series.values.items():  # whose steps rise
+                    for taken_back in list(takewhile(step.__le__, reversed(line))):
                         earlier.setdefault(name, {}).setdefault(taken_back, []).append(line.pop(taken_back))
             elif event["event"] == "metrics" and isinstance(values, Mapping):
                 for name, value in values.items():
@@ -299,11 +285,6 @@ def read_metrics(store: Store, *, only: Callable[[Collection[str]], Collection[s
     return series
 
 
-def _from(line: dict[int, float], step: int) -> list[int]:
-    """Return the steps of a metric from one on, the last one first; they rise."""
-    return list(takewhile(lambda logged_at: logged_at >= step, reversed(line)))
-
-
 def read_json(store: Store, name: str) -> dict[str, Any] | None:
     """Read one small JSON object of a run directory, None if it is absent.
 
@@ -311,9 +292,7 @@ def read_json(store: Store, name: str) -> dict[str, Any] | None:
         DamagedError: If it is there but is not a JSON object.
         JobkitError: If the storage does not answer.
     """
-    try:
-        content = store.read(name)
-    except FileNotFoundError:
+    if (content := store.get(name)) is None:
         return None
     value = decode.json_object(content)
     if value is None:

@@ -4,7 +4,21 @@ from collections.abc import Iterable
 
 import msgspec
 
-from jobkit.rundir.commits import EarlyStop
+
+class EarlyStop(msgspec.Struct, frozen=True, kw_only=True):
+    """A loop that the program left before its end (see leaving.py).
+
+    Args:
+        kind: 'steps' or 'through'.
+        total: What it was to reach.
+        step: Completed steps when it was left.
+        again: Whether the program has entered it again: leaving it is no end of the training.
+    """
+
+    kind: str
+    total: int
+    step: int
+    again: bool = False
 
 
 class Loops:

@@ -10,17 +10,16 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import msgspec
 
 from jobkit import contract, names
-from jobkit.errors import ConfigError, DamagedError, say
-from jobkit.rundir import commits, growing_files, remote_steps
+from jobkit.errors import ConfigError, say
+from jobkit.rundir import growing_files
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, in_words
 
-_ROOT_FILES = (contract.RUN_JSON, contract.README, contract.EVENTS, contract.STRATEGY)
+_ROOT_FILES = (contract.README, contract.EVENTS, contract.STRATEGY)
 
 
 def fetch_request(store: Store, name: str) -> None:
@@ -37,12 +36,12 @@ def fetch_request(store: Store, name: str) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         content = store.remote.read(name)
-        if not store.exists(name) or store.read(name) != content:
+        if store.get(name) != content:
             store.write(name, content)
 
 
 def described(store: Store) -> list[str]:
-    """List the files of a home that say what the run is and what the launching side did."""
+    """List the files of a home that, beside run.json, say what the run is and what the launching side did."""
     code = [f"{contract.CODE}/{name}" for name in store.names(contract.CODE) if name.endswith(".tar.gz")]
     drawn = [f"{contract.TENSORBOARD}/{name}" for name in store.names(contract.TENSORBOARD) if "tfevents" in name]
     return [name for name in _ROOT_FILES if store.exists(name)] + code + drawn
@@ -66,8 +65,7 @@ def upload_described(store: Store) -> None:
     """Write what describes a run to its URL, from a launching side that has just added to it."""
     if store.remote is not None:
         for name in described(store):
-            if name != contract.RUN_JSON:
-                store.remote.write(name, store.read(name))
+            store.remote.write(name, store.read(name))
 
 
 _NOT_BROUGHT = tuple(f"{place}/" for place in (contract.CHECKPOINTS, contract.CACHE, contract.LEASES))
@@ -88,7 +86,7 @@ def refresh(store: Store) -> None:
         return
     sizes = remote.find()
     ledger = None
-    if _size(store, contract.EVENTS) != sizes.get(contract.EVENTS, -1):
+    if store.size(contract.EVENTS) != sizes.get(contract.EVENTS, -1):
         ledger = _newer(store, remote)
         sizes = remote.find()
     _bring(store, sizes, lambda name: not name.startswith(_NOT_BROUGHT) and not growing_files.is_log(name))
@@ -107,15 +105,13 @@ def _bring(store: Store, found: Mapping[str, int], wanted: Callable[[str], bool]
 
 
 def _bring_one(store: Store, name: str, pieces: growing_files.Parts) -> None:
-    remote = store.remote
-    assert remote is not None
-    have, size = _size(store, name), growing_files.size_of(pieces)
+    have, size = store.size(name), growing_files.size_of(pieces)
     if growing_files.is_growing(name):
         if have < size:
             growing_files.fetch(store, name, pieces)
     elif have < 0 or (have < size and name != contract.LOCK):
-        store.write(name, remote.read(name))
-    elif _is_rewritten(name) and store.read(name) != (content := remote.read(name)):
+        store.write(name, store.bucket.read(name))
+    elif _is_rewritten(name) and store.read(name) != (content := store.bucket.read(name)):
         store.write(name, content)
 
 
@@ -136,8 +132,7 @@ def _newer(store: Store, remote: Remote) -> bytes | None:
         content = remote.read(contract.EVENTS)
     except FileNotFoundError:
         return None
-    have = store.read(contract.EVENTS) if store.exists(contract.EVENTS) else b""
-    return None if have.startswith(content) else content
+    return None if (store.get(contract.EVENTS) or b"").startswith(content) else content
 
 
 def _is_rewritten(name: str) -> bool:
@@ -145,12 +140,6 @@ def _is_rewritten(name: str) -> bool:
     run, and metrics.
     """
     return name in (contract.RUN_JSON, contract.CANCEL, contract.SAVE) or name.startswith(contract.SCORES + "/")
-
-
-def _size(store: Store, name: str) -> int:
-    """Return the size of a file in the home, -1 if it is not there."""
-    stat = store.stat(name)
-    return -1 if stat is None else stat.st_size
 
 
 def fetch_ledgers(store: Store, attempt: int) -> None:
@@ -170,26 +159,6 @@ def fetch_ledgers(store: Store, attempt: int) -> None:
     _bring(store, store.remote.find(contract.ATTEMPTS), wanted)
 
 
-def keep_of(store: Store) -> commits.Keep:
-    """Return what the program's `Run` keeps; everything while it has not said."""
-    from jobkit.rundir.ledger import read_json
-
-    with contextlib.suppress(DamagedError):  # of what is not written by a Run nothing is removed
-        if (strategy := read_json(store, contract.STRATEGY)) is not None and (keep := _keep(strategy)) is not None:
-            return keep
-    return commits.Keep(newest=1 << 30)
-
-
-def _keep(strategy: Mapping[str, Any]) -> commits.Keep | None:
-    newest, best = strategy.get("keep", 1 << 30), strategy.get("keep_best")
-    if type(newest) is not int or newest < 1:
-        return None
-    if best is None:
-        return commits.Keep(newest)
-    named = isinstance(best, list) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("min", "max")
-    return commits.Keep(newest, (best[0], best[1])) if named else None
-
-
 def claim(store: Store) -> int:
     """Claim the next attempt number, on the URL where there is one, and its directory."""
     if store.remote is None:
@@ -197,7 +166,7 @@ def claim(store: Store) -> int:
     _identify(store)
     local = max(store.numbers(contract.ATTEMPTS), default=-1)
     while True:
-        number = max([*remote_steps.attempts(store.remote), local]) + 1
+        number = max([*store.remote.numbers(contract.ATTEMPTS), local]) + 1
         token = msgspec.json.encode({"host": os.uname().nodename, "pid": os.getpid(), "at": time.time_ns()})
         if store.remote.create(f"{contract.attempt_dir(number)}/claim.json", token):
             store.write(f"{contract.attempt_dir(number)}/claim.json", token)
@@ -206,14 +175,13 @@ def claim(store: Store) -> int:
 
 def _identify(store: Store) -> None:
     """Set aside what a home holds of another run that was once at the same URL."""
-    remote = store.remote
-    assert remote is not None
+    remote = store.bucket
     if not remote.find(contract.ID):
         remote.create(contract.ID, secrets.token_hex(16).encode())
     identity = remote.read(contract.ID)
-    if store.exists(contract.ID) and store.read(contract.ID) == identity:
+    if (known := store.get(contract.ID)) == identity:
         return
-    if store.exists(contract.ID) or store.names(contract.CHECKPOINTS):
+    if known is not None or store.names(contract.CHECKPOINTS):
         _set_home_aside(store, contract.CHECKPOINTS, contract.ATTEMPTS, contract.SCORES, contract.STRATEGY)
     store.write(contract.ID, identity)
 
@@ -241,7 +209,7 @@ def set_deleted_aside(store: Store) -> None:
 def _set_home_aside(store: Store, *names: str) -> None:
     """Move what a home holds out of the way; what makes it be done goes last, so that after a kill it is done again."""
     aside = store.file(f".old-{time.time_ns()}")
-    with in_words(f"cannot move what {store.path} holds of another run"):
+    with in_words(f"cannot move what {store.path} holds of another run", absent=True):
         aside.mkdir()
         for name in sorted(names, key=(contract.ID, contract.RUN_JSON).__contains__):
             with contextlib.suppress(FileNotFoundError):

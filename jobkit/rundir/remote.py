@@ -6,20 +6,24 @@ credentials) is a `ConfigError` that says so.
 """
 
 import asyncio
+import contextlib
 import datetime
 import functools
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tenacity
 
 from jobkit import names, versions
 from jobkit.errors import ConfigError, JobkitError, OutsideError, StorageError
+
+T = TypeVar("T")
 
 PARALLEL = 16
 """Transfers at a time; one stream gets a small part of what a bucket gives (measured: 16 streams 1.3x the wire)."""
@@ -77,7 +81,7 @@ class Remote:
                 self._opened = fs, str(root).rstrip("/")
             return self._opened
 
-    def _call(self, doing: str, method: str, name: str, *arguments: Any, **named: Any) -> Any:
+    def _call(self, doing: str, method: str | Callable[..., Any], name: str, *arguments: Any, **named: Any) -> Any:
         if name and not names.inside(name):
             raise OutsideError(f"{name!a} is no name inside {self.url}")
         fs, root = self._fs()
@@ -91,8 +95,9 @@ class Remote:
             before_sleep=lambda tried: _forget_token(fs, tried),
             reraise=True,
         )
+        call = getattr(fs, method) if isinstance(method, str) else functools.partial(method, fs)
         try:
-            return retrying(getattr(fs, method), path, *arguments, **named)
+            return retrying(call, path, *arguments, **named)
         except FileNotFoundError:
             if method == "pipe_file":  # only a missing bucket stops an object from being written
                 raise ConfigError(
@@ -102,7 +107,7 @@ class Remote:
         except FileExistsError:
             raise
         except Exception as error:
-            if _aws_code(error) == "PreconditionFailed":  # not every S3 store says which condition
+            if _code(error) == 412:  # a precondition failed; not every S3 store says which
                 raise FileExistsError(path) from None
             raise translate(error, f"cannot {doing} {self.url}/{name}".rstrip("/")) from error
 
@@ -146,6 +151,11 @@ class Remote:
         objects = (path for path, size in sizes.items() if size or (path and not path.endswith("/")))
         return {path: sizes[path] for path in names.sift(objects, where=self.url)}
 
+    def numbers(self, name: str) -> list[int]:
+        """List what there is below a name, as far as it begins with a number, in rising order."""
+        below = {found.removeprefix(f"{name}/").partition("/")[0] for found in self.find(name)}
+        return sorted(number for entry in below if (number := names.number(entry)) is not None)
+
     def modified(self, name: str) -> float:
         """Return when an object was last written, in seconds since the epoch by the store's clock, not by ours.
 
@@ -165,13 +175,29 @@ class Remote:
         """Remove objects, in parallel; absent ones are no error."""
 
         def one(name: str) -> None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self._call("remove", "rm_file", name)
-            except FileNotFoundError:
-                pass
 
-        for _ in each(one, objects):
+        carry("", dict.fromkeys(objects, 0), one, shown=False)
+
+    def remove_this(self, name: str, content: bytes | None) -> bool:
+        """Remove an object that has this very content; tell whether that, or none, was there.
+
+        Google's store has it as a precondition, so that what replaces it at this very moment stays; elsewhere it goes.
+        """
+        try:
+            generation = self._call("look at", "info", name).get("generation")
+            if self.read(name) != content:
+                return False
+            if generation is None:
+                self._call("remove", "rm_file", name)
+            else:
+                self._call("remove", _remove_generation, name, generation)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
             pass
+        return True
 
     def abort_uploads(self) -> int:
         """End multipart uploads below the URL that nobody completed; return their number.
@@ -197,6 +223,12 @@ class Remote:
         target.write_bytes(self.read(name))
 
 
+def _remove_generation(fs: Any, path: str, generation: str, timeout: float) -> None:
+    """Remove an object of Google's unless it has been replaced, for which gcsfs has no method of its own."""
+    bucket, key, _ = fs.split_path(path)
+    fs.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation, timeout=timeout)
+
+
 def _retry_only_here(fs: Any) -> None:
     """Turn the clients' own retries off: nested in ours they make minutes of a burst of refusals.
 
@@ -219,26 +251,55 @@ def _forget_token(fs: Any, tried: tenacity.RetryCallState) -> None:
             credentials.token = None
 
 
-def _aws_code(error: BaseException) -> str:
-    response = getattr(error.__cause__, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+def carry(doing: str, sizes: Mapping[str, int], one: Callable[[str], T], *, shown: bool = True) -> list[T]:
+    """Call a function for every file, several at a time; the first error ends it.
+
+    Args:
+        doing: What is said beside a progress bar, which is there where a person is looking: standard error is a
+            terminal.
+        sizes: Bytes of the files, by name.
+        one: Carries a file.
+        shown: False where nobody is to be bothered.
+
+    Returns:
+        What it returned, file by file.
+    """
+    with _bar(doing, sum(sizes.values()), shown=shown) as advance:
+
+        def carried(name: str) -> T:
+            answer = one(name)
+            advance(sizes[name])
+            return answer
+
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-transfer") as pool:
+            return list(pool.map(carried, sizes))
 
 
-def each(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Call a function for every item, several at a time; yield results as they come; the first error ends it."""
-    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="jobkit-transfer") as pool:
-        yield from pool.map(function, list(items))
+@contextlib.contextmanager
+def _bar(doing: str, nbytes: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far a transfer is; yield what is told of each piece that has arrived, from any thread."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    remaining = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(), *remaining)
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(doing, total=nbytes)
+        yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def _code(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error of gcsfs, botocore or aiohttp."""
-    for name in ("code", "status"):
-        value = getattr(error, name, None)
-        if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
-            return int(value)
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+    """Return the HTTP status behind an error of gcsfs, botocore or aiohttp, or behind what it was raised from."""
+    for one in filter(None, (error, error.__cause__)):
+        for value in (getattr(one, "code", None), getattr(one, "status", None)):
+            if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
+                return int(value)
+        response = getattr(one, "response", None)
+        if isinstance(response, dict) and (status := response.get("ResponseMetadata", {}).get("HTTPStatusCode")):
+            return int(status)
     return None
 
 
@@ -246,7 +307,7 @@ def worth_retrying(error: BaseException) -> bool:
     """Tell whether the same call may succeed a little later."""
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | JobkitError):
         return False
-    code = _code(error) or _code(error.__cause__ or error)
+    code = _code(error)
     if code is not None:
         return code in (401, 408, 429) or code >= 500
     names = {f"{base.__module__.split('.')[0]}.{base.__name__}" for base in type(error).__mro__}
@@ -270,7 +331,7 @@ def translate(error: BaseException, doing: str) -> JobkitError:
     if isinstance(error, JobkitError):
         return error
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    code = _code(error) or _code(error.__cause__ or error)
+    code = _code(error)
     if isinstance(error, PermissionError) or code == 403 or "Forbidden" in text:
         return ConfigError(
             f"{doing}: permission denied for {identity()}: give it read and write access to the bucket's objects "

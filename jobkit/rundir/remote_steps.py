@@ -2,22 +2,19 @@
 
 import contextlib
 import os
-import tempfile
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
-import google_crc32c
-
 from jobkit import contract, names
-from jobkit.errors import DamagedError, JobkitError, StorageError, SupersededError
+from jobkit.errors import DamagedError, JobkitError, StorageError
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit
+from jobkit.rundir.files import crc32c, remove_tree, sync_tree
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.progress import transfer
-from jobkit.rundir.remote import Remote, each
-from jobkit.rundir.store import Store, checksum, in_words, remove_tree, sync_tree
+from jobkit.rundir.remote import Remote, carry
+from jobkit.rundir.store import Store, in_words
 
 
 def commit_name(step: int) -> str:
@@ -25,12 +22,12 @@ def commit_name(step: int) -> str:
     return f"{contract.step_dir(step)}/{contract.COMMIT}"
 
 
-def group(found: Mapping[str, int]) -> dict[int, list[str]]:
-    """Group object names below checkpoints/ by step."""
+def group(found: Iterable[str]) -> dict[int, list[str]]:
+    """Group the names of objects that are below checkpoints/ by step."""
     steps: dict[int, list[str]] = {}
     for name in found:
-        step = names.number(name.removeprefix(contract.CHECKPOINTS + "/").partition("/")[0])
-        if step is not None:
+        place, _, below = name.partition("/")
+        if place == contract.CHECKPOINTS and (step := names.number(below.partition("/")[0])) is not None:
             steps.setdefault(step, []).append(name)
     return steps
 
@@ -45,8 +42,12 @@ def read(remote: Remote, step: int) -> Commit:
 
 def steps(remote: Remote) -> list[int]:
     """List the committed steps on a URL, in rising order, with one request per thousand objects."""
-    steps = group(remote.find(contract.CHECKPOINTS))
-    return sorted(step for step, objects in steps.items() if commit_name(step) in objects)
+    return committed(group(remote.find(contract.CHECKPOINTS)))
+
+
+def committed(by_step: Mapping[int, Container[str]]) -> list[int]:
+    """List the steps of grouped objects that are committed, in rising order."""
+    return sorted(step for step, objects in by_step.items() if commit_name(step) in objects)
 
 
 def metrics(remote: Remote) -> dict[int, dict[str, float]]:
@@ -88,15 +89,14 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
         SupersededError: If a newer attempt has begun on the URL.
         JobkitError: If the upload failed.
     """
-    remote = store.remote
-    assert remote is not None
+    remote = store.bucket
     begun = time.monotonic()
     if commit_name(step) in remote.find(contract.step_dir(step)):
         # Perhaps with other bytes, of an attempt on another node: what is committed on the URL is never touched.
         ledger.append("skipped", step=step, reason="committed on the URL before")
         return True
     with contextlib.ExitStack() as stack:
-        stack.enter_context(in_words(f"cannot read step {step} of {store.path}"))
+        stack.enter_context(in_words(f"cannot read step {step} of {store.path}", absent=True))
         try:
             # Opened all at once, so that retention in the program may remove the step while it is being uploaded.
             content = store.read(commit_name(step))
@@ -108,15 +108,12 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
             }
         except FileNotFoundError:
             return False
-        with transfer(f"uploading step {step}", commit.nbytes, shown=shown) as advance:
 
-            def push(name: str) -> None:
-                _push_file(remote, commit, name, files[name], attempt)
-                advance(commit.files[name].size)
+        def push(name: str) -> None:
+            _push_file(remote, commit, name, files[name], attempt)
 
-            for _ in each(push, files):
-                pass
-    check_newest(remote, attempt)
+        carry(f"uploading step {step}", commit.sizes, push, shown=shown)
+    commits.check_newest(remote, attempt, f"commit to {remote.url}")
     if not remote.create(commit_name(step), content):
         ledger.append("skipped", step=step, reason="committed on the URL before")
         return True
@@ -129,35 +126,17 @@ def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes], attem
     """Create one file; what a dead attempt left under its name gives way, what is the same stays."""
     target = f"{contract.step_dir(commit.step)}/{name}"
     content = file.read()
-    expected = commit.files[name]
-    if f"{google_crc32c.value(content):08x}" != expected.crc32c:
+    if crc32c(content) != commit.files[name].crc32c:
         raise StorageError(f"{name} of step {commit.step} changed on the local disk after its commit")
     for _ in range(5):
         if remote.create(target, content) or not content:
             return
         # Only the newest attempt may take a file away, and none of a step that has been committed meanwhile.
-        check_newest(remote, attempt)
+        commits.check_newest(remote, attempt, f"commit to {remote.url}")
         if commit_name(commit.step) in remote.find(contract.step_dir(commit.step)):
             raise StorageError(f"step {commit.step} of {remote.url} was committed by another attempt meanwhile")
         remote.remove([target])
     raise StorageError(f"{remote.url}/{target} is being written by another attempt")
-
-
-def check_newest(remote: Remote, attempt: int) -> None:
-    """Refuse to commit once a newer attempt has claimed the run.
-
-    Raises:
-        SupersededError: Naming it.
-    """
-    newest = max(attempts(remote), default=attempt)
-    if newest > attempt:
-        raise SupersededError(f"attempt {attempt} may not commit to {remote.url}: attempt {newest} has taken over")
-
-
-def attempts(remote: Remote) -> list[int]:
-    """List the attempts that claimed a number on a URL."""
-    claimed = {name.removeprefix(contract.ATTEMPTS + "/").partition("/")[0] for name in remote.find(contract.ATTEMPTS)}
-    return sorted(number for text in claimed if (number := names.number(text)) is not None)
 
 
 def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
@@ -165,8 +144,7 @@ def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
 
     A step that does not check out is set aside on the URL, with the reason, and the next older one is taken.
     """
-    remote = store.remote
-    assert remote is not None
+    remote = store.bucket
     for step in reversed(steps(remote)):
         if any(have >= step and not commits.problems(store, have) for have in commits.steps(store)):
             return None
@@ -185,8 +163,7 @@ def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
 
 def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
     """Download a step into the home and check every byte; return what is wrong with it."""
-    remote = store.remote
-    assert remote is not None
+    remote = store.bucket
     try:
         content = remote.read(commit_name(step))
         commit = commits.parse(content, step, where=f"{remote.url}/{commit_name(step)}")
@@ -194,8 +171,8 @@ def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
         return [str(error)]
     stage = commits.new_stage(store, step, attempt)
     try:
-        with in_words(f"cannot write step {step} into {store.path}"):
-            wrong = _fetch_files(remote, commit, f"downloading step {step}", stage)
+        with in_words(f"cannot write step {step} into {store.path}", absent=True):
+            wrong = _fetch_files(remote, commit, f"downloading step {step}", into=stage)
             if wrong:
                 return wrong
             stage.mkdir(exist_ok=True)
@@ -212,41 +189,32 @@ def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
         remove_tree(stage)
 
 
-def _fetch_files(remote: Remote, commit: Commit, doing: str, stage: Path, *, keep: bool = True) -> list[str]:
-    """Download a step's files in parallel; return what is wrong with them."""
-    with transfer(doing, commit.nbytes) as advance:
+def _fetch_files(remote: Remote, commit: Commit, doing: str, *, into: Path | None = None) -> list[str]:
+    """Download a step's files in parallel, into a directory if there is one; return what is wrong with them."""
 
-        def fetch(name: str) -> str:
-            wrong = _fetch_file(remote, commit, name, stage)
-            if not keep:
-                (stage / name).unlink(missing_ok=True)
-            advance(commit.files[name].size)
-            return wrong
+    def fetch(name: str) -> str:
+        try:
+            content = remote.read(f"{contract.step_dir(commit.step)}/{name}")
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if into is not None:
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            (into / name).write_bytes(content)
+        expected = commit.files[name]
+        same = (len(content), crc32c(content)) == (expected.size, expected.crc32c)
+        return "" if same else f"{name} differs from its checksum"
 
-        return [problem for problem in each(fetch, commit.files) if problem]
-
-
-def _fetch_file(remote: Remote, commit: Commit, name: str, stage: Path) -> str:
-    """Download one file; return what is wrong with it, or ''."""
-    try:
-        remote.fetch(f"{contract.step_dir(commit.step)}/{name}", stage / name)
-    except FileNotFoundError:
-        return f"{name} is missing"
-    size, crc = checksum(stage / name)
-    expected = commit.files[name]
-    return "" if (size, crc) == (expected.size, expected.crc32c) else f"{name} differs from its checksum"
+    return [problem for problem in carry(doing, commit.sizes, fetch) if problem]
 
 
 def problems(store: Store, step: int) -> list[str]:
     """Check every byte of a step on the URL against its commit.json; return what is wrong."""
-    remote = store.remote
-    assert remote is not None
+    remote = store.bucket
     try:
         commit = read(remote, step)
     except DamagedError as error:
         return [str(error)]
-    with tempfile.TemporaryDirectory(prefix="jobkit-verify-") as scratch:
-        wrong = _fetch_files(remote, commit, f"verifying step {step}", Path(scratch), keep=False)
+    wrong = _fetch_files(remote, commit, f"verifying step {step}")
     prefix = contract.step_dir(step) + "/"
     present = {name.removeprefix(prefix) for name in remote.find(contract.step_dir(step))}
     extra = sorted(present - commit.files.keys() - {contract.COMMIT})
@@ -255,9 +223,8 @@ def problems(store: Store, step: int) -> list[str]:
 
 def remove(remote: Remote, step: int) -> None:
     """Remove a step from a URL; commit.json first, so that no reader takes a half-removed step for whole."""
-    objects = remote.find(contract.step_dir(step))
-    remote.remove([name for name in objects if name == commit_name(step)])
-    remote.remove([name for name in objects if name != commit_name(step)])
+    remote.remove([commit_name(step)])
+    remote.remove(remote.find(contract.step_dir(step)))
 
 
 def set_aside(remote: Remote, step: int, reasons: list[str]) -> None:

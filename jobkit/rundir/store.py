@@ -13,19 +13,17 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
-
-import google_crc32c
 
 from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.patience import Insist, at_once
+from jobkit.rundir.files import sync_directory
 from jobkit.rundir.remote import Remote
 
 P = ParamSpec("P")
@@ -62,13 +60,18 @@ def explain(error: OSError, doing: str) -> JobkitError:
 
 
 @contextlib.contextmanager
-def in_words(doing: str) -> Iterator[None]:
-    """Turn the system's errors inside into ours, but that something is absent, which is an answer; see `explain`."""
+def in_words(doing: str, *, absent: bool = False) -> Iterator[None]:
+    """Turn the system's errors inside into ours; see `explain`.
+
+    Args:
+        doing: What is tried, as the start of a sentence.
+        absent: Whether FileNotFoundError is an answer, and stays.
+    """
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if absent and isinstance(error, FileNotFoundError):
+            raise
         raise explain(error, doing) from None
 
 
@@ -121,7 +124,7 @@ def home_of(url: str) -> Path:
     root = Path(given or Path(tempfile.gettempdir()) / f"jobkit-{os.getuid()}")
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
     home = root / f"{url.rstrip('/').rpartition('/')[2]}-{digest}"
-    try:
+    with in_words(f"cannot create {home}"):
         if given:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_uid != os.getuid():
@@ -129,8 +132,6 @@ def home_of(url: str) -> Path:
         else:  # where everybody may make one of that name
             _own(root)
         _own(home)
-    except OSError as error:
-        raise explain(error, f"cannot create {home}") from None
     return home
 
 
@@ -182,12 +183,8 @@ def _answered(
         @functools.wraps(method)
         def answered(self: "Store", name: str, /, *args: P.args, **named: P.kwargs) -> R:
             def once() -> R:
-                try:
+                with in_words(f"cannot {doing} {self.path / name}", absent=absent):
                     return method(self, name, *args, **named)
-                except OSError as error:
-                    if absent and isinstance(error, FileNotFoundError):
-                        raise
-                    raise explain(error, f"cannot {doing} {self.file(name)}") from None
 
             return self.insist(once)
 
@@ -223,8 +220,11 @@ class Store:
             self.path = local_path(url)
             self.url = str(self.path)
 
-    def __repr__(self) -> str:
-        return f"Store({self.url!r})"
+    @property
+    def bucket(self) -> Remote:
+        """The object store behind a home, for what is done for a run that has one."""
+        assert self.remote is not None
+        return self.remote
 
     def with_deadline(self, deadline_s: float) -> "Store":
         """Return the same run directory, whose object store is given up on after so many seconds."""
@@ -245,13 +245,11 @@ class Store:
         Raises:
             JobkitError: If it cannot be made.
         """
-        try:
+        with in_words(f"cannot create {self.path}"):
             if self.path.exists():
                 return
             mode = 0o777 if shared else 0o770 if _for_a_group(self.path.parent) else 0o700
             self.path.mkdir(mode=mode, parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain(error, f"cannot create {self.path}") from None
 
     def file(self, name: str) -> Path:
         """Return the path of a name inside the run directory.
@@ -283,6 +281,11 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def size(self, name: str) -> int:
+        """Return how many bytes a file has, -1 if it is absent."""
+        info = self.stat(name)
+        return -1 if info is None else info.st_size
+
     @_answered("list")
     def names(self, name: str) -> list[str]:
         """List a directory in sorted order, without names that are not one's inside; an absent one is empty."""
@@ -307,6 +310,12 @@ class Store:
         except NotADirectoryError as error:
             raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
 
+    def get(self, name: str, *, last_bytes: int | None = None) -> bytes | None:
+        """Return a file's content, or its last bytes; None if it is absent."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.read(name, last_bytes=last_bytes)
+        return None
+
     def write(self, name: str, content: bytes | str) -> None:
         """Replace a file as a whole.
 
@@ -319,8 +328,7 @@ class Store:
         path = self.file(name)
 
         def once() -> None:
-            with _Writing(path) as temporary:
-                _fill(temporary, content)
+            with _written(path, content) as temporary:
                 os.replace(temporary, path)
                 sync_directory(path.parent)
 
@@ -336,14 +344,13 @@ class Store:
 
         def once() -> bool:
             nonlocal made
-            with _Writing(path) as temporary:
-                if not made:  # tried again: it is there and may not be durable yet
-                    _fill(temporary, content)
-                    try:
-                        os.link(temporary, path)
-                    except FileExistsError:
-                        return False
+            with _written(path, content) as temporary:
+                try:
+                    os.link(temporary, path)
                     made = True
+                except FileExistsError:
+                    if not made:  # else this is another try: it is there and may not be durable yet
+                        return False
                 sync_directory(path.parent)
             return True
 
@@ -399,93 +406,19 @@ def _temporary(name: str, token: str) -> str:
     return f".{name}.{token}.tmp"
 
 
-class _Writing:
-    """Give a temporary name beside `path`, translate errors, and leave nothing behind."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(_temporary(path.name, secrets.token_hex(6)))
-
-    def __enter__(self) -> Path:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain(error, f"cannot create {self._path.parent}") from None
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise explain(error, f"cannot write {self._path}") from None
-
-
-def _fill(path: Path, content: bytes | str) -> None:
-    with open(path, "xb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+@contextlib.contextmanager
+def _written(path: Path, content: bytes | str) -> Iterator[Path]:
+    """Write content durably under a temporary name beside a path; translate errors, and leave nothing behind."""
+    temporary = path.with_name(_temporary(path.name, secrets.token_hex(6)))
+    with in_words(f"cannot create {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.fsync(descriptor)
+        with in_words(f"cannot write {path}"):
+            with open(temporary, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
     finally:
-        os.close(descriptor)
-
-
-def sync_tree(root: Path) -> None:
-    """Make every file and directory below `root`, and `root` itself, durable."""
-    for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
-        for name in files:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))
-
-
-def raise_unlisted(error: OSError) -> None:
-    """Have `os.walk` leave out only what is not there: by itself it takes a directory it cannot list for empty."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
-
-
-def files_below(root: Path) -> Iterator[str]:
-    """Yield every file below `root`, relative to it, with forward slashes, in sorted order.
-
-    A symbolic link is yielded as a file: nothing of ours makes one, so a checker should see it.
-    """
-    paths = []
-    for directory, subdirectories, files in os.walk(root, onerror=raise_unlisted):
-        linked = [name for name in subdirectories if os.path.islink(os.path.join(directory, name))]
-        paths += [os.path.relpath(os.path.join(directory, name), root) for name in [*files, *linked]]
-    yield from sorted(name.replace(os.sep, "/") for name in paths)
-
-
-def checksum(path: Path) -> tuple[int, str]:
-    """Return a file's size in bytes and its crc32c as eight hexadecimal digits.
-
-    crc32c because object stores keep the same one beside every object.
-    """
-    value, size = 0, 0
-    with open(path, "rb", opener=names.opener) as file:
-        while chunk := file.read(1 << 22):
-            value = google_crc32c.extend(value, chunk)
-            size += len(chunk)
-    return size, f"{value:08x}"
-
-
-def free_bytes(path: Path) -> int:
-    """Return what an ordinary user may still write at `path` or its nearest existing parent."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory and all below it; what is already gone is no error."""
-    shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """The uploader: threads of the supervisor that carry what is new in the home to the run's URL.
 
 A step's files go up in parallel, each created only if it is not there yet, and commit.json last. A program that is
-killed right after its local commit still gets its save into the bucket. Logs and ledgers (outbox.py), and what is asked
-of the run, have threads of their own: neither keeps a checkpoint waiting.
+killed right after its local commit still gets its save into the bucket. Logs and ledgers, and what is asked of the run,
+have threads of their own: neither keeps a checkpoint waiting.
 
 Under a dead bucket the training goes on; saves wait in the home, as many as retention keeps, until the bucket is back.
 """
@@ -14,27 +14,20 @@ from collections.abc import Callable
 
 from jobkit import contract
 from jobkit.errors import JobkitError, StorageError, SupersededError, say
-from jobkit.rundir import commits, mirror, remote_steps
+from jobkit.rundir import commits, growing_files, mirror, remote_steps, retention
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.outbox import Outbox
 from jobkit.rundir.store import Store
 
 _TICK_S = 0.5
-
-
 _TELL_S = 10.0
-
-
 _FILES_S = 2.0
 """Logs and ledgers of a running attempt reach the URL this often."""
-
-
 _REST_S = 10.0
 """How long logs and ledgers may take once everything else is there."""
-
-
 _CANCEL_S = 2.0
 """A cancel that was written on another machine is seen after this long."""
+_GROWN = 1.125
+"""TensorBoard's files, which it reads as they are, go up whole, each time that they have grown by an eighth."""
 
 
 class Uploader:
@@ -53,7 +46,7 @@ class Uploader:
         self._since = time.time() - 0.05  # file systems keep coarse times
         self._done: set[int] = set()
         self._old_uploads = True
-        self._outbox = Outbox(self._store, attempt, self._check_newest)
+        self._outbox = Outbox(self._store, attempt)
         self._failing: dict[str, float] = {}
         """What fails, and since when."""
         self._failing_lock = threading.Lock()
@@ -91,7 +84,10 @@ class Uploader:
         end = time.monotonic() + deadline_s
         while True:
             try:
-                self._upload_rest(until=max(end, time.monotonic() + _REST_S))
+                # At the end in any case: who decides whether the run goes on looks into the home.
+                self._hear_requests()
+                self._upload_steps(shown=True)
+                self.upload_files(until=max(end, time.monotonic() + _REST_S))
                 return
             except SupersededError:
                 raise
@@ -105,26 +101,23 @@ class Uploader:
         while not self._closing.wait(every_s) and self.superseded is None:
             try:
                 work()
-            except SupersededError as error:
-                self._give_way(error)
-            except JobkitError as error:
-                self._fails(name, error)
             except Exception as error:  # whatever it is, saves must go on being carried
-                self._fails(name, StorageError(f"cannot upload to {self._store.url}: {type(error).__name__}: {error}"))
+                self._fails(name, error)
             else:
                 self._works(name)
 
-    def _give_way(self, error: SupersededError) -> None:
+    def _fails(self, name: str, error: Exception) -> None:
+        ours = isinstance(error, JobkitError)
+        reason = str(error) if ours else f"cannot upload to {self._store.url}: {type(error).__name__}: {error}"
         with self._failing_lock:
-            if self.superseded is None:
-                self.superseded = error
-                self._ledger.append("superseded", reason=str(error))
-
-    def _fails(self, name: str, error: JobkitError) -> None:
-        with self._failing_lock:
+            if isinstance(error, SupersededError):
+                if self.superseded is None:
+                    self.superseded = error
+                    self._ledger.append("superseded", reason=reason)
+                return
             if not self._failing:
-                self._ledger.append("upload_failed", reason=str(error))
-                say(f"{error}; saves wait in {self._store.path} meanwhile")
+                self._ledger.append("upload_failed", reason=reason)
+                say(f"{reason}; saves wait in {self._store.path} meanwhile")
             self._failing.setdefault(name, time.monotonic())
 
     def _works(self, name: str) -> None:
@@ -133,25 +126,17 @@ class Uploader:
             if self._failing.pop(name, None) is not None and not self._failing:
                 self._ledger.append("upload_back", after_s=round(time.monotonic() - since, 3))
 
-    def _upload_rest(self, *, until: float) -> None:
-        """Carry everything that is left, steps first."""
-        # At the end in any case: who decides whether the run goes on looks into the home.
-        self._hear_requests()
-        self._upload_steps(shown=True)
-        self.upload_files(until=until)
-
     def _hear_requests(self) -> None:
-        mirror.fetch_request(self._store, contract.CANCEL)
-        mirror.fetch_request(self._store, contract.SAVE)
+        for name in (contract.CANCEL, contract.SAVE):
+            mirror.fetch_request(self._store, name)
 
     def _upload_steps(self, *, shown: bool = False) -> None:
         """Carry new steps, newest before older; one that cannot be carried holds up no other."""
-        assert self._store.remote is not None
         if self._old_uploads:
             self._old_uploads = False
             with contextlib.suppress(JobkitError):
                 # Of dead attempts: this one has claimed its number, so that no older one can commit any more.
-                self._store.remote.abort_uploads()
+                self._store.bucket.abort_uploads()
         failed: JobkitError | None = None
         waiting = [step for step in reversed(commits.steps(self._store)) if step not in self._done]
         for step in waiting:
@@ -195,30 +180,121 @@ class Uploader:
     def _described(self) -> list[str]:
         """List what describes the run and is the running side's to say."""
         saying = self._said_what_to_keep()
-        return [
-            name
-            for name in mirror.described(self._store)
-            if name != contract.RUN_JSON and (name != contract.STRATEGY or saying)
-        ]
-
-    def _check_newest(self) -> None:
-        assert self._store.remote is not None
-        remote_steps.check_newest(self._store.remote, self._attempt)
+        return [name for name in mirror.described(self._store) if name != contract.STRATEGY or saying]
 
     def _retain(self) -> None:
         """Remove remote steps that retention does not keep, and what dead attempts left unfinished."""
-        remote, strategy = self._store.remote, mirror.keep_of(self._store)
-        assert remote is not None
+        remote, keep = self._store.bucket, retention.keep_of(self._store)
         by_step = remote_steps.group(remote.find(contract.CHECKPOINTS))
-        committed = {step for step, files in by_step.items() if remote_steps.commit_name(step) in files}
+        committed = remote_steps.committed(by_step)
         scores = remote.find(contract.SCORES)
         known = {step: remote_steps.metrics_of(remote, step, scores) for step in committed}
         newest, local = max(committed, default=-1), commits.steps(self._store)
-        unfinished = [step for step in by_step.keys() - committed if step < newest and step not in local]
-        superfluous = strategy.superfluous(known)
+        unfinished = [step for step in by_step.keys() - {*committed} if step < newest and step not in local]
+        superfluous = keep.superfluous(known)
         if superfluous or unfinished:
-            remote_steps.check_newest(remote, self._attempt)  # what looks unfinished may be a newer attempt's upload
+            # What looks unfinished may be a newer attempt's upload.
+            commits.check_newest(remote, self._attempt, f"commit to {remote.url}")
         for step in superfluous:
             remote_steps.remove(remote, step)
         for step in unfinished:
             remote.remove(by_step[step])
+
+
+class Outbox:
+    """Carries what an attempt writes beside checkpoints, and what earlier ones left of theirs in this home.
+
+    Small files go up whole when they have changed. Logs and ledgers go up in parts (growing_files.py), those of earlier
+    attempts too, whose supervisor was killed before it had sent all.
+
+    Args:
+        store: The run; its home.
+        attempt: Number of the attempt.
+    """
+
+    def __init__(self, store: Store, attempt: int) -> None:
+        self._store, self._attempt = store, attempt
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._senders: dict[str, growing_files.Sender] | None = None
+        """None until it is known what is on the URL."""
+        self._left: list[str] = []
+        """Files of earlier attempts that are not on the URL as they are here."""
+
+    def upload(self, described: list[str], *, final: bool, go_on: Callable[[], bool]) -> bool:
+        """Carry what is new, small files first; tell whether everything is on the URL now.
+
+        Args:
+            described: The files that describe the run.
+            final: Whether nothing more will be written.
+            go_on: Asked before each part of a log or ledger.
+
+        Raises:
+            JobkitError: If the URL cannot be written.
+        """
+        own = files_in(self._store, contract.attempt_dir(self._attempt), contract.SCORES)
+        return self._send([*described, *own], final=final, go_on=go_on)
+
+    def upload_earlier(self, *, go_on: Callable[[], bool]) -> bool:
+        """Carry only what earlier attempts left; tell whether all of that is on the URL now.
+
+        Args:
+            go_on: Asked before each part of a log or ledger.
+
+        Raises:
+            JobkitError: If the URL cannot be written.
+        """
+        return self._send([], final=True, go_on=go_on)
+
+    def _send(self, wanted: list[str], *, final: bool, go_on: Callable[[], bool]) -> bool:
+        senders = self._begin() if self._senders is None else self._senders
+        wanted = [*wanted, *self._left]
+        for name in wanted:
+            if not growing_files.is_growing(name):
+                self._upload_whole(name, final=final)
+        done = True
+        # Ledgers before logs: they are smaller, and say more.
+        for name in sorted(filter(growing_files.is_growing, wanted)):
+            sender = senders.setdefault(name, growing_files.Sender(self._store, name, {}))
+            done = sender.send(go_on) and done
+        if done:
+            self._left = []
+        return done
+
+    def _begin(self) -> dict[str, growing_files.Sender]:
+        """See what is on the URL already."""
+        remote = self._store.bucket
+        there = growing_files.grouped(remote.find(contract.ATTEMPTS))
+        code = remote.find(contract.CODE)
+        for name in (f"{contract.CODE}/{file}" for file in self._store.names(contract.CODE)):
+            if (info := self._store.stat(name)) is not None and code.get(name) == info.st_size:
+                self._stamps[name] = info.st_size, info.st_mtime_ns  # named by its content
+        for attempt in (number for number in self._store.numbers(contract.ATTEMPTS) if number < self._attempt):
+            for name in files_in(self._store, contract.attempt_dir(attempt)):
+                sent = growing_files.size_of(there[name]) if name in there else -1
+                if self._store.size(name) > sent if growing_files.is_growing(name) else sent < 0:
+                    self._left.append(name)
+        self._senders = {
+            name: growing_files.Sender(self._store, name, parts)
+            for name, parts in there.items()
+            if growing_files.is_growing(name)
+        }
+        return self._senders
+
+    def _upload_whole(self, name: str, *, final: bool) -> None:
+        if (info := self._store.stat(name)) is None:
+            return
+        stamp, sent = (info.st_size, info.st_mtime_ns), self._stamps.get(name)
+        if stamp == sent:
+            return
+        waits = "tfevents" in name and not final
+        if waits and sent is not None and sent[0] <= info.st_size < sent[0] * _GROWN:
+            return
+        if "/" not in name:  # of the whole run: a newer attempt's may be there
+            commits.check_newest(self._store.bucket, self._attempt, f"commit to {self._store.url}")
+        self._store.bucket.write(name, self._store.read(name))
+        self._stamps[name] = stamp
+
+
+def files_in(store: Store, *places: str) -> list[str]:
+    """List the files in some directories of a home, but for what is being written."""
+    return [f"{place}/{name}" for place in places for name in store.names(place) if not name.startswith(".")]

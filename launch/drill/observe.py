@@ -20,8 +20,9 @@ from typing import Any, Self
 from jobkit import contract
 from jobkit.errors import JobkitError
 from jobkit.rundir import ledger
+from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Event, read_json
-from jobkit.rundir.store import Store, remove_tree
+from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Beat, read_beat
 from launch.lifecycle import lock, orphans

@@ -13,8 +13,9 @@ from jobkit import contract, decode, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import DamagedError, JobkitError
 from jobkit.rundir import commits, remote_steps
+from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json
-from jobkit.rundir.store import Store, remove_tree
+from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import belongs, read_beat
 

@@ -11,7 +11,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,8 +20,9 @@ from jobkit import contract, names
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
+from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.store import Store, explain, is_remote, local_path, remove_tree
+from jobkit.rundir.store import Store, explain, is_remote, local_path
 from launch.lifecycle import lease, orphans, run_status, targets
 from launch.lifecycle.lock import PROBE_S, RunLock, acquire, cancel_mutex, held, holder
 from launch.spec import jobspec as specs
@@ -335,7 +336,7 @@ def ask(store: Store, name: str, **told: object) -> bytes:
 
 def cancel_content(store: Store) -> bytes | None:
     """Return the cancel that this machine knows of, None if there is none."""
-    return _read_if_there(store.read)
+    return store.get(contract.CANCEL)
 
 
 def take_back_cancel(store: Store, seen: bytes | None) -> None:
@@ -347,10 +348,8 @@ def take_back_cancel(store: Store, seen: bytes | None) -> None:
     with cancel_mutex(store):
         if cancel_content(store) != seen:
             return
-        if store.remote is not None:
-            if _read_if_there(store.remote.read) not in (None, seen):
-                raise ConfigError(f"run {store.url} was cancelled on another machine this very moment")
-            store.remote.remove([contract.CANCEL])
+        if store.remote is not None and not store.remote.remove_this(contract.CANCEL, seen):
+            raise ConfigError(f"run {store.url} was cancelled on another machine this very moment")
         store.remove(contract.CANCEL)
 
 
@@ -364,13 +363,6 @@ def end_cancelled(store: Store, content: bytes) -> None:
     with cancel_mutex(store):
         if cancel_content(store) == content:
             end(store, State.CANCELLED, run_status.cancel_reason(store))
-
-
-def _read_if_there(read: Callable[[str], bytes]) -> bytes | None:
-    try:
-        return read(contract.CANCEL)
-    except FileNotFoundError:
-        return None
 
 
 def who() -> str:

@@ -24,7 +24,8 @@ from typing import BinaryIO
 
 from jobkit import contract, names
 from jobkit.errors import ConfigError
-from jobkit.rundir.store import Store, explain, raise_unlisted, sync_directory
+from jobkit.rundir.files import raise_unlisted, sync, sync_directory
+from jobkit.rundir.store import Store, explain
 from jobkit.units import show_size
 
 LIMIT_BYTES = 200_000_000
@@ -428,13 +429,9 @@ def _verified(store: Store, code: str) -> bytes:
 def _sync_files(top: Path) -> None:
     for directory, _, entries in os.walk(top, topdown=False, onerror=raise_unlisted):
         for name in entries:
-            path = os.path.join(directory, name)
-            if not os.path.islink(path):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            path = Path(directory, name)
+            if not path.is_symlink():
+                sync(path)
         sync_directory(Path(directory))
 
 
