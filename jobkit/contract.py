@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 RUN_VERSION = 1
-"""Version of the run directory's layout; written to run.json, commit.json and state.json."""
+"""Version of the run directory's layout; written to run.json and commit.json."""
 
 ENV_RUN = "JOBKIT_RUN"
 """URL of the run directory."""
@@ -20,8 +20,6 @@ ENV_ATTEMPT = "JOBKIT_ATTEMPT"
 """Number of this attempt, counted from 0."""
 ENV_SUPERVISOR = "JOBKIT_SUPERVISOR"
 """Node-local directory that the supervisor shares with the program: heartbeat and alive pipe (see heartbeat.py)."""
-ENV_LOCK = "JOBKIT_LOCK_FD"
-"""Descriptor of the run's lock, which a local supervisor inherits and keeps open; never passed on to the program."""
 ENV_RUNNER = "JOBKIT_RUNNER_PID"
 """Pid of the local runner, whose death is a notice to its supervisor."""
 ENV_HOME = "JOBKIT_HOME"
@@ -48,6 +46,12 @@ ENV_FAULT = "JOBKIT_FAULT"
 """Signal this process at a named point, for drills and tests (see faults.py)."""
 ENV_DRILL = "JOBKIT_DRILL"
 """What `jobkit drill` asks of the program, as JSON (see settings.py)."""
+ENV_DRILL_CLOCK = "JOBKIT_DRILL_CLOCK"
+"""The time at which a drill has the program's clock stand still, in seconds since the epoch."""
+ENV_JOB = "JOBKIT_JOB"
+"""The id of a batch service's job, as the submit chose it."""
+ENV_BACKEND = "JOBKIT_BACKEND"
+"""The batch service that runs the job."""
 
 
 class Variable(NamedTuple):
@@ -56,7 +60,7 @@ class Variable(NamedTuple):
     Args:
         name: Its name.
         of_attempt: Whether it tells of one attempt: a run that is submitted from inside never gets it. The others are
-            a person's, and hold for all that is started below.
+            a person's or of what is around the run, and hold for all that is started below.
         crosses: Whether it goes into a container by name, since its value is not known when the words are made.
         ends_here: Whether it ties the supervisor to who started it, and the program does not get it.
     """
@@ -71,7 +75,6 @@ VARIABLES = (
     Variable(ENV_RUN),
     Variable(ENV_ATTEMPT),
     Variable(ENV_SUPERVISOR, crosses=False),
-    Variable(ENV_LOCK, crosses=False, ends_here=True),
     Variable(ENV_RUNNER, ends_here=True),
     Variable(ENV_HOME, of_attempt=False),
     Variable(ENV_PROCESS),
@@ -85,6 +88,9 @@ VARIABLES = (
     Variable(ENV_AZURE_METADATA, of_attempt=False, crosses=False),
     Variable(ENV_FAULT, of_attempt=False, crosses=False),
     Variable(ENV_DRILL, of_attempt=False, crosses=False),
+    Variable(ENV_DRILL_CLOCK, of_attempt=False, crosses=False),
+    Variable(ENV_JOB, of_attempt=False, crosses=False),
+    Variable(ENV_BACKEND, of_attempt=False, crosses=False),
 )
 """All that a run's processes share; who hides one, hands one on or takes one away asks this table."""
 

@@ -549,7 +549,7 @@ def _own_files(stage: Path, snapshot: state.Snapshot, process: int) -> dict[str,
 
 
 def _state_json(snapshot: state.Snapshot) -> dict[str, Any]:
-    return {"version": contract.RUN_VERSION, "parts": snapshot.table}
+    return {"parts": snapshot.table}
 
 
 def _topology() -> dict[str, int | str]:

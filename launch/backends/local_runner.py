@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import os
 import signal
 import time
 
@@ -91,9 +90,6 @@ class LocalRunner(Runner):
         if self._lease is None or not self._lease.lost:
             super().empty_home()
 
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self.lock_fd)}
-
 
 class DockerRunner(LocalRunner):
     """Run attempts that are children of Docker's daemon; what is started here is its client, which holds the lock."""
@@ -127,9 +123,6 @@ class DockerRunner(LocalRunner):
 
     def _in_container(self) -> dict[str, str]:
         return {} if self._store.remote is None else {contract.ENV_HOME: str(self._store.path.parent)}
-
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ | {contract.ENV_RUNNER: str(os.getpid())}
 
     def _inside(self) -> tuple[set[int], set[int]]:
         pids = set(orphans.processes_of(self._store))

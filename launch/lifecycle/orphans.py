@@ -30,11 +30,8 @@ def processes_of(store: Store) -> list[int]:
     """Return the live supervisors, programs and their children of a run, wherever in the family tree they are now."""
     marks = (contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_RUNNER)
     # A person's shell may have JOBKIT_RUN exported; what we started has more than that.
-    return [
-        pid
-        for pid in processes.with_environment(contract.ENV_RUN, store.url)
-        if pid != os.getpid() and any(mark in processes.environment_of(pid) for mark in marks)
-    ]
+    found = processes.with_environment(contract.ENV_RUN, store.url)
+    return [pid for pid, environ in found.items() if pid != os.getpid() and not environ.keys().isdisjoint(marks)]
 
 
 class Clearing:

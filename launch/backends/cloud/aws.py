@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
@@ -64,7 +65,7 @@ class Aws(Managed):
         needs = {"VCPU": str(cloud.cpus or 4), "MEMORY": str(cloud.memory_mib or 14 * 1024)}
         if cloud.gpus:
             needs["GPU"] = cloud.gpus.rpartition(":")[2]
-        variables = cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: self.name}
+        variables = cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: self.name}
         container: dict[str, Any] = {
             "image": cloud.image,
             "command": [*vm_job.COMMAND, store.url],

@@ -3,9 +3,9 @@
 import re
 from typing import Any
 
+from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch.backends.cloud import vm_job
 from launch.backends.cloud.vm_job import COMMAND
 from launch.spec.cloud_options import RETRIED, STOP_S, Cloud
 from launch.spec.jobspec import JobSpec
@@ -94,7 +94,7 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         "commands": [*COMMAND[1:], store.url],
         "options": options + (" --gpus all" if has_gpu else ""),
     }
-    environment: dict[str, Any] = {"variables": cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: "gcp"}}
+    environment: dict[str, Any] = {"variables": cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: "gcp"}}
     if cloud.secrets:
         environment["secretVariables"] = {name: _secret(cloud, secret) for name, secret in cloud.secrets.items()}
     task: dict[str, Any] = {

@@ -33,10 +33,6 @@ from launch.spec.jobspec import JobSpec
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
 """What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
-ENV_JOB = "JOBKIT_JOB"
-"""The job's id, as the submit chose it."""
-ENV_BACKEND = "JOBKIT_BACKEND"
-"""The service that runs us."""
 _PATIENCE_S = 300.0
 """How long a bucket may take to answer when the VM comes up."""
 CANCELLED = 3
@@ -119,9 +115,6 @@ class VmRunner(JobRunner):
     def _grace(self) -> dict[str, str]:
         return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud_options.STOP_S):g}"}
 
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ | {contract.ENV_RUNNER: str(os.getpid())}
-
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
     """Serve a stop that comes before there is anything to save."""
@@ -137,7 +130,7 @@ def main(arguments: list[str]) -> int:
     for number in _STOPPING:
         signal.signal(number, _leave_at_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    job, backend = os.environ.get(ENV_JOB), os.environ.get(ENV_BACKEND, "")
+    job, backend = os.environ.get(contract.ENV_JOB), os.environ.get(contract.ENV_BACKEND, "")
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
