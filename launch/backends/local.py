@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobkit import contract, names
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
@@ -29,8 +29,9 @@ from launch.lifecycle.submission import (
     open_run,
     prepare,
     record,
-    record_resumed,
+    record_taken_up,
     refresh,
+    run_as_program,
     runner_environment,
     says_alive,
 )  # fmt: skip
@@ -157,7 +158,7 @@ class Local(Backend):
 
     def record_resumed(self, store: Store, left: Iterable[Store]) -> None:
         """See `Backend`. What is left of a budget stays, unless the run had ended; points have runners of their own."""
-        record_resumed(store)
+        record_taken_up(store)
         with contextlib.suppress(JobkitError):  # the runner carries it again
             mirror.upload_described(store)
 
@@ -256,8 +257,7 @@ def main(arguments: list[str]) -> int:
     """Run a run's attempts in a detached process.
 
     Args:
-        arguments: The run, the descriptor of its lock, the descriptor to answer on; the run alone takes the lock
-            itself and stays in the foreground.
+        arguments: The run, and what `detached` takes.
     """
     from launch.backends.local_runner import runner_of
 
@@ -275,40 +275,26 @@ def detached(store: Store, given: list[str]) -> Iterator[tuple[RunLock, Lease, C
 
     Args:
         store: The run.
-        given: Descriptors of the lock and of the pipe to answer on, and the number of the lease; without them lock and
-            lease are taken here, in the foreground.
+        given: Descriptors of the lock and of the pipe to answer on, and the number of the lease.
     """
-    answer: int | None = None
-    if given:
-        lock, number = RunLock(store, int(given[0])), int(given[2])
-        os.set_inheritable(lock.descriptor, False)
-        if os.fork():
-            os._exit(0)
-        answer = int(given[1])
-        os.set_inheritable(answer, False)
-    else:
-        taken = acquire(store)
-        if taken is None:
-            raise ConfigError(says_alive(store))
-        lock, number = taken, lease.claim(store)
-        record_resumed(store)
+    descriptor, answer, number = map(int, given)
+    lock = RunLock(store, descriptor)
+    os.set_inheritable(descriptor, False)
+    if os.fork():
+        os._exit(0)
+    os.set_inheritable(answer, False)
     lock.sign(os.getpid())
     held_lease = Lease(store, number)
     held_lease.start()
 
     def ready() -> None:
-        if answer is not None:
-            with contextlib.suppress(OSError):
-                os.write(answer, b"up")
-            os.close(answer)
+        with contextlib.suppress(OSError):
+            os.write(answer, b"up")
+        os.close(answer)
 
     yield lock, held_lease, ready
     held_lease.close()  # not on an error: an attempt may still be saving
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(contract.Exit.USAGE)
+    run_as_program(main, refused=contract.Exit.USAGE)

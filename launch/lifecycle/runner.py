@@ -117,13 +117,8 @@ class Runner(ABC):
         """Take up the history of the run since it was submitted, or resumed after its end: earlier runners and jobs."""
         skip, committed = restart.budget_from(run_status.events(self._store))
         attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
-        self._history = [self._ended(attempt, 0.0, committed_step=self._committed_by(attempt)) for attempt in attempts]
+        self._history = [self._ended(attempt) for attempt in attempts]
         return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
-
-    def _committed_by(self, attempt: int) -> int:
-        """Return the newest committed step as an attempt left it, -1 if it is not told."""
-        step = (orphans.read_outcome(self._store, attempt) or {}).get("committed_step")
-        return step if isinstance(step, int) else -1
 
     def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
         """Act on how the last attempt ended; return an exit code, or None to go on here.
@@ -248,15 +243,13 @@ class Runner(ABC):
 
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
-        started = time.monotonic()
         command, environ = self._store.insist(lambda: self.prepare(dict(os.environ)))
         attempt = self._store.insist(lambda: mirror.claim(self._quick.with_deadline(_CLAIM_S)))
         self._newest_attempt = attempt
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
-        lasted_s = time.monotonic() - started
         self._close(attempt, code)
-        return self._ended(attempt, lasted_s, code)
+        return self._ended(attempt, code)
 
     def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """Make the code ready; return the supervisor's command and environment.
@@ -342,8 +335,8 @@ class Runner(ABC):
         return []
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        """Add to a supervisor's environment what ties it to this process."""
-        return environ
+        """Add to a supervisor's environment what ties it to this process: it stops when that is gone."""
+        return environ | {contract.ENV_RUNNER: str(os.getpid())}
 
     def _inside(self) -> tuple[set[int], set[int]]:
         """Return the processes of the attempt that are no children of ours, and which of them are supervisors."""
@@ -421,30 +414,22 @@ class Runner(ABC):
         """Say why a supervisor never started a program, where that is known."""
         return reason, program_code
 
-    def _ended(
-        self, attempt: int, duration_s: float, code: int = 137, committed_step: int | None = None
-    ) -> restart.Ended:
+    def _ended(self, attempt: int, code: int | None = None) -> restart.Ended:
         """Return how an attempt ended, as its outcome says; by its exit code where that is not written.
 
         Args:
             attempt: Number of the attempt.
-            duration_s: How long it lived.
-            code: What started it ended with.
-            committed_step: The newest that it left; None for the newest now.
+            code: What started it ended with; None of an earlier runner's, whose outcome says too what it committed.
         """
         outcome = orphans.read_outcome(self._store, attempt) or {}
-        recorded_code = outcome.get("exit_code")
-        code = recorded_code if isinstance(recorded_code, int) else code
-        step = outcome.get("step")
-        names = {event["event"] for event in attempt_events(self._store, attempt)}
+        exit_code = outcome.get("exit_code", KILLED if code is None else code)
         return restart.Ended(
-            outcome=contract.outcome_of(code),
-            exit_code=code,
-            committed_step=orphans.committed_step(self._store) if committed_step is None else committed_step,
-            step=step if isinstance(step, int) else -1,
-            duration_s=duration_s,
-            ready="first_step" in names,
-            unsaved="unsaved" in names,
+            outcome=contract.outcome_of(exit_code),
+            exit_code=exit_code,
+            committed_step=outcome.get("committed_step", -1) if code is None else orphans.committed_step(self._store),
+            step=outcome.get("step", -1),
+            duration_s=max(0.0, outcome.get("ended", 0.0) - outcome.get("started", 0.0)),
+            unsaved=any(event["event"] == "unsaved" for event in attempt_events(self._store, attempt)),
         )
 
     def _nap(self, seconds: float) -> None:

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from jobkit import contract, names
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, explain, is_remote, local_path, remove_tree
@@ -391,18 +392,19 @@ def record(store: Store, event: str, **fields: object) -> None:
         ledger.close()
 
 
-def record_resumed(store: Store, *, afresh: bool | None = None) -> None:
-    """Write down that a person resumes a run: with fresh budgets after its end, with what is left of them elsewhere.
+def record_begun_afresh(store: Store) -> None:
+    """Write down that a person resumes a run, with fresh budgets."""
+    begun = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
+    record(store, "resumed", by=who(), **begun)
 
-    Args:
-        store: The run.
-        afresh: Whether budgets begin afresh; by default if the run has ended, or has come from another backend.
-    """
-    fields: dict[str, object] = {}
+
+def record_taken_up(store: Store) -> None:
+    """Write down that a person resumes a run, with what is left of its budgets unless it has ended or has moved."""
     moved = [event["event"] for event in run_status.events(store)][-1:] == ["moved"]
-    if (moved or run_status.has_ended(store)) if afresh is None else afresh:
-        fields = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
-    record(store, "resumed", by=who(), **fields)
+    if moved or run_status.has_ended(store):
+        record_begun_afresh(store)
+    else:
+        record(store, "resumed", by=who())
 
 
 def end(store: Store, state: State, reason: str) -> None:
@@ -422,3 +424,17 @@ def runner_environment() -> dict[str, str]:
     if home.name not in ("site-packages", "dist-packages") and str(home) not in path:
         path.append(str(home))  # running from a checkout: the runner and the program find it too
     return environ | ({"PYTHONPATH": os.pathsep.join(path)} if path else {})
+
+
+def run_as_program(main: Callable[[list[str]], int], *, refused: int | None = None) -> NoReturn:
+    """Run a module as a program: an error of ours is one line, and an exit code.
+
+    Args:
+        main: Gets the arguments; returns the exit code.
+        refused: The exit code of an error; by default the error's own.
+    """
+    try:
+        leave(main(sys.argv[1:]))
+    except JobkitError as error:
+        say(str(error))
+        leave(int(error.exit_code if refused is None else refused))

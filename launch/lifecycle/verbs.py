@@ -142,7 +142,7 @@ class Backend(ABC):
             left: The run, or the points that are not done.
         """
         for one in filter(specs.exists, left):
-            submission.record_resumed(one, afresh=True)
+            submission.record_begun_afresh(one)
 
     def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
         """Return the scheduler's newest job of each run, by the run's URL; empty where there is no scheduler.

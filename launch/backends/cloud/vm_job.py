@@ -10,7 +10,6 @@ becomes the container's: the service would take a 137 for a lost VM and start th
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from types import FrameType
@@ -19,13 +18,13 @@ import msgspec
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
+from jobkit.errors import ConfigError, StorageError, say
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.backends.job_runner import JobRunner
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
-from launch.lifecycle.submission import open_run
+from launch.lifecycle.submission import open_run, run_as_program
 from launch.spec import cloud_options
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
@@ -72,7 +71,9 @@ class VmRunner(JobRunner):
 
     def _remember(self) -> restart.Policy:
         policy = super()._remember()
-        self._set_limit()
+        if self._spec.cloud is not None and self._spec.cloud.time_s is not None:
+            used_s = sum(ended.duration_s for ended in self._history)
+            self._limit_at = time.monotonic() + self._spec.cloud.time_s - used_s - self._spec.grace_s
         return policy
 
     def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
@@ -81,11 +82,6 @@ class VmRunner(JobRunner):
         if over is not None or self._history[-1].outcome is Outcome.PREEMPTED:
             return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
         return super()._go_on(decision, why)
-
-    def _set_limit(self) -> None:
-        if self._spec.cloud is not None and self._spec.cloud.time_s is not None:
-            used_s = sum(ended.duration_s for ended in self._history)
-            self._limit_at = time.monotonic() + self._spec.cloud.time_s - used_s - self._spec.grace_s
 
     def _over(self) -> tuple[State, str] | None:
         if self._cancelled():
@@ -104,13 +100,6 @@ class VmRunner(JobRunner):
     def _superseded(self) -> str | None:
         newest = (run_status.jobs(self._store, self._backend) or [self._job])[-1]
         return super()._superseded() or (f"job {newest}" if newest != self._job else None)
-
-    def _ended(
-        self, attempt: int, duration_s: float, code: int = 137, committed_step: int | None = None
-    ) -> restart.Ended:
-        outcome = orphans.read_outcome(self._store, attempt) or {}
-        lasted = outcome.get("ended", 0) - outcome.get("started", 0)
-        return super()._ended(attempt, duration_s or max(0.0, lasted), code, committed_step)
 
     def _grace(self) -> dict[str, str]:
         return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud_options.STOP_S):g}"}
@@ -146,8 +135,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(int(problem.exit_code))
+    run_as_program(main)

@@ -9,13 +9,12 @@ again, or leave it be. A person's cancel is never undone.
 import contextlib
 import os
 import signal
-import sys
 import time
 from typing import Any
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
@@ -28,7 +27,7 @@ from launch.backends.slurm.scontrol import Job, SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED
-from launch.lifecycle.submission import begin_point, open_run
+from launch.lifecycle.submission import begin_point, open_run, run_as_program
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
@@ -257,6 +256,9 @@ class SlurmRunner(JobRunner):
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it from sbatch by itself, since 22.05
         return [*step, f"--cpus-per-task={cpus}"] if cpus else step
 
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ  # a step may be on another node, and outlives this process for the time it needs to save
+
     def _follow(self, started: list[int]) -> int:
         # srun exits 0 when it loses a node: only the supervisors' own word says that a run is done.
         return super()._follow(started) or KILLED
@@ -328,8 +330,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(int(problem.exit_code))
+    run_as_program(main)
