@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -31,28 +31,24 @@ _RECENT = 100
 """Of so many of the newest attempts a status tells the endings and notices, for the same reason."""
 
 
-class Job(Protocol):
-    """A scheduler's job."""
+class Job(msgspec.Struct, frozen=True):
+    """A job as its scheduler shows it.
 
-    @property
-    def id(self) -> str:
-        """Its name there; '' if it was never submitted."""
+    Args:
+        id: Its name there; '' if it was never submitted. A task of a SLURM array has `_n` behind the array's.
+        state: The scheduler's word, UNKNOWN if it does not answer, GONE if it has forgotten the job.
+        reason: Why it waits, or why it has ended; may be empty.
+        active: Whether it may still do something.
+        pending: Whether it waits to be started, for the first time or again.
+        comment: What it was submitted with; of our SLURM jobs the run's URL.
+    """
 
-    @property
-    def state(self) -> str:
-        """The scheduler's word, UNKNOWN if it does not answer, GONE if it has forgotten the job."""
-
-    @property
-    def reason(self) -> str:
-        """Why it waits, or why it has ended; may be empty."""
-
-    @property
-    def active(self) -> bool:
-        """Whether it may still do something."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether it waits to be started, for the first time or again."""
+    id: str
+    state: str
+    reason: str = ""
+    active: bool = False
+    pending: bool = False
+    comment: str = ""
 
 
 class Ending(msgspec.Struct, frozen=True):

@@ -16,7 +16,8 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import vm_job
-from launch.backends.cloud.managed import Job, Managed
+from launch.backends.cloud.managed import Managed
+from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
 

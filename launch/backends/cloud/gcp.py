@@ -17,8 +17,9 @@ from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import gcp_request
 from launch.backends.cloud.googleapi import GoogleError, Session
-from launch.backends.cloud.managed import Job, Managed
+from launch.backends.cloud.managed import Managed
 from launch.lifecycle import run_status
+from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
 

@@ -22,6 +22,7 @@ from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch.lifecycle import run_status, submission
+from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
 from launch.lifecycle.verbs import Backend, Progress, UnknownError
 from launch.spec import cloud_options, snapshot
@@ -32,24 +33,6 @@ from launch.spec.jobspec import JobSpec
 _POLL_S = 1.0
 _HEARD_S = 15.0
 """How long a VM may take to hear of a cancel in the bucket, on top of the grace, before the service is told."""
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as its service shows it.
-
-    Args:
-        id: As we chose it.
-        state: The service's word.
-        reason: Why it waits, or why it failed.
-        active: Whether it may still do something.
-        pending: Whether it waits for a VM.
-    """
-
-    id: str
-    state: str
-    reason: str = ""
-    active: bool = False
-    pending: bool = False
 
 
 class Managed(Backend):

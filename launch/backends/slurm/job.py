@@ -23,7 +23,7 @@ from launch.backends.job_runner import JobRunner
 from launch.backends.slurm import bad_nodes as nodes
 from launch.backends.slurm import queue, requeue, scontrol
 from launch.backends.slurm.batch_script import BACKEND, WARNING_S
-from launch.backends.slurm.scontrol import Job, SlurmError
+from launch.backends.slurm.scontrol import SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED
@@ -224,7 +224,8 @@ class SlurmRunner(JobRunner):
         try:
             state = scontrol.show_job(before).get("JobState", "")
         except JobkitError:  # SLURM has forgotten it: this job has waited for long
-            state = scontrol.accounted([before]).get(before, Job(before, "")).state
+            ended = scontrol.accounted([before]).get(before)
+            state = "" if ended is None else ended.state
         return f"job {before} was cancelled (scancel)" if state == "CANCELLED" else None
 
     def _end(self, state: State, reason: str) -> int:

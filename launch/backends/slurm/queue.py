@@ -11,8 +11,9 @@ from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.batch_script import BACKEND
-from launch.backends.slurm.scontrol import Job, SlurmError
+from launch.backends.slurm.scontrol import SlurmError
 from launch.lifecycle import run_status
+from launch.lifecycle.run_status import Job
 from launch.lifecycle.verbs import Progress, UnknownError
 from launch.spec import jobspec as specs
 from launch.spec import sweep
