@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
+
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
@@ -233,7 +235,43 @@ def status(backend: Backend, store: Store, jobs: Mapping[str, Job] | None = None
     spec = specs.read(store)
     jobs = jobs_of(backend, [store]) if jobs is None else jobs
     each = [run_status.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
-    return run_status.of_sweep(store, each) if spec.sweep else each[0]
+    return _of_sweep(store, each) if spec.sweep else each[0]
+
+
+def _of_sweep(store: Store, points: list[Status]) -> Status:
+    """Put the status of a sweep together from those of its points.
+
+    Args:
+        store: The sweep.
+        points: All of them, in order.
+    """
+    spec, (backend, created) = specs.read(store), specs.read_backend(store)
+    counts = {state: sum(point.state is state for point in points) for state in State}
+    order = (State.RUNNING, State.REQUEUED, State.QUEUED, State.FAILED, State.CANCELLED)
+    state = next((state for state in order if counts[state]), State.DONE)
+    reason = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    runners = {point.runner for point in points}
+    if "gone" in runners and state.over:
+        reason += f"; continue with: jobkit resume {store.url}"
+    return Status(
+        run=store.url,
+        name=spec.name,
+        backend=backend,
+        state=state,
+        attempts=sum(point.attempts for point in points),
+        reason=reason,
+        command=spec.command,
+        submitted=created,
+        updated=max((point.updated for point in points if point.updated is not None), default=None),
+        job=next(reversed(run_status.jobs(store, backend)), None),
+        runner=next((runner for runner in ("alive", "gone") if runner in runners), "ended"),
+        troubles=[
+            msgspec.structs.replace(trouble, text=f"point {number}: {trouble.text}")
+            for number, point in enumerate(points)
+            for trouble in point.troubles
+        ],
+        points=points,
+    )
 
 
 def jobs_of(backend: Backend, stores: Sequence[Store]) -> Mapping[str, Job]:
