@@ -55,15 +55,10 @@ LONG = {
     "jobkit.run.run": 1185,
     "jobkit.rundir.commits": 480,
     "jobkit.rundir.store": 491,
-    "jobkit.supervise.supervisor": 579,
     "launch.drill.demo": 524,
     "launch.drill.diagnosis": 545,
     "launch.drill.drill": 581,
     "launch.drill.scenarios": 521,
-    "launch.lifecycle.run_status": 494,
-    "launch.lifecycle.runner": 459,
-    "launch.spec.jobspec": 473,
-    "launch.spec.snapshot": 496,
 }
 """Modules that are longer, and how long they may be: a list to empty, never to add to."""
 

@@ -429,7 +429,11 @@ def _fill(path: Path, content: bytes | str) -> None:
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -437,14 +441,11 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make every file and directory below `root`, and `root` itself, durable."""
+    """Make every file and directory below `root`, and `root` itself, durable; of a link, that it is there."""
     for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
-        for name in files:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        for path in (Path(directory, name) for name in files):
+            if not path.is_symlink():
+                _sync(path)
         sync_directory(Path(directory))
 
 

@@ -76,17 +76,17 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
     from jobkit.units import duration_s
     from launch.spec import sweep
-    from launch.spec.jobspec import JobSpec, read_profile
+    from launch.spec.cloud_options import Cloud
+    from launch.spec.jobspec import JobSpec
+    from launch.spec.profiles import read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     if given["run"] == "":
         raise ConfigError("--run is empty (of a variable that is not set?): name the run directory, or leave --run out")
-    flags = {"run": given["run"], "name": given["name"], "grace": given["grace"]}
-    flags |= {"max-failures": given["max_failures"], "stall": given["stall"]}
-    flags["array-parallelism"] = given["array_parallelism"]
-    flags["snapshot"] = False if given["no_snapshot"] else None
-    flags["shared"] = given["shared"] or None
-    options |= {name: value for name, value in flags.items() if value is not None}
+    flags = given | {"snapshot": False if given["no_snapshot"] else None, "shared": given["shared"] or None}
+    for name in ("run", "name", "grace", "max-failures", "stall", "array-parallelism", "snapshot", "shared"):
+        if (value := flags[name.replace("-", "_")]) is not None:
+            options[name] = value
     axes = sweep.parse(given["sweep"])
     place = placement(options, given)
     spec = JobSpec(
@@ -102,7 +102,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         stall_s=_stall_s(options.get("stall")),
         notify=(*given["notify"], *map(str, options.get("notify", []))),
         sbatch=place.sbatch,
-        cloud=place.cloud,
+        cloud=None if place.cloud is None else Cloud(**place.cloud),
         container=place.container,
         price_per_hour=place.price_per_hour,
     )

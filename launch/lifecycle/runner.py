@@ -29,7 +29,7 @@ from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
 from launch.lifecycle import notify, orphans, restart, run_status
 from launch.lifecycle.restart import Cause
-from launch.spec import container, snapshot
+from launch.spec import container, unpacking
 from launch.spec import jobspec as specs
 from launch.spec.command import command_in, environment, in_container
 from launch.spec.jobspec import JobSpec
@@ -273,8 +273,8 @@ class Runner(ABC):
             top, path = Path(spec.root), old
         else:
             at = specs.code_store(self._quick, spec)
-            top = snapshot.unpack(at, spec.code, root=Path(spec.root), links=spec.links)
-            path = snapshot.python_path(top, Path(spec.root), spec.imports, old)
+            top = unpacking.unpack(at, spec.code, root=Path(spec.root), links=spec.links)
+            path = unpacking.python_path(top, Path(spec.root), spec.imports, old)
         place = os.path.relpath(spec.cwd, spec.root)
         cwd = top / place
         if spec.code is not None and not cwd.is_dir():

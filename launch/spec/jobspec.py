@@ -1,13 +1,11 @@
-"""What is submitted: the job's specification, its durable form in run.json, and profiles from jobkit.toml."""
+"""What is submitted: the job's specification, its durable form in run.json."""
 
 import contextlib
-import json
 import os
 import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +16,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import duration_s
 from launch.spec import container, sweep
-from launch.spec.cloud_options import OPTIONS, Cloud
+from launch.spec.cloud_options import Cloud
 from launch.spec.container import Container
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -380,94 +378,3 @@ def write_readme(store: Store, spec: JobSpec) -> None:
         return
     text = _README.format(name=spec.name, version=jobkit.__version__, command=command, url=url)
     store.write(contract.README, text)
-
-
-SBATCH = (
-    "partition", "account", "qos", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time",
-    "constraint",
-)  # fmt: skip
-"""Options of sbatch that are options of `jobkit submit` too."""
-_OPTIONS: dict[str, Any] = (
-    {
-        "name": str,
-        "run": str,
-        "on": str,
-        "grace": (str, int, float),
-        "max-failures": int,
-        "stall": (str, int, float),
-        "snapshot": bool,
-        "shared": bool,
-        "notify": list,
-        "sbatch": dict,
-        "array-parallelism": int,
-        "price-per-hour": (int, float),
-        "container-runtime": str,
-        "mount": list,
-    }
-    | OPTIONS
-    | dict.fromkeys(SBATCH, (str, int))
-)
-"""Options that a profile may set, and their types in TOML."""
-
-
-def profile_files(cwd: Path, home: Path) -> list[Path]:
-    """Return where profiles are looked for, in order."""
-    return [cwd / "jobkit.toml", home / ".config" / "jobkit" / "jobkit.toml"]
-
-
-def read_profile(name: str, *, cwd: Path, home: Path) -> dict[str, Any]:
-    """Read the options of one profile; the project's file comes before the user's.
-
-    Raises:
-        ConfigError: If no file has the profile, or it has an unknown option or a value of a wrong type.
-    """
-    known: list[str] = []
-    files = profile_files(cwd, home)
-    for path in files:
-        profiles = _profiles(path)
-        if name in profiles:
-            return _checked(profiles[name], f"profile {name!r} in {path}")
-        known += [other for other in profiles if other not in known]
-    have = f"known are: {', '.join(sorted(known))}" if known else "there are none"
-    where = " or ".join(str(path) for path in files)
-    raise ConfigError(f"no profile {name!r}; {have}. Write a table [profile.{name}] into {where}")
-
-
-def _profiles(path: Path) -> Mapping[str, Any]:
-    import tomllib
-
-    try:
-        profiles = tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {})
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; mend it, or leave --profile out") from None
-    if not isinstance(profiles, dict):
-        raise ConfigError(f"'profile' in {path} is not a table; write [profile.NAME]")
-    return profiles
-
-
-_KINDS = {
-    str: "text",
-    bool: "true or false",
-    dict: "a table",
-    list: "a list",
-    (str, int): "text or a number",
-    (str, list): "text or a list",
-}
-
-
-def _checked(options: Any, where: str) -> dict[str, Any]:
-    if not isinstance(options, dict):
-        raise ConfigError(f"{where} is not a table; write [profile.NAME]")
-    checked = {}
-    for option, value in options.items():
-        name = option.replace("_", "-")
-        if name not in _OPTIONS:
-            raise ConfigError(f"{where} has an unknown option {option!r}; valid are {', '.join(_OPTIONS)}")
-        wanted = _OPTIONS[name]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            kind = _KINDS.get(wanted, "a number")
-            raise ConfigError(f"{where}: {option} is {json.dumps(value, default=str)}; it must be {kind}")
-        checked[name] = value
-    return checked
