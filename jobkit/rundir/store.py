@@ -443,10 +443,9 @@ def _sync(path: Path, flags: int = 0) -> None:
 def sync_tree(root: Path) -> None:
     """Make every file and directory below `root`, and `root` itself, durable; of a link, that it is there."""
     for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
-        for path in (Path(directory, name) for name in files):
+        for path in [*(Path(directory, name) for name in files), Path(directory)]:
             if not path.is_symlink():
                 _sync(path)
-        sync_directory(Path(directory))
 
 
 def raise_unlisted(error: OSError) -> None:
