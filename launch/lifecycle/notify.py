@@ -231,7 +231,7 @@ def _message(
 
 def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
     tries = 0
-    fields = {"told": message["event"], "target": targets.shown(target)}
+    fields = {"told": message["event"], "target": target}
     try:
         for attempt in tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_TRIES),
