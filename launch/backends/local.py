@@ -35,7 +35,7 @@ from launch.lifecycle.submission import (
     runner_environment,
     says_alive,
 )  # fmt: skip
-from launch.lifecycle.verbs import Backend, Claim, Progress, not_done
+from launch.lifecycle.verbs import Backend, Cancelled, Claim, Progress, not_done
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
@@ -67,21 +67,21 @@ class Local(Backend):
         """See `Backend`. In an image nothing here is looked for."""
         plan = prepare(spec, elsewhere=spec.container is not None)
         if spec.container is not None:
-            container.refuse_foreign(spec.container, self.name, self.runtimes)
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
-            container.check_docker()
-            container.check_image(spec.container)
+            self._check_container(spec.container)
         return plan
+
+    def _check_container(self, image: container.Container) -> None:
+        container.refuse_foreign(image, self.name, self.runtimes)
+        container.check_docker()
+        container.check_image(image)
 
     def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`. What it had the runner sees to itself: it waits for a daemon that does not answer."""
-        if not moved:
-            return spec
-        if spec.container is not None:
-            container.refuse_foreign(spec.container, self.name, self.runtimes)
-            container.check_docker()
-            container.check_image(spec.container)
-        check_code(store.url, spec)
+        if moved:
+            if spec.container is not None:
+                self._check_container(spec.container)
+            check_code(store.url, spec)
         return spec
 
     def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
@@ -95,33 +95,30 @@ class Local(Backend):
             JobkitError: If the runner does not come up.
         """
         assert claim.lock is not None
-        ready, write = os.pipe()
-        fds, number, process = [claim.lock.descriptor, write], claim.lease, None
+        ready, write = map(os.fdopen, os.pipe(), "rw")
+        fds, number, process = [claim.lock.descriptor, write.fileno()], claim.lease, None
+        log_path = store.file(contract.RUNNER_LOG)
         try:
             module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
             number = lease.claim(store) if number is None else number
             command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
-            with open(store.file(contract.RUNNER_LOG), "ab", opener=names.opener) as log:
+            with open(log_path, "ab", opener=names.opener) as log:
                 process = subprocess.Popen(
                     command, cwd=store.path, env=runner_environment() | self._environ, stdin=subprocess.DEVNULL,
                     stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
                 )  # fmt: skip
-            os.close(write)
-            write = -1
+            write.close()
             process.wait()  # it forks, and the child is the runner
-            answered = select.select([ready], [], [], _READY_S)[0] and os.read(ready, 16)
+            answered = select.select([ready], [], [], _READY_S)[0] and os.read(ready.fileno(), 16)
         except OSError as error:
             raise explain(error, f"cannot start the local runner of {store.url}") from None
         finally:
             if process is None and number is not None:
                 with contextlib.suppress(JobkitError):
                     lease.release(store, number)
-            claim.lock.close()
-            os.close(ready)
-            if write >= 0:
-                os.close(write)
+            for end in (claim.lock, ready, write):
+                end.close()
         if not answered:
-            log_path = store.file(contract.RUNNER_LOG)
             raise JobkitError(f"the local runner of {store.url} did not come up; see {log_path}, then 'jobkit resume'")
         return State.RUNNING
 
@@ -162,22 +159,16 @@ class Local(Backend):
         with contextlib.suppress(JobkitError):  # the runner carries it again
             mirror.upload_described(store)
 
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
+    def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`. Runners find the cancel by themselves; what a dead one would do is done here."""
+        store, wait = cancelled.store, cancelled.wait
         spec, problems = specs.read(store), []
-        for one in filter(specs.exists, left):
-            content = cancels[one] if one in cancels else cancel_content(one)  # a point may be made this very moment
+        for one in filter(specs.exists, cancelled.left):
+            # A point may be made this very moment.
+            content = cancelled.cancels[one] if one in cancelled.cancels else cancel_content(one)
             try:
                 if content is not None:
-                    _stop(one, content, wait=wait, progress=progress)
+                    _stop(one, content, wait=wait, progress=cancelled.progress)
             except JobkitError as error:  # the others are ended all the same
                 problems.append(error)
         deadline = time.monotonic() + spec.grace_s

@@ -33,6 +33,14 @@ class UnknownError(ConfigError):
     """Nobody can tell whether a run is alive."""
 
 
+def alive(store: Store, job: Job) -> ConfigError:
+    """Say that a run has a job that is not over, and what can be done."""
+    return ConfigError(
+        f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
+        f"'jobkit cancel {store.url}'"
+    )
+
+
 @dataclass(frozen=True)
 class Claim:
     """What keeps others from starting a run while somebody does: nothing, where the backend knows itself who runs it.
@@ -53,6 +61,25 @@ class Claim:
         finally:
             if self.lock is not None:
                 self.lock.close()
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """A run whose cancel is written down, and that may still run.
+
+    Args:
+        store: The run or sweep.
+        left: The run, or the points that are not over.
+        cancels: What was written as the cancel of each.
+        wait: Whether to wait until nothing of it runs.
+        progress: Called with a line for a person when the waiting starts.
+    """
+
+    store: Store
+    left: Sequence[Store]
+    cancels: Mapping[Store, bytes]
+    wait: bool
+    progress: Progress
 
 
 class Backend(ABC):
@@ -154,24 +181,8 @@ class Backend(ABC):
         return {}
 
     @abstractmethod
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
-        """End what still runs of a run that was cancelled, and write the end down where nothing does any more.
-
-        Args:
-            store: The run or sweep.
-            left: The run, or the points that are not over.
-            cancels: What was written as the cancel of each.
-            wait: Whether to wait until nothing of it runs.
-            progress: Called with a line for a person when the waiting starts.
-        """
+    def stop(self, cancelled: Cancelled) -> None:
+        """End what still runs of a run that was cancelled, and write the end down where nothing does any more."""
 
     def leave(self, store: Store, *, take_over: bool) -> None:  # noqa: B027  (nothing to let go of is the rule)
         """Let go of a run that moves to another backend."""
@@ -377,7 +388,7 @@ def cancel(
                 cancels[one] = submission.ask_to_cancel(one, word)
             except JobkitError as error:  # the others are asked all the same
                 problems.append(error)
-    backend.stop(store, members, cancels, wait=wait, progress=progress)
+    backend.stop(Cancelled(store, members, cancels, wait, progress))
     if problems:
         raise problems[0]
     after = set(_states(backend, members).values())

@@ -24,7 +24,7 @@ from jobkit.units import show_duration
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
-from launch.lifecycle.verbs import Backend, Progress, UnknownError
+from launch.lifecycle.verbs import Backend, Cancelled, UnknownError, alive
 from launch.spec import cloud_options, snapshot
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
@@ -95,11 +95,9 @@ class Managed(Backend):
         return self._completed(spec)
 
     def _completed(self, spec: JobSpec) -> JobSpec:
-        if spec.cloud is None:
-            spec = msgspec.structs.replace(spec, cloud=Cloud())
-        assert spec.cloud is not None
-        cloud_options.check(spec.cloud, grace_s=spec.grace_s)
-        return self.complete(spec)
+        cloud = spec.cloud or Cloud()
+        cloud_options.check(cloud, grace_s=spec.grace_s)
+        return self.complete(msgspec.structs.replace(spec, cloud=cloud))
 
     def finish(self, plan: Plan) -> bool:
         """See `Backend`: a submit of the same that was killed before it was through."""
@@ -157,10 +155,9 @@ class Managed(Backend):
 
     def _newest(self, store: Store) -> Job:
         job = (run_status.jobs(store, self.name) or [""])[-1]
-        if not job or run_status.has_ended(store):
-            return Job(id=job, state="GONE")
         try:
-            return self.find(specs.read(store), job) or Job(id=job, state="GONE")
+            asked = None if run_status.has_ended(store) else self._asked(store)
+            return asked or Job(id=job, state="GONE")
         except JobkitError as error:
             return Job(id=job, state="UNKNOWN", reason=str(error))
 
@@ -171,26 +168,16 @@ class Managed(Backend):
         except JobkitError as error:
             raise UnknownError(f"cannot tell whether run {store.url} is alive: {error}") from None
         if job is not None and job.active:
-            raise ConfigError(
-                f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
-                f"'jobkit cancel {store.url}'"
-            )
+            raise alive(store, job)
 
     def _asked(self, store: Store) -> Job | None:
         """Ask the service for a run's newest job; raises JobkitError if it does not say."""
         jobs = run_status.jobs(store, self.name)
         return self.find(specs.read(store), jobs[-1]) if jobs else None
 
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
+    def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
+        store, wait = cancelled.store, cancelled.wait
         spec = specs.read(store)
         asked, last_action = time.monotonic(), ""
         # Until nothing runs, or somebody takes the cancel back: the job of a resume is not ended.
@@ -201,13 +188,14 @@ class Managed(Backend):
                 self.terminate(spec, job.id)
             elif wait and not last_action:
                 last_action = "waiting"
-                progress(f"waiting for job {job.id} to save and stop (killed after {show_duration(spec.grace_s)})")
+                grace = show_duration(spec.grace_s)
+                cancelled.progress(f"waiting for job {job.id} to save and stop (killed after {grace})")
             if not wait:
                 return
             time.sleep(_POLL_S)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
-        submission.end_cancelled(store, cancels[store])
+        submission.end_cancelled(store, cancelled.cancels[store])
 
 
 def _unseen(url: str) -> ConfigError:

@@ -125,12 +125,13 @@ class SlurmRunner(JobRunner):
 
     def _arrange_successor(self, *, running: bool) -> None:
         """Arrange, once, that the run goes on after this job."""
-        if not self._successor:
-            bad: list[str] = []
-            with contextlib.suppress(JobkitError):
-                bad = nodes.avoid(run_status.events(self._quick), time.time())
-            self._successor = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
-            self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
+        if self._successor:
+            return
+        bad: list[str] = []
+        with contextlib.suppress(JobkitError):
+            bad = nodes.avoid(run_status.events(self._quick), time.time())
+        self._successor = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
+        self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
 
     def _lift_hold(self) -> None:
         """See to it, once, that the job, which SLURM has requeued, is not held back for minutes."""
@@ -198,18 +199,18 @@ class SlurmRunner(JobRunner):
         """Ask SLURM why the step has ended."""
         if outcome is Outcome.DONE or self._cancelled():
             return Cause.PROGRAM
-        deadline = time.monotonic() + _ASK_S
+        stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
+        deadline = time.monotonic() + (_ASK_S if stopped else 0.0)
         cause = Cause.PROGRAM
         while True:
             try:
                 cause = self._cause()
             except SlurmError as error:
                 say(str(error))
-            stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
-            if cause is not Cause.PROGRAM or not stopped or time.monotonic() >= deadline:
+            if cause is not Cause.PROGRAM or time.monotonic() >= deadline:
                 break
             self._nap(0.25)
-        limit = cause is Cause.TIME_LIMIT and outcome not in (Outcome.PREEMPTED, Outcome.KILLED, Outcome.STORAGE)
+        limit = cause is Cause.TIME_LIMIT and not stopped and outcome is not Outcome.STORAGE
         return Cause.PROGRAM if limit else cause
 
     def _cancelled_before(self) -> str | None:
