@@ -112,8 +112,7 @@ def follow(store: Store, named: Sequence[str], *, since: int, runner: int, cwd: 
     while not over:
         over = not processes.alive(runner)  # looked at first: what it wrote before it went is still told
         events, since = _news(store.file(contract.EVENTS), since)
-        for event in events:
-            over = over or event.get("event") == "ended"
+        over = over or any(event["event"] == "ended" for event in events)
         for message in [*filter(None, (message_of(store, event) for event in events)), *problems.news()]:
             for target, sender in senders.items():
                 sender.submit(_tell, target, message, ledger, cwd)
@@ -230,23 +229,20 @@ def _message(
 
 
 def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
-    tries = 0
     fields = {"told": message["event"], "target": target}
+    sending = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(_TRIES),
+        wait=tenacity.wait_exponential(0.5, _LONGEST_WAIT_S) + tenacity.wait_random(0, 0.5),
+        retry=tenacity.retry_if_exception_type(Again),
+        reraise=True,
+    )
     try:
-        for attempt in tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(_TRIES),
-            wait=tenacity.wait_exponential(0.5, _LONGEST_WAIT_S) + tenacity.wait_random(0, 0.5),
-            retry=tenacity.retry_if_exception_type(Again),
-            reraise=True,
-        ):
-            with attempt:
-                tries += 1
-                _send(target, json.dumps(message).encode(), cwd)
-        ledger.append("notified", **fields, tries=tries)
+        sending(_send, target, json.dumps(message).encode(), cwd)
+        ledger.append("notified", **fields, tries=sending.statistics["attempt_number"])
     except Exception as error:
         # What is not ours may have anything in its words.
         reason = str(error) if isinstance(error, Again | JobkitError) else type(error).__name__
-        ledger.append("notify_failed", **fields, tries=tries, reason=reason[:300])
+        ledger.append("notify_failed", **fields, tries=sending.statistics["attempt_number"], reason=reason[:300])
 
 
 def _send(target: str, body: bytes, cwd: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import getpass
+import itertools
 import json
 import os
 import secrets
@@ -113,11 +114,8 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
 
 def _fresh_place(name: str) -> str:
     stem = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    count = 2
-    place = stem
-    while os.path.lexists(place):
-        place, count = f"{stem}-{count}", count + 1
-    return place
+    places = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
+    return next(place for place in places if not os.path.lexists(place))
 
 
 def _script_name(spec: JobSpec) -> str:
@@ -139,9 +137,7 @@ def _check_place(store: Store) -> None:
     if strange and not specs.exists(store):
         shown = ", ".join(strange[:3])
         raise ConfigError(f"{path} is not empty and is not a run (it holds {shown}); give a new directory as --run")
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(above for above in (path, *path.parents) if above.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"the run directory {path} is not writable: {parent} is not; give another --run")
 
@@ -325,9 +321,9 @@ def ask_to_cancel(store: Store, word: str = "cancelled") -> bytes:
     return content
 
 
-def ask(store: Store, name: str, **told: object) -> bytes:
+def ask(store: Store, name: str, **fields: object) -> bytes:
     """Write what is asked of a run, on the URL first; return what was written, which tells it from any other."""
-    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)} | told).encode() + b"\n"
+    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)} | fields).encode() + b"\n"
     if store.remote is not None:
         store.remote.write(name, content)
     store.write(name, content)

@@ -256,12 +256,8 @@ class _Hashing:
 
 def digest(tree: Tree) -> str:
     """Return the digest that the archive of a tree has, without writing it."""
-
-    class _Nowhere(io.RawIOBase):
-        def write(self, content: object) -> int:
-            return len(content)  # type: ignore[arg-type]
-
-    return _write_tar(tree, _Nowhere())  # type: ignore[arg-type]
+    with open(os.devnull, "wb") as nowhere:
+        return _write_tar(tree, nowhere)
 
 
 def archive_name(code: str) -> str:
@@ -330,10 +326,9 @@ def _kept_mode(root: Path, name: str, mode: int) -> int:
     closed closes what is below it.
     """
     everybody = mode & 0o005
-    above = name.rpartition("/")[0]
-    while above and everybody:
-        everybody = everybody if (root / above).stat().st_mode & 0o011 == 0o011 else 0
-        above = above.rpartition("/")[0]
+    above = [root / directory for directory in Path(name).parents[:-1]] if everybody else []
+    if not all(directory.stat().st_mode & 0o011 == 0o011 for directory in above):
+        everybody = 0
     return (mode & 0o700) | (everybody << 3 & mode) | everybody
 
 
