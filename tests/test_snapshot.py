@@ -316,7 +316,7 @@ def test_a_submit_says_what_it_takes(project: Project, dry: tuple[str, ...]) -> 
 
 def test_the_same_is_said_once(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """A process that submits the same code again and again, as a drill does, says it once."""
-    submission._tell.cache_clear()
+    submission._say_once.cache_clear()
     (project.path / ".env").write_text("hush")
     for run in ("a", "b"):
         until_over(project.submit("exit:0", run=run))

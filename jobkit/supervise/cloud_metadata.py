@@ -177,8 +177,6 @@ class _Azure:
 
 
 _CLOUDS: dict[str, Callable[[Mapping[str, str]], _Cloud]] = {"gce": _Gce, "aws": _Aws, "azure": _Azure}
-SOURCES = frozenset(_CLOUDS)
-"""Sources of notices whose machine is on its way out."""
 
 
 def cloud_of(environ: Mapping[str, str] = os.environ, dmi: Path = _DMI) -> str | None:

@@ -57,7 +57,7 @@ class StallMonitor:
         # In "t" a debugger holds it: somebody is looking already.
         counts = processes.state(beat.pid) not in ("", "Z", "X", "t")
         self.stall = self._dog.look(beat, time.monotonic(), counts=counts)
-        self._tell_silence()
+        self._note_silence()
         if self.stall is None:
             return None
         self._write_down(self.stall, beat.pid)
@@ -68,7 +68,7 @@ class StallMonitor:
         self._kill_at = time.monotonic() + patience_s
         return patience_s
 
-    def _tell_silence(self) -> None:
+    def _note_silence(self) -> None:
         """Write down once that the program makes no step any more, and once that it does again."""
         before, self._silence = self._silence, self._dog.silence()
         if self._silence is not None and before is None:

@@ -115,7 +115,7 @@ def follow(store: Store, named: Sequence[str], *, since: int, runner: int, cwd: 
         over = over or any(event["event"] == "ended" for event in events)
         for message in [*filter(None, (message_of(store, event) for event in events)), *problems.news()]:
             for target, sender in senders.items():
-                sender.submit(_tell, target, message, ledger, cwd)
+                sender.submit(_notify, target, message, ledger, cwd)
         if not over:
             time.sleep(_POLL_S)
     for sender in senders.values():
@@ -132,7 +132,7 @@ class _Troubles:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._since: dict[Path, int] = {}
-        self._told: set[tuple[Any, ...]] = set()
+        self._known: set[tuple[Any, ...]] = set()
         self.news()
 
     def _ledgers(self) -> list[Path]:
@@ -149,10 +149,10 @@ class _Troubles:
         for path in ledgers:
             attempt = int(path.parent.name)
             events, self._since[path] = _news(path, self._since.get(path, 0))
-            self._told |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
+            self._known |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
             here = troubles.here(self._store, attempt) if path.name == "events-0.jsonl" else {}
-            if here and _key(attempt, here) not in self._told:  # its disk may be the one that fails
-                self._told.add(_key(attempt, here))
+            if here and _key(attempt, here) not in self._known:  # its disk may be the one that fails
+                self._known.add(_key(attempt, here))
                 events.append(here)
             for event in events:
                 if (trouble := troubles.of(event)) is not None and event.get("count", 1) == 1:  # once is enough
@@ -228,7 +228,7 @@ def _message(
     }
 
 
-def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
+def _notify(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
     fields = {"told": message["event"], "target": target}
     sending = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_TRIES),

@@ -45,7 +45,7 @@ class Clearing:
     def __init__(self, *, grace_s: float, notice_s: float = NOTICE_S) -> None:
         self._start = time.monotonic()
         self._grace_s, self._notice_s = grace_s, notice_s
-        self._told: set[int] = set()
+        self._asked: set[int] = set()
 
     def step(self, left: Iterable[int]) -> None:
         """Do what is due now to those that are left."""
@@ -57,8 +57,8 @@ class Clearing:
         elif passed >= self._notice_s:
             # The topmost only: a program's worker processes must live while it saves.
             below = {child for pid in alive for child in processes.descendants(pid)}
-            for pid in alive - below - self._told:
-                self._told.add(pid)
+            for pid in alive - below - self._asked:
+                self._asked.add(pid)
                 send(pid, signal.SIGTERM)
 
 

@@ -72,8 +72,8 @@ class Runner(ABC):
         """For what is done while an attempt runs, whose signals must not wait."""
         self._signal: int | None = None
         self._codes: dict[int, int] = {}
-        self._telling: int | None = None
-        """The process that tells others of the run."""
+        self._notifier: int | None = None
+        """The process that notifies others of the run."""
         self._history: list[restart.Ended] = []
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
@@ -88,7 +88,7 @@ class Runner(ABC):
         """
         self._listen()
         ready()
-        self._telling = notify.start(self._store, self._spec.notify, self._spec.cwd)
+        self._notifier = notify.start(self._store, self._spec.notify, self._spec.cwd)
         processes.become_subreaper()
         try:
             return self._attempts()
@@ -208,11 +208,11 @@ class Runner(ABC):
         self._wake, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in (*_STOPPING, signal.SIGCHLD):
-            signal.signal(number, self._heard)
+            signal.signal(number, self._note_signal)
         # As a container's PID 1 it may have been started with signals held back (docker/Dockerfile).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGCHLD:
             self._signal = self._signal or number
 
@@ -234,10 +234,10 @@ class Runner(ABC):
 
     def _wait(self, delay_s: float) -> None:
         deadline = time.monotonic() + delay_s
-        while not self._settled() and (left := deadline - time.monotonic()) > 0:
+        while not self._done_here() and (left := deadline - time.monotonic()) > 0:
             self._bide(min(left, POLL_S))
 
-    def _settled(self) -> bool:
+    def _done_here(self) -> bool:
         """Tell whether no further attempt is to start here, however long it was to wait."""
         return self._over() is not None
 

@@ -142,8 +142,8 @@ def _check_place(store: Store) -> None:
         raise ConfigError(f"the run directory {path} is not writable: {parent} is not; give another --run")
 
 
-_tell = functools.cache(say)
-"""Tells a line once: a drill submits the same code again and again."""
+_say_once = functools.cache(say)
+"""Says a line once: a drill submits the same code again and again."""
 
 
 def remarks(plan: Plan) -> list[str]:
@@ -168,7 +168,7 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
         mirror.set_deleted_aside(store)
         refuse_taken(plan)
         for line in remarks(plan):
-            _tell(line)
+            _say_once(line)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
         spec = msgspec.structs.replace(plan.spec, code=code)
         specs.write_readme(store, spec)

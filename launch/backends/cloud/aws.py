@@ -118,7 +118,7 @@ class Aws(Managed):
         wanted = [{"name": "JOB_NAME", "values": [job]}]
         reply = _call(spec, "batch", "list_jobs", jobQueue=_cloud(spec).queue, filters=wanted)
         jobs: list[dict[str, Any]] = [summary for summary in reply["jobSummaryList"] if summary["jobName"] == job]
-        return max(jobs, key=lambda found: int(found.get("createdAt", 0)), default=None)
+        return max(jobs, key=lambda one: int(one.get("createdAt", 0)), default=None)
 
     def terminate(self, spec: JobSpec, job: str) -> None:
         """See `Managed`."""

@@ -162,8 +162,8 @@ class SlurmRunner(JobRunner):
         if self._signal is not None:
             self._look_ahead((Cause.TIME_LIMIT, Cause.GONE), running=False)
 
-    def _settled(self) -> bool:
-        return super()._settled() or bool(self._successor)
+    def _done_here(self) -> bool:
+        return super()._done_here() or bool(self._successor)
 
     def _bide(self, seconds: float) -> None:
         # SLURM may end the job meanwhile, and tells this process nothing of it.

@@ -106,8 +106,8 @@ _SHORT_HOLD_S = 15.0
 
 _WAKE = """\
 for look in $(seq 250); do
-  told=$(scontrol -o show job {job}) || exit 0
-  case "$told" in
+  shown=$(scontrol -o show job {job}) || exit 0
+  case "$shown" in
     *" JobState=PENDING Reason=BeginTime "* | *" JobState=PENDING Reason=None "*)
       sleep 1.1
       exec scontrol update JobId={job} StartTime=now ;;
