@@ -18,23 +18,10 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch.lifecycle import lease, orphans, run_status
+from launch.lifecycle import lease, orphans, run_status, submission
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import RunLock, acquire, held, runner_alive
-from launch.lifecycle.submission import (
-    LEAVING_S,
-    Plan,
-    cancel_content,
-    make_point,
-    open_run,
-    prepare,
-    record,
-    record_taken_up,
-    refresh,
-    run_as_program,
-    runner_environment,
-    says_alive,
-)  # fmt: skip
+from launch.lifecycle.submission import Plan
 from launch.lifecycle.verbs import Backend, Cancelled, Claim, Progress, not_done
 from launch.spec import container
 from launch.spec import jobspec as specs
@@ -65,7 +52,7 @@ class Local(Backend):
 
     def check(self, spec: JobSpec) -> Plan:
         """See `Backend`. In an image nothing here is looked for."""
-        plan = prepare(spec, elsewhere=spec.container is not None)
+        plan = submission.prepare(spec, elsewhere=spec.container is not None)
         if spec.container is not None:
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
             self._check_container(spec.container)
@@ -102,9 +89,10 @@ class Local(Backend):
             module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
             number = lease.claim(store) if number is None else number
             command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
+            environ = submission.runner_environment() | self._environ
             with open(log_path, "ab", opener=names.opener) as log:
                 process = subprocess.Popen(
-                    command, cwd=store.path, env=runner_environment() | self._environ, stdin=subprocess.DEVNULL,
+                    command, cwd=store.path, env=environ, stdin=subprocess.DEVNULL,
                     stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
                 )  # fmt: skip
             write.close()
@@ -126,14 +114,14 @@ class Local(Backend):
     def claim(self, store: Store, spec: JobSpec, *, take_over: bool) -> Iterator[Claim]:
         """See `Backend`: lock and lease. An attempt that still stops after its runner was killed gets its time."""
         if not spec.sweep:
-            make_point(store)
+            submission.make_point(store)
         if _has_runner(store):
-            raise ConfigError(says_alive(store))
+            raise ConfigError(submission.says_alive(store))
         if not take_over and not run_status.has_ended(store):
             lease.refuse_elsewhere(store)
         lock = acquire(store, wait_s=spec.grace_s + 10)
         if lock is None:
-            raise ConfigError(says_alive(store))
+            raise ConfigError(submission.says_alive(store))
         claim = Claim(lock)
         try:
             if not_done(self, specs.points(store, spec)):
@@ -149,13 +137,13 @@ class Local(Backend):
     def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
         """Raise ConfigError if a run has a runner here, or, unless that is taken over, on another machine."""
         if _has_runner(store) or held(store) or orphans.processes_of(store):
-            raise ConfigError(says_alive(store))
+            raise ConfigError(submission.says_alive(store))
         if not take_over:
             lease.refuse_elsewhere(store)
 
     def record_resumed(self, store: Store, left: Iterable[Store]) -> None:
         """See `Backend`. What is left of a budget stays, unless the run had ended; points have runners of their own."""
-        record_taken_up(store)
+        submission.record_taken_up(store)
         with contextlib.suppress(JobkitError):  # the runner carries it again
             mirror.upload_described(store)
 
@@ -165,7 +153,7 @@ class Local(Backend):
         spec, problems = specs.read(store), []
         for one in filter(specs.exists, cancelled.left):
             # A point may be made this very moment.
-            content = cancelled.cancels[one] if one in cancelled.cancels else cancel_content(one)
+            content = cancelled.cancels[one] if one in cancelled.cancels else submission.cancel_content(one)
             try:
                 if content is not None:
                     _stop(one, content, wait=wait, progress=cancelled.progress)
@@ -186,7 +174,7 @@ def _has_runner(store: Store) -> bool:
     """Tell whether a run has a runner; one that was killed this very moment, or is leaving, gets time to be gone."""
     begun = time.monotonic()
     while held(store) and runner_alive(store):
-        if time.monotonic() - begun > (LEAVING_S if run_status.has_ended(store) else 1.0):
+        if time.monotonic() - begun > (submission.LEAVING_S if run_status.has_ended(store) else 1.0):
             return True
         time.sleep(_POLL_S)
     return False
@@ -204,21 +192,21 @@ def _stop(store: Store, content: bytes, *, wait: bool, progress: Progress) -> No
 
 def _until_it_ends_there(store: Store, content: bytes, *, wait: bool) -> bool:
     """Wait for the runner of another machine, which finds the cancel; tell whether it died without an answer."""
-    while cancel_content(store) == content and not run_status.has_ended(store):
+    while submission.cancel_content(store) == content and not run_status.has_ended(store):
         if lease.elsewhere(store) is None:
             return True
         if not wait:
             return False
         time.sleep(_ELSEWHERE_S)
         with contextlib.suppress(JobkitError):
-            refresh(store)
+            submission.refresh(store)
     return False
 
 
 def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -> None:
     """Wait for the runner, or do its part where it is dead."""
     clearing: orphans.Clearing | None = None
-    while cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
+    while submission.cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
         lock = acquire(store, wait_s=0.0 if wait else 0.3)
         if lock is not None:
             with contextlib.closing(lock):
@@ -241,7 +229,7 @@ def bury(store: Store, spec: JobSpec, state: State, reason: str) -> None:
     if spec.container is not None:
         container.remove(store.url)
     orphans.close_attempts(store, "the supervisor was killed")
-    record(store, "ended", state=state, reason=reason)
+    submission.record(store, "ended", state=state, reason=reason)
 
 
 def main(arguments: list[str]) -> int:
@@ -252,7 +240,7 @@ def main(arguments: list[str]) -> int:
     """
     from launch.backends.local_runner import runner_of
 
-    store = open_run(arguments[0])
+    store = submission.open_run(arguments[0])
     with detached(store, arguments[1:]) as (lock, held_lease, ready):
         runner = runner_of(store, specs.read(store), lock.descriptor, held_lease)
         runner.run(ready)
@@ -288,4 +276,4 @@ def detached(store: Store, given: list[str]) -> Iterator[tuple[RunLock, Lease, C
 
 
 if __name__ == "__main__":
-    run_as_program(main, refused=contract.Exit.USAGE)
+    submission.run_as_program(main, refused=contract.Exit.USAGE)

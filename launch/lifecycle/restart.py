@@ -120,10 +120,10 @@ def decide(history: Sequence[Ended], policy: Policy) -> Decision:
     last = history[-1]
     if last.outcome is Outcome.DONE:
         step = _best(history, policy)
+        reason = f"finished; step {step} is committed" if step >= 0 else "finished"
         if last.unsaved:
             reason = "finished, but without one step of the run: what it trained is not saved, its log says how"
-            return Decision(State.DONE, reason)
-        return Decision(State.DONE, f"finished; step {step} is committed" if step >= 0 else "finished")
+        return Decision(State.DONE, reason)
     if last.outcome is Outcome.CONFIG:
         return _stop("no restart can help (exit code 78)")
     failures = sum(ended.outcome in (Outcome.FAILED, Outcome.STALLED) for ended in history)
@@ -155,36 +155,24 @@ def _after_failure(history: Sequence[Ended], policy: Policy) -> Decision:
         newest = f"newer than step {now}" if now >= 0 else "at all"
         where = f" at step {last.step}" if last.step >= 0 else ""
         return _stop(f"failed twice{where} ({how}) without committing anything {newest} in between")
-    if now >= 0:
-        return _stop(f"failed ({how}) before committing anything newer than step {now}")
-    return _stop(f"failed ({how}) before committing anything")
+    return _stop(f"failed ({how}) before committing anything" + (f" newer than step {now}" if now >= 0 else ""))
 
 
 def _after_interruption(history: Sequence[Ended], policy: Policy) -> Decision:
     """Restart after what is not the program's fault, unless it keeps happening without progress."""
     outcome = history[-1].outcome
     idle = sum(ended.outcome is outcome for ended in history[_last_progress(history, policy) + 1 :])
-    limit = {
-        Outcome.PREEMPTED: policy.idle_preempted,
-        Outcome.STORAGE: policy.idle_storage,
-        Outcome.STALLED: policy.idle_stalled,
-        Outcome.KILLED: policy.idle_killed,
+    words, limit = {
+        Outcome.PREEMPTED: ("preempted", policy.idle_preempted),
+        Outcome.STORAGE: ("could not commit or restore", policy.idle_storage),
+        Outcome.STALLED: ("stalled", policy.idle_stalled),
+        Outcome.KILLED: ("killed", policy.idle_killed),
     }[outcome]
-    words = _WORDS[outcome]
     if idle >= limit:
         return _stop(f"no progress: {words} {idle} times without committing a new step")
-    if outcome is Outcome.PREEMPTED:
-        over = idle - policy.free_preempted
-        return _restart(_doubling(over) if over > 0 else 0.0, words)
-    return _restart(_doubling(idle), words)
-
-
-_WORDS = {
-    Outcome.PREEMPTED: "preempted",
-    Outcome.STORAGE: "could not commit or restore",
-    Outcome.STALLED: "stalled",
-    Outcome.KILLED: "killed",
-}
+    if outcome is Outcome.PREEMPTED and idle <= policy.free_preempted:
+        return _restart(0.0, words)
+    return _restart(_doubling(idle - (policy.free_preempted if outcome is Outcome.PREEMPTED else 0)), words)
 
 
 def _doubling(count: int) -> float:

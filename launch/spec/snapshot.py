@@ -74,24 +74,19 @@ def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES, secret: Iterab
     """
     cwd, run = cwd.resolve(), run.resolve()
     top = _git_top(cwd)
-    tracked, untracked, links = _git_files(top) if top else ([], *_all_files(cwd))
+    tracked, untracked, ignored = _git_files(top) if top else ([], *_all_files(cwd))
     root = top or cwd
     private = {path.resolve() for path in secret}
-    kept, others, runs = set(), set(links), {run: True}
+    kept, others, runs = set(), set(ignored), {run: True}
     secrets = {name for name in untracked if _looks_secret(name)}
     secrets |= {name for name in [*tracked, *untracked] if private and (root / name).resolve() in private}
     for name in [*tracked, *untracked]:
-        owner = _apart_above(root, name, runs)
-        if owner is not None:
-            others.add(owner)
-        elif name in secrets:
-            others.add(name)
-        else:
-            kept.add(name)
+        linked = _apart_above(root, name, runs) or (name if name in secrets else None)
+        (kept if linked is None else others).add(linked or name)
     files = names.sift(sorted(kept), where=str(root))
-    linked = tuple(_topmost(name for name in names.sift(sorted(others), where=str(root)) if _linkable(root, name, run)))
+    links = tuple(_topmost(name for name in names.sift(sorted(others), where=str(root)) if _linkable(root, name, run)))
     sizes = {name: size for name in files if (size := _size(root / name)) is not None}
-    tree = Tree(root, tuple(files), linked, tuple(sorted(secrets.intersection(linked))), top is not None, sizes)
+    tree = Tree(root, tuple(files), links, tuple(sorted(secrets.intersection(links))), top is not None, sizes)
     if sum(sizes.values()) > limit_bytes:
         raise ConfigError(
             f"the code below {root} is {show_size(sum(sizes.values()))}, and a snapshot may have "

@@ -264,8 +264,8 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
         script = folder / "probe.sh"
         script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
         given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
-        flags = [f"--{name}={value}" for name, value in (given | dict(options)).items() if value]
-        job = scontrol.run("sbatch", "--parsable", "--requeue", *flags, str(script)).strip().split(";")[0]
+        given = {name: value for name, value in (given | dict(options)).items() if value}
+        job = scontrol.submit("--requeue", *scontrol.flags(given), str(script))
         try:
             return _watch(job, folder / "out")
         finally:

@@ -252,6 +252,20 @@ def _shown(*words: str) -> str:
         return ""
 
 
+def flags(options: Mapping[str, str]) -> list[str]:
+    """Write long options of sbatch out; one with an empty value is a switch."""
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]
+
+
+def submit(*words: str) -> str:
+    """Submit a job that is none of a run's own; return its number.
+
+    Raises:
+        JobkitError: If SLURM refuses it.
+    """
+    return run("sbatch", "--parsable", *words).strip().split(";")[0]
+
+
 def requeue(job: str) -> None:
     """Have a running job of ours started again.
 
