@@ -18,9 +18,9 @@ import email.utils
 import http.client
 import json
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -229,7 +229,7 @@ class Watch:
 
     def __init__(self, cloud: str | None, environ: Mapping[str, str] = os.environ) -> None:
         self._cloud: _Cloud | None = _CLOUDS[cloud](environ) if cloud else None
-        self._events: queue.SimpleQueue[CloudEvent] = queue.SimpleQueue()
+        self._events: deque[CloudEvent] = deque()  # filled by the thread
         self._stop = threading.Event()
 
     def start(self) -> None:
@@ -243,11 +243,8 @@ class Watch:
 
     def events(self) -> Iterator[CloudEvent]:
         """Yield what has been said since the last call; never waits."""
-        while True:
-            try:
-                yield self._events.get_nowait()
-            except queue.Empty:
-                return
+        while self._events:
+            yield self._events.popleft()
 
     def _watch(self, cloud: _Cloud) -> None:
         known: dict[str, CloudEvent] = {}
@@ -255,10 +252,10 @@ class Watch:
             now = self._look(cloud)
             for name, event in now.items():
                 if name not in known:
-                    self._events.put(event)
+                    self._events.append(event)
             for name, event in known.items():
                 if name not in now and event.kind is Kind.NOTICE:
-                    self._events.put(CloudEvent(Kind.WITHDRAWN, event.source, f"taken back: {event.reason}"))
+                    self._events.append(CloudEvent(Kind.WITHDRAWN, event.source, f"taken back: {event.reason}"))
             known = now
             self._stop.wait(cloud.pause_s)
 
@@ -275,7 +272,7 @@ class Watch:
                     f"the metadata server does not answer ({error}), so nothing will warn of a preemption; in a "
                     "container use the host's network, or on EC2 a hop limit of 2"
                 )
-                self._events.put(CloudEvent(Kind.INFORMATION, cloud.name, message))
+                self._events.append(CloudEvent(Kind.INFORMATION, cloud.name, message))
 
         retrying = tenacity.Retrying(
             wait=tenacity.wait_exponential(0.2, 5.0) + tenacity.wait_random(0, 0.2),

@@ -124,10 +124,8 @@ def _stall_s(given: str | float | None) -> float | None:
 def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     import shlex
 
-    import msgspec
-
     from launch.lifecycle import run_status, submission
-    from launch.spec import snapshot, sweep
+    from launch.spec import sweep
     from launch.spec.command import shown_in_container
 
     for line in submission.remarks(plan):
@@ -136,12 +134,11 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     if plan.spec.cloud is not None:  # the request says all there is, and is one document
         print(backend.preview(plan))
         return
-    code = snapshot.digest(plan.tree) if plan.tree is not None else None
-    spec = msgspec.structs.replace(plan.spec, code=code)
+    spec = plan.coded
     if as_json:
         print(run_status.to_json(spec))
         return
-    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
+    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {spec.code}" if plan.tree else "none"
     if spec.sweep:
         shown = "  ".join(f"{name}={','.join(values)}" for name, values in spec.sweep.items())
         print(f"sweep        {sweep.count(spec.sweep)} points: {shown[:200]}")

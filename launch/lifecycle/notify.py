@@ -15,6 +15,7 @@ What fails is tried again, for some minutes; what became of it is in the ledger 
 import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import re
@@ -135,22 +136,18 @@ class _Troubles:
         self._known: set[tuple[Any, ...]] = set()
         self.news()
 
-    def _ledgers(self) -> list[Path]:
-        newest = self._store.numbers(contract.ATTEMPTS)[-1:]
-        return [self._store.file(contract.events_file(one, writer)) for one in newest for writer in ("supervisor", 0)]
-
     def news(self) -> list[dict[str, Any]]:
         """Return what is to be told."""
         messages = []
         try:
-            ledgers = self._ledgers()
+            newest = self._store.numbers(contract.ATTEMPTS)[-1:]
         except JobkitError:  # a shared disk that does not answer just now
             return []
-        for path in ledgers:
-            attempt = int(path.parent.name)
+        for attempt, writer in itertools.product(newest, ("supervisor", 0)):
+            path = self._store.file(contract.events_file(attempt, writer))
             events, self._since[path] = _news(path, self._since.get(path, 0))
             self._known |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
-            here = troubles.here(self._store, attempt) if path.name == "events-0.jsonl" else {}
+            here = troubles.here(self._store, attempt) if writer == 0 else {}
             if here and _key(attempt, here) not in self._known:  # its disk may be the one that fails
                 self._known.add(_key(attempt, here))
                 events.append(here)

@@ -68,6 +68,12 @@ class Plan:
     spec: JobSpec
     tree: snapshot.Tree | None
 
+    @property
+    def coded(self) -> JobSpec:
+        """The specification with the digest that the snapshot will have."""
+        code = snapshot.digest(self.tree) if self.tree is not None else None
+        return msgspec.structs.replace(self.spec, code=code)
+
 
 def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     """Check a specification against this machine and fill in what it leaves open; writes nothing.
@@ -247,8 +253,7 @@ def refuse_taken(plan: Plan) -> None:
 def _taken(plan: Plan) -> str:
     try:
         old = specs.read(plan.store)
-        digest = snapshot.digest(plan.tree) if plan.tree is not None else None
-        same = old.same_job(msgspec.structs.replace(plan.spec, code=digest))
+        same = old.same_job(plan.coded)
     except JobkitError as error:
         return str(error)
     what = "this very job" if same else "another job"

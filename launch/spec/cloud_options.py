@@ -69,11 +69,11 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def gpu(self) -> tuple[str, int] | None:
-        """Type and number of GPUs."""
+        """Type, as people call it, and number of GPUs."""
         if not self.gpus:
             return None
         kind, _, count = self.gpus.partition(":")
-        return kind, int(count or 1)
+        return kind.upper().removeprefix("NVIDIA-").removeprefix("TESLA-"), int(count or 1)
 
 
 class Option(NamedTuple):

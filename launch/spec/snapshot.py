@@ -77,7 +77,8 @@ def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES, secret: Iterab
     tracked, untracked, ignored = _git_files(top) if top else ([], *_all_files(cwd))
     root = top or cwd
     private = {path.resolve() for path in secret}
-    kept, others, runs = set(), set(ignored), {run: True}
+    kept: set[str] = set()
+    others, runs = set(ignored), {run: True}
     secrets = {name for name in untracked if _looks_secret(name)}
     secrets |= {name for name in [*tracked, *untracked] if private and (root / name).resolve() in private}
     for name in [*tracked, *untracked]:

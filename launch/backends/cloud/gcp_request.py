@@ -47,7 +47,6 @@ def machine_type(cloud: Cloud) -> str:
     if cloud.gpu is None:
         return cloud.machine_type or "e2-standard-4"
     kind, count = cloud.gpu
-    kind = kind.upper().removeprefix("NVIDIA-").removeprefix("TESLA-")
     if kind in _ATTACHED:
         if cloud.machine_type and not cloud.machine_type.startswith("n1-"):
             raise ConfigError(
@@ -119,9 +118,8 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
     }
     if cloud.gpu is not None:
         kind, count = cloud.gpu
-        short = kind.upper().removeprefix("NVIDIA-").removeprefix("TESLA-")
-        if short in _ATTACHED:
-            policy["accelerators"] = [{"type": _ATTACHED[short], "count": str(count)}]
+        if kind in _ATTACHED:
+            policy["accelerators"] = [{"type": _ATTACHED[kind], "count": str(count)}]
     labels = cloud.labels | {OURS: "run", LABEL: run_label(job)}
     allocation: dict[str, Any] = {
         "location": {"allowedLocations": [f"regions/{cloud.region}", *(f"zones/{zone}" for zone in cloud.zones)]},

@@ -25,7 +25,7 @@ from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
 from launch.lifecycle.verbs import Backend, Cancelled, UnknownError, alive
-from launch.spec import cloud_options, snapshot
+from launch.spec import cloud_options
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
@@ -123,8 +123,7 @@ class Managed(Backend):
         if not specs.exists(store) or store.numbers(contract.ATTEMPTS) or store.exists(contract.CANCEL):
             return None
         old = specs.read(store)
-        code = snapshot.digest(plan.tree) if plan.tree is not None else None
-        same = old.same_job(msgspec.structs.replace(plan.spec, code=code)) and old.cloud == plan.spec.cloud
+        same = old.same_job(plan.coded) and old.cloud == plan.spec.cloud
         last = run_status.last_life_event(store).get("event")
         if not same or last not in (None, "submitted") or specs.read_backend(store)[0] != self.name:
             return None
