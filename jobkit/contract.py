@@ -265,20 +265,20 @@ def step_dir(step: int) -> str:
 def grace_s_from(number: int, environ: Mapping[str, str] = os.environ) -> float | None:
     """Read from the launcher's environment how long after a signal SIGKILL comes; None where nobody knows."""
     warned = number in (signal.SIGUSR1, signal.SIGUSR2) and ENV_WARNED in environ
+    return _number(environ.get(ENV_WARNED if warned else ENV_GRACE, ""))
+
+
+def _number(text: str) -> float | None:
     try:
-        grace_s = float(environ.get(ENV_WARNED if warned else ENV_GRACE, ""))
+        number = float(text)
     except ValueError:
         return None
-    return grace_s if math.isfinite(grace_s) and grace_s >= 0 else None
+    return number if math.isfinite(number) and number >= 0 else None
 
 
 def stall_s_from(environ: Mapping[str, str] = os.environ) -> float | None:
     """Read from the launcher's environment how long a step may take, 0 for ever; None where nobody said."""
-    try:
-        stall_s = float(environ.get(ENV_STALL, ""))
-    except ValueError:
-        return None
-    return stall_s if math.isfinite(stall_s) and stall_s >= 0 else None
+    return _number(environ.get(ENV_STALL, ""))
 
 
 def longest_grace_s(environ: Mapping[str, str] = os.environ) -> float:
@@ -288,12 +288,7 @@ def longest_grace_s(environ: Mapping[str, str] = os.environ) -> float:
 
 def ends_at_from(environ: Mapping[str, str] = os.environ) -> float | None:
     """Read from the launcher's or SLURM's environment when this attempt is killed at the latest; None if it is not."""
-    text = environ.get(ENV_ENDS_AT) or environ.get("SLURM_JOB_END_TIME") or ""  # SLURM's from 23.02 on
-    try:
-        ends_at = float(text)
-    except ValueError:
-        return None
-    return ends_at if math.isfinite(ends_at) and ends_at > 0 else None
+    return _number(environ.get(ENV_ENDS_AT) or environ.get("SLURM_JOB_END_TIME") or "") or None  # SLURM's from 23.02 on
 
 
 def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:

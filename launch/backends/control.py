@@ -124,9 +124,9 @@ def stop(
     """
     store = open_run(url)
     if _submitted(store):
-        state = registry.cancel(url, wait=wait, word="stopped", progress=progress)
-        attempts = store.numbers(contract.ATTEMPTS)
-        return Answer(store.url, attempts[-1] if attempts else None, state.over, count_of(_committed(store)))
+        done = registry.cancel(url, wait=wait, word="stopped", progress=progress).over
+        newest = max(store.numbers(contract.ATTEMPTS), default=None)
+        return Answer(store.url, newest, done, count_of(_committed(store)))
     attempt = _running(store)
     ask_to_cancel(store, "stopped")
     if wait:

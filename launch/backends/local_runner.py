@@ -13,7 +13,7 @@ from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.lifecycle import orphans, restart, run_status
+from launch.lifecycle import orphans, restart
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.runner import Runner
 from launch.spec import container
@@ -59,14 +59,10 @@ class LocalRunner(Runner):
     def _over(self) -> tuple[State, str] | None:
         if self._lease is not None and self._lease.lost:
             return State.FAILED, self._lease.lost
-        if self._cancelled():
-            return State.CANCELLED, run_status.cancel_reason(self._quick)
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            return State.FAILED, (
-                f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
-            )
-        return None
+        if (cancelled := super()._over()) is not None or self._signal is None:
+            return cancelled
+        name = signal.Signals(self._signal).name
+        return State.FAILED, f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
 
     def _over_anywhere(self) -> tuple[State, str] | None:
         if self._lease is not None:

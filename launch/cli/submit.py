@@ -93,20 +93,20 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         sweep=axes,
         parallel=options.get("array-parallelism") if axes else given["array_parallelism"],
         command=tuple(given["command"]),
-        run=options.get("run", ""),
-        name=options.get("name", ""),
-        snapshot=options.get("snapshot", True),
-        shared=options.get("shared", False),
         grace_s=duration_s(options.get("grace", 30.0)),
-        max_failures=options.get("max-failures", 10),
         stall_s=_stall_s(options.get("stall")),
         notify=(*given["notify"], *map(str, options.get("notify", []))),
         sbatch=place.sbatch,
         cloud=None if place.cloud is None else Cloud(**place.cloud),
         container=place.container,
         price_per_hour=place.price_per_hour,
+        **{field: options[name] for name, field in _SAME.items() if name in options},
     )
     return spec, place.backend
+
+
+_SAME = {"run": "run", "name": "name", "snapshot": "snapshot", "shared": "shared", "max-failures": "max_failures"}
+"""Options that are fields of a specification as they stand."""
 
 
 def _stall_s(given: str | float | None) -> float | None:

@@ -216,9 +216,9 @@ class Runner(ABC):
         if number != signal.SIGCHLD:
             self._signal = self._signal or number
 
-    @abstractmethod
     def _over(self) -> tuple[State, str] | None:
         """Tell how the run ends if no further attempt may start; REQUEUED where it goes on elsewhere."""
+        return (State.CANCELLED, run_status.cancel_reason(self._quick)) if self._cancelled() else None
 
     def _over_anywhere(self) -> tuple[State, str] | None:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""

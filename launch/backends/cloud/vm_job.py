@@ -84,8 +84,8 @@ class VmRunner(JobRunner):
         return super()._go_on(decision, why)
 
     def _over(self) -> tuple[State, str] | None:
-        if self._cancelled():
-            return State.CANCELLED, run_status.cancel_reason(self._quick)
+        if (cancelled := super()._over()) is not None:
+            return cancelled
         if time.monotonic() >= self._limit_at:
             assert self._spec.cloud is not None
             limit = show_duration(self._spec.cloud.time_s or 0.0)

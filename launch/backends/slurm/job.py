@@ -158,7 +158,10 @@ class SlurmRunner(JobRunner):
         return super()._leave(reason, code)
 
     def _while_running(self) -> None:
-        """Look after the run's future when SLURM ends the job under a program that may not be through in time."""
+        """Look after the run's future when SLURM ends the job under a program that may not be through in time.
+
+        Its SIGTERM is no end by itself: why it came is asked when the step is over.
+        """
         if self._signal is not None:
             self._look_ahead((Cause.TIME_LIMIT, Cause.GONE), running=False)
 
@@ -233,10 +236,6 @@ class SlurmRunner(JobRunner):
         code = super()._end(state, reason)
         self.empty_home()  # a node keeps its disk; a VM's goes with it
         return code
-
-    def _over(self) -> tuple[State, str] | None:
-        # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.
-        return (State.CANCELLED, run_status.cancel_reason(self._quick)) if self._cancelled() else None
 
     # One attempt is one step.
 
