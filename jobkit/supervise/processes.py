@@ -1,4 +1,4 @@
-"""Processes of this machine: who is whose child, who is alive, what belongs to a run; and a port to meet at.
+"""Processes of this machine: who is whose child, who is alive, what belongs to a run; signals; a port to meet at.
 
 Linux answers through /proc and prctl; elsewhere the answers are empty and the callers do without. The scan of
 /proc/<pid>/stat is used rather than /proc/<pid>/task/*/children, which needs a kernel option (CONFIG_PROC_CHILDREN)
@@ -10,10 +10,13 @@ import contextlib
 import ctypes
 import os
 import random
+import select
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -22,6 +25,39 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 def become_subreaper() -> bool:
     """Make orphaned descendants of this process its children, instead of init's; tell whether it worked."""
     return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+class Signals:
+    """Signals that a loop waits for, and the deaths of children: their handlers only wake it.
+
+    Args:
+        numbers: The signals.
+    """
+
+    def __init__(self, *numbers: signal.Signals) -> None:
+        self._numbers = numbers
+        self.first: int | None = None
+        """The first that came."""
+
+    def listen(self) -> None:
+        """Install the handlers; on the main thread only."""
+        self._wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wakeup, select.POLLIN)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in self._numbers:
+            signal.signal(number, self._note)
+        # Who starts us may have held them back until we can listen: a PID 1 would lose them (docker/Dockerfile).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or number
+
+    def wait(self, seconds: float) -> list[int]:
+        """Wait until something comes, at most so long; return the signals that came, in order."""
+        came = os.read(self._wakeup, 512) if self._poll.poll(seconds * 1000) else b""
+        return [number for number in came if number in self._numbers]
 
 
 def reaped() -> Iterator[tuple[int, int]]:
@@ -66,6 +102,12 @@ def descendants(pid: int | None = None) -> list[int]:
         pids += below
         waiting += below
     return pids
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 def alive(pid: int) -> bool:

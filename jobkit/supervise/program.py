@@ -161,8 +161,7 @@ class Program:
             return
         # What does not listen to a notice knows SIGTERM; SIGUSR1 or SIGHUP would be taken for something else.
         sent = number if listens or number in (signal.SIGKILL, signal.SIGINT) else signal.SIGTERM
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
+        processes.send(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
 
     def end_leftovers(self) -> bool:
         """End what CMD, which has ended, left running; tell whether something still is."""
@@ -174,8 +173,7 @@ class Program:
         late = time.monotonic() - self._ended_at >= (_SAVING_S if saving else _LEFTOVER_S)
         # While the program saves, it alone is asked: its worker processes must live until it is through.
         for pid in [beat.pid] if saving and not late else left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+            processes.send(pid, signal.SIGKILL if late else signal.SIGTERM)
         return True
 
     def copy_log(self) -> None:

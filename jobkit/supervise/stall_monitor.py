@@ -1,7 +1,6 @@
 """The supervisor's eye on its program's progress: when stall.py calls it stalled, where it hangs, and its end."""
 
 import contextlib
-import os
 import signal
 import time
 from pathlib import Path
@@ -51,8 +50,7 @@ class StallMonitor:
         if self.stall is not None:
             if time.monotonic() >= self._kill_at:
                 for pid in processes.descendants():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                    processes.send(pid, signal.SIGKILL)
             return None
         # In "t" a debugger holds it: somebody is looking already.
         counts = processes.state(beat.pid) not in ("", "Z", "X", "t")

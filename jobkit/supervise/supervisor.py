@@ -10,7 +10,6 @@ program down with a broken pipe in the middle of its emergency save. The log is 
 import contextlib
 import json
 import os
-import select
 import shlex
 import signal
 import time
@@ -43,30 +42,6 @@ _OUTAGE_S = 60.0
 _STAY_S = 15.0
 """A machine that is still there so long after its cloud was to take it away stays."""
 _NEVER = float("inf")
-
-
-class _Signals:
-    """The signals that stand for a notice: their handlers only wake the loop, and note that one came."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self._wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._wakeup, select.POLLIN)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        for number in _FORWARDED:
-            signal.signal(number, self._note)
-        # Who starts us may have held them back until we can listen: a PID 1 would lose them (docker/Dockerfile).
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-
-    def _note(self, *_: object) -> None:
-        self.came = True
-
-    def wait(self) -> list[int]:
-        """Wait for a moment, less if something happens; return the signals that came, in order."""
-        numbers = os.read(self._wakeup, 512) if self._poll.poll(_TICK_S * 1000) else b""
-        return [number for number in numbers if number in _FORWARDED]
 
 
 class Notices:
@@ -171,9 +146,10 @@ class Supervisor:
 
     def __init__(self, store: Store, command: Sequence[str], *, cwd: Path | None = None) -> None:
         processes.become_subreaper()
-        self._signals = _Signals()
+        self._signals = processes.Signals(*_FORWARDED)
+        self._signals.listen()
         # What is read and written before and after the program waits for the storage a while, and then we go on.
-        patient = store.patient(Patience(over=lambda: self._signals.came, deadline_s=_OUTAGE_S))
+        patient = store.patient(Patience(over=lambda: self._signals.first is not None, deadline_s=_OUTAGE_S))
         self._watch = cloud_metadata.Watch(cloud_metadata.cloud_of())
         given, (index, count) = contract.attempt_from(), contract.process_from()
         if given is None and count > 1:
@@ -246,7 +222,7 @@ class Supervisor:
         """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
         noticed: bool | None = None
         while True:
-            for number in self._signals.wait():
+            for number in self._signals.wait(_TICK_S):
                 self._notices.take_signal(number)
             for event in self._watch.events():
                 self._notices.take_from_cloud(event)
@@ -379,7 +355,7 @@ class Supervisor:
             return
         until = (self._notices.deadline_at or time.monotonic()) + _STAY_S
         while self._notices.leaving and time.monotonic() < until:
-            signalled = self._signals.wait()
+            signalled = self._signals.wait(_TICK_S)
             withdrawn = [event for event in self._watch.events() if event.kind is cloud_metadata.Kind.WITHDRAWN]
             if signalled or withdrawn:
                 return

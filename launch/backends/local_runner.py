@@ -59,9 +59,9 @@ class LocalRunner(Runner):
     def _over(self) -> tuple[State, str] | None:
         if self._lease is not None and self._lease.lost:
             return State.FAILED, self._lease.lost
-        if (cancelled := super()._over()) is not None or self._signal is None:
+        if (cancelled := super()._over()) is not None or self._signals.first is None:
             return cancelled
-        name = signal.Signals(self._signal).name
+        name = signal.Signals(self._signals.first).name
         return State.FAILED, f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
 
     def _over_anywhere(self) -> tuple[State, str] | None:

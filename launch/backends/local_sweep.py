@@ -14,8 +14,9 @@ from jobkit.contract import State
 from jobkit.errors import JobkitError, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch.backends import local
-from launch.lifecycle import lease, orphans, run_status, verbs
+from launch.lifecycle import lease, run_status, verbs
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import acquire, held, holder
 from launch.lifecycle.submission import begin_point, cancel_content, open_run, run_as_program
@@ -63,7 +64,7 @@ def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
     except _StopError:
         for point in running:
             if pid := holder(point).get("pid") if held(point) else None:
-                orphans.send(int(pid), signal.SIGTERM)
+                processes.send(int(pid), signal.SIGTERM)
 
 
 def _start(store: Store, point: Store) -> bool:

@@ -53,19 +53,13 @@ class Clearing:
         passed = time.monotonic() - self._start
         if passed >= max(self._grace_s, self._notice_s):
             for pid in alive:
-                send(pid, signal.SIGKILL)
+                processes.send(pid, signal.SIGKILL)
         elif passed >= self._notice_s:
             # The topmost only: a program's worker processes must live while it saves.
             below = {child for pid in alive for child in processes.descendants(pid)}
             for pid in alive - below - self._asked:
                 self._asked.add(pid)
-                send(pid, signal.SIGTERM)
-
-
-def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
+                processes.send(pid, signal.SIGTERM)
 
 
 def clear(store: Store, *, grace_s: float, tick: Callable[[], Iterable[int]] | None = None) -> None:

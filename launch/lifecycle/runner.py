@@ -8,7 +8,6 @@ attempt while a process of an earlier one lives.
 import contextlib
 import functools
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jobkit import contract, names
@@ -43,7 +41,6 @@ _FOLLOW_S = 6.0
 nothing, and most hang in a collective."""
 KILLED = 128 + signal.SIGKILL
 """Exit code of what has not told how it ended."""
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Runner(ABC):
@@ -70,7 +67,7 @@ class Runner(ABC):
         """Waits for a storage that does not answer, until the run is to stop: nothing else is lost by waiting."""
         self._quick = store.patient(at_once)
         """For what is done while an attempt runs, whose signals must not wait."""
-        self._signal: int | None = None
+        self._signals = processes.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._codes: dict[int, int] = {}
         self._notifier: int | None = None
         """The process that notifies others of the run."""
@@ -86,7 +83,7 @@ class Runner(ABC):
 
         Signals: main thread only; SIGTERM, SIGINT, SIGHUP stop the run in good order.
         """
-        self._listen()
+        self._signals.listen()
         ready()
         self._notifier = notify.start(self._store, self._spec.notify, self._spec.cwd)
         processes.become_subreaper()
@@ -197,24 +194,12 @@ class Runner(ABC):
 
     def empty_home(self) -> None:
         """Give back the room on this node once the run has ended, unless somebody is likely to go on here soon."""
-        if self._signal is not None:
+        if self._signals.first is not None:
             return
         with contextlib.suppress(JobkitError):
             stopped = self._cancelled() and run_status.cancel_reason(self._quick).startswith("stopped")
             if not stopped and run_status.has_ended(self._quick):
                 emptying.empty(self._quick)
-
-    def _listen(self) -> None:
-        self._wake, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in (*_STOPPING, signal.SIGCHLD):
-            signal.signal(number, self._note_signal)
-        # As a container's PID 1 it may have been started with signals held back (docker/Dockerfile).
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGCHLD:
-            self._signal = self._signal or number
 
     def _over(self) -> tuple[State, str] | None:
         """Tell how the run ends if no further attempt may start; REQUEUED where it goes on elsewhere."""
@@ -348,7 +333,7 @@ class Runner(ABC):
     def _ask_to_stop(self, started: list[int]) -> None:
         for pid in [*started, *self._inside()[1]]:
             if pid not in self._codes:
-                orphans.send(pid, signal.SIGTERM)
+                processes.send(pid, signal.SIGTERM)
 
     def _follow(self, started: list[int]) -> int:
         """Wait for what was started, passing on a wish to stop; kill what is left after the grace period.
@@ -378,7 +363,7 @@ class Runner(ABC):
                 for pid in {*processes.descendants(), *inside}:
                     # A supervisor a little later: it still writes how the program ended.
                     if pid not in {*started, *tops} or late > 3:
-                        orphans.send(pid, signal.SIGKILL)
+                        processes.send(pid, signal.SIGKILL)
         several = KILLED if len(started) > 1 else 0
         return bad or next((code for pid in started if (code := self._codes[pid]) != 0), several)
 
@@ -434,9 +419,7 @@ class Runner(ABC):
 
     def _nap(self, seconds: float) -> None:
         """Sleep until a signal comes (a child's death too), at most `seconds`."""
-        if select.select([self._wake], [], [], seconds)[0]:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake, 512)
+        self._signals.wait(seconds)
         self._reap()
 
     def _reap(self) -> None:

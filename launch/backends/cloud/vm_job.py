@@ -90,8 +90,8 @@ class VmRunner(JobRunner):
             assert self._spec.cloud is not None
             limit = show_duration(self._spec.cloud.time_s or 0.0)
             return State.FAILED, f"its {limit} (--time) are used up; continue with: jobkit resume {self._store.url}"
-        if self._signal is not None:
-            return State.REQUEUED, f"{self._backend} stops the VM ({signal.Signals(self._signal).name})"
+        if self._signals.first is not None:
+            return State.REQUEUED, f"{self._backend} stops the VM ({signal.Signals(self._signals.first).name})"
         return None
 
     def _end(self, state: State, reason: str) -> int:

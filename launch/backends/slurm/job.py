@@ -54,11 +54,6 @@ class SlurmRunner(JobRunner):
         self._lifted = False
         self._look_at = 0.0
 
-    def _listen(self) -> None:
-        super()._listen()
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
-
     def _begin(self) -> int | None:
         if (code := super()._begin()) is not None:
             return code
@@ -162,7 +157,7 @@ class SlurmRunner(JobRunner):
 
         Its SIGTERM is no end by itself: why it came is asked when the step is over.
         """
-        if self._signal is not None:
+        if self._signals.first is not None:
             self._look_ahead((Cause.TIME_LIMIT, Cause.GONE), running=False)
 
     def _done_here(self) -> bool:
@@ -171,7 +166,7 @@ class SlurmRunner(JobRunner):
     def _bide(self, seconds: float) -> None:
         # SLURM may end the job meanwhile, and tells this process nothing of it.
         self._nap(seconds)
-        self._look_ahead((Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.GONE), running=self._signal is None)
+        self._look_ahead((Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.GONE), running=self._signals.first is None)
 
     def _look_ahead(self, causes: tuple[Cause, ...], *, running: bool) -> None:
         """Arrange that the run goes on, where SLURM ends the job for one of some causes; again, where that fails."""
@@ -184,7 +179,7 @@ class SlurmRunner(JobRunner):
                 self._arrange_successor(running=running and why is not Cause.GONE)
             elif why is Cause.REQUEUED:
                 self._lift_hold()
-            self._signal = None
+            self._signals.first = None
         except JobkitError as error:
             say(str(error))
 
@@ -311,6 +306,8 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: The run.
     """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
         del os.environ[name]
     job = os.environ.get("SLURM_JOB_ID")
