@@ -33,7 +33,8 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
         ConfigError: If the run is alive, or the new backend cannot run it; it is as it was then.
     """
     store = submission.open_run(url)
-    spec, (name, created) = specs.read(store), specs.read_backend(store)
+    file = specs.read_file(store)
+    spec, name, created = file.spec, file.backend, file.created
     old, new = registry.named(name), registry.named(place.backend)
     moves = new is not old
     cancels = verbs.cancels_of(store)

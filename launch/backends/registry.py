@@ -45,7 +45,7 @@ def of(store: Store) -> Backend:
     Raises:
         JobkitError: If it is not a run, or its run.json is damaged.
     """
-    return named(specs.read_backend(store)[0])
+    return named(specs.read_file(store).backend)
 
 
 def status(store: Store) -> Status:

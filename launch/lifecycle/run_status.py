@@ -181,8 +181,7 @@ def _lives(store: Store) -> bool:
 
 
 def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> Status:
-    spec = specs.read(store)
-    backend, created = specs.read_backend(store)
+    file = specs.read_file(store)
     attempts = store.numbers(contract.ATTEMPTS)
     newest = attempts[-1] if attempts else None
     recent = attempts[-_RECENT:]
@@ -196,8 +195,8 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         reason = "starting"
     return Status(
         run=store.url,
-        name=spec.name,
-        backend=backend,
+        name=file.spec.name,
+        backend=file.backend,
         state=state,
         attempt=newest,
         attempts=len(attempts),
@@ -206,8 +205,8 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         phase=beat.phase.name.lower() if beat is not None else None,
         metrics=_metrics(store, recent),
         reason=reason,
-        command=spec.command,
-        submitted=created,
+        command=file.spec.command,
+        submitted=file.created,
         started=_started_at(store, newest) if newest is not None else None,
         updated=_last_change(store, newest),
         notices=_noted(store, recent, "supervisor", "notice", last_bytes=_TAIL_BYTES),
@@ -220,7 +219,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         runner=runner,
         host=away.host if away is not None and not state.over else "",
         sign_s=away.sign_s if away is not None and not state.over else None,
-        values=spec.values,
+        values=file.spec.values,
     )
 
 

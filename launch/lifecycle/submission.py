@@ -220,13 +220,14 @@ def make_point(store: Store) -> None:
     """
     if specs.exists(store):
         return
-    spec, (backend, _) = specs.read(store), specs.read_backend(store)
+    file = specs.read_file(store)
+    spec = file.spec
     try:
         store.path.mkdir(parents=True, exist_ok=True)  # the sweep's own mode says who gets that far
     except OSError as error:
         raise explain(error, f"cannot create {store.path}") from None
     specs.write_readme(store, spec)
-    if specs.create(store, spec, backend):
+    if specs.create(store, spec, file.backend):
         record(store, "submitted", command=list(spec.command), code=spec.code, by=who())
 
 

@@ -256,7 +256,7 @@ def _of_sweep(store: Store, points: list[Status]) -> Status:
         store: The sweep.
         points: All of them, in order.
     """
-    spec, (backend, created) = specs.read(store), specs.read_backend(store)
+    file = specs.read_file(store)
     counts = {state: sum(point.state is state for point in points) for state in State}
     order = (State.RUNNING, State.REQUEUED, State.QUEUED, State.FAILED, State.CANCELLED)
     state = next((state for state in order if counts[state]), State.DONE)
@@ -266,15 +266,15 @@ def _of_sweep(store: Store, points: list[Status]) -> Status:
         reason += f"; continue with: jobkit resume {store.url}"
     return Status(
         run=store.url,
-        name=spec.name,
-        backend=backend,
+        name=file.spec.name,
+        backend=file.backend,
         state=state,
         attempts=sum(point.attempts for point in points),
         reason=reason,
-        command=spec.command,
-        submitted=created,
+        command=file.spec.command,
+        submitted=file.created,
         updated=max((point.updated for point in points if point.updated is not None), default=None),
-        job=next(reversed(run_status.jobs(store, backend)), None),
+        job=next(reversed(run_status.jobs(store, file.backend)), None),
         runner=next((runner for runner in ("alive", "gone") if runner in runners), "ended"),
         troubles=[
             msgspec.structs.replace(trouble, text=f"point {number}: {trouble.text}")

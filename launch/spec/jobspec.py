@@ -100,8 +100,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         return (self.command, self.sweep, self.code) == (other.command, other.sweep, other.code)
 
 
-class _RunFile(msgspec.Struct, frozen=True, kw_only=True):
-    """run.json as a whole. It names no value of any environment variable."""
+class RunFile(msgspec.Struct, frozen=True, kw_only=True):
+    """run.json as a whole: what was submitted, to which backend, and when. It names no variable's value."""
 
     version: int
     jobkit: str
@@ -184,7 +184,7 @@ def _lines_of(spec: JobSpec) -> Iterator[tuple[str, str]]:
 def encode(spec: JobSpec, backend: str, created: float | None = None) -> bytes:
     """Return run.json's content."""
     created = time.time() if created is None else created
-    file = _RunFile(
+    file = RunFile(
         version=contract.RUN_VERSION,
         jobkit=jobkit.__version__,
         python=platform.python_version(),
@@ -220,13 +220,8 @@ def exists(store: Store) -> bool:
 
 
 def read(store: Store) -> JobSpec:
-    """Read what was submitted.
-
-    Raises:
-        ConfigError: If there is no run, or a newer jobkit wrote it.
-        JobkitError: If run.json is damaged.
-    """
-    return _read(store).spec
+    """Read what was submitted; see `read_file`."""
+    return read_file(store).spec
 
 
 def check_format(store: Store) -> None:
@@ -237,12 +232,6 @@ def check_format(store: Store) -> None:
     """
     with contextlib.suppress(FileNotFoundError, ValueError):
         versions.check_run(store.read(contract.RUN_JSON), store.file(contract.RUN_JSON))
-
-
-def read_backend(store: Store) -> tuple[str, float]:
-    """Read which backend a run was submitted to, and when."""
-    file = _read(store)
-    return file.backend, file.created
 
 
 def sweep_of(store: Store) -> tuple[Store, int] | None:
@@ -265,8 +254,13 @@ def points(store: Store, spec: JobSpec) -> list[Store]:
     return [store.at(f"{store.url}/{contract.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
 
 
-def _read(store: Store) -> _RunFile:
-    """Read run.json; of a point that has not started yet, what its sweep says."""
+def read_file(store: Store) -> RunFile:
+    """Read run.json; of a point that has not started yet, what its sweep says.
+
+    Raises:
+        ConfigError: If there is no run, or a newer jobkit wrote it.
+        JobkitError: If run.json is damaged.
+    """
     try:
         return _read_own(store)
     except ConfigError:
@@ -282,7 +276,7 @@ def _read(store: Store) -> _RunFile:
         return msgspec.structs.replace(whole, spec=whole.spec.point(place[1]))
 
 
-def _read_own(store: Store) -> _RunFile:
+def _read_own(store: Store) -> RunFile:
     path = store.file(contract.RUN_JSON)
     try:
         content = store.read(contract.RUN_JSON)
@@ -296,7 +290,7 @@ def _read_own(store: Store) -> _RunFile:
         raise ConfigError(f"{place} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None
     try:
         versions.check_run(content, path)
-        file = msgspec.json.decode(content, type=_RunFile)
+        file = msgspec.json.decode(content, type=RunFile)
         check_places(file.spec)
         return file
     except (ValueError, RecursionError) as error:  # msgspec's and Unicode's among them

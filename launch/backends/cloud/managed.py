@@ -122,10 +122,11 @@ class Managed(Backend):
         store = plan.store
         if not specs.exists(store) or store.numbers(contract.ATTEMPTS) or store.exists(contract.CANCEL):
             return None
-        old = specs.read(store)
+        file = specs.read_file(store)
+        old = file.spec
         same = old.same_job(plan.coded) and old.cloud == plan.spec.cloud
         last = run_status.last_life_event(store).get("event")
-        if not same or last not in (None, "submitted") or specs.read_backend(store)[0] != self.name:
+        if not same or last not in (None, "submitted") or file.backend != self.name:
             return None
         job = self._newest(store)
         return old if job.active or job.state == "GONE" else None
@@ -203,7 +204,7 @@ def _unseen(url: str) -> ConfigError:
 
 def job_id(store: Store, spec: JobSpec, number: int) -> str:
     """Return the id of a run's job: `name-hash-number`, as every service takes it."""
-    made = hashlib.sha256(f"{store.url} {specs.read_backend(store)[1]!r}".encode()).hexdigest()
+    made = hashlib.sha256(f"{store.url} {specs.read_file(store).created!r}".encode()).hexdigest()
     return f"{name_of(spec)}-{made[:10]}-{number}"
 
 
