@@ -143,11 +143,11 @@ class _Troubles:
             newest = self._store.numbers(contract.ATTEMPTS)[-1:]
         except JobkitError:  # a shared disk that does not answer just now
             return []
-        for attempt, writer in itertools.product(newest, ("supervisor", 0)):
+        for attempt, writer in itertools.product(newest, ("supervisor", "0")):
             path = self._store.file(contract.events_file(attempt, writer))
             events, self._since[path] = _news(path, self._since.get(path, 0))
             self._known |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
-            here = troubles.here(self._store, attempt) if writer == 0 else {}
+            here = troubles.here(self._store, attempt) if writer == "0" else {}
             if here and _key(attempt, here) not in self._known:  # its disk may be the one that fails
                 self._known.add(_key(attempt, here))
                 events.append(here)
