@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 RUN_VERSION = 1
-"""Version of the run directory's layout; written to run.json, commit.json and state.json."""
+"""Version of the run directory's layout; written to run.json and commit.json."""
 
 ENV_RUN = "JOBKIT_RUN"
 """URL of the run directory."""
@@ -20,8 +20,6 @@ ENV_ATTEMPT = "JOBKIT_ATTEMPT"
 """Number of this attempt, counted from 0."""
 ENV_SUPERVISOR = "JOBKIT_SUPERVISOR"
 """Node-local directory that the supervisor shares with the program: heartbeat and alive pipe (see heartbeat.py)."""
-ENV_LOCK = "JOBKIT_LOCK_FD"
-"""Descriptor of the run's lock, which a local supervisor inherits and keeps open; never passed on to the program."""
 ENV_RUNNER = "JOBKIT_RUNNER_PID"
 """Pid of the local runner, whose death is a notice to its supervisor."""
 ENV_HOME = "JOBKIT_HOME"
@@ -48,6 +46,12 @@ ENV_FAULT = "JOBKIT_FAULT"
 """Signal this process at a named point, for drills and tests (see faults.py)."""
 ENV_DRILL = "JOBKIT_DRILL"
 """What `jobkit drill` asks of the program, as JSON (see settings.py)."""
+ENV_DRILL_CLOCK = "JOBKIT_DRILL_CLOCK"
+"""The time at which a drill has the program's clock stand still, in seconds since the epoch."""
+ENV_JOB = "JOBKIT_JOB"
+"""The id of a batch service's job, as the submit chose it."""
+ENV_BACKEND = "JOBKIT_BACKEND"
+"""The batch service that runs the job."""
 
 
 class Variable(NamedTuple):
@@ -56,7 +60,7 @@ class Variable(NamedTuple):
     Args:
         name: Its name.
         of_attempt: Whether it tells of one attempt: a run that is submitted from inside never gets it. The others are
-            a person's, and hold for all that is started below.
+            a person's or of what is around the run, and hold for all that is started below.
         crosses: Whether it goes into a container by name, since its value is not known when the words are made.
         ends_here: Whether it ties the supervisor to who started it, and the program does not get it.
     """
@@ -71,7 +75,6 @@ VARIABLES = (
     Variable(ENV_RUN),
     Variable(ENV_ATTEMPT),
     Variable(ENV_SUPERVISOR, crosses=False),
-    Variable(ENV_LOCK, crosses=False, ends_here=True),
     Variable(ENV_RUNNER, ends_here=True),
     Variable(ENV_HOME, of_attempt=False),
     Variable(ENV_PROCESS),
@@ -85,6 +88,9 @@ VARIABLES = (
     Variable(ENV_AZURE_METADATA, of_attempt=False, crosses=False),
     Variable(ENV_FAULT, of_attempt=False, crosses=False),
     Variable(ENV_DRILL, of_attempt=False, crosses=False),
+    Variable(ENV_DRILL_CLOCK, of_attempt=False, crosses=False),
+    Variable(ENV_JOB, of_attempt=False, crosses=False),
+    Variable(ENV_BACKEND, of_attempt=False, crosses=False),
 )
 """All that a run's processes share; who hides one, hands one on or takes one away asks this table."""
 
@@ -259,20 +265,20 @@ def step_dir(step: int) -> str:
 def grace_s_from(number: int, environ: Mapping[str, str] = os.environ) -> float | None:
     """Read from the launcher's environment how long after a signal SIGKILL comes; None where nobody knows."""
     warned = number in (signal.SIGUSR1, signal.SIGUSR2) and ENV_WARNED in environ
+    return _number(environ.get(ENV_WARNED if warned else ENV_GRACE, ""))
+
+
+def _number(text: str) -> float | None:
     try:
-        grace_s = float(environ.get(ENV_WARNED if warned else ENV_GRACE, ""))
+        number = float(text)
     except ValueError:
         return None
-    return grace_s if math.isfinite(grace_s) and grace_s >= 0 else None
+    return number if math.isfinite(number) and number >= 0 else None
 
 
 def stall_s_from(environ: Mapping[str, str] = os.environ) -> float | None:
     """Read from the launcher's environment how long a step may take, 0 for ever; None where nobody said."""
-    try:
-        stall_s = float(environ.get(ENV_STALL, ""))
-    except ValueError:
-        return None
-    return stall_s if math.isfinite(stall_s) and stall_s >= 0 else None
+    return _number(environ.get(ENV_STALL, ""))
 
 
 def longest_grace_s(environ: Mapping[str, str] = os.environ) -> float:
@@ -282,12 +288,7 @@ def longest_grace_s(environ: Mapping[str, str] = os.environ) -> float:
 
 def ends_at_from(environ: Mapping[str, str] = os.environ) -> float | None:
     """Read from the launcher's or SLURM's environment when this attempt is killed at the latest; None if it is not."""
-    text = environ.get(ENV_ENDS_AT) or environ.get("SLURM_JOB_END_TIME") or ""  # SLURM's from 23.02 on
-    try:
-        ends_at = float(text)
-    except ValueError:
-        return None
-    return ends_at if math.isfinite(ends_at) and ends_at > 0 else None
+    return _number(environ.get(ENV_ENDS_AT) or environ.get("SLURM_JOB_END_TIME") or "") or None  # SLURM's from 23.02 on
 
 
 def attempt_from(environ: Mapping[str, str] = os.environ) -> int | None:

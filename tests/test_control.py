@@ -336,13 +336,13 @@ def test_a_cancel_ends_no_job_of_a_resume(project: Project, monkeypatch: pytest.
     store = project.submit("commit:1,exit:3", "exit:3")
     until_over(store)
     submission.record(store, "resumed")  # as far as the ledger knows it is alive
-    table, ended = [scontrol.Job("7", "RUNNING", comment=store.url)], []
+    table, ended = [scontrol.job_of("7", "RUNNING", comment=store.url)], []
 
     def scancel(jobs: Sequence[str], *options: str) -> None:
         ended.extend(jobs)
         if jobs:  # it ends, and somebody resumes the run before the next look
             submission.take_back_cancel(store, submission.cancel_content(store))
-            table[:] = [scontrol.Job("8", "PENDING", comment=store.url)]
+            table[:] = [scontrol.job_of("8", "PENDING", comment=store.url)]
 
     monkeypatch.setattr(scontrol, "queue", lambda: list(table))
     monkeypatch.setattr(queue, "_scancel", scancel)
@@ -355,7 +355,7 @@ def test_who_waited_for_a_cancel_ends_no_run_that_goes_on(project: Project, monk
     """Where somebody resumes a run as soon as its job is over, the `cancel` that waited for that writes no end."""
     store = project.submit("commit:1,exit:3", "exit:3")
     until_over(store)
-    monkeypatch.setattr(queue, "jobs_of", lambda stores: {one.url: scontrol.Job("7", "RUNNING") for one in stores})
+    monkeypatch.setattr(queue, "jobs_of", lambda stores: {one.url: scontrol.job_of("7", "RUNNING") for one in stores})
 
     def taken_back(stores: list[Store], **how: Any) -> None:
         submission.take_back_cancel(store, submission.cancel_content(store))

@@ -14,7 +14,7 @@ from jobkit.rundir.ledger import read_events
 from launch.backends import move_run, registry
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
-from launch.spec.placement import Placement
+from launch.spec.profiles import Placement
 from tests import jobs, training
 from tests.batch_server import BatchServer
 from tests.desk import NAME, TRAIN, URL, Desk

@@ -541,13 +541,12 @@ def test_processes_of_this_machine() -> None:
     mark = f"mark-{os.getpid()}"
     with subprocess.Popen(["sh", "-c", "sleep 60 & wait"], env=os.environ | {"JOBKIT_TEST": mark}) as shell:
         until(lambda: len(processes.with_environment("JOBKIT_TEST", mark)) == 2, "both run")
-        (sleeper,) = processes.children(shell.pid)
+        (sleeper,) = processes.descendants(shell.pid)
         assert {shell.pid, sleeper} <= set(processes.descendants())
-        assert shell.pid in processes.children()
-        assert processes.environment_of(sleeper)["JOBKIT_TEST"] == mark
+        assert processes.with_environment("JOBKIT_TEST", mark)[sleeper]["JOBKIT_TEST"] == mark
         os.kill(sleeper, signal.SIGKILL)
         os.kill(shell.pid, signal.SIGKILL)
         until(lambda: not processes.alive(shell.pid), "it is a zombie")
-        assert shell.pid in processes.children()
-    assert shell.pid not in processes.children()
+        assert shell.pid in processes.descendants()
+    assert shell.pid not in processes.descendants()
     assert not processes.alive(0)

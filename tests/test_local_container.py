@@ -106,7 +106,7 @@ class Submitted:
         link = observe.living(self.store, 0)
         assert link is not None
         runner = lock.holder(self.store)["pid"]
-        (client,) = processes.children(runner)
+        client, *_ = processes.descendants(runner)
         return {"runner": runner, "client": client, "supervisor": link["pid"], "program": observe.beat_of(link).pid}
 
     def ends(self) -> run_status.Status:

@@ -80,7 +80,7 @@ def program_of(store: Store, process: int) -> tuple[int, int]:
     """Return the pids of a process of attempt 0: its supervisor's and its program's."""
     name = "supervisor.json" if process == 0 else f"supervisor-{process}.json"
     supervisor = int((read_json(store, f"attempts/0/{name}") or {})["pid"])
-    (program,) = processes.children(supervisor)
+    program, *_ = processes.descendants(supervisor)
     return supervisor, program
 
 

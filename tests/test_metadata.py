@@ -14,7 +14,7 @@ import pytest
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import attempt_events
 from jobkit.supervise import cloud_metadata
-from jobkit.supervise.cloud_metadata import Kind, Said, Watch, cloud_of
+from jobkit.supervise.cloud_metadata import CloudEvent, Kind, Watch, cloud_of
 from jobkit.supervise.heartbeat import Phase
 from tests.jobs import until
 from tests.metadata_server import Aws, Azure, Cloud, Gce
@@ -54,12 +54,12 @@ def test_botocore_takes_the_server_for_an_instance() -> None:
 # The watchers themselves.
 
 
-def heard(watch: Watch, count: int = 1, seconds: float = 15.0) -> list[Said]:
+def heard(watch: Watch, count: int = 1, seconds: float = 15.0) -> list[CloudEvent]:
     """Wait for as many words and return them."""
-    found: list[Said] = []
+    found: list[CloudEvent] = []
 
     def enough() -> bool:
-        found.extend(watch.said())
+        found.extend(watch.events())
         return len(found) >= count
 
     until(enough, f"{count} words are heard", seconds=seconds)
@@ -140,7 +140,7 @@ def test_azure_heeds_its_own_events_and_hears_them_withdrawn(watch_of: Start) ->
         assert 30 < said.deadline_at - time.monotonic() <= 41
         cloud.begin(event)
         time.sleep(2.5)
-        assert list(watch.said()) == []
+        assert list(watch.events()) == []
         cloud.withdraw(event)
         (said,) = heard(watch)
     assert said.kind is Kind.WITHDRAWN
@@ -170,7 +170,7 @@ def test_a_server_that_never_answers_is_told_of_once(watch_of: Start, monkeypatc
     assert said.kind is Kind.INFORMATION
     assert "hop limit of 2" in said.reason
     time.sleep(1.0)
-    assert list(watch.said()) == []
+    assert list(watch.events()) == []
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from jobkit.rundir.store import Store, home_of
 from launch.cli import main
 from launch.lifecycle import lock, orphans, run_status
 from launch.spec import jobspec as specs
-from launch.spec import snapshot
+from launch.spec import snapshot, unpacking
 from launch.spec.jobspec import JobSpec
 from tests import test_hostile
 from tests.gcs_server import GcsServer
@@ -238,8 +238,8 @@ OPENS: dict[str, Callable[[Store], object]] = {
     contract.STAGE: lambda store: commits.new_stage(store, 1, 0),
     contract.CHECKPOINTS: lambda store: commits.set_aside(store, 5, ["damaged"]),
     contract.TRASH: lambda store: commits.sweep(store, attempt=1),
-    contract.CODE: lambda store: snapshot.unpack(store, "0" * 16, root=store.path, links=()),
-    f"{contract.CODE}/{'0' * 16}": lambda store: snapshot.unpack(store, "0" * 16, root=store.path, links=()),
+    contract.CODE: lambda store: unpacking.unpack(store, "0" * 16, root=store.path, links=()),
+    f"{contract.CODE}/{'0' * 16}": lambda store: unpacking.unpack(store, "0" * 16, root=store.path, links=()),
     contract.SCORES: lambda store: store.create(f"{contract.SCORES}/1.json", b"{}"),
 }
 """What opens, makes, replaces or removes something in a run, by the name of a link that would lead it elsewhere."""
@@ -370,18 +370,18 @@ def test_an_archive_writes_nothing_outside(tmp_path: Path, kind: str) -> None:
     store = Store(tmp_path / "run")
     code = archive(store, *members[kind])
     with pytest.raises(ConfigError, match="somebody changed it"):
-        snapshot.unpack(store, code, root=tmp_path, links=())
+        unpacking.unpack(store, code, root=tmp_path, links=())
     check()
     assert os.listdir(store.path / "code") == [f"{code}.tar.gz"]
 
 
 def test_an_archive_that_is_made_to_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an archive may unpack to is bounded."""
-    monkeypatch.setattr(snapshot, "_LARGEST_BYTES", 1 << 20)
+    monkeypatch.setattr(unpacking, "_LARGEST_BYTES", 1 << 20)
     store = Store(tmp_path / "run")
     code = archive(store, ("a", tarfile.REGTYPE, "0" * (1 << 21)))
     with pytest.raises(ConfigError, match="damaged"):
-        snapshot.unpack(store, code, root=tmp_path, links=())
+        unpacking.unpack(store, code, root=tmp_path, links=())
 
 
 def test_links_of_a_snapshot_stay_legal_and_lead_nobody_on(tmp_path: Path) -> None:
@@ -391,12 +391,12 @@ def test_links_of_a_snapshot_stay_legal_and_lead_nobody_on(tmp_path: Path) -> No
     (root / "data").mkdir(parents=True)
     (root / "a" / "b").mkdir(parents=True)
     code = archive(store, ("a", tarfile.SYMTYPE, str(victim.parent)), ("train.py", tarfile.REGTYPE, "pass"))
-    top = snapshot.unpack(store, code, root=root, links=("data",))
+    top = unpacking.unpack(store, code, root=root, links=("data",))
     assert (top / "a").resolve() == victim.parent
     assert (top / "data").resolve() == root / "data"
     code = archive(store, ("a", tarfile.SYMTYPE, str(victim.parent)), ("other.py", tarfile.REGTYPE, "pass"))
     with pytest.raises(ConfigError, match="symbolic link"):
-        snapshot.unpack(store, code, root=root, links=("a/b",))
+        unpacking.unpack(store, code, root=root, links=("a/b",))
     check()
 
 

@@ -142,15 +142,16 @@ def ledger(store: Store) -> list[dict[str, Any]]:
     return [event for event in run_status.events(store) if event["event"] in names]
 
 
-def test_tried_again(tmp_path: Path, server: Server) -> None:
+def test_tried_again(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer of 500 or 429 is tried again until it is well; a 404 or a redirect is final; both are in the ledger."""
+    monkeypatch.setenv("HOOK", server.url)
     run = ledgers.smooth(tmp_path / "r")
     server.answers = [500, 429]
-    tell(run, server.url)
+    tell(run, "env:HOOK")
     assert [(one["event"], one["tries"]) for one in ledger(run.store)] == [("notified", 3)]
     for answer, count in ((404, 2), (302, 3)):
         server.answers = [answer]
-        tell(run, server.url, written=count)
+        tell(run, "env:HOOK", written=count)
         last = ledger(run.store)[-1]
         assert (last["event"], last["tries"], last["reason"]) == ("notify_failed", 1, f"it answered {answer}")
     assert len({message["id"] for message in server.messages[:3]}) == 1  # tried again is not told twice
@@ -181,13 +182,14 @@ def test_what_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found == dict(zip(names, told.values(), strict=True)) | lost
 
 
-def test_troubles_while_it_runs(tmp_path: Path, server: Server) -> None:
+def test_troubles_while_it_runs(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """That no step is made is told once for each silence, whatever attempt it is in, and nothing of before."""
+    monkeypatch.setenv("HOOK", server.url)
     run = ledgers.Written(tmp_path / "r")
     silence = {"step": 40, "waited_s": 60.5, "usual_s": 0.02, "budget_s": 3600.0}
     run.supervisor(0, 100, "silent", **silence)
     follower = threading.Thread(
-        target=notify.follow, args=(run.store, [server.url]), kwargs={"since": 0, "runner": os.getpid(), "cwd": ""}
+        target=notify.follow, args=(run.store, ["env:HOOK"]), kwargs={"since": 0, "runner": os.getpid(), "cwd": ""}
     )
     follower.start()
     run.outcome(0, outcome="killed", reason="killed by SIGKILL")
@@ -209,14 +211,6 @@ def test_troubles_while_it_runs(tmp_path: Path, server: Server) -> None:
     ]
     assert server.messages[1]["reason"].startswith("no step for 6")
     assert server.messages[1]["reason"].endswith(" s (usually 0.02 s); restarted after 1 h: --stall")
-
-
-def test_a_run_of_an_older_jobkit(tmp_path: Path, server: Server) -> None:
-    """What stands in the run.json of an older version is still told, and named without what may be a secret."""
-    run = ledgers.smooth(tmp_path / "r")
-    tell(run, server.url, f"sh -c 'cat > {tmp_path}/told'", written=2)
-    assert sorted(one["target"] for one in ledger(run.store)) == ["http://127.0.0.1", "sh"]
-    assert json.loads((tmp_path / "told").read_text())["event"] == server.messages[0]["event"]
 
 
 @pytest.mark.parametrize(

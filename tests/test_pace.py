@@ -161,10 +161,10 @@ def test_it_is_written_down_once(tmp_path: Path) -> None:
     clock.trains(500, 0.02)
     for _ in range(300):
         clock.hangs(1.0)
-        monitor._tell_silence()
+        monitor._note_silence()
     for _ in range(3):
         clock.trains(1, 0.02)
-        monitor._tell_silence()
+        monitor._note_silence()
     silent, heard = writer_events(store, 0, "supervisor")
     assert (silent["event"], silent["step"], silent["budget_s"]) == ("silent", 500, 3600.0)
     assert 60 < silent["waited_s"] < 63

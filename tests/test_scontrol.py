@@ -157,8 +157,10 @@ def test_queue_of_a_newer_slurm() -> None:
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"])
 def test_states_that_are_not_over(state: str) -> None:
     """A job that may still do something is never shown as over."""
-    assert scontrol.parse_queue(f"7|{state}|None|gs://bucket/a|b")[0] == scontrol.Job("7", state, "", "gs://bucket/a|b")
-    assert scontrol.Job("7", state).active
+    assert scontrol.parse_queue(f"7|{state}|None|gs://bucket/a|b")[0] == scontrol.job_of(
+        "7", state, "", "gs://bucket/a|b"
+    )
+    assert scontrol.job_of("7", state).active
 
 
 @given(st.text(string.printable), st.integers(1, 10**9))

@@ -107,7 +107,7 @@ def test_close_leaves_nothing(free: Cluster) -> None:
         own.wait_state(own.submit("trap '' TERM; (setsid sleep 61 &) ; srun sleep 60"), "RUNNING")
         assert own.run("squeue", "--noheader").count("\n") == 3
     assert not own.prefix.exists()
-    assert processes.with_environment("SLURM_CONF", own.environment["SLURM_CONF"]) == []
+    assert processes.with_environment("SLURM_CONF", own.environment["SLURM_CONF"]) == {}
     assert free.run("squeue", "--noheader") == ""
 
 
@@ -121,7 +121,7 @@ def test_killed_test_leaves_nothing() -> None:
         assert prefix.is_dir()
         os.kill(maker.pid, signal.SIGKILL)
     until(lambda: not prefix.exists(), "the cluster is gone")
-    assert processes.with_environment("SLURM_CONF", str(prefix / "slurm.conf")) == []
+    assert processes.with_environment("SLURM_CONF", str(prefix / "slurm.conf")) == {}
 
 
 @pytest.mark.parametrize("ci", ["", "true"])

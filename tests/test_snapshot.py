@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from launch.lifecycle import submission
-from launch.spec import snapshot
+from launch.spec import snapshot, unpacking
 from tests.jobs import Project, until_over
 from tests.jobs import project as make_project
 
@@ -59,7 +59,7 @@ def work(tmp_path: Path) -> Path:
 
 def unpacked(top: Path, store: Store, cwd: Path | None = None) -> Path:
     tree = snapshot.find(cwd or top, store.path)
-    return snapshot.unpack(store, snapshot.take(tree, store), root=tree.root, links=tree.links)
+    return unpacking.unpack(store, snapshot.take(tree, store), root=tree.root, links=tree.links)
 
 
 def test_git_tree_as_it_is_now(work: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_damaged_archive_is_refused(work: Path, tmp_path: Path, damage: str) -> 
     else:
         path.write_bytes(bytes(content) if damage == "flip" else content[:-20])
     with pytest.raises(ConfigError, match=r"is (damaged|missing)"):
-        snapshot.unpack(store, code, root=tree.root, links=())
+        unpacking.unpack(store, code, root=tree.root, links=())
     assert not store.exists(f"code/{code}")
     assert not list(store.file("code").glob(".*"))
 
@@ -182,7 +182,7 @@ def test_python_path_prefers_the_copy(work: Path, tmp_path: Path) -> None:
     imports = snapshot.imports_below(work, [str(work / "sub"), str(tmp_path), str(work / "src")])
     assert imports == ("sub", "src")
     old = os.pathsep.join([str(work / "sub"), "/opt/lib", str(work / "data")])
-    path = snapshot.python_path(copy, work, imports, old).split(os.pathsep)
+    path = unpacking.python_path(copy, work, imports, old).split(os.pathsep)
     assert path == [str(copy), str(copy / "src"), str(copy / "sub"), "/opt/lib", str(work / "data")]
 
 
@@ -214,7 +214,7 @@ def test_modes_never_widen(files: list[int], directories: list[int]) -> None:
         assert stat.S_IMODE(archive.stat().st_mode) & 0o077 == 0
         with tarfile.open(archive) as tar:
             packed = {entry.name: entry.mode for entry in tar}
-        copy = snapshot.unpack(store, code, root=tree.root, links=tree.links)
+        copy = unpacking.unpack(store, code, root=tree.root, links=tree.links)
         for name in names:
             original, copied = (top / name).stat().st_mode, (copy / name).stat().st_mode
             assert original & 0o700 == copied & 0o700 == packed[name] & 0o700
@@ -282,7 +282,7 @@ def test_what_looks_like_a_secret_is_linked(work: Path, tmp_path: Path, reposito
     store = Store(tmp_path / "run")
     tree = snapshot.find(work, store.path)
     code = snapshot.take(tree, store)
-    copy = snapshot.unpack(store, code, root=tree.root, links=tree.links)
+    copy = unpacking.unpack(store, code, root=tree.root, links=tree.links)
     with tarfile.open(store.file(snapshot.archive_name(code))) as tar:
         assert not {*SECRETS} & {*tar.getnames()}
         assert ("public.pem" in tar.getnames()) == repository
@@ -316,7 +316,7 @@ def test_a_submit_says_what_it_takes(project: Project, dry: tuple[str, ...]) -> 
 
 def test_the_same_is_said_once(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """A process that submits the same code again and again, as a drill does, says it once."""
-    submission._tell.cache_clear()
+    submission._say_once.cache_clear()
     (project.path / ".env").write_text("hush")
     for run in ("a", "b"):
         until_over(project.submit("exit:0", run=run))

@@ -13,6 +13,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.backends.slurm import doctor
 from launch.spec import jobspec as specs
+from launch.spec import profiles
 from launch.spec.cloud_options import Cloud
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
@@ -129,8 +130,8 @@ def test_profile_of_the_project_comes_first(tmp_path: Path) -> None:
     cwd.mkdir()
     (cwd / "jobkit.toml").write_text('[profile.a]\ngrace = "1m"\nmax_failures = 3\n')
     (home / ".config" / "jobkit" / "jobkit.toml").write_text("[profile.a]\ngrace = 5\n[profile.b]\nsnapshot = false\n")
-    assert specs.read_profile("a", cwd=cwd, home=home) == {"grace": "1m", "max-failures": 3}
-    assert specs.read_profile("b", cwd=cwd, home=home) == {"snapshot": False}
+    assert profiles.read_profile("a", cwd=cwd, home=home) == {"grace": "1m", "max-failures": 3}
+    assert profiles.read_profile("b", cwd=cwd, home=home) == {"snapshot": False}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_bad_profiles(tmp_path: Path, toml: str, message: str) -> None:
     """Every mistake in a profile is named with what is valid."""
     (tmp_path / "jobkit.toml").write_text(toml)
     with pytest.raises(ConfigError, match=message):
-        specs.read_profile("x", cwd=tmp_path, home=tmp_path / "nobody")
+        profiles.read_profile("x", cwd=tmp_path, home=tmp_path / "nobody")
 
 
 @pytest.mark.parametrize(

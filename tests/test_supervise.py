@@ -17,8 +17,10 @@ from jobkit import contract
 from jobkit.preemption.notice import Listener
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store
-from jobkit.supervise import processes, supervisor
+from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Link, Phase, read_beat
+from jobkit.supervise.program import Attempt, Program
+from jobkit.supervise.supervisor import Notices
 
 # A stand-in for a training that needs no jax: it speaks the heartbeat and serves SIGTERM like a Run does.
 PROGRAM = """
@@ -170,17 +172,18 @@ def test_a_nearer_deadline_tightens(tmp_path: Path) -> None:
     listener = Listener(link.directory)
     listener.open()
     try:
-        attempt = supervisor.Attempt(Store(tmp_path / "run"), 0, (0, 1), ["true"], None, child=os.getpid())
-        ledger = Ledger(tmp_path / "ledger")
+        program = Program(Attempt(Store(tmp_path / "run"), 0, (0, 1), ["true"], None), link)
+        program.pid = os.getpid()
+        notices = Notices(program, link, Ledger(tmp_path / "ledger"))
         told = []
         for source, deadline_s in ("gce", 30.0), ("SIGTERM", 40.0), ("SIGTERM", 10.0), ("stop", None):
-            supervisor.give_notice(attempt, link, ledger, source=source, reason=f"by {source}", deadline_s=deadline_s)
+            notices.give(source, f"by {source}", deadline_s)
             time.sleep(0.05)
             assert listener.notice is not None
             assert listener.notice.deadline_s is not None
             told.append((listener.notice.source, listener.notice.reason, round(listener.notice.deadline_s)))
         assert told == [("gce", "by gce", 30)] * 2 + [("gce", "by gce", 10)] * 2
-        assert attempt.notice == "gce"
+        assert notices.source == "gce"
     finally:
         listener.close()
         link.close()
@@ -231,7 +234,7 @@ def test_the_program_outlives_a_shell_that_was_shot(program: list[str], tmp_path
     """SIGKILL of the shell between: the orphaned program is told, saves, and its own code counts."""
     under_test = Supervised(tmp_path / "run", "sh", "-c", f"{' '.join(program)}; true")
     under_test.wait_for(lambda: "listening" in under_test.log())
-    (shell,) = processes.children(under_test.process.pid)
+    shell, *_ = processes.descendants(under_test.process.pid)
     os.kill(shell, signal.SIGKILL)
     code, printed, _ = under_test.end()
     assert code == 75
@@ -252,7 +255,7 @@ def test_a_notice_before_the_program_listens(tmp_path: Path) -> None:
     """SIGUSR1 to a program that cannot listen yet ends it at once, as preempted: nothing was lost."""
     under_test = Supervised(tmp_path / "run", "sleep", "60")
     under_test.wait_for(lambda: (tmp_path / "run/attempts/0/events-supervisor.jsonl").exists())
-    under_test.wait_for(lambda: processes.children(under_test.process.pid))
+    under_test.wait_for(lambda: processes.descendants(under_test.process.pid))
     under_test.process.send_signal(signal.SIGUSR1)
     code, _, told = under_test.end(5)
     assert (code, told["outcome"], told["notice"]["source"]) == (75, "preempted", "SIGUSR1")

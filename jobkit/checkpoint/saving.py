@@ -223,4 +223,4 @@ def _own_files(stage: Path, snapshot: Snapshot, process: int) -> dict[str, FileR
 
 
 def _state_json(snapshot: Snapshot) -> dict[str, Any]:
-    return {"version": contract.RUN_VERSION, "parts": snapshot.table}
+    return {"parts": snapshot.table}

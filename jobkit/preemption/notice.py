@@ -25,7 +25,7 @@ from jobkit import contract
 from jobkit.errors import say
 from jobkit.preemption import handlers
 from jobkit.preemption.handlers import CHandler
-from jobkit.supervise.heartbeat import open_alive, read_told
+from jobkit.supervise.heartbeat import open_alive, read_notice
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""
@@ -111,7 +111,7 @@ class Listener:
         if self._first is None:
             return None
         source, reason, at_s, grace_s = self._first
-        report = read_told(self._supervisor) if self._supervisor is not None else None
+        report = read_notice(self._supervisor) if self._supervisor is not None else None
         if report is None:
             return Notice(source, reason, at_s, grace_s)
         return Notice(
@@ -139,7 +139,7 @@ class Listener:
         such as a shell that waits for this program. Called once the supervisor can see that somebody listens; from then
         on it signals this process.
         """
-        report = read_told(self._supervisor) if self._supervisor is not None else None
+        report = read_notice(self._supervisor) if self._supervisor is not None else None
         if report is not None:
             self.note(report.source, report.reason)
 

@@ -16,11 +16,11 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make every file and directory below `root`, and `root` itself, durable."""
+    """Make every file and directory below `root`, and `root` itself, durable; of a link, that it is there."""
     for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
-        for name in files:
-            sync(Path(directory, name))
-        sync_directory(Path(directory))
+        for path in [*(Path(directory, name) for name in files), Path(directory)]:
+            if not path.is_symlink():
+                sync(path)
 
 
 def sync(path: Path, flags: int = 0) -> None:

@@ -18,9 +18,9 @@ import email.utils
 import http.client
 import json
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,7 +57,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Said:
+class CloudEvent:
     """Something that a metadata server said.
 
     Args:
@@ -77,7 +77,7 @@ class _Cloud(Protocol):
     pause_s: float
     """Seconds between one look and the next."""
 
-    def look(self) -> dict[str, Said]:
+    def look(self) -> dict[str, CloudEvent]:
         """Return all that stands against the machine now, by a name that stays while it does.
 
         Raises:
@@ -94,7 +94,7 @@ class _Gce:
         self._etag = ""
         self._noticed_at: float | None = None
 
-    def look(self) -> dict[str, Said]:
+    def look(self) -> dict[str, CloudEvent]:
         """See `_Cloud`."""
         wait = f"?wait_for_change=true&last_etag={self._etag}&timeout_sec={_HANG_S}" if self._etag else ""
         preempted, self._etag = self._get(f"instance/preempted{wait}")
@@ -103,10 +103,10 @@ class _Gce:
         if preempted == "TRUE":
             self._noticed_at = self._noticed_at or time.monotonic()
             reason = "Google Compute Engine preempts this VM"
-            events["preempted"] = Said(Kind.NOTICE, self.name, reason, self._noticed_at + 30.0)
+            events["preempted"] = CloudEvent(Kind.NOTICE, self.name, reason, self._noticed_at + 30.0)
         # A VM that can be moved is moved; one that cannot (with GPUs) is told an hour before, then stopped by SIGTERM.
         if maintenance not in ("NONE", ""):
-            events[maintenance] = Said(Kind.INFORMATION, self.name, f"maintenance of the host: {maintenance}")
+            events[maintenance] = CloudEvent(Kind.INFORMATION, self.name, f"maintenance of the host: {maintenance}")
         return events
 
     def _get(self, name: str) -> tuple[str, str]:
@@ -122,17 +122,17 @@ class _Aws:
         self._base = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or _LINK_LOCAL
         self._token = ""
 
-    def look(self) -> dict[str, Said]:
+    def look(self) -> dict[str, CloudEvent]:
         """See `_Cloud`."""
         events = {}
         if action := self._get("spot/instance-action"):
             notice = json.loads(action)
             at = datetime.fromisoformat(str(notice["time"]).replace("Z", "+00:00")).timestamp()
             reason = f"Amazon EC2 takes this instance back ({notice.get('action', 'terminate')})"
-            events["action"] = Said(Kind.NOTICE, self.name, reason, _monotonic(at))
+            events["action"] = CloudEvent(Kind.NOTICE, self.name, reason, _monotonic(at))
         if self._get("events/recommendations/rebalance"):
             reason = "Amazon EC2 says that an interruption of this instance has become likelier"
-            events["rebalance"] = Said(Kind.INFORMATION, self.name, reason)
+            events["rebalance"] = CloudEvent(Kind.INFORMATION, self.name, reason)
         return events
 
     def _get(self, name: str) -> str:
@@ -157,26 +157,26 @@ class _Azure:
         self._base = environ.get(contract.ENV_AZURE_METADATA) or _LINK_LOCAL
         self._vm = ""
 
-    def look(self) -> dict[str, Said]:
+    def look(self) -> dict[str, CloudEvent]:
         """See `_Cloud`."""
         # A scale set's machines are told of each other's events: only those that name us are ours.
         self._vm = self._vm or self._get("instance/compute/name?api-version=2021-02-01&format=text").strip()
         events = json.loads(self._get("scheduledevents?api-version=2020-07-01"))["Events"]
-        return {event["EventId"]: self._said(event) for event in events if self._vm in event["Resources"]}
+        return {event["EventId"]: self._read(event) for event in events if self._vm in event["Resources"]}
 
-    def _said(self, event: dict[str, str]) -> Said:
+    def _read(self, event: dict[str, str]) -> CloudEvent:
         kind = Kind.NOTICE if event["EventType"] in self._ACT else Kind.INFORMATION
         not_before = email.utils.parsedate_tz(event["NotBefore"])  # none any more once it has begun
         deadline_at = _monotonic(email.utils.mktime_tz(not_before)) if not_before else None
-        return Said(kind, self.name, f"Azure has scheduled an event for this VM: {event['EventType']}", deadline_at)
+        return CloudEvent(
+            kind, self.name, f"Azure has scheduled an event for this VM: {event['EventType']}", deadline_at
+        )
 
     def _get(self, name: str) -> str:
         return _good(*_ask(self._base, f"/metadata/{name}", {"Metadata": "true"})[:2])
 
 
 _CLOUDS: dict[str, Callable[[Mapping[str, str]], _Cloud]] = {"gce": _Gce, "aws": _Aws, "azure": _Azure}
-SOURCES = frozenset(_CLOUDS)
-"""Sources of notices whose machine is on its way out."""
 
 
 def cloud_of(environ: Mapping[str, str] = os.environ, dmi: Path = _DMI) -> str | None:
@@ -229,7 +229,7 @@ class Watch:
 
     def __init__(self, cloud: str | None, environ: Mapping[str, str] = os.environ) -> None:
         self._cloud: _Cloud | None = _CLOUDS[cloud](environ) if cloud else None
-        self._said: queue.SimpleQueue[Said] = queue.SimpleQueue()
+        self._events: deque[CloudEvent] = deque()  # filled by the thread
         self._stop = threading.Event()
 
     def start(self) -> None:
@@ -241,28 +241,25 @@ class Watch:
         """Stop asking; a request that waits is not waited for."""
         self._stop.set()
 
-    def said(self) -> Iterator[Said]:
+    def events(self) -> Iterator[CloudEvent]:
         """Yield what has been said since the last call; never waits."""
-        while True:
-            try:
-                yield self._said.get_nowait()
-            except queue.Empty:
-                return
+        while self._events:
+            yield self._events.popleft()
 
     def _watch(self, cloud: _Cloud) -> None:
-        known: dict[str, Said] = {}
+        known: dict[str, CloudEvent] = {}
         while not self._stop.is_set():
             now = self._look(cloud)
-            for name, said in now.items():
+            for name, event in now.items():
                 if name not in known:
-                    self._said.put(said)
-            for name, said in known.items():
-                if name not in now and said.kind is Kind.NOTICE:
-                    self._said.put(Said(Kind.WITHDRAWN, said.source, f"taken back: {said.reason}"))
+                    self._events.append(event)
+            for name, event in known.items():
+                if name not in now and event.kind is Kind.NOTICE:
+                    self._events.append(CloudEvent(Kind.WITHDRAWN, event.source, f"taken back: {event.reason}"))
             known = now
             self._stop.wait(cloud.pause_s)
 
-    def _look(self, cloud: _Cloud) -> dict[str, Said]:
+    def _look(self, cloud: _Cloud) -> dict[str, CloudEvent]:
         """Ask until there is an answer; say once that there is none."""
         since, silent = time.monotonic(), False
 
@@ -275,7 +272,7 @@ class Watch:
                     f"the metadata server does not answer ({error}), so nothing will warn of a preemption; in a "
                     "container use the host's network, or on EC2 a hop limit of 2"
                 )
-                self._said.put(Said(Kind.INFORMATION, cloud.name, message))
+                self._events.append(CloudEvent(Kind.INFORMATION, cloud.name, message))
 
         retrying = tenacity.Retrying(
             wait=tenacity.wait_exponential(0.2, 5.0) + tenacity.wait_random(0, 0.2),
@@ -285,7 +282,7 @@ class Watch:
             before_sleep=before_sleep,
             retry_error_callback=lambda _: {},
         )
-        events: dict[str, Said] = retrying(cloud.look)
+        events: dict[str, CloudEvent] = retrying(cloud.look)
         return events
 
 

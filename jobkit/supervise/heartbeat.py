@@ -77,8 +77,8 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a supervisor said of a notice.
+class ShownNotice:
+    """What a supervisor shows of a notice.
 
     Args:
         deadline_at: When the program is killed, on the clock of `time.monotonic` of this machine; None: unknown.
@@ -131,15 +131,15 @@ class Heartbeat:
         finally:
             self.enter(before)
 
-    def tell_unsaved(self, told: Mapping[str, Any] | None) -> None:
+    def show_unsaved(self, event: Mapping[str, Any] | None) -> None:
         """Show the event that says which step is not saved, and why; None once one is."""
         if self._directory is None:
             return
         with contextlib.suppress(OSError):  # a full /dev/shm, or a supervisor that is gone
-            if told is None:
+            if event is None:
                 (self._directory / _UNSAVED).unlink()
             else:
-                _replace(self._directory / _UNSAVED, told)
+                _replace(self._directory / _UNSAVED, event)
 
     def bury(self) -> None:
         """Remove the directory of a supervisor that is gone."""
@@ -190,8 +190,8 @@ class Link:
         """Return the newest heartbeat; an empty one before the program's first."""
         return read_beat(self.directory)
 
-    def tell(self, source: str, reason: str, deadline_at: float | None) -> None:
-        """Say what is known of a notice; the program reads it when a signal comes, or a little later.
+    def show_notice(self, source: str, reason: str, deadline_at: float | None) -> None:
+        """Show what is known of a notice; the program reads it when a signal comes, or a little later.
 
         Args:
             source: Where it came from.
@@ -246,18 +246,20 @@ def read_unsaved(directory: Path) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def _replace(path: Path, told: Mapping[str, Any]) -> None:
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(told))
+    new.write_text(json.dumps(content))
     os.rename(new, path)
 
 
-def read_told(directory: Path) -> Told | None:
-    """Return what the supervisor said of a notice, None if it said nothing."""
+def read_notice(directory: Path) -> ShownNotice | None:
+    """Return what the supervisor shows of a notice, None if it shows nothing."""
     try:
         notice = json.loads((directory / "notice.json").read_bytes())
         deadline_at = notice["deadline_at"]
-        return Told(str(notice["source"]), str(notice["reason"]), None if deadline_at is None else float(deadline_at))
+        return ShownNotice(
+            str(notice["source"]), str(notice["reason"]), None if deadline_at is None else float(deadline_at)
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -1,18 +1,22 @@
-"""Processes of this machine: who is whose child, who is alive, what belongs to a run; and a port to meet at.
+"""Processes of this machine: who is whose child, who is alive, what belongs to a run; signals; a port to meet at.
 
 Linux answers through /proc and prctl; elsewhere the answers are empty and the callers do without. The scan of
 /proc/<pid>/stat is used rather than /proc/<pid>/task/*/children, which needs a kernel option (CONFIG_PROC_CHILDREN)
-and is documented as unreliable while the children run (proc(5)).
+and is documented as unreliable while the children run (proc(5)). Not psutil either: its family tree fails as a whole
+where /proc is mounted with hidepid=1, and what it reads more of each process takes tenths of a second on a busy node.
 """
 
 import contextlib
 import ctypes
 import os
 import random
+import select
+import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -21,6 +25,39 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 def become_subreaper() -> bool:
     """Make orphaned descendants of this process its children, instead of init's; tell whether it worked."""
     return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+class Signals:
+    """Signals that a loop waits for, and the deaths of children: their handlers only wake it.
+
+    Args:
+        numbers: The signals.
+    """
+
+    def __init__(self, *numbers: signal.Signals) -> None:
+        self._numbers = numbers
+        self.first: int | None = None
+        """The first that came."""
+
+    def listen(self) -> None:
+        """Install the handlers; on the main thread only."""
+        self._wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wakeup, select.POLLIN)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in self._numbers:
+            signal.signal(number, self._note)
+        # Who starts us may have held them back until we can listen: a PID 1 would lose them (docker/Dockerfile).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.first = self.first or number
+
+    def wait(self, seconds: float) -> list[int]:
+        """Wait until something comes, at most so long; return the signals that came, in order."""
+        came = os.read(self._wakeup, 512) if self._poll.poll(seconds * 1000) else b""
+        return [number for number in came if number in self._numbers]
 
 
 def reaped() -> Iterator[tuple[int, int]]:
@@ -52,17 +89,12 @@ def _prctl(option: int, value: int) -> bool:
         return False
 
 
-def children(pid: int | None = None) -> list[int]:
-    """Return the children of a process, zombies included; of this process by default."""
-    parent = os.getpid() if pid is None else pid
-    return [child for child, (_, its_parent) in _table().items() if its_parent == parent]
-
-
 def descendants(pid: int | None = None) -> list[int]:
-    """Return all processes below a process, zombies included; below this process by default."""
+    """Return all processes below a process, its children first, zombies included; below this process by default."""
     offspring: dict[int, list[int]] = {}
-    for child, (_, parent) in _table().items():
-        offspring.setdefault(parent, []).append(child)
+    for child in _pids():
+        if (entry := _stat(child)) is not None:
+            offspring.setdefault(entry[1], []).append(child)
     pids: list[int] = []
     waiting = [os.getpid() if pid is None else pid]
     while waiting:
@@ -70,6 +102,12 @@ def descendants(pid: int | None = None) -> list[int]:
         pids += below
         waiting += below
     return pids
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
 
 
 def alive(pid: int) -> bool:
@@ -82,8 +120,7 @@ def alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    entry = _stat(pid)
-    return entry is None or entry[0] not in "ZX"
+    return state(pid) not in ("Z", "X")
 
 
 def state(pid: int) -> str:
@@ -92,29 +129,20 @@ def state(pid: int) -> str:
     return entry[0] if entry is not None else ""
 
 
-def with_environment(name: str, value: str) -> list[int]:
-    """Return the live processes of this user that were started with `name=value` in their environment.
+def with_environment(name: str, value: str) -> dict[int, dict[str, str]]:
+    """Return the live processes of this user that were started with `name=value` in their environment, and that.
 
     This finds what no family tree finds: trainers whose supervisor and runner were both killed.
     """
-    wanted = f"{name}={value}".encode(errors="surrogateescape")
-    pids = []
+    environments = {}
     for pid in _pids():
         try:
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                pids.append(pid)
+            lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
         except OSError:
             continue  # gone meanwhile, a kernel thread's, or another user's
-    return pids
-
-
-def environment_of(pid: int) -> dict[str, str]:
-    """Return the environment that a process was started with; empty if it is gone or not ours."""
-    try:
-        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
-    except OSError:
-        return {}
-    return dict(line.split("=", 1) for line in lines if "=" in line)
+        if f"{name}={value}" in lines:
+            environments[pid] = dict(line.split("=", 1) for line in lines if "=" in line)
+    return environments
 
 
 def _pids() -> list[int]:
@@ -122,10 +150,6 @@ def _pids() -> list[int]:
         return [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
     except OSError:
         return []
-
-
-def _table() -> dict[int, tuple[str, int]]:
-    return {pid: entry for pid in _pids() if (entry := _stat(pid)) is not None}
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

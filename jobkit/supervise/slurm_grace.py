@@ -7,12 +7,12 @@ that the step in progress is not given up too soon. At the end of the grace SLUR
 
 import calendar
 import os
-import queue
 import re
 import shutil
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 _SHARE = 1 / 3
@@ -75,7 +75,7 @@ class DeadlineExtension:
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._job = environ.get("SLURM_JOB_ID") if shutil.which("scontrol") else None
-        self._answers: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self._answers: deque[float] = deque()  # filled by the thread
 
     def begin(self, least_s: float | None) -> None:
         """Ask a little after a signal.
@@ -89,10 +89,7 @@ class DeadlineExtension:
 
     def deadline_at(self) -> float | None:
         """Return, once, when the program is killed, on the clock of `time.monotonic`; None while nobody has said."""
-        try:
-            return self._answers.get_nowait()
-        except queue.Empty:
-            return None
+        return self._answers.popleft() if self._answers else None
 
     def _ask(self, job: str, least_s: float) -> None:
         came_at = time.monotonic()
@@ -100,7 +97,7 @@ class DeadlineExtension:
         fields = _show("job", job)
         left_s = preemption_s(fields, lambda: _graces(fields.get("Partition", "")))
         if left_s is not None and left_s <= _LONGEST_S:
-            self._answers.put(came_at + left_s + least_s - _SAFE_S)
+            self._answers.append(came_at + left_s + least_s - _SAFE_S)
 
 
 def _graces(partition: str) -> dict[str, str]:

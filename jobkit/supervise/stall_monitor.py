@@ -1,7 +1,6 @@
 """The supervisor's eye on its program's progress: when stall.py calls it stalled, where it hangs, and its end."""
 
 import contextlib
-import os
 import signal
 import time
 from pathlib import Path
@@ -51,13 +50,12 @@ class StallMonitor:
         if self.stall is not None:
             if time.monotonic() >= self._kill_at:
                 for pid in processes.descendants():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                    processes.send(pid, signal.SIGKILL)
             return None
         # In "t" a debugger holds it: somebody is looking already.
         counts = processes.state(beat.pid) not in ("", "Z", "X", "t")
         self.stall = self._dog.look(beat, time.monotonic(), counts=counts)
-        self._tell_silence()
+        self._note_silence()
         if self.stall is None:
             return None
         self._write_down(self.stall, beat.pid)
@@ -68,7 +66,7 @@ class StallMonitor:
         self._kill_at = time.monotonic() + patience_s
         return patience_s
 
-    def _tell_silence(self) -> None:
+    def _note_silence(self) -> None:
         """Write down once that the program makes no step any more, and once that it does again."""
         before, self._silence = self._silence, self._dog.silence()
         if self._silence is not None and before is None:

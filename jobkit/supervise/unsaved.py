@@ -75,7 +75,7 @@ class Unsaved:
             "committed_step": committed_step,
         }
         self._ledger.append(event, **fields)
-        self._heartbeat.tell_unsaved({"t": time.time(), "event": event, **fields})
+        self._heartbeat.show_unsaved({"t": time.time(), "event": event, **fields})
         if kind in (STORAGE, NUMBERS) or count < _MOST:
             return None
         # The fact first: of a long line a status shows the beginning.
@@ -87,13 +87,13 @@ class Unsaved:
     def saved(self) -> None:
         """Forget what failed: a step is committed."""
         if self._forget(STATE, STORAGE):
-            self._heartbeat.tell_unsaved(None)
+            self._heartbeat.show_unsaved(None)
 
     def changed(self, step: int) -> None:
         """Forget what was unchanged: this step is not."""
         if self._forget(UNCHANGED, NUMBERS):
             self._ledger.append("changed", step=step)
-            self._heartbeat.tell_unsaved(None)
+            self._heartbeat.show_unsaved(None)
 
     def stands(self, kind: str) -> bool:
         """Tell whether the last interval failed of this kind."""

@@ -22,6 +22,7 @@ from jobkit.supervise import processes
 from jobkit.units import show_duration
 from launch.backends import registry
 from launch.lifecycle import orphans, run_status
+from launch.lifecycle.history import count_of
 from launch.lifecycle.submission import ask, ask_to_cancel, open_run, refresh
 from launch.spec import jobspec as specs
 
@@ -71,24 +72,24 @@ def save(
     attempt, deadline = _running(store), time.monotonic() + timeout_s
     if wait:
         progress(f"waiting until {store.url} has saved the step in progress (at most {show_duration(timeout_s)})")
-    while not _said(store, attempt, "opened") and not _over(store, attempt):
-        # What it finds when it opens the run was said to another attempt.
+    while not _events(store, attempt, "opened") and not _over(store, attempt):
+        # What it finds when it opens the run was asked of another attempt.
         if not wait or time.monotonic() >= deadline:
             raise JobkitError(f"attempt {attempt} of {store.url} is still starting; ask again when it trains")
         _nap(store)
     before = _committed(store)
     identity = msgspec.json.decode(ask(store, contract.SAVE))["id"]
     if not wait:
-        return Answer(store.url, attempt, False, _count(before))
+        return Answer(store.url, attempt, False, count_of(before))
     while True:
         _nap(store)
         # First whether it is over: what it did until then is written.
         over = _over(store, attempt) or last_word(writer_events(store, attempt, "0")) in ("finished", "stopped")
-        taken = [event for event in _said(store, attempt, "save_asked") if event.get("id") == identity]
+        taken = [event for event in _events(store, attempt, "save_asked") if event.get("id") == identity]
         committed = _committed(store)
         if (taken and committed >= taken[0]["step"]) or (over and committed > before):
-            return Answer(store.url, attempt, True, _count(committed))
-        failed = [event for event in _said(store, attempt, "save_failed") if taken and event["t"] >= taken[0]["t"]]
+            return Answer(store.url, attempt, True, count_of(committed))
+        failed = [event for event in _events(store, attempt, "save_failed") if taken and event["t"] >= taken[0]["t"]]
         if failed:
             raise JobkitError(f"{store.url} could not save: {failed[0].get('reason')}; {_newest(committed)}")
         if over:
@@ -123,9 +124,9 @@ def stop(
     """
     store = open_run(url)
     if _submitted(store):
-        state = registry.cancel(url, wait=wait, word="stopped", progress=progress)
-        attempts = store.numbers(contract.ATTEMPTS)
-        return Answer(store.url, attempts[-1] if attempts else None, state.over, _count(_committed(store)))
+        done = registry.cancel(url, wait=wait, word="stopped", progress=progress).over
+        newest = max(store.numbers(contract.ATTEMPTS), default=None)
+        return Answer(store.url, newest, done, count_of(_committed(store)))
     attempt = _running(store)
     ask_to_cancel(store, "stopped")
     if wait:
@@ -138,7 +139,7 @@ def stop(
                 f"step; {_newest(_committed(store))}"
             )
         _nap(store)
-    return Answer(store.url, attempt, wait, _count(_committed(store)))
+    return Answer(store.url, attempt, wait, count_of(_committed(store)))
 
 
 def _running(store: Store) -> int:
@@ -171,7 +172,8 @@ def _over(store: Store, attempt: int) -> bool:
     """Tell whether an attempt has ended."""
     if orphans.read_outcome(store, attempt) is not None or store.numbers(contract.ATTEMPTS)[-1] != attempt:
         return True
-    pids = [int(event.get("pid", 0)) for event in _said(store, attempt, "opened") if event.get("host") == _here()]
+    here = os.uname().nodename
+    pids = [int(event.get("pid", 0)) for event in _events(store, attempt, "opened") if event.get("host") == here]
     supervisor = read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json")
     if supervisor is None and last_word(writer_events(store, attempt, "0")):
         return True  # nobody but the program itself could write down more
@@ -181,24 +183,14 @@ def _over(store: Store, attempt: int) -> bool:
     return bool(pids) and not any(processes.alive(pid) for pid in [*pids, int((supervisor or {}).get("pid", 0))])
 
 
-def _said(store: Store, attempt: int, *names: str) -> list[Event]:
-    """Return the events of some kinds that process 0 of an attempt has written."""
-    return [event for event in writer_events(store, attempt, "0") if event["event"] in names]
-
-
-def _here() -> str:
-    return os.uname().nodename
+def _events(store: Store, attempt: int, kind: str) -> list[Event]:
+    """Return the events of a kind that process 0 of an attempt has written."""
+    return [event for event in writer_events(store, attempt, "0") if event["event"] == kind]
 
 
 def _committed(store: Store) -> int:
     """Return the newest committed step, on the URL where there is one; -1 if there is none."""
-    if store.remote is None:
-        return max(commits.steps(store), default=-1)
-    return max(remote_steps.steps(store.remote), default=-1)
-
-
-def _count(step: int) -> int | None:
-    return step if step >= 0 else None
+    return max(commits.steps(store) if store.remote is None else remote_steps.steps(store.remote), default=-1)
 
 
 def _newest(committed: int) -> str:
@@ -206,9 +198,6 @@ def _newest(committed: int) -> str:
 
 
 def _nap(store: Store) -> None:
-    if store.remote is None:
-        time.sleep(_POLL_S)
-        return
-    time.sleep(_POLL_REMOTE_S)
+    time.sleep(_POLL_S if store.remote is None else _POLL_REMOTE_S)
     with contextlib.suppress(JobkitError):  # a bucket that does not answer just now
         refresh(store)

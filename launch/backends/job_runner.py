@@ -42,7 +42,7 @@ class JobRunner(Runner):
         try:
             return super().run(ready)
         finally:
-            notify.finish(self._telling)  # nothing that a job started outlives it
+            notify.finish(self._notifier)  # nothing that a job started outlives it
 
     def _begin(self) -> int | None:
         """Go on with the run, unless that is another's business by now."""

@@ -14,27 +14,15 @@ from pathlib import Path
 
 from jobkit import contract, names
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
-from launch.lifecycle import lease, orphans, run_status
+from launch.lifecycle import lease, orphans, run_status, submission
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import RunLock, acquire, held, runner_alive
-from launch.lifecycle.submission import (
-    LEAVING_S,
-    Plan,
-    cancel_content,
-    make_point,
-    open_run,
-    prepare,
-    record,
-    record_resumed,
-    refresh,
-    runner_environment,
-    says_alive,
-)  # fmt: skip
-from launch.lifecycle.verbs import Backend, Claim, Progress, not_done
+from launch.lifecycle.submission import Plan
+from launch.lifecycle.verbs import Backend, Cancelled, Claim, Progress, not_done
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
@@ -64,23 +52,23 @@ class Local(Backend):
 
     def check(self, spec: JobSpec) -> Plan:
         """See `Backend`. In an image nothing here is looked for."""
-        plan = prepare(spec, elsewhere=spec.container is not None)
+        plan = submission.prepare(spec, elsewhere=spec.container is not None)
         if spec.container is not None:
-            container.refuse_foreign(spec.container, self.name, self.runtimes)
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
-            container.check_docker()
-            container.check_image(spec.container)
+            self._check_container(spec.container)
         return plan
+
+    def _check_container(self, image: container.Container) -> None:
+        container.refuse_foreign(image, self.name, self.runtimes)
+        container.check_docker()
+        container.check_image(image)
 
     def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`. What it had the runner sees to itself: it waits for a daemon that does not answer."""
-        if not moved:
-            return spec
-        if spec.container is not None:
-            container.refuse_foreign(spec.container, self.name, self.runtimes)
-            container.check_docker()
-            container.check_image(spec.container)
-        check_code(store.url, spec)
+        if moved:
+            if spec.container is not None:
+                self._check_container(spec.container)
+            check_code(store.url, spec)
         return spec
 
     def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
@@ -94,33 +82,31 @@ class Local(Backend):
             JobkitError: If the runner does not come up.
         """
         assert claim.lock is not None
-        ready, write = os.pipe()
-        fds, number, process = [claim.lock.descriptor, write], claim.lease, None
+        ready, write = map(os.fdopen, os.pipe(), "rw")
+        fds, number, process = [claim.lock.descriptor, write.fileno()], claim.lease, None
+        log_path = store.file(contract.RUNNER_LOG)
         try:
             module = "launch.backends.local_sweep" if specs.read(store).sweep else "launch.backends.local"
             number = lease.claim(store) if number is None else number
             command = [sys.executable, "-P", "-m", module, store.url, *map(str, (*fds, number))]
-            with open(store.file(contract.RUNNER_LOG), "ab", opener=names.opener) as log:
+            environ = submission.runner_environment() | self._environ
+            with open(log_path, "ab", opener=names.opener) as log:
                 process = subprocess.Popen(
-                    command, cwd=store.path, env=runner_environment() | self._environ, stdin=subprocess.DEVNULL,
+                    command, cwd=store.path, env=environ, stdin=subprocess.DEVNULL,
                     stdout=log, stderr=log, pass_fds=fds, start_new_session=True,
                 )  # fmt: skip
-            os.close(write)
-            write = -1
+            write.close()
             process.wait()  # it forks, and the child is the runner
-            answered = select.select([ready], [], [], _READY_S)[0] and os.read(ready, 16)
+            answered = select.select([ready], [], [], _READY_S)[0] and os.read(ready.fileno(), 16)
         except OSError as error:
             raise explain(error, f"cannot start the local runner of {store.url}") from None
         finally:
             if process is None and number is not None:
                 with contextlib.suppress(JobkitError):
                     lease.release(store, number)
-            claim.lock.close()
-            os.close(ready)
-            if write >= 0:
-                os.close(write)
+            for end in (claim.lock, ready, write):
+                end.close()
         if not answered:
-            log_path = store.file(contract.RUNNER_LOG)
             raise JobkitError(f"the local runner of {store.url} did not come up; see {log_path}, then 'jobkit resume'")
         return State.RUNNING
 
@@ -128,14 +114,14 @@ class Local(Backend):
     def claim(self, store: Store, spec: JobSpec, *, take_over: bool) -> Iterator[Claim]:
         """See `Backend`: lock and lease. An attempt that still stops after its runner was killed gets its time."""
         if not spec.sweep:
-            make_point(store)
+            submission.make_point(store)
         if _has_runner(store):
-            raise ConfigError(says_alive(store))
+            raise ConfigError(submission.says_alive(store))
         if not take_over and not run_status.has_ended(store):
             lease.refuse_elsewhere(store)
         lock = acquire(store, wait_s=spec.grace_s + 10)
         if lock is None:
-            raise ConfigError(says_alive(store))
+            raise ConfigError(submission.says_alive(store))
         claim = Claim(lock)
         try:
             if not_done(self, specs.points(store, spec)):
@@ -151,32 +137,26 @@ class Local(Backend):
     def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
         """Raise ConfigError if a run has a runner here, or, unless that is taken over, on another machine."""
         if _has_runner(store) or held(store) or orphans.processes_of(store):
-            raise ConfigError(says_alive(store))
+            raise ConfigError(submission.says_alive(store))
         if not take_over:
             lease.refuse_elsewhere(store)
 
     def record_resumed(self, store: Store, left: Iterable[Store]) -> None:
         """See `Backend`. What is left of a budget stays, unless the run had ended; points have runners of their own."""
-        record_resumed(store)
+        submission.record_taken_up(store)
         with contextlib.suppress(JobkitError):  # the runner carries it again
             mirror.upload_described(store)
 
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
+    def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`. Runners find the cancel by themselves; what a dead one would do is done here."""
+        store, wait = cancelled.store, cancelled.wait
         spec, problems = specs.read(store), []
-        for one in filter(specs.exists, left):
-            content = cancels[one] if one in cancels else cancel_content(one)  # a point may be made this very moment
+        for one in filter(specs.exists, cancelled.left):
+            # A point may be made this very moment.
+            content = cancelled.cancels[one] if one in cancelled.cancels else submission.cancel_content(one)
             try:
                 if content is not None:
-                    _stop(one, content, wait=wait, progress=progress)
+                    _stop(one, content, wait=wait, progress=cancelled.progress)
             except JobkitError as error:  # the others are ended all the same
                 problems.append(error)
         deadline = time.monotonic() + spec.grace_s
@@ -194,7 +174,7 @@ def _has_runner(store: Store) -> bool:
     """Tell whether a run has a runner; one that was killed this very moment, or is leaving, gets time to be gone."""
     begun = time.monotonic()
     while held(store) and runner_alive(store):
-        if time.monotonic() - begun > (LEAVING_S if run_status.has_ended(store) else 1.0):
+        if time.monotonic() - begun > (submission.LEAVING_S if run_status.has_ended(store) else 1.0):
             return True
         time.sleep(_POLL_S)
     return False
@@ -212,21 +192,21 @@ def _stop(store: Store, content: bytes, *, wait: bool, progress: Progress) -> No
 
 def _until_it_ends_there(store: Store, content: bytes, *, wait: bool) -> bool:
     """Wait for the runner of another machine, which finds the cancel; tell whether it died without an answer."""
-    while cancel_content(store) == content and not run_status.has_ended(store):
+    while submission.cancel_content(store) == content and not run_status.has_ended(store):
         if lease.elsewhere(store) is None:
             return True
         if not wait:
             return False
         time.sleep(_ELSEWHERE_S)
         with contextlib.suppress(JobkitError):
-            refresh(store)
+            submission.refresh(store)
     return False
 
 
 def _finish_cancel(store: Store, spec: JobSpec, content: bytes, *, wait: bool) -> None:
     """Wait for the runner, or do its part where it is dead."""
     clearing: orphans.Clearing | None = None
-    while cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
+    while submission.cancel_content(store) == content:  # else somebody resumed the run or cancelled it again
         lock = acquire(store, wait_s=0.0 if wait else 0.3)
         if lock is not None:
             with contextlib.closing(lock):
@@ -249,19 +229,18 @@ def bury(store: Store, spec: JobSpec, state: State, reason: str) -> None:
     if spec.container is not None:
         container.remove(store.url)
     orphans.close_attempts(store, "the supervisor was killed")
-    record(store, "ended", state=state, reason=reason)
+    submission.record(store, "ended", state=state, reason=reason)
 
 
 def main(arguments: list[str]) -> int:
     """Run a run's attempts in a detached process.
 
     Args:
-        arguments: The run, the descriptor of its lock, the descriptor to answer on; the run alone takes the lock
-            itself and stays in the foreground.
+        arguments: The run, and what `detached` takes.
     """
     from launch.backends.local_runner import runner_of
 
-    store = open_run(arguments[0])
+    store = submission.open_run(arguments[0])
     with detached(store, arguments[1:]) as (lock, held_lease, ready):
         runner = runner_of(store, specs.read(store), lock.descriptor, held_lease)
         runner.run(ready)
@@ -275,40 +254,26 @@ def detached(store: Store, given: list[str]) -> Iterator[tuple[RunLock, Lease, C
 
     Args:
         store: The run.
-        given: Descriptors of the lock and of the pipe to answer on, and the number of the lease; without them lock and
-            lease are taken here, in the foreground.
+        given: Descriptors of the lock and of the pipe to answer on, and the number of the lease.
     """
-    answer: int | None = None
-    if given:
-        lock, number = RunLock(store, int(given[0])), int(given[2])
-        os.set_inheritable(lock.descriptor, False)
-        if os.fork():
-            os._exit(0)
-        answer = int(given[1])
-        os.set_inheritable(answer, False)
-    else:
-        taken = acquire(store)
-        if taken is None:
-            raise ConfigError(says_alive(store))
-        lock, number = taken, lease.claim(store)
-        record_resumed(store)
+    descriptor, answer, number = map(int, given)
+    lock = RunLock(store, descriptor)
+    os.set_inheritable(descriptor, False)
+    if os.fork():
+        os._exit(0)
+    os.set_inheritable(answer, False)
     lock.sign(os.getpid())
     held_lease = Lease(store, number)
     held_lease.start()
 
     def ready() -> None:
-        if answer is not None:
-            with contextlib.suppress(OSError):
-                os.write(answer, b"up")
-            os.close(answer)
+        with contextlib.suppress(OSError):
+            os.write(answer, b"up")
+        os.close(answer)
 
     yield lock, held_lease, ready
     held_lease.close()  # not on an error: an attempt may still be saving
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(contract.Exit.USAGE)
+    submission.run_as_program(main, refused=contract.Exit.USAGE)

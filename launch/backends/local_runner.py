@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import os
 import signal
 import time
 
@@ -14,7 +13,7 @@ from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from launch.lifecycle import orphans, restart, run_status
+from launch.lifecycle import orphans, restart
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.runner import Runner
 from launch.spec import container
@@ -60,14 +59,10 @@ class LocalRunner(Runner):
     def _over(self) -> tuple[State, str] | None:
         if self._lease is not None and self._lease.lost:
             return State.FAILED, self._lease.lost
-        if self._cancelled():
-            return State.CANCELLED, run_status.cancel_reason(self._quick)
-        if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            return State.FAILED, (
-                f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
-            )
-        return None
+        if (cancelled := super()._over()) is not None or self._signals.first is None:
+            return cancelled
+        name = signal.Signals(self._signals.first).name
+        return State.FAILED, f"the local runner was stopped ({name}); continue with: jobkit resume {self._store.url}"
 
     def _over_anywhere(self) -> tuple[State, str] | None:
         if self._lease is not None:
@@ -90,9 +85,6 @@ class LocalRunner(Runner):
         """Give back the room on this node, unless another machine has the run now."""
         if self._lease is None or not self._lease.lost:
             super().empty_home()
-
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ | {contract.ENV_RUNNER: str(os.getpid()), contract.ENV_LOCK: str(self.lock_fd)}
 
 
 class DockerRunner(LocalRunner):
@@ -127,9 +119,6 @@ class DockerRunner(LocalRunner):
 
     def _in_container(self) -> dict[str, str]:
         return {} if self._store.remote is None else {contract.ENV_HOME: str(self._store.path.parent)}
-
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ | {contract.ENV_RUNNER: str(os.getpid())}
 
     def _inside(self) -> tuple[set[int], set[int]]:
         pids = set(orphans.processes_of(self._store))

@@ -6,20 +6,20 @@ resume` starts another that takes up the rest. `python -m launch.backends.local_
 
 import contextlib
 import signal
-import sys
 import time
 from collections import Counter
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.errors import JobkitError, leave, say
+from jobkit.errors import JobkitError, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
+from jobkit.supervise import processes
 from launch.backends import local
-from launch.lifecycle import lease, orphans, run_status, verbs
+from launch.lifecycle import lease, run_status, verbs
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import acquire, held, holder
-from launch.lifecycle.submission import begin_point, cancel_content, open_run
+from launch.lifecycle.submission import begin_point, cancel_content, open_run, run_as_program
 from launch.lifecycle.verbs import Claim
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
@@ -64,7 +64,7 @@ def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
     except _StopError:
         for point in running:
             if pid := holder(point).get("pid") if held(point) else None:
-                orphans.send(int(pid), signal.SIGTERM)
+                processes.send(int(pid), signal.SIGTERM)
 
 
 def _start(store: Store, point: Store) -> bool:
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
     """Run a sweep in a detached process.
 
     Args:
-        arguments: The sweep, the descriptor of its lock, the descriptor to answer on.
+        arguments: The sweep, and what `local.detached` takes.
     """
 
     def stop(*_: object) -> None:
@@ -111,8 +111,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(contract.Exit.USAGE)
+    run_as_program(main, refused=contract.Exit.USAGE)

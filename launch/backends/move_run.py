@@ -14,8 +14,9 @@ from jobkit.errors import ConfigError
 from launch.backends import registry
 from launch.lifecycle import submission, verbs
 from launch.spec import jobspec as specs
+from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
-from launch.spec.placement import Placement
+from launch.spec.profiles import Placement
 
 
 def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = False) -> State:
@@ -32,7 +33,8 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
         ConfigError: If the run is alive, or the new backend cannot run it; it is as it was then.
     """
     store = submission.open_run(url)
-    spec, (name, created) = specs.read(store), specs.read_backend(store)
+    file = specs.read_file(store)
+    spec, name, created = file.spec, file.backend, file.created
     old, new = registry.named(name), registry.named(place.backend)
     moves = new is not old
     cancels = verbs.cancels_of(store)
@@ -66,8 +68,8 @@ def _merged(spec: JobSpec, place: Placement, *, same: bool) -> JobSpec:
     tasks = spec.sbatch.get("ntasks-per-node")
     if tasks is not None:
         sbatch = {"ntasks-per-node": tasks} | sbatch
-    cloud = place.cloud
-    if same and cloud is not None and spec.cloud is not None:
-        cloud = msgspec.structs.replace(spec.cloud, **{name: getattr(cloud, name) for name in place.given})
+    cloud = None
+    if place.cloud is not None:
+        cloud = msgspec.structs.replace((spec.cloud if same else None) or Cloud(), **place.cloud)
     container = place.container or (spec.container if same else None)
     return msgspec.structs.replace(spec, sbatch=sbatch, cloud=cloud, container=container, price_per_hour=price)

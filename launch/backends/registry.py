@@ -45,7 +45,7 @@ def of(store: Store) -> Backend:
     Raises:
         JobkitError: If it is not a run, or its run.json is damaged.
     """
-    return named(specs.read_backend(store)[0])
+    return named(specs.read_file(store).backend)
 
 
 def status(store: Store) -> Status:
@@ -71,8 +71,8 @@ def cancel(
     return verbs.cancel(of(store), store, wait=wait, word=word, progress=progress)
 
 
-def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]:
-    """Read the status of any number of runs, leaving out, and telling of, those that cannot be read."""
+def listed(stores: Sequence[Store], report: Callable[[str], None]) -> list[Status]:
+    """Read the status of any number of runs, leaving out, and reporting, those that cannot be read."""
     readable: dict[Store, Backend] = {}
     for store in stores:
         try:
@@ -80,7 +80,7 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
             run_status.events(store)
         except JobkitError as error:
             readable.pop(store, None)
-            tell(str(error))
+            report(str(error))
     jobs, statuses = {}, []
     for backend in set(readable.values()):  # each scheduler is asked once
         jobs[backend] = _jobs(backend, [store for store in readable if readable[store] is backend])
@@ -88,7 +88,7 @@ def listed(stores: Sequence[Store], tell: Callable[[str], None]) -> list[Status]
         try:
             statuses.append(verbs.status(backend, store, jobs[backend]))
         except JobkitError as error:
-            tell(str(error))
+            report(str(error))
     return statuses
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from jobkit.errors import ConfigError
-from launch.spec.placement import Placement
 
 if TYPE_CHECKING:
     from launch.lifecycle.verbs import Backend
     from launch.spec.container import Container
+    from launch.spec.profiles import Placement
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,7 +80,7 @@ def placement_options(function: F) -> F:
     return function
 
 
-def placement(options: dict[str, Any], given: dict[str, Any]) -> Placement:
+def placement(options: dict[str, Any], given: dict[str, Any]) -> "Placement":
     """Merge a profile's options and the command line's, which win.
 
     Raises:
@@ -88,7 +88,7 @@ def placement(options: dict[str, Any], given: dict[str, Any]) -> Placement:
     """
     from launch.backends import registry
     from launch.spec import cloud_options as cloud
-    from launch.spec.jobspec import SBATCH
+    from launch.spec.profiles import SBATCH, Placement
 
     name = given["on"] or options.get("on", "local")
     backend = registry.named(name)
@@ -109,9 +109,8 @@ def placement(options: dict[str, Any], given: dict[str, Any]) -> Placement:
     container = container_of(backend, asked.pop("image", None), given, options) if not managed else None
     if asked and not managed:
         raise ConfigError(_foreign(next(iter(asked)), "cloud", name))
-    fields = tuple(_FIELDS.get(one, one.replace("-", "_")) for one in [*asked, *(["time"] if time else [])])
-    price = _choose("price-per-hour", options, given)
-    return Placement(name, sbatch, cloud.from_options(asked, time=time) if managed else None, container, price, fields)
+    fields = cloud.fields_of(asked, time=time) if managed else None
+    return Placement(name, sbatch, fields, container, _choose("price-per-hour", options, given))
 
 
 def _foreign(option: str, field: str, name: str) -> str:
@@ -132,16 +131,6 @@ def container_of(
         return None
     runtime = _choose("container-runtime", options, given) or backend.runtimes[0]
     return Container(image=image, runtime=runtime, mounts=(*options.get("mount", ()), *given["mount"]))
-
-
-_FIELDS = {
-    "secret": "secrets",
-    "label": "labels",
-    "boot-disk-size": "boot_disk_gb",
-    "memory": "memory_mib",
-    "time": "time_s",
-}
-"""Options whose field has another name."""
 
 
 def _choose(name: str, options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:

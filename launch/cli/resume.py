@@ -40,10 +40,11 @@ def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: 
     from launch.backends import move_run, registry
     from launch.lifecycle import submission
     from launch.spec import jobspec as specs
+    from launch.spec.profiles import read_profile
 
     if profile or any(value not in (None, ()) for value in given.values()):
-        old = specs.read_backend(submission.open_run(run))[0]
-        options = specs.read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
+        old = specs.read_file(submission.open_run(run)).backend
+        options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
         state = move_run.resume(run, placement({"on": old} | options, given), take_over=take_over)
     else:
         state = registry.resume(run, take_over=take_over)

@@ -76,37 +76,37 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     """Merge a profile's options and the command line's, which win; return what to run, and the backend."""
     from jobkit.units import duration_s
     from launch.spec import sweep
-    from launch.spec.jobspec import JobSpec, read_profile
+    from launch.spec.cloud_options import Cloud
+    from launch.spec.jobspec import JobSpec
+    from launch.spec.profiles import read_profile
 
     options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     if given["run"] == "":
         raise ConfigError("--run is empty (of a variable that is not set?): name the run directory, or leave --run out")
-    flags = {"run": given["run"], "name": given["name"], "grace": given["grace"]}
-    flags |= {"max-failures": given["max_failures"], "stall": given["stall"]}
-    flags["array-parallelism"] = given["array_parallelism"]
-    flags["snapshot"] = False if given["no_snapshot"] else None
-    flags["shared"] = given["shared"] or None
-    options |= {name: value for name, value in flags.items() if value is not None}
+    flags = given | {"snapshot": False if given["no_snapshot"] else None, "shared": given["shared"] or None}
+    for name in ("run", "name", "grace", "max-failures", "stall", "array-parallelism", "snapshot", "shared"):
+        if (value := flags[name.replace("-", "_")]) is not None:
+            options[name] = value
     axes = sweep.parse(given["sweep"])
     place = placement(options, given)
     spec = JobSpec(
         sweep=axes,
         parallel=options.get("array-parallelism") if axes else given["array_parallelism"],
         command=tuple(given["command"]),
-        run=options.get("run", ""),
-        name=options.get("name", ""),
-        snapshot=options.get("snapshot", True),
-        shared=options.get("shared", False),
         grace_s=duration_s(options.get("grace", 30.0)),
-        max_failures=options.get("max-failures", 10),
         stall_s=_stall_s(options.get("stall")),
         notify=(*given["notify"], *map(str, options.get("notify", []))),
         sbatch=place.sbatch,
-        cloud=place.cloud,
+        cloud=None if place.cloud is None else Cloud(**place.cloud),
         container=place.container,
         price_per_hour=place.price_per_hour,
+        **{field: options[name] for name, field in _SAME.items() if name in options},
     )
     return spec, place.backend
+
+
+_SAME = {"run": "run", "name": "name", "snapshot": "snapshot", "shared": "shared", "max-failures": "max_failures"}
+"""Options that are fields of a specification as they stand."""
 
 
 def _stall_s(given: str | float | None) -> float | None:
@@ -124,10 +124,8 @@ def _stall_s(given: str | float | None) -> float | None:
 def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     import shlex
 
-    import msgspec
-
     from launch.lifecycle import run_status, submission
-    from launch.spec import snapshot, sweep
+    from launch.spec import sweep
     from launch.spec.command import shown_in_container
 
     for line in submission.remarks(plan):
@@ -136,12 +134,11 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     if plan.spec.cloud is not None:  # the request says all there is, and is one document
         print(backend.preview(plan))
         return
-    code = snapshot.digest(plan.tree) if plan.tree is not None else None
-    spec = msgspec.structs.replace(plan.spec, code=code)
+    spec = plan.coded
     if as_json:
         print(run_status.to_json(spec))
         return
-    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {code}" if plan.tree else "none"
+    files = f"{len(plan.tree.files)} files below {plan.tree.root}, digest {spec.code}" if plan.tree else "none"
     if spec.sweep:
         shown = "  ".join(f"{name}={','.join(values)}" for name, values in spec.sweep.items())
         print(f"sweep        {sweep.count(spec.sweep)} points: {shown[:200]}")

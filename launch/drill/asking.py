@@ -71,4 +71,4 @@ class Ask:
         directory.mkdir(exist_ok=True)
         (directory / "sitecustomize.py").write_text(_FROZEN)
         path = [str(directory), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return environ | {"JOBKIT_DRILL_CLOCK": str(at_s), "PYTHONPATH": os.pathsep.join(path)}
+        return environ | {contract.ENV_DRILL_CLOCK: str(at_s), "PYTHONPATH": os.pathsep.join(path)}

@@ -79,7 +79,7 @@ def end_now(store: Store) -> None:
         time.monotonic() < deadline
     ):
         for pid in left:
-            orphans.send(pid, signal.SIGKILL)
+            processes.send(pid, signal.SIGKILL)
         time.sleep(0.02)
     for attempt in store.numbers(contract.ATTEMPTS):  # their supervisors had no time to
         if (directory := orphans.heartbeat_directory(store, attempt)) is not None:

@@ -22,6 +22,7 @@ import msgspec
 from jobkit import contract, names
 from jobkit.errors import ConfigError, JobkitError, StorageError
 from jobkit.patience import at_once
+from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 
@@ -97,7 +98,7 @@ def newest(store: Store) -> Holder | None:
             return None
         name = _name(numbers[-1])
         try:
-            content, written = _read(store, name), _modified(store, name)
+            content, written = _place(store).read(name), _modified(store, name)
         except FileNotFoundError:
             continue  # the run was removed this very moment
         try:
@@ -134,9 +135,9 @@ def refuse_elsewhere(store: Store) -> None:
         raise ConfigError(_says_elsewhere(store, holder))
 
 
-def _says_elsewhere(store: Store, found: Holder) -> str:
+def _says_elsewhere(store: Store, holder: Holder) -> str:
     return (
-        f"run {store.url} is running on {found.place}: 'jobkit cancel {store.url}' ends it there; if that machine is "
+        f"run {store.url} is running on {holder.place}: 'jobkit cancel {store.url}' ends it there; if that machine is "
         f"gone it counts as dead {show_duration(STALE_S)} after its last sign, and 'jobkit resume --take-over "
         f"{store.url}' does not wait for that"
     )
@@ -165,7 +166,7 @@ def claim(store: Store, *, take_over: bool = False, leaving: bool = False) -> in
             time.sleep(0.5)
             continue
         number = 0 if holder is None else holder.number + 1
-        if _create(store, number):
+        if _place(store).create(_name(number), _content(store)):
             with contextlib.suppress(JobkitError):  # of probes that were killed
                 if store.remote is not None:
                     store.remote.remove(name for name in store.remote.find(contract.LEASES) if "/clock-" in name)
@@ -179,7 +180,7 @@ def release(store: Store, number: int) -> None:
     Raises:
         JobkitError: If the storage does not answer.
     """
-    _write(store, _name(number), _content(store, over=True))
+    _place(store).write(_name(number), _content(store, over=True))
 
 
 class Lease:
@@ -231,7 +232,7 @@ class Lease:
             if self.lost:
                 return
             with contextlib.suppress(JobkitError, OSError):
-                _write(self._store, _name(self._number), _content(self._store, token=self._token))
+                _place(self._store).write(_name(self._number), _content(self._store, token=self._token))
             self._closing.wait(RENEW_S)
 
 
@@ -285,22 +286,9 @@ def _numbers(store: Store) -> list[int]:
     return sorted(number for number in numbers if number is not None)
 
 
-def _read(store: Store, name: str) -> bytes:
-    return store.read(name) if store.remote is None else store.remote.read(name)
-
-
-def _create(store: Store, number: int) -> bool:
-    content = _content(store)
-    if store.remote is None:
-        return store.create(_name(number), content)
-    return store.remote.create(_name(number), content)
-
-
-def _write(store: Store, name: str, content: bytes) -> None:
-    if store.remote is None:
-        store.write(name, content)
-    else:
-        store.remote.write(name, content)
+def _place(store: Store) -> Store | Remote:
+    """Return where leases lie: on the run's URL, where all machines see them."""
+    return store if store.remote is None else store.remote
 
 
 def _modified(store: Store, name: str) -> float:
@@ -335,7 +323,7 @@ def _uptime() -> float:
 def _ask_clock(store: Store) -> float:
     """Return the time by the storage's clock: that of a file written just now."""
     probe = f"{contract.LEASES}/clock-{secrets.token_hex(8)}"
-    _write(store, probe, b"what time is it?")
+    _place(store).write(probe, b"what time is it?")
     try:
         return _modified(store, probe)
     except FileNotFoundError:  # taken for one that was killed

@@ -15,6 +15,7 @@ What fails is tried again, for some minutes; what became of it is in the ledger 
 import contextlib
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import re
@@ -112,11 +113,10 @@ def follow(store: Store, named: Sequence[str], *, since: int, runner: int, cwd: 
     while not over:
         over = not processes.alive(runner)  # looked at first: what it wrote before it went is still told
         events, since = _news(store.file(contract.EVENTS), since)
-        for event in events:
-            over = over or event.get("event") == "ended"
+        over = over or any(event["event"] == "ended" for event in events)
         for message in [*filter(None, (message_of(store, event) for event in events)), *problems.news()]:
             for target, sender in senders.items():
-                sender.submit(_tell, target, message, ledger, cwd)
+                sender.submit(_notify, target, message, ledger, cwd)
         if not over:
             time.sleep(_POLL_S)
     for sender in senders.values():
@@ -133,27 +133,23 @@ class _Troubles:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._since: dict[Path, int] = {}
-        self._told: set[tuple[Any, ...]] = set()
+        self._known: set[tuple[Any, ...]] = set()
         self.news()
-
-    def _ledgers(self) -> list[Path]:
-        newest = self._store.numbers(contract.ATTEMPTS)[-1:]
-        return [self._store.file(contract.events_file(one, writer)) for one in newest for writer in ("supervisor", 0)]
 
     def news(self) -> list[dict[str, Any]]:
         """Return what is to be told."""
         messages = []
         try:
-            ledgers = self._ledgers()
+            newest = self._store.numbers(contract.ATTEMPTS)[-1:]
         except JobkitError:  # a shared disk that does not answer just now
             return []
-        for path in ledgers:
-            attempt = int(path.parent.name)
+        for attempt, writer in itertools.product(newest, ("supervisor", "0")):
+            path = self._store.file(contract.events_file(attempt, writer))
             events, self._since[path] = _news(path, self._since.get(path, 0))
-            self._told |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
-            here = troubles.here(self._store, attempt) if path.name == "events-0.jsonl" else {}
-            if here and _key(attempt, here) not in self._told:  # its disk may be the one that fails
-                self._told.add(_key(attempt, here))
+            self._known |= {_key(attempt, event) for event in events if event.get("event") in troubles.KINDS}
+            here = troubles.here(self._store, attempt) if writer == "0" else {}
+            if here and _key(attempt, here) not in self._known:  # its disk may be the one that fails
+                self._known.add(_key(attempt, here))
                 events.append(here)
             for event in events:
                 if (trouble := troubles.of(event)) is not None and event.get("count", 1) == 1:  # once is enough
@@ -229,24 +225,21 @@ def _message(
     }
 
 
-def _tell(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
-    tries = 0
-    fields = {"told": message["event"], "target": targets.shown(target)}
+def _notify(target: str, message: Mapping[str, Any], ledger: Ledger, cwd: str) -> None:
+    fields = {"told": message["event"], "target": target}
+    sending = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(_TRIES),
+        wait=tenacity.wait_exponential(0.5, _LONGEST_WAIT_S) + tenacity.wait_random(0, 0.5),
+        retry=tenacity.retry_if_exception_type(Again),
+        reraise=True,
+    )
     try:
-        for attempt in tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(_TRIES),
-            wait=tenacity.wait_exponential(0.5, _LONGEST_WAIT_S) + tenacity.wait_random(0, 0.5),
-            retry=tenacity.retry_if_exception_type(Again),
-            reraise=True,
-        ):
-            with attempt:
-                tries += 1
-                _send(target, json.dumps(message).encode(), cwd)
-        ledger.append("notified", **fields, tries=tries)
+        sending(_send, target, json.dumps(message).encode(), cwd)
+        ledger.append("notified", **fields, tries=sending.statistics["attempt_number"])
     except Exception as error:
         # What is not ours may have anything in its words.
         reason = str(error) if isinstance(error, Again | JobkitError) else type(error).__name__
-        ledger.append("notify_failed", **fields, tries=tries, reason=reason[:300])
+        ledger.append("notify_failed", **fields, tries=sending.statistics["attempt_number"], reason=reason[:300])
 
 
 def _send(target: str, body: bytes, cwd: str) -> None:

@@ -31,11 +31,8 @@ def processes_of(store: Store) -> list[int]:
     """Return the live supervisors, programs and their children of a run, wherever in the family tree they are now."""
     marks = (contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_RUNNER)
     # A person's shell may have JOBKIT_RUN exported; what we started has more than that.
-    return [
-        pid
-        for pid in processes.with_environment(contract.ENV_RUN, store.url)
-        if pid != os.getpid() and any(mark in processes.environment_of(pid) for mark in marks)
-    ]
+    found = processes.with_environment(contract.ENV_RUN, store.url)
+    return [pid for pid, environ in found.items() if pid != os.getpid() and not environ.keys().isdisjoint(marks)]
 
 
 class Clearing:
@@ -49,7 +46,7 @@ class Clearing:
     def __init__(self, *, grace_s: float, notice_s: float = NOTICE_S) -> None:
         self._start = time.monotonic()
         self._grace_s, self._notice_s = grace_s, notice_s
-        self._told: set[int] = set()
+        self._asked: set[int] = set()
 
     def step(self, left: Iterable[int]) -> None:
         """Do what is due now to those that are left."""
@@ -57,19 +54,13 @@ class Clearing:
         passed = time.monotonic() - self._start
         if passed >= max(self._grace_s, self._notice_s):
             for pid in alive:
-                send(pid, signal.SIGKILL)
+                processes.send(pid, signal.SIGKILL)
         elif passed >= self._notice_s:
             # The topmost only: a program's worker processes must live while it saves.
             below = {child for pid in alive for child in processes.descendants(pid)}
-            for pid in alive - below - self._told:
-                self._told.add(pid)
-                send(pid, signal.SIGTERM)
-
-
-def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
+            for pid in alive - below - self._asked:
+                self._asked.add(pid)
+                processes.send(pid, signal.SIGTERM)
 
 
 def clear(store: Store, *, grace_s: float, tick: Callable[[], Iterable[int]] | None = None) -> None:
@@ -126,8 +117,12 @@ def read_outcome(store: Store, attempt: int) -> dict[str, Any] | None:
     Raises:
         JobkitError: If the storage does not answer.
     """
+    return _read(store, attempt, contract.OUTCOME)
+
+
+def _read(store: Store, attempt: int, name: str) -> dict[str, Any] | None:
     try:
-        outcome = read_json(store, f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}")
+        outcome = read_json(store, f"{contract.attempt_dir(attempt)}/{name}")
         return None if outcome is None else decode.fields(outcome)
     except DamagedError:
         return None
@@ -143,34 +138,28 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
     for name in store.names(contract.attempt_dir(attempt)):
         if name.startswith("process-"):
             with contextlib.suppress(JobkitError):
-                one = decode.fields(read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {})
-                outcomes += (
-                    [one] if one.keys() >= {"exit_code", "processes", "process", "node", "reason", "step"} else []
-                )
-    outcomes.sort(key=lambda outcome: outcome.get("ended", 0))
+                one = _read(store, attempt, name) or {}
+                if one.keys() >= {"exit_code", "processes", "process", "node", "reason", "step"}:
+                    outcomes.append(one)
+    outcomes.sort(key=lambda one: one.get("ended", 0))
     # Process 0 commits; another one that ended before may not have seen it.
-    newest = {
-        "committed_step": max((step for one in outcomes if type(step := one.get("committed_step")) is int), default=-1)
-    }
-    preempted = any(outcome.get("exit_code") == Exit.PREEMPTED for outcome in outcomes)
+    newest = {"committed_step": max((one.get("committed_step", -1) for one in outcomes), default=-1)}
+    preempted = [one for one in outcomes if one["exit_code"] == Exit.PREEMPTED]
     # JAX aborts who still begins when another one has left on notice.
     bad = [
         one
         for one in outcomes
-        if (code := one.get("exit_code")) not in (Exit.DONE, Exit.PREEMPTED)
-        and not (preempted and code == _ABORTED and one.get("notice"))
+        if one["exit_code"] not in (Exit.DONE, Exit.PREEMPTED)
+        and not (preempted and one["exit_code"] == _ABORTED and one.get("notice"))
     ]
-    stalled = [outcome for outcome in bad if outcome.get("exit_code") == Exit.STALLED]
-    if bad:
-        # What is wrong with the program itself no other process has caused, though it may be written down later.
-        wrong = [outcome for outcome in bad if outcome.get("exit_code") == Exit.CONFIG]
-        first = (
-            min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0))) if stalled else [*wrong, *bad][0]
-        )
-        return first | newest | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
-    if not outcomes or len(outcomes) < outcomes[0]["processes"]:
-        return None
-    return next((outcome for outcome in outcomes if outcome["exit_code"] == Exit.PREEMPTED), outcomes[0]) | newest
+    if not bad:
+        whole = bool(outcomes) and len(outcomes) >= outcomes[0]["processes"]
+        return [*preempted, *outcomes][0] | newest if whole else None
+    # What is wrong with the program itself no other process has caused, though it may be written down later.
+    first = [*(one for one in bad if one["exit_code"] == Exit.CONFIG), *bad][0]
+    if stalled := [one for one in bad if one["exit_code"] == Exit.STALLED]:
+        first = min(stalled, key=lambda one: (one["step"], one.get("silent_since", 0)))
+    return first | newest | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
 
 
 def heartbeat_directory(store: Store, attempt: int) -> Path | None:
@@ -195,10 +184,15 @@ def write_outcome(
         reason: What happened to the supervisor, and to the program.
         preempted: Whether a scheduler ended the attempt to start it again: nobody's failure.
     """
+    name = f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"
     together = of_all_processes(store, attempt)
     if together is not None and not (preempted and together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED)):
-        if store.create(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(together, indent=2) + "\n"):
-            _say_in_log(store, attempt, together)
+        created = store.create(name, _json(together))
+        if created and together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED):
+            # What process 0 printed itself tells little of which one ended the attempt: this is its log's last line.
+            path = store.file(contract.log_file(attempt))
+            with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=names.opener) as log:
+                log.write(f"jobkit: {together['reason']}\n".encode())
         return
     link, made = heartbeat_directory(store, attempt), store.stat(contract.attempt_dir(attempt))
     events = attempt_events(store, attempt)
@@ -216,7 +210,10 @@ def write_outcome(
         "ended": time.time(),
         "notice": None,
     }
-    _create_outcome(store, attempt, value)
+    if store.create(name, _json(value)) and store.remote is not None:
+        # Nobody else uploads what is written for an attempt that is gone.
+        with contextlib.suppress(JobkitError):
+            store.remote.create(name, _json(value).encode())
     if link is not None:
         remove_tree(link)  # the supervisor had no time to
 
@@ -237,20 +234,8 @@ def _inside(events: Sequence[Event], code: int) -> int | None:
     return None if code == 0 and opened and word != "finished" else code
 
 
-def _say_in_log(store: Store, attempt: int, together: dict[str, Any]) -> None:
-    """Say as the last line of process 0's log which process ended the attempt: what it printed itself tells little."""
-    if together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED):
-        path = store.file(contract.log_file(attempt))
-        with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=names.opener) as log:
-            log.write(f"jobkit: {together['reason']}\n".encode())
-
-
-def _create_outcome(store: Store, attempt: int, value: dict[str, Any]) -> None:
-    name, content = f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}", json.dumps(value, indent=2) + "\n"
-    if store.create(name, content) and store.remote is not None:
-        # Nobody else carries what is written for an attempt that is gone.
-        with contextlib.suppress(JobkitError):
-            store.remote.create(name, content.encode())
+def _json(outcome: dict[str, Any]) -> str:
+    return json.dumps(outcome, indent=2) + "\n"
 
 
 def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> None:

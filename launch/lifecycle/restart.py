@@ -23,8 +23,7 @@ class Ended:
         exit_code: 0..255.
         committed_step: Newest committed step at the end, -1 if there is none.
         step: Completed steps at the end, -1 if unknown.
-        duration_s: How long the attempt lived.
-        ready: Whether the program completed a step of its own.
+        duration_s: How long the attempt lived; 0 if that is not known.
         unsaved: Whether it ended well without one step of the run, so that nothing of what it did is saved.
     """
 
@@ -33,7 +32,6 @@ class Ended:
     committed_step: int = -1
     step: int = -1
     duration_s: float = 0.0
-    ready: bool = False
     unsaved: bool = False
 
 
@@ -78,21 +76,24 @@ class Decision:
     """What happens next.
 
     Args:
-        action: 'restart' or 'stop'.
-        delay_s: Seconds before the restart, 0..60.
+        state: The run's state from here on; REQUEUED where another attempt is due.
         reason: One clause for a person.
-        state: The run's state from here on.
+        delay_s: Seconds before the restart, 0..60.
     """
 
-    action: str
-    delay_s: float
-    reason: str
     state: State
+    reason: str
+    delay_s: float = 0.0
 
     @property
     def restart(self) -> bool:
         """Whether another attempt is due."""
-        return self.action == "restart"
+        return self.state is State.REQUEUED
+
+    @property
+    def action(self) -> str:
+        """The decision in a word, as the ledger has it."""
+        return "restart" if self.restart else "stop"
 
 
 def budget_from(events: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -119,10 +120,10 @@ def decide(history: Sequence[Ended], policy: Policy) -> Decision:
     last = history[-1]
     if last.outcome is Outcome.DONE:
         step = _best(history, policy)
+        reason = f"finished; step {step} is committed" if step >= 0 else "finished"
         if last.unsaved:
             reason = "finished, but without one step of the run: what it trained is not saved, its log says how"
-            return Decision("stop", 0.0, reason, State.DONE)
-        return Decision("stop", 0.0, f"finished; step {step} is committed" if step >= 0 else "finished", State.DONE)
+        return Decision(State.DONE, reason)
     if last.outcome is Outcome.CONFIG:
         return _stop("no restart can help (exit code 78)")
     failures = sum(ended.outcome in (Outcome.FAILED, Outcome.STALLED) for ended in history)
@@ -134,11 +135,11 @@ def decide(history: Sequence[Ended], policy: Policy) -> Decision:
 
 
 def _stop(reason: str) -> Decision:
-    return Decision("stop", 0.0, reason, State.FAILED)
+    return Decision(State.FAILED, reason)
 
 
 def _restart(delay_s: float, reason: str) -> Decision:
-    return Decision("restart", min(delay_s, MAX_DELAY_S), reason, State.REQUEUED)
+    return Decision(State.REQUEUED, reason, min(delay_s, MAX_DELAY_S))
 
 
 def _after_failure(history: Sequence[Ended], policy: Policy) -> Decision:
@@ -154,36 +155,24 @@ def _after_failure(history: Sequence[Ended], policy: Policy) -> Decision:
         newest = f"newer than step {now}" if now >= 0 else "at all"
         where = f" at step {last.step}" if last.step >= 0 else ""
         return _stop(f"failed twice{where} ({how}) without committing anything {newest} in between")
-    if now >= 0:
-        return _stop(f"failed ({how}) before committing anything newer than step {now}")
-    return _stop(f"failed ({how}) before committing anything")
+    return _stop(f"failed ({how}) before committing anything" + (f" newer than step {now}" if now >= 0 else ""))
 
 
 def _after_interruption(history: Sequence[Ended], policy: Policy) -> Decision:
     """Restart after what is not the program's fault, unless it keeps happening without progress."""
     outcome = history[-1].outcome
     idle = sum(ended.outcome is outcome for ended in history[_last_progress(history, policy) + 1 :])
-    limit = {
-        Outcome.PREEMPTED: policy.idle_preempted,
-        Outcome.STORAGE: policy.idle_storage,
-        Outcome.STALLED: policy.idle_stalled,
-        Outcome.KILLED: policy.idle_killed,
+    words, limit = {
+        Outcome.PREEMPTED: ("preempted", policy.idle_preempted),
+        Outcome.STORAGE: ("could not commit or restore", policy.idle_storage),
+        Outcome.STALLED: ("stalled", policy.idle_stalled),
+        Outcome.KILLED: ("killed", policy.idle_killed),
     }[outcome]
-    words = _WORDS[outcome]
     if idle >= limit:
         return _stop(f"no progress: {words} {idle} times without committing a new step")
-    if outcome is Outcome.PREEMPTED:
-        over = idle - policy.free_preempted
-        return _restart(_doubling(over) if over > 0 else 0.0, words)
-    return _restart(_doubling(idle), words)
-
-
-_WORDS = {
-    Outcome.PREEMPTED: "preempted",
-    Outcome.STORAGE: "could not commit or restore",
-    Outcome.STALLED: "stalled",
-    Outcome.KILLED: "killed",
-}
+    if outcome is Outcome.PREEMPTED and idle <= policy.free_preempted:
+        return _restart(0.0, words)
+    return _restart(_doubling(idle - (policy.free_preempted if outcome is Outcome.PREEMPTED else 0)), words)
 
 
 def _doubling(count: int) -> float:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -20,39 +20,36 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
 from launch.lifecycle import lease, orphans
+from launch.lifecycle.history import count_of
 from launch.lifecycle.lease import Holder
 from launch.lifecycle.lock import held
 from launch.lifecycle.troubles import Trouble, standing, unsaved
 from launch.spec import jobspec as specs
 
 _TAIL_BYTES = 1 << 16
-"""How much of a long ledger is read for the newest metrics; a status must not cost more as a run grows."""
+"""How much of a long ledger is read for what is newest; a status must not cost more as a run grows."""
 _RECENT = 100
 """Of so many of the newest attempts a status tells the endings and notices, for the same reason."""
 
 
-class Job(Protocol):
-    """A scheduler's job."""
+class Job(msgspec.Struct, frozen=True):
+    """A job as its scheduler shows it.
 
-    @property
-    def id(self) -> str:
-        """Its name there; '' if it was never submitted."""
+    Args:
+        id: Its name there; '' if it was never submitted. A task of a SLURM array has `_n` behind the array's.
+        state: The scheduler's word, UNKNOWN if it does not answer, GONE if it has forgotten the job.
+        reason: Why it waits, or why it has ended; may be empty.
+        active: Whether it may still do something.
+        pending: Whether it waits to be started, for the first time or again.
+        comment: What it was submitted with; of our SLURM jobs the run's URL.
+    """
 
-    @property
-    def state(self) -> str:
-        """The scheduler's word, UNKNOWN if it does not answer, GONE if it has forgotten the job."""
-
-    @property
-    def reason(self) -> str:
-        """Why it waits, or why it has ended; may be empty."""
-
-    @property
-    def active(self) -> bool:
-        """Whether it may still do something."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether it waits to be started, for the first time or again."""
+    id: str
+    state: str
+    reason: str = ""
+    active: bool = False
+    pending: bool = False
+    comment: str = ""
 
 
 class Ending(msgspec.Struct, frozen=True):
@@ -183,48 +180,8 @@ def _lives(store: Store) -> bool:
     return place is not None and held(place[0]) and not any(one.exists(contract.CANCEL) for one in (store, place[0]))
 
 
-def of_sweep(store: Store, points: list[Status]) -> Status:
-    """Put the status of a sweep together from those of its points.
-
-    Args:
-        store: The sweep.
-        points: All of them, in order.
-    """
-    spec, (backend, created) = specs.read(store), specs.read_backend(store)
-    counts = {state: sum(point.state is state for point in points) for state in State}
-    if counts[State.RUNNING]:
-        state = State.RUNNING
-    elif counts[State.QUEUED] or counts[State.REQUEUED]:
-        state = State.REQUEUED if counts[State.REQUEUED] else State.QUEUED
-    else:
-        state = next((bad for bad in (State.FAILED, State.CANCELLED) if counts[bad]), State.DONE)
-    reason = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-    alive = any(point.runner == "alive" for point in points)
-    gone = any(point.runner == "gone" for point in points)
-    return Status(
-        run=store.url,
-        name=spec.name,
-        backend=backend,
-        state=state,
-        attempts=sum(point.attempts for point in points),
-        reason=f"{reason}; continue with: jobkit resume {store.url}" if gone and state.over else reason,
-        command=spec.command,
-        submitted=created,
-        updated=max((point.updated for point in points if point.updated is not None), default=None),
-        job=next((jobs_[-1] for jobs_ in [jobs(store, backend)] if jobs_), None),
-        runner="alive" if alive else "gone" if gone else "ended",
-        troubles=[
-            msgspec.structs.replace(trouble, text=f"point {number}: {trouble.text}")
-            for number, point in enumerate(points)
-            for trouble in point.troubles
-        ],
-        points=points,
-    )
-
-
 def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> Status:
-    spec = specs.read(store)
-    backend, created = specs.read_backend(store)
+    file = specs.read_file(store)
     attempts = store.numbers(contract.ATTEMPTS)
     newest = attempts[-1] if attempts else None
     recent = attempts[-_RECENT:]
@@ -233,29 +190,28 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
     running = running and not (job is not None and job.pending)
     state, reason, runner = _state(store, alive, attempted=newest is not None, running=running, job=job)
     committed = orphans.committed_step(store)  # before the heartbeat, which would be older than a commit else
-    beat = _beat(store, newest) if running and newest is not None and away is None else None
+    beat = _beat_of(store, newest) if running and newest is not None and away is None else None
     if beat is None and state is State.RUNNING and not reason and away is None:
         reason = "starting"
-    events = _attempt_tail(store, newest) if newest is not None else []
     return Status(
         run=store.url,
-        name=spec.name,
-        backend=backend,
+        name=file.spec.name,
+        backend=file.backend,
         state=state,
         attempt=newest,
         attempts=len(attempts),
-        step=_step(beat, endings, committed),
-        committed_step=committed if committed >= 0 else None,
+        step=_last_step(beat, endings, committed),
+        committed_step=count_of(committed),
         phase=beat.phase.name.lower() if beat is not None else None,
-        metrics=_metrics(store, recent, events),
+        metrics=_metrics(store, recent),
         reason=reason,
-        command=spec.command,
-        submitted=created,
-        started=_first_time(store, newest),
-        updated=_updated(store, newest),
-        notices=[event for one in recent for event in _told(store, one, "supervisor", "notice", last=_TAIL_BYTES)],
+        command=file.spec.command,
+        submitted=file.created,
+        started=_started_at(store, newest) if newest is not None else None,
+        updated=_last_change(store, newest),
+        notices=_noted(store, recent, "supervisor", "notice", last_bytes=_TAIL_BYTES),
         # They are found before the first step.
-        set_aside=[event for one in recent for event in _told(store, one, 0, "set_aside", first=_TAIL_BYTES)],
+        set_aside=_noted(store, recent, 0, "set_aside", first_bytes=_TAIL_BYTES),
         endings=endings,
         job=job.id if job is not None else None,
         troubles=_troubles(store, newest) if newest is not None and state is State.RUNNING else [],
@@ -263,7 +219,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         runner=runner,
         host=away.host if away is not None and not state.over else "",
         sign_s=away.sign_s if away is not None and not state.over else None,
-        values=spec.values,
+        values=file.spec.values,
     )
 
 
@@ -326,8 +282,8 @@ _JOB = re.compile(r"\w[\w.:/-]{0,500}", re.ASCII)
 
 def last_life_event(store: Store) -> Event:
     """Return the newest of submitted, resumed, decision, ended; empty if there is none."""
-    for much in (_TAIL_BYTES, None):
-        for event in reversed(list(_lines(store, contract.EVENTS, last_bytes=much))):
+    for some in ({"last_bytes": _TAIL_BYTES}, {}):
+        for event in reversed(list(_lines(store, contract.EVENTS, **some))):
             if event["event"] in ("submitted", "resumed", "decision", "ended"):
                 return event
     return {}
@@ -352,10 +308,10 @@ def cancel_reason(store: Store) -> str:
         return "cancelled"
 
 
-def _lines(store: Store, name: str, *, first_bytes: int = -1, last_bytes: int | None = None) -> Iterator[Event]:
-    """Yield the events of one ledger file, in the order written, torn lines left out."""
+def _lines(store: Store, name: str, **some: int) -> Iterator[Event]:
+    """Yield the events of one ledger file, or of its `first_bytes` or `last_bytes`, in the order written."""
     try:
-        content = store.read(name, first_bytes=first_bytes, last_bytes=last_bytes)
+        content = store.read(name, **some)
     except FileNotFoundError:
         return
     for line in content.splitlines():
@@ -363,17 +319,12 @@ def _lines(store: Store, name: str, *, first_bytes: int = -1, last_bytes: int | 
             yield event
 
 
-def _attempt_tail(store: Store, attempt: int) -> list[Event]:
-    return list(_lines(store, contract.events_file(attempt, 0), last_bytes=_TAIL_BYTES))
-
-
-def _metrics(store: Store, attempts: list[int], newest: list[Event]) -> dict[str, float | None]:
-    """Return the newest logged values; of an earlier attempt while this one has none."""
-    events = newest
+def _metrics(store: Store, attempts: list[int]) -> dict[str, float | None]:
+    """Return the newest logged values of some attempts: of an earlier one while the last has none."""
     for attempt in reversed(attempts):
         values: dict[str, float | None] = {}
-        for event in events if attempt == attempts[-1] else _attempt_tail(store, attempt):
-            if event["event"] == "metrics" and isinstance(event.get("values"), dict):
+        for event in _lines(store, contract.events_file(attempt, 0), last_bytes=_TAIL_BYTES):
+            if event["event"] == "metrics":
                 values |= {name: _finite(value) for name, value in event["values"].items()}
         if values:
             return values
@@ -387,51 +338,49 @@ def _finite(value: object) -> float | None:
 
 
 def _ending(store: Store, attempt: int) -> Ending | None:
+    """Return how an attempt ended, None while that is not written."""
     outcome = orphans.read_outcome(store, attempt)
     if outcome is None:
         return None
-    started, ended = outcome.get("started"), outcome.get("ended")
-    timed = isinstance(started, int | float) and isinstance(ended, int | float)
     return Ending(
         attempt,
-        str(outcome.get("outcome", "")),
-        str(outcome.get("reason", "")),
-        _count(outcome.get("step")),
-        _count(outcome.get("committed_step")),
-        ended - started if timed else None,  # type: ignore[operator]
+        outcome.get("outcome", ""),
+        outcome.get("reason", ""),
+        count_of(outcome.get("step")),
+        count_of(outcome.get("committed_step")),
+        outcome["ended"] - outcome["started"] if outcome.keys() >= {"started", "ended"} else None,
     )
 
 
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
-
-
-def _beat(store: Store, attempt: int) -> Beat | None:
+def _beat_of(store: Store, attempt: int) -> Beat | None:
     """Return the live heartbeat of an attempt, None if there is none."""
     link = orphans.heartbeat_directory(store, attempt)
     beat = read_beat(link) if link is not None else Beat()
     return beat if beat.at_s > 0 else None
 
 
-def _step(beat: Beat | None, endings: list[Ending], committed: int) -> int | None:
+def _last_step(beat: Beat | None, endings: list[Ending], committed: int) -> int | None:
+    """Return the completed steps: of the running attempt, or where the last one ended."""
     if beat is not None and beat.step >= 0:
         return beat.step
     known = endings[-1].step if endings else None
     # A program that was started by hand has no supervisor that writes down where it ended.
-    return _count(max(-1 if known is None else known, committed))
+    return count_of(max(-1 if known is None else known, committed))
 
 
-def _told(
-    store: Store, attempt: int, writer: int | str, name: str, *, first: int = -1, last: int | None = None
-) -> list[dict[str, Any]]:
-    """Return the events of one kind in the first or last bytes that one writer of an attempt wrote down."""
-    lines = _lines(store, contract.events_file(attempt, writer), first_bytes=first, last_bytes=last)
-    matching = (event for event in lines if event["event"] == name)
+def _noted(store: Store, attempts: list[int], writer: int | str, name: str, **some: int) -> list[dict[str, Any]]:
+    """Return the events of one kind in the first or last bytes that one writer of each attempt wrote down."""
     wanted = ("t", "source", "step", "reason")
-    return [{"attempt": attempt} | {key: event[key] for key in wanted if key in event} for event in matching]
+    return [
+        {"attempt": attempt} | {key: event[key] for key in wanted if key in event}
+        for attempt in attempts
+        for event in _lines(store, contract.events_file(attempt, writer), **some)
+        if event["event"] == name
+    ]
 
 
 def _troubles(store: Store, attempt: int) -> list[Trouble]:
+    """Return what is wrong with an attempt that runs."""
     supervisor = _lines(store, contract.events_file(attempt, "supervisor"), last_bytes=_TAIL_BYTES)
     return [*standing(supervisor), *standing(filter(None, [unsaved(store, attempt)]))]
 
@@ -445,18 +394,16 @@ def _outage(store: Store, attempt: int) -> str:
                 last = event
     if last is None or last["event"] != "upload_failed":
         return ""
-    ago = show_duration(age(float(last["t"])) or 0.0)
+    ago = show_duration(max(0.0, time.time() - last["t"]))
     return f"uploads fail for {ago}, saves wait in {store.path}: {last.get('reason', '')}"
 
 
-def _first_time(store: Store, attempt: int | None) -> float | None:
-    if attempt is None:
-        return None
-    events = _lines(store, contract.events_file(attempt, "supervisor"))
-    return next((float(event["t"]) for event in events), None)
+def _started_at(store: Store, attempt: int) -> float | None:
+    """Return when an attempt's supervisor began to write."""
+    return next((float(event["t"]) for event in _lines(store, contract.events_file(attempt, "supervisor"))), None)
 
 
-def _updated(store: Store, attempt: int | None) -> float | None:
+def _last_change(store: Store, attempt: int | None) -> float | None:
     """Return when a file of the run last changed that its life writes to."""
     names = [contract.EVENTS]
     if attempt is not None:
@@ -472,23 +419,16 @@ def age(moment: float | None) -> float | None:
 
 def find_runs(directory: Path, *, depth: int = 3) -> list[Path]:
     """Return the run directories below a directory, oldest first."""
-    runs: list[tuple[float, Path]] = []
-    _search(directory, depth, runs)
-    return [path for _, path in sorted(runs)]
+    return [path for _, path in sorted(_search(directory, depth))]
 
 
-def _search(directory: Path, depth: int, found: list[tuple[float, Path]]) -> None:
-    run = directory / contract.RUN_JSON
-    try:
-        found.append((run.stat().st_mtime, directory))
+def _search(directory: Path, depth: int) -> Iterator[tuple[float, Path]]:
+    with contextlib.suppress(OSError):
+        yield (directory / contract.RUN_JSON).stat().st_mtime, directory
         return
-    except OSError:
-        pass
-    if depth == 0:
-        return
-    try:
-        entries = [entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return
-    for entry in sorted(filter(names.is_text, entries)):
-        _search(directory / entry, depth - 1, found)
+    below: list[str] = []
+    with contextlib.suppress(OSError):
+        entries = os.scandir(directory) if depth else ()
+        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for name in filter(names.is_text, below):
+        yield from _search(directory / name, depth - 1)

@@ -8,7 +8,6 @@ attempt while a process of an earlier one lives.
 import contextlib
 import functools
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from jobkit import contract, names
@@ -29,7 +27,7 @@ from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
 from launch.lifecycle import notify, orphans, restart, run_status
 from launch.lifecycle.restart import Cause
-from launch.spec import container, snapshot
+from launch.spec import container, unpacking
 from launch.spec import jobspec as specs
 from launch.spec.command import command_in, environment, in_container
 from launch.spec.jobspec import JobSpec
@@ -43,7 +41,6 @@ _FOLLOW_S = 6.0
 nothing, and most hang in a collective."""
 KILLED = 128 + signal.SIGKILL
 """Exit code of what has not told how it ended."""
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Runner(ABC):
@@ -70,10 +67,10 @@ class Runner(ABC):
         """Waits for a storage that does not answer, until the run is to stop: nothing else is lost by waiting."""
         self._quick = store.patient(at_once)
         """For what is done while an attempt runs, whose signals must not wait."""
-        self._signal: int | None = None
+        self._signals = processes.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._codes: dict[int, int] = {}
-        self._telling: int | None = None
-        """The process that tells others of the run."""
+        self._notifier: int | None = None
+        """The process that notifies others of the run."""
         self._history: list[restart.Ended] = []
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
@@ -86,9 +83,9 @@ class Runner(ABC):
 
         Signals: main thread only; SIGTERM, SIGINT, SIGHUP stop the run in good order.
         """
-        self._listen()
+        self._signals.listen()
         ready()
-        self._telling = notify.start(self._store, self._spec.notify, self._spec.cwd)
+        self._notifier = notify.start(self._store, self._spec.notify, self._spec.cwd)
         processes.become_subreaper()
         try:
             return self._attempts()
@@ -117,13 +114,8 @@ class Runner(ABC):
         """Take up the history of the run since it was submitted, or resumed after its end: earlier runners and jobs."""
         skip, committed = restart.budget_from(run_status.events(self._store))
         attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
-        self._history = [self._ended(attempt, 0.0, committed_step=self._committed_by(attempt)) for attempt in attempts]
+        self._history = [self._ended(attempt) for attempt in attempts]
         return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
-
-    def _committed_by(self, attempt: int) -> int:
-        """Return the newest committed step as an attempt left it, -1 if it is not told."""
-        step = (orphans.read_outcome(self._store, attempt) or {}).get("committed_step")
-        return step if isinstance(step, int) else -1
 
     def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
         """Act on how the last attempt ended; return an exit code, or None to go on here.
@@ -202,28 +194,16 @@ class Runner(ABC):
 
     def empty_home(self) -> None:
         """Give back the room on this node once the run has ended, unless somebody is likely to go on here soon."""
-        if self._signal is not None:
+        if self._signals.first is not None:
             return
         with contextlib.suppress(JobkitError):
             stopped = self._cancelled() and run_status.cancel_reason(self._quick).startswith("stopped")
             if not stopped and run_status.has_ended(self._quick):
                 emptying.empty(self._quick)
 
-    def _listen(self) -> None:
-        self._wake, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in (*_STOPPING, signal.SIGCHLD):
-            signal.signal(number, self._heard)
-        # As a container's PID 1 it may have been started with signals held back (docker/Dockerfile).
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGCHLD:
-            self._signal = self._signal or number
-
-    @abstractmethod
     def _over(self) -> tuple[State, str] | None:
         """Tell how the run ends if no further attempt may start; REQUEUED where it goes on elsewhere."""
+        return (State.CANCELLED, run_status.cancel_reason(self._quick)) if self._cancelled() else None
 
     def _over_anywhere(self) -> tuple[State, str] | None:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
@@ -239,24 +219,22 @@ class Runner(ABC):
 
     def _wait(self, delay_s: float) -> None:
         deadline = time.monotonic() + delay_s
-        while not self._settled() and (left := deadline - time.monotonic()) > 0:
+        while not self._done_here() and (left := deadline - time.monotonic()) > 0:
             self._bide(min(left, POLL_S))
 
-    def _settled(self) -> bool:
+    def _done_here(self) -> bool:
         """Tell whether no further attempt is to start here, however long it was to wait."""
         return self._over() is not None
 
     def _attempt(self) -> restart.Ended:
         """Run one attempt and return how it ended; no process of it is left then."""
-        started = time.monotonic()
         command, environ = self._store.insist(lambda: self.prepare(dict(os.environ)))
         attempt = self._store.insist(lambda: mirror.claim(self._quick.with_deadline(_CLAIM_S)))
         self._newest_attempt = attempt
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
-        lasted_s = time.monotonic() - started
         self._close(attempt, code)
-        return self._ended(attempt, lasted_s, code)
+        return self._ended(attempt, code)
 
     def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
         """Make the code ready; return the supervisor's command and environment.
@@ -280,8 +258,8 @@ class Runner(ABC):
             top, path = Path(spec.root), old
         else:
             at = specs.code_store(self._quick, spec)
-            top = snapshot.unpack(at, spec.code, root=Path(spec.root), links=spec.links)
-            path = snapshot.python_path(top, Path(spec.root), spec.imports, old)
+            top = unpacking.unpack(at, spec.code, root=Path(spec.root), links=spec.links)
+            path = unpacking.python_path(top, Path(spec.root), spec.imports, old)
         place = os.path.relpath(spec.cwd, spec.root)
         cwd = top / place
         if spec.code is not None and not cwd.is_dir():
@@ -342,8 +320,8 @@ class Runner(ABC):
         return []
 
     def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        """Add to a supervisor's environment what ties it to this process."""
-        return environ
+        """Add to a supervisor's environment what ties it to this process: it stops when that is gone."""
+        return environ | {contract.ENV_RUNNER: str(os.getpid())}
 
     def _inside(self) -> tuple[set[int], set[int]]:
         """Return the processes of the attempt that are no children of ours, and which of them are supervisors."""
@@ -355,7 +333,7 @@ class Runner(ABC):
     def _ask_to_stop(self, started: list[int]) -> None:
         for pid in [*started, *self._inside()[1]]:
             if pid not in self._codes:
-                orphans.send(pid, signal.SIGTERM)
+                processes.send(pid, signal.SIGTERM)
 
     def _follow(self, started: list[int]) -> int:
         """Wait for what was started, passing on a wish to stop; kill what is left after the grace period.
@@ -385,7 +363,7 @@ class Runner(ABC):
                 for pid in {*processes.descendants(), *inside}:
                     # A supervisor a little later: it still writes how the program ended.
                     if pid not in {*started, *tops} or late > 3:
-                        orphans.send(pid, signal.SIGKILL)
+                        processes.send(pid, signal.SIGKILL)
         several = KILLED if len(started) > 1 else 0
         return bad or next((code for pid in started if (code := self._codes[pid]) != 0), several)
 
@@ -421,37 +399,27 @@ class Runner(ABC):
         """Say why a supervisor never started a program, where that is known."""
         return reason, program_code
 
-    def _ended(
-        self, attempt: int, duration_s: float, code: int = 137, committed_step: int | None = None
-    ) -> restart.Ended:
+    def _ended(self, attempt: int, code: int | None = None) -> restart.Ended:
         """Return how an attempt ended, as its outcome says; by its exit code where that is not written.
 
         Args:
             attempt: Number of the attempt.
-            duration_s: How long it lived.
-            code: What started it ended with.
-            committed_step: The newest that it left; None for the newest now.
+            code: What started it ended with; None of an earlier runner's, whose outcome says too what it committed.
         """
         outcome = orphans.read_outcome(self._store, attempt) or {}
-        recorded_code = outcome.get("exit_code")
-        code = recorded_code if isinstance(recorded_code, int) else code
-        step = outcome.get("step")
-        names = {event["event"] for event in attempt_events(self._store, attempt)}
+        exit_code = outcome.get("exit_code", KILLED if code is None else code)
         return restart.Ended(
-            outcome=contract.outcome_of(code),
-            exit_code=code,
-            committed_step=orphans.committed_step(self._store) if committed_step is None else committed_step,
-            step=step if isinstance(step, int) else -1,
-            duration_s=duration_s,
-            ready="first_step" in names,
-            unsaved="unsaved" in names,
+            outcome=contract.outcome_of(exit_code),
+            exit_code=exit_code,
+            committed_step=outcome.get("committed_step", -1) if code is None else orphans.committed_step(self._store),
+            step=outcome.get("step", -1),
+            duration_s=max(0.0, outcome.get("ended", 0.0) - outcome.get("started", 0.0)),
+            unsaved=any(event["event"] == "unsaved" for event in attempt_events(self._store, attempt)),
         )
 
     def _nap(self, seconds: float) -> None:
         """Sleep until a signal comes (a child's death too), at most `seconds`."""
-        if select.select([self._wake], [], [], seconds)[0]:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake, 512)
+        self._signals.wait(seconds)
         self._reap()
 
     def _reap(self) -> None:

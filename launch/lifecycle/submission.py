@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import getpass
+import itertools
 import json
 import os
 import secrets
@@ -11,14 +12,15 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from jobkit import contract, names
 from jobkit.contract import State
-from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.errors import ConfigError, JobkitError, leave, say
 from jobkit.rundir import mirror
 from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Ledger
@@ -67,6 +69,12 @@ class Plan:
     spec: JobSpec
     tree: snapshot.Tree | None
 
+    @property
+    def coded(self) -> JobSpec:
+        """The specification with the digest that the snapshot will have."""
+        code = snapshot.digest(self.tree) if self.tree is not None else None
+        return msgspec.structs.replace(self.spec, code=code)
+
 
 def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     """Check a specification against this machine and fill in what it leaves open; writes nothing.
@@ -113,11 +121,8 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
 
 def _fresh_place(name: str) -> str:
     stem = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    count = 2
-    place = stem
-    while os.path.lexists(place):
-        place, count = f"{stem}-{count}", count + 1
-    return place
+    places = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
+    return next(place for place in places if not os.path.lexists(place))
 
 
 def _script_name(spec: JobSpec) -> str:
@@ -139,15 +144,13 @@ def _check_place(store: Store) -> None:
     if strange and not specs.exists(store):
         shown = ", ".join(strange[:3])
         raise ConfigError(f"{path} is not empty and is not a run (it holds {shown}); give a new directory as --run")
-    parent = path
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(above for above in (path, *path.parents) if above.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"the run directory {path} is not writable: {parent} is not; give another --run")
 
 
-_tell = functools.cache(say)
-"""Tells a line once: a drill submits the same code again and again."""
+_say_once = functools.cache(say)
+"""Says a line once: a drill submits the same code again and again."""
 
 
 def remarks(plan: Plan) -> list[str]:
@@ -172,7 +175,7 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
         mirror.set_deleted_aside(store)
         refuse_taken(plan)
         for line in remarks(plan):
-            _tell(line)
+            _say_once(line)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
         spec = msgspec.structs.replace(plan.spec, code=code)
         specs.write_readme(store, spec)
@@ -218,13 +221,14 @@ def make_point(store: Store) -> None:
     """
     if specs.exists(store):
         return
-    spec, (backend, _) = specs.read(store), specs.read_backend(store)
+    file = specs.read_file(store)
+    spec = file.spec
     try:
         store.path.mkdir(parents=True, exist_ok=True)  # the sweep's own mode says who gets that far
     except OSError as error:
         raise explain(error, f"cannot create {store.path}") from None
     specs.write_readme(store, spec)
-    if specs.create(store, spec, backend):
+    if specs.create(store, spec, file.backend):
         record(store, "submitted", command=list(spec.command), code=spec.code, by=who())
 
 
@@ -251,8 +255,7 @@ def refuse_taken(plan: Plan) -> None:
 def _taken(plan: Plan) -> str:
     try:
         old = specs.read(plan.store)
-        digest = snapshot.digest(plan.tree) if plan.tree is not None else None
-        same = old.same_job(msgspec.structs.replace(plan.spec, code=digest))
+        same = old.same_job(plan.coded)
     except JobkitError as error:
         return str(error)
     what = "this very job" if same else "another job"
@@ -325,9 +328,9 @@ def ask_to_cancel(store: Store, word: str = "cancelled") -> bytes:
     return content
 
 
-def ask(store: Store, name: str, **told: object) -> bytes:
+def ask(store: Store, name: str, **fields: object) -> bytes:
     """Write what is asked of a run, on the URL first; return what was written, which tells it from any other."""
-    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)} | told).encode() + b"\n"
+    content = json.dumps({"by": who(), "at": time.time(), "id": secrets.token_hex(8)} | fields).encode() + b"\n"
     if store.remote is not None:
         store.remote.write(name, content)
     store.write(name, content)
@@ -383,18 +386,19 @@ def record(store: Store, event: str, **fields: object) -> None:
         ledger.close()
 
 
-def record_resumed(store: Store, *, afresh: bool | None = None) -> None:
-    """Write down that a person resumes a run: with fresh budgets after its end, with what is left of them elsewhere.
+def record_begun_afresh(store: Store) -> None:
+    """Write down that a person resumes a run, with fresh budgets."""
+    begun = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
+    record(store, "resumed", by=who(), **begun)
 
-    Args:
-        store: The run.
-        afresh: Whether budgets begin afresh; by default if the run has ended, or has come from another backend.
-    """
-    fields: dict[str, object] = {}
+
+def record_taken_up(store: Store) -> None:
+    """Write down that a person resumes a run, with what is left of its budgets unless it has ended or has moved."""
     moved = [event["event"] for event in run_status.events(store)][-1:] == ["moved"]
-    if (moved or run_status.has_ended(store)) if afresh is None else afresh:
-        fields = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
-    record(store, "resumed", by=who(), **fields)
+    if moved or run_status.has_ended(store):
+        record_begun_afresh(store)
+    else:
+        record(store, "resumed", by=who())
 
 
 def end(store: Store, state: State, reason: str) -> None:
@@ -414,3 +418,17 @@ def runner_environment() -> dict[str, str]:
     if home.name not in ("site-packages", "dist-packages") and str(home) not in path:
         path.append(str(home))  # running from a checkout: the runner and the program find it too
     return environ | ({"PYTHONPATH": os.pathsep.join(path)} if path else {})
+
+
+def run_as_program(main: Callable[[list[str]], int], *, refused: int | None = None) -> NoReturn:
+    """Run a module as a program: an error of ours is one line, and an exit code.
+
+    Args:
+        main: Gets the arguments; returns the exit code.
+        refused: The exit code of an error; by default the error's own.
+    """
+    try:
+        leave(main(sys.argv[1:]))
+    except JobkitError as error:
+        say(str(error))
+        leave(int(error.exit_code if refused is None else refused))

@@ -5,8 +5,7 @@ The address of a webhook is often the secret itself, and so are words of a comma
     env:NAME     the variable NAME holds an address or a command
     file:PATH    the file holds it; it is read when there is something to tell, and is part of no snapshot
 
-where an address is https://host/path, and anything else is a command, run without a shell. A run.json of an older
-jobkit may have addresses and commands themselves.
+where an address is https://host/path, and anything else is a command, run without a shell.
 """
 
 import os
@@ -15,7 +14,6 @@ import shlex
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from jobkit.errors import ConfigError
 from launch.lifecycle import webhook
@@ -85,18 +83,12 @@ def read(target: str, environ: Mapping[str, str]) -> str:
     Raises:
         ConfigError: If there is none.
     """
-    kind, _, name = target.partition(":")
-    if kind == "env":
-        content = environ.get(name, "")
-        where = f"the variable {name}"
-    elif kind == "file":
-        where = f"the file {name}"
-        try:
-            content = Path(name).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
-    else:
-        return target
+    kind, name = _named(target)
+    where = f"the variable {name}" if kind == "env" else f"the file {name}"
+    try:
+        content = environ.get(name, "") if kind == "env" else Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where} cannot be read ({getattr(error, 'strerror', None) or 'no text'})") from None
     if not content.strip():
         raise ConfigError(f"{where} holds neither an address nor a command where the run's jobs are started")
     return content.strip()
@@ -113,14 +105,6 @@ def words(command: str) -> list[str]:
         return shlex.split(command)
     except ValueError:
         return []
-
-
-def shown(target: str) -> str:
-    """Name a target without anything that could be a secret."""
-    kind = target.partition(":")[0]
-    if kind in ("env", "file"):
-        return target
-    return f"{kind}://{urlsplit(target).hostname}" if is_address(target) else words(target)[0]
 
 
 def _named(target: str) -> tuple[str, str]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
+
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
@@ -29,6 +31,14 @@ Progress = Callable[[str], None]
 
 class UnknownError(ConfigError):
     """Nobody can tell whether a run is alive."""
+
+
+def alive(store: Store, job: Job) -> ConfigError:
+    """Say that a run has a job that is not over, and what can be done."""
+    return ConfigError(
+        f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
+        f"'jobkit cancel {store.url}'"
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,25 @@ class Claim:
         finally:
             if self.lock is not None:
                 self.lock.close()
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """A run whose cancel is written down, and that may still run.
+
+    Args:
+        store: The run or sweep.
+        left: The run, or the points that are not over.
+        cancels: What was written as the cancel of each.
+        wait: Whether to wait until nothing of it runs.
+        progress: Called with a line for a person when the waiting starts.
+    """
+
+    store: Store
+    left: Sequence[Store]
+    cancels: Mapping[Store, bytes]
+    wait: bool
+    progress: Progress
 
 
 class Backend(ABC):
@@ -142,7 +171,7 @@ class Backend(ABC):
             left: The run, or the points that are not done.
         """
         for one in filter(specs.exists, left):
-            submission.record_resumed(one, afresh=True)
+            submission.record_begun_afresh(one)
 
     def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
         """Return the scheduler's newest job of each run, by the run's URL; empty where there is no scheduler.
@@ -152,24 +181,8 @@ class Backend(ABC):
         return {}
 
     @abstractmethod
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
-        """End what still runs of a run that was cancelled, and write the end down where nothing does any more.
-
-        Args:
-            store: The run or sweep.
-            left: The run, or the points that are not over.
-            cancels: What was written as the cancel of each.
-            wait: Whether to wait until nothing of it runs.
-            progress: Called with a line for a person when the waiting starts.
-        """
+    def stop(self, cancelled: Cancelled) -> None:
+        """End what still runs of a run that was cancelled, and write the end down where nothing does any more."""
 
     def leave(self, store: Store, *, take_over: bool) -> None:  # noqa: B027  (nothing to let go of is the rule)
         """Let go of a run that moves to another backend."""
@@ -233,7 +246,43 @@ def status(backend: Backend, store: Store, jobs: Mapping[str, Job] | None = None
     spec = specs.read(store)
     jobs = jobs_of(backend, [store]) if jobs is None else jobs
     each = [run_status.status(one, job=jobs.get(one.url)) for one in specs.points(store, spec)]
-    return run_status.of_sweep(store, each) if spec.sweep else each[0]
+    return _of_sweep(store, each) if spec.sweep else each[0]
+
+
+def _of_sweep(store: Store, points: list[Status]) -> Status:
+    """Put the status of a sweep together from those of its points.
+
+    Args:
+        store: The sweep.
+        points: All of them, in order.
+    """
+    file = specs.read_file(store)
+    counts = {state: sum(point.state is state for point in points) for state in State}
+    order = (State.RUNNING, State.REQUEUED, State.QUEUED, State.FAILED, State.CANCELLED)
+    state = next((state for state in order if counts[state]), State.DONE)
+    reason = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    runners = {point.runner for point in points}
+    if "gone" in runners and state.over:
+        reason += f"; continue with: jobkit resume {store.url}"
+    return Status(
+        run=store.url,
+        name=file.spec.name,
+        backend=file.backend,
+        state=state,
+        attempts=sum(point.attempts for point in points),
+        reason=reason,
+        command=file.spec.command,
+        submitted=file.created,
+        updated=max((point.updated for point in points if point.updated is not None), default=None),
+        job=next(reversed(run_status.jobs(store, file.backend)), None),
+        runner=next((runner for runner in ("alive", "gone") if runner in runners), "ended"),
+        troubles=[
+            msgspec.structs.replace(trouble, text=f"point {number}: {trouble.text}")
+            for number, point in enumerate(points)
+            for trouble in point.troubles
+        ],
+        points=points,
+    )
 
 
 def jobs_of(backend: Backend, stores: Sequence[Store]) -> Mapping[str, Job]:
@@ -339,7 +388,7 @@ def cancel(
                 cancels[one] = submission.ask_to_cancel(one, word)
             except JobkitError as error:  # the others are asked all the same
                 problems.append(error)
-    backend.stop(store, members, cancels, wait=wait, progress=progress)
+    backend.stop(Cancelled(store, members, cancels, wait, progress))
     if problems:
         raise problems[0]
     after = set(_states(backend, members).values())

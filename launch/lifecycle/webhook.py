@@ -11,7 +11,7 @@ import ipaddress
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -116,26 +116,25 @@ def _connect(address: tuple[str, int], *arguments: Any, **named: Any) -> socket.
     raise failed or OSError("no address")
 
 
-class _HttpConnection(http.client.HTTPConnection):
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._create_connection = _connect  # http.client keeps it for this; the name stays that of the certificate
+def _looking(kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+    """Return what makes connections of a kind, to addresses that were looked at."""
 
+    def made(*arguments: Any, **named: Any) -> http.client.HTTPConnection:
+        connection = kind(*arguments, **named)
+        connection._create_connection = _connect  # type: ignore[attr-defined]  # kept for this; the certificate's name stays
+        return connection
 
-class _HttpsConnection(http.client.HTTPSConnection):
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self._create_connection = _connect
+    return made
 
 
 class _Http(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_HttpConnection, request)
+        return self.do_open(_looking(http.client.HTTPConnection), request)
 
 
 class _Https(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_HttpsConnection, request)
+        return self.do_open(_looking(http.client.HTTPSConnection), request)
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

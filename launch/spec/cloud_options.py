@@ -4,8 +4,8 @@ No value of a secret is ever in it: secrets are named, and the service fetches t
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -69,60 +69,25 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def gpu(self) -> tuple[str, int] | None:
-        """Type and number of GPUs."""
+        """Type, as people call it, and number of GPUs."""
         if not self.gpus:
             return None
         kind, _, count = self.gpus.partition(":")
-        return kind, int(count or 1)
+        return kind.upper().removeprefix("NVIDIA-").removeprefix("TESLA-"), int(count or 1)
 
 
-OPTIONS: dict[str, Any] = {
-    "image": str,
-    "project": str,
-    "region": str,
-    "zones": (str, list),
-    "machine-type": str,
-    "gpus": str,
-    "spot": bool,
-    "max-restarts": int,
-    "env": dict,
-    "secret": dict,
-    "label": dict,
-    "service-account": str,
-    "network": str,
-    "subnetwork": str,
-    "boot-disk-size": (str, int),
-    "queue": str,
-    "cpus": int,
-    "memory": (str, int),
-}
-"""Options of a managed service that a profile may set, and their types in TOML."""
+class Option(NamedTuple):
+    """An option of a managed service, and the field that it becomes.
 
+    Args:
+        kinds: Its type in TOML.
+        field: Of `Cloud`; '' for the option's own name.
+        read: Makes the field's value of what was given; raises ConfigError if that cannot be read.
+    """
 
-def from_options(options: Mapping[str, Any], *, time: str = "") -> Cloud:
-    """Make the struct of options, those of `OPTIONS`; raises ConfigError for one that cannot be read."""
-    zones = options.get("zones", ())
-    return Cloud(
-        image=options.get("image", ""),
-        project=options.get("project", ""),
-        region=options.get("region", ""),
-        zones=tuple(zones.replace(",", " ").split() if isinstance(zones, str) else map(str, zones)),
-        machine_type=options.get("machine-type", ""),
-        gpus=options.get("gpus", ""),
-        spot=options.get("spot", True),
-        max_restarts=options.get("max-restarts", MAX_RESTARTS),
-        time_s=_limit_s(time) if time else None,
-        env=_texts(options.get("env", {})),
-        secrets=_texts(options.get("secret", {})),
-        labels=_texts(options.get("label", {})),
-        service_account=options.get("service-account", ""),
-        network=options.get("network", ""),
-        subnetwork=options.get("subnetwork", ""),
-        boot_disk_gb=_gigabytes(options["boot-disk-size"]) if "boot-disk-size" in options else None,
-        queue=options.get("queue", ""),
-        cpus=options.get("cpus"),
-        memory_mib=size_bytes(options["memory"]) // 2**20 if "memory" in options else None,
-    )
+    kinds: Any = str
+    field: str = ""
+    read: Callable[[Any], Any] = lambda value: value
 
 
 def _texts(table: Mapping[str, Any]) -> dict[str, str]:
@@ -139,8 +104,49 @@ def _limit_s(text: str) -> float:
     return duration_s(text)
 
 
+def _zones(value: str | list[Any]) -> tuple[str, ...]:
+    return tuple(value.replace(",", " ").split() if isinstance(value, str) else map(str, value))
+
+
 def _gigabytes(value: str | int) -> int:
     return int(value) if str(value).isdecimal() else -(-size_bytes(value) // 10**9)
+
+
+OPTIONS = {
+    "image": Option(),
+    "project": Option(),
+    "region": Option(),
+    "zones": Option((str, list), read=_zones),
+    "machine-type": Option(),
+    "gpus": Option(),
+    "spot": Option(bool),
+    "max-restarts": Option(int),
+    "env": Option(dict, read=_texts),
+    "secret": Option(dict, "secrets", _texts),
+    "label": Option(dict, "labels", _texts),
+    "service-account": Option(),
+    "network": Option(),
+    "subnetwork": Option(),
+    "boot-disk-size": Option((str, int), "boot_disk_gb", _gigabytes),
+    "queue": Option(),
+    "cpus": Option(int),
+    "memory": Option((str, int), "memory_mib", lambda value: size_bytes(value) // 2**20),
+}
+"""What a person may ask of a managed service, in a profile too."""
+
+
+def fields_of(options: Mapping[str, Any], *, time: str = "") -> dict[str, Any]:
+    """Return the fields of `Cloud` that options give.
+
+    Args:
+        options: Those of `OPTIONS` that were given.
+        time: The time limit; '' for none.
+
+    Raises:
+        ConfigError: If one cannot be read.
+    """
+    fields = {OPTIONS[name].field or name.replace("-", "_"): OPTIONS[name].read(options[name]) for name in options}
+    return fields | ({"time_s": _limit_s(time)} if time else {})
 
 
 def check(cloud: Cloud, *, grace_s: float) -> None:

@@ -133,7 +133,7 @@ def shown_in_container(store: Store, spec: JobSpec) -> list[str]:
     """Return the words of an attempt in a container, but for srun's own options, which depend on the job's nodes."""
     top = store.file(f"{contract.CODE}/{spec.code}") if spec.code is not None else Path(spec.root)
     cwd = top / os.path.relpath(spec.cwd, spec.root)
-    environ = dict.fromkeys((*_TOLD, *container.ENVIRONMENT), "")
+    environ = dict.fromkeys((*_OF_ATTEMPT, *container.ENVIRONMENT), "")
     words = in_container(store, spec, cwd=cwd, environ=environ)
     supervise = ["python3", "-P", "-m", "jobkit.supervise", "--cwd", str(cwd), "--", *spec.command]
     docker = spec.container is not None and spec.container.runtime == container.DOCKER
@@ -141,7 +141,7 @@ def shown_in_container(store: Store, spec: JobSpec) -> list[str]:
 
 
 _GPU = "/dev/nvidiactl"
-_TOLD = (
+_OF_ATTEMPT = (
     contract.ENV_RUN,
     contract.ENV_ATTEMPT,
     contract.ENV_GRACE,

@@ -1,13 +1,11 @@
-"""What is submitted: the job's specification, its durable form in run.json, and profiles from jobkit.toml."""
+"""What is submitted: the job's specification, its durable form in run.json."""
 
 import contextlib
-import json
 import os
 import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +16,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import duration_s
 from launch.spec import container, sweep
-from launch.spec.cloud_options import OPTIONS, Cloud
+from launch.spec.cloud_options import Cloud
 from launch.spec.container import Container
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -102,8 +100,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         return (self.command, self.sweep, self.code) == (other.command, other.sweep, other.code)
 
 
-class _RunFile(msgspec.Struct, frozen=True, kw_only=True):
-    """run.json as a whole. It names no value of any environment variable."""
+class RunFile(msgspec.Struct, frozen=True, kw_only=True):
+    """run.json as a whole: what was submitted, to which backend, and when. It names no variable's value."""
 
     version: int
     jobkit: str
@@ -186,7 +184,7 @@ def _lines_of(spec: JobSpec) -> Iterator[tuple[str, str]]:
 def encode(spec: JobSpec, backend: str, created: float | None = None) -> bytes:
     """Return run.json's content."""
     created = time.time() if created is None else created
-    file = _RunFile(
+    file = RunFile(
         version=contract.RUN_VERSION,
         jobkit=jobkit.__version__,
         python=platform.python_version(),
@@ -222,13 +220,8 @@ def exists(store: Store) -> bool:
 
 
 def read(store: Store) -> JobSpec:
-    """Read what was submitted.
-
-    Raises:
-        ConfigError: If there is no run, or a newer jobkit wrote it.
-        JobkitError: If run.json is damaged.
-    """
-    return _read(store).spec
+    """Read what was submitted; see `read_file`."""
+    return read_file(store).spec
 
 
 def check_format(store: Store) -> None:
@@ -239,12 +232,6 @@ def check_format(store: Store) -> None:
     """
     with contextlib.suppress(FileNotFoundError, ValueError):
         versions.check_run(store.read(contract.RUN_JSON), store.file(contract.RUN_JSON))
-
-
-def read_backend(store: Store) -> tuple[str, float]:
-    """Read which backend a run was submitted to, and when."""
-    file = _read(store)
-    return file.backend, file.created
 
 
 def sweep_of(store: Store) -> tuple[Store, int] | None:
@@ -267,8 +254,13 @@ def points(store: Store, spec: JobSpec) -> list[Store]:
     return [store.at(f"{store.url}/{contract.POINTS}/{number}") for number in range(sweep.count(spec.sweep))]
 
 
-def _read(store: Store) -> _RunFile:
-    """Read run.json; of a point that has not started yet, what its sweep says."""
+def read_file(store: Store) -> RunFile:
+    """Read run.json; of a point that has not started yet, what its sweep says.
+
+    Raises:
+        ConfigError: If there is no run, or a newer jobkit wrote it.
+        JobkitError: If run.json is damaged.
+    """
     try:
         return _read_own(store)
     except ConfigError:
@@ -284,7 +276,7 @@ def _read(store: Store) -> _RunFile:
         return msgspec.structs.replace(whole, spec=whole.spec.point(place[1]))
 
 
-def _read_own(store: Store) -> _RunFile:
+def _read_own(store: Store) -> RunFile:
     path = store.file(contract.RUN_JSON)
     try:
         content = store.read(contract.RUN_JSON)
@@ -298,7 +290,7 @@ def _read_own(store: Store) -> _RunFile:
         raise ConfigError(f"{place} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None
     try:
         versions.check_run(content, path)
-        file = msgspec.json.decode(content, type=_RunFile)
+        file = msgspec.json.decode(content, type=RunFile)
         check_places(file.spec)
         return file
     except (ValueError, RecursionError) as error:  # msgspec's and Unicode's among them
@@ -380,94 +372,3 @@ def write_readme(store: Store, spec: JobSpec) -> None:
         return
     text = _README.format(name=spec.name, version=jobkit.__version__, command=command, url=url)
     store.write(contract.README, text)
-
-
-SBATCH = (
-    "partition", "account", "qos", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time",
-    "constraint",
-)  # fmt: skip
-"""Options of sbatch that are options of `jobkit submit` too."""
-_OPTIONS: dict[str, Any] = (
-    {
-        "name": str,
-        "run": str,
-        "on": str,
-        "grace": (str, int, float),
-        "max-failures": int,
-        "stall": (str, int, float),
-        "snapshot": bool,
-        "shared": bool,
-        "notify": list,
-        "sbatch": dict,
-        "array-parallelism": int,
-        "price-per-hour": (int, float),
-        "container-runtime": str,
-        "mount": list,
-    }
-    | OPTIONS
-    | dict.fromkeys(SBATCH, (str, int))
-)
-"""Options that a profile may set, and their types in TOML."""
-
-
-def profile_files(cwd: Path, home: Path) -> list[Path]:
-    """Return where profiles are looked for, in order."""
-    return [cwd / "jobkit.toml", home / ".config" / "jobkit" / "jobkit.toml"]
-
-
-def read_profile(name: str, *, cwd: Path, home: Path) -> dict[str, Any]:
-    """Read the options of one profile; the project's file comes before the user's.
-
-    Raises:
-        ConfigError: If no file has the profile, or it has an unknown option or a value of a wrong type.
-    """
-    known: list[str] = []
-    files = profile_files(cwd, home)
-    for path in files:
-        profiles = _profiles(path)
-        if name in profiles:
-            return _checked(profiles[name], f"profile {name!r} in {path}")
-        known += [other for other in profiles if other not in known]
-    have = f"known are: {', '.join(sorted(known))}" if known else "there are none"
-    where = " or ".join(str(path) for path in files)
-    raise ConfigError(f"no profile {name!r}; {have}. Write a table [profile.{name}] into {where}")
-
-
-def _profiles(path: Path) -> Mapping[str, Any]:
-    import tomllib
-
-    try:
-        profiles = tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {})
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}; mend it, or leave --profile out") from None
-    if not isinstance(profiles, dict):
-        raise ConfigError(f"'profile' in {path} is not a table; write [profile.NAME]")
-    return profiles
-
-
-_KINDS = {
-    str: "text",
-    bool: "true or false",
-    dict: "a table",
-    list: "a list",
-    (str, int): "text or a number",
-    (str, list): "text or a list",
-}
-
-
-def _checked(options: Any, where: str) -> dict[str, Any]:
-    if not isinstance(options, dict):
-        raise ConfigError(f"{where} is not a table; write [profile.NAME]")
-    checked = {}
-    for option, value in options.items():
-        name = option.replace("_", "-")
-        if name not in _OPTIONS:
-            raise ConfigError(f"{where} has an unknown option {option!r}; valid are {', '.join(_OPTIONS)}")
-        wanted = _OPTIONS[name]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            kind = _KINDS.get(wanted, "a number")
-            raise ConfigError(f"{where}: {option} is {json.dumps(value, default=str)}; it must be {kind}")
-        checked[name] = value
-    return checked

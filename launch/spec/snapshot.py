@@ -12,25 +12,21 @@ import hashlib
 import io
 import os
 import secrets
-import shutil
 import stat
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from jobkit import contract, names
 from jobkit.errors import ConfigError
-from jobkit.rundir.files import raise_unlisted, sync, sync_directory
+from jobkit.rundir.files import sync_directory
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_size
 
 LIMIT_BYTES = 200_000_000
-_LARGEST_BYTES = 4 * LIMIT_BYTES
-"""Of an archive when it is read: its files, and a head and some padding for each."""
 SKIPPED = {".git", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".tox", ".nox"}
 """Directories that are neither archived nor linked: caches, and git's own."""
 _LINKED = {".venv", "venv", "node_modules"}
@@ -79,24 +75,20 @@ def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES, secret: Iterab
     """
     cwd, run = cwd.resolve(), run.resolve()
     top = _git_top(cwd)
-    tracked, untracked, links = _git_files(top) if top else ([], *_all_files(cwd))
+    tracked, untracked, ignored = _git_files(top) if top else ([], *_all_files(cwd))
     root = top or cwd
     private = {path.resolve() for path in secret}
-    kept, others, runs = set(), set(links), {run: True}
+    kept: set[str] = set()
+    others, runs = set(ignored), {run: True}
     secrets = {name for name in untracked if _looks_secret(name)}
     secrets |= {name for name in [*tracked, *untracked] if private and (root / name).resolve() in private}
     for name in [*tracked, *untracked]:
-        owner = _apart_above(root, name, runs)
-        if owner is not None:
-            others.add(owner)
-        elif name in secrets:
-            others.add(name)
-        else:
-            kept.add(name)
+        linked = _apart_above(root, name, runs) or (name if name in secrets else None)
+        (kept if linked is None else others).add(linked or name)
     files = names.sift(sorted(kept), where=str(root))
-    linked = tuple(_topmost(name for name in names.sift(sorted(others), where=str(root)) if _linkable(root, name, run)))
+    links = tuple(_topmost(name for name in names.sift(sorted(others), where=str(root)) if _linkable(root, name, run)))
     sizes = {name: size for name in files if (size := _size(root / name)) is not None}
-    tree = Tree(root, tuple(files), linked, tuple(sorted(secrets.intersection(linked))), top is not None, sizes)
+    tree = Tree(root, tuple(files), links, tuple(sorted(secrets.intersection(links))), top is not None, sizes)
     if sum(sizes.values()) > limit_bytes:
         raise ConfigError(
             f"the code below {root} is {show_size(sum(sizes.values()))}, and a snapshot may have "
@@ -261,12 +253,8 @@ class _Hashing:
 
 def digest(tree: Tree) -> str:
     """Return the digest that the archive of a tree has, without writing it."""
-
-    class _Nowhere(io.RawIOBase):
-        def write(self, content: object) -> int:
-            return len(content)  # type: ignore[arg-type]
-
-    return _write_tar(tree, _Nowhere())  # type: ignore[arg-type]
+    with open(os.devnull, "wb") as nowhere:
+        return _write_tar(tree, nowhere)
 
 
 def archive_name(code: str) -> str:
@@ -335,10 +323,9 @@ def _kept_mode(root: Path, name: str, mode: int) -> int:
     closed closes what is below it.
     """
     everybody = mode & 0o005
-    above = name.rpartition("/")[0]
-    while above and everybody:
-        everybody = everybody if (root / above).stat().st_mode & 0o011 == 0o011 else 0
-        above = above.rpartition("/")[0]
+    above = [root / directory for directory in Path(name).parents[:-1]] if everybody else []
+    if not all(directory.stat().st_mode & 0o011 == 0o011 for directory in above):
+        everybody = 0
     return (mode & 0o700) | (everybody << 3 & mode) | everybody
 
 
@@ -348,106 +335,6 @@ def _kept_target(root: Path, name: str, target: str) -> str:
     if not os.path.isabs(target) and inside.split(os.sep)[0] == os.pardir:
         return os.path.normpath(root / inside)
     return target
-
-
-def unpack(store: Store, code: str, *, root: Path, links: Iterable[str]) -> Path:
-    """Unpack an archive beside itself, once, and return the directory.
-
-    Args:
-        store: The run.
-        code: The archive's digest.
-        root: The tree that it was taken of: links point there.
-        links: Paths that are linked into the unpacked tree.
-
-    Raises:
-        ConfigError: If the archive is missing or damaged.
-    """
-    target = store.file(f"{contract.CODE}/{code}")
-    if store.exists(f"{contract.CODE}/{code}"):
-        return target
-    content = _verified(store, code)
-    temporary = target.with_name(f".{code}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.mkdir(mode=0o700)  # files get their own modes only after they are written
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            # Python before 3.11.4 has no filters, and "data" refuses the links that lead to a user's own files.
-            tar.extraction_filter = getattr(tarfile, "tar_filter", None)
-            tar.extractall(temporary, members=_members(tar))
-        _sync_files(temporary)
-        for name in links:
-            _link(root, temporary, name)
-        temporary.chmod(stat.S_IMODE(store.path.stat().st_mode) & 0o755)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-        sync_directory(target.parent)
-    except OSError as error:
-        raise explain(error, f"cannot unpack the snapshot into {target}") from None
-    except tarfile.TarError as error:
-        raise ConfigError(f"the snapshot {store.file(archive_name(code))} is damaged: {error}; {_AGAIN}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """Return the members of an archive, the links last, so that nothing is written through one.
-
-    Raises:
-        ConfigError: If one is neither file nor link, or its name is not one inside.
-    """
-    members = tar.getmembers()
-    known = {member.name for member in members}
-    for member in members:
-        above = member.name.split("/")[:-1]
-        below_another = any("/".join(above[: depth + 1]) in known for depth in range(len(above)))
-        if not (member.isreg() or member.issym()) or not names.inside(member.name) or below_another:
-            raise ConfigError(f"the snapshot has a member {member.name!a}, as none of ours has: somebody changed it")
-    return sorted(members, key=tarfile.TarInfo.issym)
-
-
-_AGAIN = "submit again, to a new run directory"
-
-
-def _verified(store: Store, code: str) -> bytes:
-    path = store.file(archive_name(code))
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(store.read(archive_name(code)))) as zipped:
-            content = zipped.read(_LARGEST_BYTES)
-    except FileNotFoundError:
-        raise ConfigError(f"the snapshot {path} is missing; {_AGAIN}") from None
-    except (gzip.BadGzipFile, EOFError, ValueError, zlib.error):
-        content = b""
-    actual = hashlib.sha256(content).hexdigest()[:16]
-    if actual != code:
-        raise ConfigError(f"the snapshot {path} is damaged: its digest is {actual}; {_AGAIN}")
-    return content
-
-
-def _sync_files(top: Path) -> None:
-    for directory, _, entries in os.walk(top, topdown=False, onerror=raise_unlisted):
-        for name in entries:
-            path = Path(directory, name)
-            if not path.is_symlink():
-                sync(path)
-        sync_directory(Path(directory))
-
-
-def _link(root: Path, top: Path, name: str) -> None:
-    original, link = root / name, top / name
-    try:
-        os.lstat(original)
-    except (FileNotFoundError, NotADirectoryError):  # anything else is no answer
-        return
-    if os.path.lexists(link):
-        return
-    try:
-        names.below(top, os.path.dirname(name)).mkdir(parents=True, exist_ok=True)
-        link.symlink_to(original)
-    except (FileExistsError, NotADirectoryError):
-        pass  # a file of the snapshot stands where a directory was meanwhile
 
 
 def imports_below(root: Path, entries: Iterable[str]) -> tuple[str, ...]:
@@ -468,26 +355,3 @@ def imports_below(root: Path, entries: Iterable[str]) -> tuple[str, ...]:
             if relative not in directories:
                 directories.append(relative)
     return tuple(directories)
-
-
-def python_path(top: Path, root: Path, imports: Iterable[str], old: str) -> str:
-    """Return the PYTHONPATH under which the unpacked tree wins over the working tree.
-
-    Args:
-        top: The unpacked tree.
-        root: The working tree.
-        imports: Import directories, relative to both.
-        old: The PYTHONPATH so far, with absolute entries.
-    """
-    wanted = [top, *([top / "src"] if (top / "src").is_dir() else []), *(top / name for name in imports)]
-    rest = [entry for entry in old.split(os.pathsep) if entry and not _within(entry, root, top)]
-    return os.pathsep.join(dict.fromkeys([*(os.path.normpath(path) for path in wanted), *rest]))
-
-
-def _within(entry: str, root: Path, top: Path) -> bool:
-    """Tell whether an entry of PYTHONPATH has its copy in the unpacked tree."""
-    path = Path(entry).resolve()
-    if not path.is_relative_to(root):
-        return False
-    copy = top / path.relative_to(root)
-    return copy.is_dir() and copy.resolve().is_relative_to(top.resolve())

@@ -11,11 +11,13 @@ from typing import Any
 
 import msgspec
 
+from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import vm_job
-from launch.backends.cloud.managed import Job, Managed
+from launch.backends.cloud.managed import Managed
+from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
 
@@ -64,7 +66,7 @@ class Aws(Managed):
         needs = {"VCPU": str(cloud.cpus or 4), "MEMORY": str(cloud.memory_mib or 14 * 1024)}
         if cloud.gpus:
             needs["GPU"] = cloud.gpus.rpartition(":")[2]
-        variables = cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: self.name}
+        variables = cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: self.name}
         container: dict[str, Any] = {
             "image": cloud.image,
             "command": [*vm_job.COMMAND, store.url],
@@ -116,7 +118,7 @@ class Aws(Managed):
         wanted = [{"name": "JOB_NAME", "values": [job]}]
         reply = _call(spec, "batch", "list_jobs", jobQueue=_cloud(spec).queue, filters=wanted)
         jobs: list[dict[str, Any]] = [summary for summary in reply["jobSummaryList"] if summary["jobName"] == job]
-        return max(jobs, key=lambda found: int(found.get("createdAt", 0)), default=None)
+        return max(jobs, key=lambda one: int(one.get("createdAt", 0)), default=None)
 
     def terminate(self, spec: JobSpec, job: str) -> None:
         """See `Managed`."""

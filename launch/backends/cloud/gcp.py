@@ -17,8 +17,9 @@ from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import gcp_request
 from launch.backends.cloud.googleapi import GoogleError, Session
-from launch.backends.cloud.managed import Job, Managed
+from launch.backends.cloud.managed import Managed
 from launch.lifecycle import run_status
+from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
 
@@ -77,17 +78,18 @@ class Gcp(Managed):
         number = len(run_status.jobs(store, self.name))
         query = {"jobId": job, "requestId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{store.url} {job} {number}"))}
         try:
-            self._session.call(
-                "batch", "POST", f"v1/{_parent(spec)}/jobs", body=self.request(store, spec, job), query=query
-            )
+            self._call("POST", _jobs(spec), body=self.request(store, spec, job), query=query)
         except GoogleError as error:
             if error.code == 409 and self._is_ours(spec, job):
                 return
             raise _explain(error, spec, job) from None
 
+    def _call(self, method: str, path: str, **what: Any) -> dict[str, Any]:
+        return self._session.call("batch", method, path, **what)
+
     def _is_ours(self, spec: JobSpec, job: str) -> bool:
         try:
-            reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+            reply = self._call("GET", _jobs(spec, job))
         except JobkitError:
             return False
         return bool(reply.get("labels", {}).get(gcp_request.LABEL) == gcp_request.run_label(job))
@@ -95,7 +97,7 @@ class Gcp(Managed):
     def find(self, spec: JobSpec, job: str) -> Job | None:
         """See `Managed`."""
         try:
-            reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+            reply = self._call("GET", _jobs(spec, job))
         except GoogleError as error:
             if error.code == 404:
                 return None
@@ -114,26 +116,24 @@ class Gcp(Managed):
     def _why(self, spec: JobSpec, job: str) -> str:
         """Say how the tasks of a failed job ended."""
         try:
-            tasks = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}/taskGroups/group0/tasks")
+            tasks = self._call("GET", f"{_jobs(spec, job)}/taskGroups/group0/tasks")
         except JobkitError:
             return ""
         events = [event for task in tasks.get("tasks", []) for event in task.get("status", {}).get("statusEvents", [])]
-        codes = [
-            event["taskExecution"]["exitCode"] for event in events if event.get("taskExecution", {}).get("exitCode")
-        ]
+        codes = [code for event in events if (code := event.get("taskExecution", {}).get("exitCode"))]
         if not codes:
             return _last_words({"statusEvents": events})
         known = _EXIT_CODES.get(codes[-1], f"exit code {codes[-1]}")
         allowed = spec.cloud.max_restarts if spec.cloud is not None else 0
         used = f"; its {allowed} restarts are used up" if codes[-1] in RETRIED and len(codes) > allowed else ""
-        return f"{known}{used}"
+        return known + used
 
     def terminate(self, spec: JobSpec, job: str) -> None:
         """See `Managed`."""
-        path = f"v1/{_parent(spec)}/jobs/{job}"
-        for method, where in (("POST", f"{path}:cancel"), ("DELETE", path)):
+        path = _jobs(spec, job)
+        for method, where, body in (("POST", f"{path}:cancel", {}), ("DELETE", path, None)):
             try:
-                self._session.call("batch", method, where, body={} if method == "POST" else None)
+                self._call(method, where, body=body)
                 return
             except GoogleError as error:
                 if error.code == 404 or (error.code == 400 and "ended" in error.said):
@@ -143,7 +143,7 @@ class Gcp(Managed):
 
     def output(self, spec: JobSpec, job: str) -> list[str]:
         """Return what Cloud Logging has of a job: what the agent and the container printed, oldest first."""
-        reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs/{job}")
+        reply = self._call("GET", _jobs(spec, job))
         assert spec.cloud is not None
         project = spec.cloud.project
         logs = " OR ".join(f'logName="projects/{project}/logs/batch_{kind}_logs"' for kind in ("agent", "task"))
@@ -160,19 +160,16 @@ class Gcp(Managed):
     def runs(self, project: str, region: str) -> list[str]:
         """Return the URLs of the runs that have jobs in a project and region, oldest first."""
         spec = self.complete(JobSpec(command=("ls",), cloud=Cloud(project=project, region=region)))
-        jobs, page = [], ""
-        while True:
-            query = {"filter": f"labels.{gcp_request.OURS}=run", "pageSize": "500"} | (
-                {"pageToken": page} if page else {}
-            )
+        jobs: list[Any] = []
+        query: dict[str, str] | None = {"filter": f"labels.{gcp_request.OURS}=run", "pageSize": "500"}
+        while query:
             try:
-                reply = self._session.call("batch", "GET", f"v1/{_parent(spec)}/jobs", query=query)
+                reply = self._call("GET", _jobs(spec), query=query)
             except GoogleError as error:
                 raise _explain(error, spec, "") from None
             jobs += [job for job in reply.get("jobs", []) if gcp_request.LABEL in job.get("labels", {})]
             page = str(reply.get("nextPageToken", ""))
-            if not page:
-                break
+            query = query | {"pageToken": page} if page else None
         jobs.sort(key=lambda job: str(job.get("createTime", "")))
         return list(dict.fromkeys(filter(None, map(_url_of, jobs))))
 
@@ -187,8 +184,8 @@ _EXIT_CODES = {
 }
 
 
-def _last_words(told: Any) -> str:
-    events = told.get("statusEvents", [])
+def _last_words(status: Any) -> str:
+    events = status.get("statusEvents", [])
     return " ".join(str(events[-1].get("description", "")).split())[:300] if events else ""
 
 
@@ -199,10 +196,11 @@ def _url_of(job: Any) -> str:
         return ""
 
 
-def _parent(spec: JobSpec) -> str:
+def _jobs(spec: JobSpec, job: str = "") -> str:
+    """Return the path of a job, or of all that are where the specification says."""
     if spec.cloud is None:
         raise ConfigError("this run was never submitted to Google Batch: jobkit resume RUN --on gcp")
-    return f"projects/{spec.cloud.project}/locations/{spec.cloud.region}"
+    return f"v1/projects/{spec.cloud.project}/locations/{spec.cloud.region}/jobs{job and f'/{job}'}"
 
 
 def _explain(error: GoogleError, spec: JobSpec, job: str) -> JobkitError:
@@ -235,20 +233,16 @@ def _explain(error: GoogleError, spec: JobSpec, job: str) -> JobkitError:
 
 def _remedy(said: str, cloud: Cloud) -> str:
     where = f"--zones {','.join(cloud.zones)}" if cloud.zones else f"--region {cloud.region}"
-    if "quota" in said:
-        return f"ask for more quota in {cloud.region}, or use another --region or fewer GPUs"
-    if "machine type" in said or "machinetype" in said:
-        return f"check --machine-type {cloud.machine_type} and {where}: gcloud compute machine-types list"
-    if "image" in said:
-        return f"check --image {cloud.image}"
-    if "zone" in said or "location" in said or "region" in said:
-        return f"check {where}: gcloud compute zones list"
-    if "accelerator" in said or "gpu" in said:
-        return f"check --gpus {cloud.gpus} and {where}: gcloud compute accelerator-types list"
-    if "service account" in said or "serviceaccount" in said:
-        return f"check --service-account {cloud.service_account}"
-    if "secret" in said:
-        return "check --secret: projects/PROJECT/secrets/NAME/versions/VERSION"
-    if "network" in said:
-        return "check --network and --subnetwork"
-    return "jobkit submit --dry-run shows the request"
+    of_words = {
+        ("quota",): f"ask for more quota in {cloud.region}, or use another --region or fewer GPUs",
+        ("machine type", "machinetype"): f"check --machine-type {cloud.machine_type} and {where}: "
+        "gcloud compute machine-types list",
+        ("image",): f"check --image {cloud.image}",
+        ("zone", "location", "region"): f"check {where}: gcloud compute zones list",
+        ("accelerator", "gpu"): f"check --gpus {cloud.gpus} and {where}: gcloud compute accelerator-types list",
+        ("service account", "serviceaccount"): f"check --service-account {cloud.service_account}",
+        ("secret",): "check --secret: projects/PROJECT/secrets/NAME/versions/VERSION",
+        ("network",): "check --network and --subnetwork",
+    }
+    known = (remedy for words, remedy in of_words.items() if any(word in said for word in words))
+    return next(known, "jobkit submit --dry-run shows the request")

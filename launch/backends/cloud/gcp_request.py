@@ -3,9 +3,9 @@
 import re
 from typing import Any
 
+from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch.backends.cloud import vm_job
 from launch.backends.cloud.vm_job import COMMAND
 from launch.spec.cloud_options import RETRIED, STOP_S, Cloud
 from launch.spec.jobspec import JobSpec
@@ -47,7 +47,6 @@ def machine_type(cloud: Cloud) -> str:
     if cloud.gpu is None:
         return cloud.machine_type or "e2-standard-4"
     kind, count = cloud.gpu
-    kind = kind.upper().removeprefix("NVIDIA-").removeprefix("TESLA-")
     if kind in _ATTACHED:
         if cloud.machine_type and not cloud.machine_type.startswith("n1-"):
             raise ConfigError(
@@ -94,7 +93,7 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         "commands": [*COMMAND[1:], store.url],
         "options": options + (" --gpus all" if has_gpu else ""),
     }
-    environment: dict[str, Any] = {"variables": cloud.env | {vm_job.ENV_JOB: job, vm_job.ENV_BACKEND: "gcp"}}
+    environment: dict[str, Any] = {"variables": cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: "gcp"}}
     if cloud.secrets:
         environment["secretVariables"] = {name: _secret(cloud, secret) for name, secret in cloud.secrets.items()}
     task: dict[str, Any] = {
@@ -119,9 +118,8 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
     }
     if cloud.gpu is not None:
         kind, count = cloud.gpu
-        short = kind.upper().removeprefix("NVIDIA-").removeprefix("TESLA-")
-        if short in _ATTACHED:
-            policy["accelerators"] = [{"type": _ATTACHED[short], "count": str(count)}]
+        if kind in _ATTACHED:
+            policy["accelerators"] = [{"type": _ATTACHED[kind], "count": str(count)}]
     labels = cloud.labels | {OURS: "run", LABEL: run_label(job)}
     allocation: dict[str, Any] = {
         "location": {"allowedLocations": [f"regions/{cloud.region}", *(f"zones/{zone}" for zone in cloud.zones)]},

@@ -22,9 +22,10 @@ from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch.lifecycle import run_status, submission
+from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
-from launch.lifecycle.verbs import Backend, Progress, UnknownError
-from launch.spec import cloud_options, snapshot
+from launch.lifecycle.verbs import Backend, Cancelled, UnknownError, alive
+from launch.spec import cloud_options
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
@@ -32,24 +33,6 @@ from launch.spec.jobspec import JobSpec
 _POLL_S = 1.0
 _HEARD_S = 15.0
 """How long a VM may take to hear of a cancel in the bucket, on top of the grace, before the service is told."""
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as its service shows it.
-
-    Args:
-        id: As we chose it.
-        state: The service's word.
-        reason: Why it waits, or why it failed.
-        active: Whether it may still do something.
-        pending: Whether it waits for a VM.
-    """
-
-    id: str
-    state: str
-    reason: str = ""
-    active: bool = False
-    pending: bool = False
 
 
 class Managed(Backend):
@@ -112,11 +95,9 @@ class Managed(Backend):
         return self._completed(spec)
 
     def _completed(self, spec: JobSpec) -> JobSpec:
-        if spec.cloud is None:
-            spec = msgspec.structs.replace(spec, cloud=Cloud())
-        assert spec.cloud is not None
-        cloud_options.check(spec.cloud, grace_s=spec.grace_s)
-        return self.complete(spec)
+        cloud = spec.cloud or Cloud()
+        cloud_options.check(cloud, grace_s=spec.grace_s)
+        return self.complete(msgspec.structs.replace(spec, cloud=cloud))
 
     def finish(self, plan: Plan) -> bool:
         """See `Backend`: a submit of the same that was killed before it was through."""
@@ -141,11 +122,11 @@ class Managed(Backend):
         store = plan.store
         if not specs.exists(store) or store.numbers(contract.ATTEMPTS) or store.exists(contract.CANCEL):
             return None
-        old = specs.read(store)
-        code = snapshot.digest(plan.tree) if plan.tree is not None else None
-        same = old.same_job(msgspec.structs.replace(plan.spec, code=code)) and old.cloud == plan.spec.cloud
+        file = specs.read_file(store)
+        old = file.spec
+        same = old.same_job(plan.coded) and old.cloud == plan.spec.cloud
         last = run_status.last_life_event(store).get("event")
-        if not same or last not in (None, "submitted") or specs.read_backend(store)[0] != self.name:
+        if not same or last not in (None, "submitted") or file.backend != self.name:
             return None
         job = self._newest(store)
         return old if job.active or job.state == "GONE" else None
@@ -174,10 +155,9 @@ class Managed(Backend):
 
     def _newest(self, store: Store) -> Job:
         job = (run_status.jobs(store, self.name) or [""])[-1]
-        if not job or run_status.has_ended(store):
-            return Job(id=job, state="GONE")
         try:
-            return self.find(specs.read(store), job) or Job(id=job, state="GONE")
+            asked = None if run_status.has_ended(store) else self._asked(store)
+            return asked or Job(id=job, state="GONE")
         except JobkitError as error:
             return Job(id=job, state="UNKNOWN", reason=str(error))
 
@@ -188,26 +168,16 @@ class Managed(Backend):
         except JobkitError as error:
             raise UnknownError(f"cannot tell whether run {store.url} is alive: {error}") from None
         if job is not None and job.active:
-            raise ConfigError(
-                f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
-                f"'jobkit cancel {store.url}'"
-            )
+            raise alive(store, job)
 
     def _asked(self, store: Store) -> Job | None:
         """Ask the service for a run's newest job; raises JobkitError if it does not say."""
         jobs = run_status.jobs(store, self.name)
         return self.find(specs.read(store), jobs[-1]) if jobs else None
 
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
+    def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
+        store, wait = cancelled.store, cancelled.wait
         spec = specs.read(store)
         asked, last_action = time.monotonic(), ""
         # Until nothing runs, or somebody takes the cancel back: the job of a resume is not ended.
@@ -218,13 +188,14 @@ class Managed(Backend):
                 self.terminate(spec, job.id)
             elif wait and not last_action:
                 last_action = "waiting"
-                progress(f"waiting for job {job.id} to save and stop (killed after {show_duration(spec.grace_s)})")
+                grace = show_duration(spec.grace_s)
+                cancelled.progress(f"waiting for job {job.id} to save and stop (killed after {grace})")
             if not wait:
                 return
             time.sleep(_POLL_S)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
-        submission.end_cancelled(store, cancels[store])
+        submission.end_cancelled(store, cancelled.cancels[store])
 
 
 def _unseen(url: str) -> ConfigError:
@@ -233,7 +204,7 @@ def _unseen(url: str) -> ConfigError:
 
 def job_id(store: Store, spec: JobSpec, number: int) -> str:
     """Return the id of a run's job: `name-hash-number`, as every service takes it."""
-    made = hashlib.sha256(f"{store.url} {specs.read_backend(store)[1]!r}".encode()).hexdigest()
+    made = hashlib.sha256(f"{store.url} {specs.read_file(store).created!r}".encode()).hexdigest()
     return f"{name_of(spec)}-{made[:10]}-{number}"
 
 

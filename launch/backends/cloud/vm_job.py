@@ -10,7 +10,6 @@ becomes the container's: the service would take a 137 for a lost VM and start th
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from types import FrameType
@@ -19,13 +18,13 @@ import msgspec
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError, StorageError, leave, say
+from jobkit.errors import ConfigError, StorageError, say
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.backends.job_runner import JobRunner
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
-from launch.lifecycle.submission import open_run
+from launch.lifecycle.submission import open_run, run_as_program
 from launch.spec import cloud_options
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
@@ -33,10 +32,6 @@ from launch.spec.jobspec import JobSpec
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
 """What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
-ENV_JOB = "JOBKIT_JOB"
-"""The job's id, as the submit chose it."""
-ENV_BACKEND = "JOBKIT_BACKEND"
-"""The service that runs us."""
 _PATIENCE_S = 300.0
 """How long a bucket may take to answer when the VM comes up."""
 CANCELLED = 3
@@ -76,7 +71,9 @@ class VmRunner(JobRunner):
 
     def _remember(self) -> restart.Policy:
         policy = super()._remember()
-        self._set_limit()
+        if self._spec.cloud is not None and self._spec.cloud.time_s is not None:
+            used_s = sum(ended.duration_s for ended in self._history)
+            self._limit_at = time.monotonic() + self._spec.cloud.time_s - used_s - self._spec.grace_s
         return policy
 
     def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
@@ -86,20 +83,15 @@ class VmRunner(JobRunner):
             return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
         return super()._go_on(decision, why)
 
-    def _set_limit(self) -> None:
-        if self._spec.cloud is not None and self._spec.cloud.time_s is not None:
-            used_s = sum(ended.duration_s for ended in self._history)
-            self._limit_at = time.monotonic() + self._spec.cloud.time_s - used_s - self._spec.grace_s
-
     def _over(self) -> tuple[State, str] | None:
-        if self._cancelled():
-            return State.CANCELLED, run_status.cancel_reason(self._quick)
+        if (cancelled := super()._over()) is not None:
+            return cancelled
         if time.monotonic() >= self._limit_at:
             assert self._spec.cloud is not None
             limit = show_duration(self._spec.cloud.time_s or 0.0)
             return State.FAILED, f"its {limit} (--time) are used up; continue with: jobkit resume {self._store.url}"
-        if self._signal is not None:
-            return State.REQUEUED, f"{self._backend} stops the VM ({signal.Signals(self._signal).name})"
+        if self._signals.first is not None:
+            return State.REQUEUED, f"{self._backend} stops the VM ({signal.Signals(self._signals.first).name})"
         return None
 
     def _end(self, state: State, reason: str) -> int:
@@ -109,18 +101,8 @@ class VmRunner(JobRunner):
         newest = (run_status.jobs(self._store, self._backend) or [self._job])[-1]
         return super()._superseded() or (f"job {newest}" if newest != self._job else None)
 
-    def _ended(
-        self, attempt: int, duration_s: float, code: int = 137, committed_step: int | None = None
-    ) -> restart.Ended:
-        outcome = orphans.read_outcome(self._store, attempt) or {}
-        lasted = outcome.get("ended", 0) - outcome.get("started", 0)
-        return super()._ended(attempt, duration_s or max(0.0, lasted), code, committed_step)
-
     def _grace(self) -> dict[str, str]:
         return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud_options.STOP_S):g}"}
-
-    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
-        return environ | {contract.ENV_RUNNER: str(os.getpid())}
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
@@ -137,7 +119,7 @@ def main(arguments: list[str]) -> int:
     for number in _STOPPING:
         signal.signal(number, _leave_at_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    job, backend = os.environ.get(ENV_JOB), os.environ.get(ENV_BACKEND, "")
+    job, backend = os.environ.get(contract.ENV_JOB), os.environ.get(contract.ENV_BACKEND, "")
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
@@ -153,8 +135,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(int(problem.exit_code))
+    run_as_program(main)

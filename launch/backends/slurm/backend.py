@@ -19,7 +19,7 @@ from launch.backends.slurm import batch_script, queue
 from launch.lifecycle import run_status
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, end_cancelled, prepare
-from launch.lifecycle.verbs import Backend, Progress
+from launch.lifecycle.verbs import Backend, Cancelled
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
@@ -84,24 +84,18 @@ class Slurm(Backend):
         members = specs.points(store, spec)
         queue.refuse_alive([one for one in members if not spec.sweep or not run_status.has_ended(one, State.DONE)])
 
-    def stop(
-        self,
-        store: Store,
-        left: Sequence[Store],
-        cancels: Mapping[Store, bytes],
-        *,
-        wait: bool,
-        progress: Progress,
-    ) -> None:
+    def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: they get their grace, then SLURM is told to insist."""
+        store, cancels = cancelled.store, cancelled.cancels
 
         def standing() -> list[Store]:
             """Return those whose cancel nobody has taken back: the job of a resume is not ended."""
-            return [one for one in left if cancel_content(one if one in cancels else store) is not None]
+            return [one for one in cancelled.left if cancel_content(one if one in cancels else store) is not None]
 
-        queue.end(standing, grace_s=specs.read(store).grace_s, wait=wait, progress=progress)
+        grace_s = specs.read(store).grace_s
+        queue.end(standing, grace_s=grace_s, wait=cancelled.wait, progress=cancelled.progress)
         problems = []
-        for one in filter(specs.exists, standing() if wait else ()):
+        for one in filter(specs.exists, standing() if cancelled.wait else ()):
             try:
                 end_cancelled(one, cancels.get(one, cancels[store]))
             except JobkitError as error:  # the others are ended all the same

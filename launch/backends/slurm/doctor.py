@@ -227,21 +227,18 @@ def _sweep(config: Mapping[str, str]) -> Finding:
 _PROBE = """\
 import json, os, signal, sys, time
 from jobkit.rundir.store import Store
-told = {}
-signal.signal(signal.SIGTERM, lambda *_: told.setdefault("answered", time.time()))
+seen = {}
+signal.signal(signal.SIGTERM, lambda *_: seen.setdefault("answered", time.time()))
 store, size = Store(sys.argv[1]), int(sys.argv[2])
 content, begun = os.urandom(size), time.monotonic()
-if store.remote is None:
-    store.write("doctor/probe", content)
-else:
-    store.remote.write("doctor/probe", content)
-told["write_s"] = time.monotonic() - begun
-told["node"] = os.environ.get("SLURMD_NODENAME", "")
+(store.remote or store).write("doctor/probe", content)
+seen["write_s"] = time.monotonic() - begun
+seen["node"] = os.environ.get("SLURMD_NODENAME", "")
 print(json.dumps({"ready": True}), flush=True)
 end = time.monotonic() + 45
-while "answered" not in told and time.monotonic() < end:
+while "answered" not in seen and time.monotonic() < end:
     time.sleep(0.05)
-print(json.dumps(told), flush=True)
+print(json.dumps(seen), flush=True)
 """
 
 
@@ -259,27 +256,22 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
     for name, value in {"partition": partition or "", **options}.items():
         check_line(f"--{name}", value)
     parent = Path.cwd() if "://" in url else Path(Store(url).path).parent
-    with _shared_directory(parent) as folder:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jobkit-doctor-", dir=parent) as made:
+        folder = Path(made)
         (folder / "probe.py").write_text(_PROBE)
         words = python(str(folder / "probe.py"), url, str(_PROBE_BYTES))
         script = folder / "probe.sh"
         script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
         given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
-        flags = [f"--{name}={value}" for name, value in (given | dict(options)).items() if value]
-        job = scontrol.run("sbatch", "--parsable", "--requeue", *flags, str(script)).strip().split(";")[0]
+        given = {name: value for name, value in (given | dict(options)).items() if value}
+        job = scontrol.submit("--requeue", *scontrol.flags(given), str(script))
         try:
             return _watch(job, folder / "out")
         finally:
             with contextlib.suppress(JobkitError):
                 scontrol.run("scancel", job)
             _remove_probe(url)
-
-
-@contextlib.contextmanager
-def _shared_directory(parent: Path) -> Iterator[Path]:
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jobkit-doctor-", dir=parent) as made:
-        yield Path(made)
 
 
 def _watch(job: str, output: Path) -> list[Finding]:
@@ -299,13 +291,13 @@ def _watch(job: str, output: Path) -> list[Finding]:
     return [Finding("probe", f"job {job}: {started} within {show_duration(_PROBE_S)}", "fail")]
 
 
-def _judge(told: Mapping[str, float], signalled: float) -> list[Finding]:
-    if "answered" not in told:
+def _judge(seen: Mapping[str, float], signalled: float) -> list[Finding]:
+    if "answered" not in seen:
         return [Finding("probe", "the program in the job did not get SIGTERM: a notice would not reach it", "fail")]
-    rate = _PROBE_BYTES / max(told["write_s"], 1e-9)
-    speed = f"{show_size(_PROBE_BYTES)} reached the run's URL from node {told['node']} at {show_size(rate)}/s"
+    rate = _PROBE_BYTES / max(seen["write_s"], 1e-9)
+    speed = f"{show_size(_PROBE_BYTES)} reached the run's URL from node {seen['node']} at {show_size(rate)}/s"
     return [
-        Finding("probe", f"a signal reached the program after {show_duration(told['answered'] - signalled)}; {speed}")
+        Finding("probe", f"a signal reached the program after {show_duration(seen['answered'] - signalled)}; {speed}")
     ]
 
 

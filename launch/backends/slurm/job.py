@@ -9,13 +9,12 @@ again, or leave it be. A person's cancel is never undone.
 import contextlib
 import os
 import signal
-import sys
 import time
 from typing import Any
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, JobkitError, leave, say
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
@@ -24,11 +23,11 @@ from launch.backends.job_runner import JobRunner
 from launch.backends.slurm import bad_nodes as nodes
 from launch.backends.slurm import queue, requeue, scontrol
 from launch.backends.slurm.batch_script import BACKEND, WARNING_S
-from launch.backends.slurm.scontrol import Job, SlurmError
+from launch.backends.slurm.scontrol import SlurmError
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED
-from launch.lifecycle.submission import begin_point, open_run
+from launch.lifecycle.submission import begin_point, open_run, run_as_program
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
@@ -54,11 +53,6 @@ class SlurmRunner(JobRunner):
         """What makes the run go on after this job, once that is arranged."""
         self._lifted = False
         self._look_at = 0.0
-
-    def _listen(self) -> None:
-        super()._listen()
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
 
     def _begin(self) -> int | None:
         if (code := super()._begin()) is not None:
@@ -126,12 +120,13 @@ class SlurmRunner(JobRunner):
 
     def _arrange_successor(self, *, running: bool) -> None:
         """Arrange, once, that the run goes on after this job."""
-        if not self._successor:
-            bad: list[str] = []
-            with contextlib.suppress(JobkitError):
-                bad = nodes.avoid(run_status.events(self._quick), time.time())
-            self._successor = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
-            self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
+        if self._successor:
+            return
+        bad: list[str] = []
+        with contextlib.suppress(JobkitError):
+            bad = nodes.avoid(run_status.events(self._quick), time.time())
+        self._successor = requeue.again(self._quick, self._spec, self._job, running=running, avoid=bad)
+        self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
 
     def _lift_hold(self) -> None:
         """See to it, once, that the job, which SLURM has requeued, is not held back for minutes."""
@@ -158,17 +153,20 @@ class SlurmRunner(JobRunner):
         return super()._leave(reason, code)
 
     def _while_running(self) -> None:
-        """Look after the run's future when SLURM ends the job under a program that may not be through in time."""
-        if self._signal is not None:
+        """Look after the run's future when SLURM ends the job under a program that may not be through in time.
+
+        Its SIGTERM is no end by itself: why it came is asked when the step is over.
+        """
+        if self._signals.first is not None:
             self._look_ahead((Cause.TIME_LIMIT, Cause.GONE), running=False)
 
-    def _settled(self) -> bool:
-        return super()._settled() or bool(self._successor)
+    def _done_here(self) -> bool:
+        return super()._done_here() or bool(self._successor)
 
     def _bide(self, seconds: float) -> None:
         # SLURM may end the job meanwhile, and tells this process nothing of it.
         self._nap(seconds)
-        self._look_ahead((Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.GONE), running=self._signal is None)
+        self._look_ahead((Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.GONE), running=self._signals.first is None)
 
     def _look_ahead(self, causes: tuple[Cause, ...], *, running: bool) -> None:
         """Arrange that the run goes on, where SLURM ends the job for one of some causes; again, where that fails."""
@@ -181,7 +179,7 @@ class SlurmRunner(JobRunner):
                 self._arrange_successor(running=running and why is not Cause.GONE)
             elif why is Cause.REQUEUED:
                 self._lift_hold()
-            self._signal = None
+            self._signals.first = None
         except JobkitError as error:
             say(str(error))
 
@@ -199,18 +197,18 @@ class SlurmRunner(JobRunner):
         """Ask SLURM why the step has ended."""
         if outcome is Outcome.DONE or self._cancelled():
             return Cause.PROGRAM
-        deadline = time.monotonic() + _ASK_S
+        stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
+        deadline = time.monotonic() + (_ASK_S if stopped else 0.0)
         cause = Cause.PROGRAM
         while True:
             try:
                 cause = self._cause()
             except SlurmError as error:
                 say(str(error))
-            stopped = outcome in (Outcome.PREEMPTED, Outcome.KILLED)
-            if cause is not Cause.PROGRAM or not stopped or time.monotonic() >= deadline:
+            if cause is not Cause.PROGRAM or time.monotonic() >= deadline:
                 break
             self._nap(0.25)
-        limit = cause is Cause.TIME_LIMIT and outcome not in (Outcome.PREEMPTED, Outcome.KILLED, Outcome.STORAGE)
+        limit = cause is Cause.TIME_LIMIT and not stopped and outcome is not Outcome.STORAGE
         return Cause.PROGRAM if limit else cause
 
     def _cancelled_before(self) -> str | None:
@@ -225,17 +223,14 @@ class SlurmRunner(JobRunner):
         try:
             state = scontrol.show_job(before).get("JobState", "")
         except JobkitError:  # SLURM has forgotten it: this job has waited for long
-            state = scontrol.accounted([before]).get(before, Job(before, "")).state
+            ended = scontrol.accounted([before]).get(before)
+            state = "" if ended is None else ended.state
         return f"job {before} was cancelled (scancel)" if state == "CANCELLED" else None
 
     def _end(self, state: State, reason: str) -> int:
         code = super()._end(state, reason)
         self.empty_home()  # a node keeps its disk; a VM's goes with it
         return code
-
-    def _over(self) -> tuple[State, str] | None:
-        # A SIGTERM of SLURM's is no end by itself: why it came is asked when the step is over.
-        return (State.CANCELLED, run_status.cancel_reason(self._quick)) if self._cancelled() else None
 
     # One attempt is one step.
 
@@ -256,6 +251,9 @@ class SlurmRunner(JobRunner):
         step += [f"--ntasks={self._tasks()}", f"--ntasks-per-node={per_node}", "--distribution=block"]
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it from sbatch by itself, since 22.05
         return [*step, f"--cpus-per-task={cpus}"] if cpus else step
+
+    def _hand_down(self, environ: dict[str, str]) -> dict[str, str]:
+        return environ  # a step may be on another node, and outlives this process for the time it needs to save
 
     def _follow(self, started: list[int]) -> int:
         # srun exits 0 when it loses a node: only the supervisors' own word says that a run is done.
@@ -308,6 +306,8 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: The run.
     """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
         del os.environ[name]
     job = os.environ.get("SLURM_JOB_ID")
@@ -328,8 +328,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        leave(main(sys.argv[1:]))
-    except JobkitError as problem:
-        say(str(problem))
-        leave(int(problem.exit_code))
+    run_as_program(main)

@@ -6,14 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from jobkit import contract
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.batch_script import BACKEND
-from launch.backends.slurm.scontrol import Job, SlurmError
+from launch.backends.slurm.scontrol import SlurmError
 from launch.lifecycle import run_status
-from launch.lifecycle.verbs import Progress, UnknownError
+from launch.lifecycle.run_status import Job
+from launch.lifecycle.verbs import Progress, UnknownError, alive
 from launch.spec import jobspec as specs
 from launch.spec import sweep
 
@@ -84,10 +85,7 @@ def refuse_alive(stores: Sequence[Store]) -> None:
     for one in stores:
         for job in known[one.url][-1:]:
             if job.active:
-                raise ConfigError(
-                    f"run {one.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {one.url}' or "
-                    f"'jobkit cancel {one.url}'"
-                )
+                raise alive(one, job)
 
 
 def end(members: Callable[[], Sequence[Store]], *, grace_s: float, wait: bool, progress: Progress) -> None:

@@ -37,12 +37,11 @@ def elsewhere(store: Store, spec: JobSpec, job: str, avoid: Sequence[str]) -> st
 
 def _could_start(spec: JobSpec) -> bool:
     """Ask SLURM whether a job could ever start on the nodes that are up now; submits nothing."""
-    flags = [f"--{name}={value}" if value else f"--{name}" for name, value in spec.sbatch.items()]
-    with clean_environment():
-        try:
-            scontrol.run("sbatch", "--test-only", "--output=/dev/null", *flags, "--wrap=true")
-        except JobkitError:
-            return False
+    try:
+        with clean_environment():
+            scontrol.run("sbatch", "--test-only", "--output=/dev/null", *scontrol.flags(spec.sbatch), "--wrap=true")
+    except JobkitError:
+        return False
     return True
 
 
@@ -106,8 +105,8 @@ _SHORT_HOLD_S = 15.0
 
 _WAKE = """\
 for look in $(seq 250); do
-  told=$(scontrol -o show job {job}) || exit 0
-  case "$told" in
+  shown=$(scontrol -o show job {job}) || exit 0
+  case "$shown" in
     *" JobState=PENDING Reason=BeginTime "* | *" JobState=PENDING Reason=None "*)
       sleep 1.1
       exec scontrol update JobId={job} StartTime=now ;;
@@ -141,8 +140,6 @@ def wake(store: Store, spec: JobSpec, job: str) -> str | None:
         return None
     given = {name: value for name, value in spec.sbatch.items() if name in _WAKER_NEEDS}
     given |= {"nodes": "1", "ntasks": "1", "time": "1", "job-name": "jobkit-wake", "output": "/dev/null"}
-    flags = [f"--{name}={value}" for name, value in given.items()]
-    comment, script = f"--comment={WAKER}{store.url}", _WAKE.format(job=job)
+    given |= {"comment": f"{WAKER}{store.url}", "wrap": _WAKE.format(job=job)}
     with clean_environment():
-        output = scontrol.run("sbatch", "--parsable", "--no-requeue", comment, *flags, f"--wrap={script}")
-    return output.strip().split(";")[0]
+        return scontrol.submit("--no-requeue", *scontrol.flags(given))

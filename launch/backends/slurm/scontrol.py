@@ -12,11 +12,10 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 
-import msgspec
-
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.supervise.slurm_grace import parse_pairs, parse_time
 from launch.lifecycle.restart import Cause
+from launch.lifecycle.run_status import Job
 from launch.spec import sweep
 
 _COMMAND_S = 30.0
@@ -61,30 +60,9 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-class Job(msgspec.Struct, frozen=True):
-    """One job as `squeue` shows it.
-
-    Args:
-        id: Its number; with `_n` for a task of an array.
-        state: SLURM's word, such as RUNNING.
-        reason: Why it waits, or where it runs.
-        comment: What it was submitted with; for our jobs the run's URL.
-    """
-
-    id: str
-    state: str
-    reason: str = ""
-    comment: str = ""
-
-    @property
-    def active(self) -> bool:
-        """Whether it may still do something."""
-        return self.state in _ACTIVE
-
-    @property
-    def pending(self) -> bool:
-        """Whether it waits to be started, for the first time or again."""
-        return self.state in _PENDING
+def job_of(name: str, state: str, reason: str = "", comment: str = "") -> Job:
+    """Return a job by its number, SLURM's word for its state, and the rest of what SLURM shows of it."""
+    return Job(name, state, reason, active=state in _ACTIVE, pending=state in _PENDING, comment=comment)
 
 
 def queue() -> list[Job]:
@@ -101,7 +79,7 @@ def parse_queue(printed: str) -> list[Job]:
     """Read squeue's lines of `%i|%T|%r|%k`; the last is the user's own text and may hold anything."""
     fields = (line.rstrip("\n").split("|", 3) for line in printed.splitlines() if line.count("|") >= 3)
     return [
-        Job(job.strip(), state, "" if reason == "None" else reason, "" if comment == "(null)" else comment)
+        job_of(job.strip(), state, "" if reason == "None" else reason, "" if comment == "(null)" else comment)
         for job, state, reason, comment in fields
     ]
 
@@ -132,7 +110,7 @@ def parse_accounts(printed: str) -> dict[str, Job]:
         parts = tasks.partition("]")[0].partition("%")[0].split(",")
         numbers = sweep.expand(",".join(part for part in parts if re.fullmatch(r"\d+(-\d+)?", part)))
         for job in [f"{head}_{task}" for task in numbers] if bracket else [name]:
-            record = Job(job, state.rstrip("+"), more)
+            record = job_of(job, state.rstrip("+"), more)
             if number(job) >= 0 and state and not record.active:
                 jobs[job] = record
     return jobs
@@ -194,11 +172,7 @@ def kill_wait_s(config: str | None = None) -> float:
 
     Fewer than 5 count as 5, of which 4.7 were measured.
     """
-    try:
-        config = run("scontrol", "show", "config") if config is None else config
-    except JobkitError:
-        config = ""
-    match = re.search(r"KillWait\s*=\s*(\d+)", config)
+    match = re.search(r"KillWait\s*=\s*(\d+)", _shown("show", "config") if config is None else config)
     return max(5.0, float(match[1]) if match else _DEFAULT_KILL_WAIT_S) - 0.5
 
 
@@ -243,18 +217,12 @@ def cause(job: Mapping[str, str], *, restarts: int, now: float, warned_s: float,
 
 def preempt_mode(job: Mapping[str, str]) -> str:
     """Return the PreemptMode of a job's partition, '' if it is not told."""
-    try:
-        return parse_pairs(run("scontrol", "-o", "show", "partition", job["Partition"])).get("PreemptMode", "")
-    except (JobkitError, KeyError):
-        return ""
+    return parse_pairs(_shown("-o", "show", "partition", job.get("Partition", ""))).get("PreemptMode", "")
 
 
 def hostnames(nodes: str) -> list[str]:
     """Write a list of nodes out, 'n[1-2]' as n1 and n2; empty where scontrol does not tell."""
-    try:
-        return run("scontrol", "show", "hostnames", nodes).split() if nodes else []
-    except JobkitError:
-        return []
+    return _shown("show", "hostnames", nodes).split()
 
 
 def lost_nodes(nodes: str) -> list[str]:
@@ -263,11 +231,7 @@ def lost_nodes(nodes: str) -> list[str]:
     Args:
         nodes: As SLURM writes them: 'n[1-2]'.
     """
-    try:
-        lines = run("scontrol", "-o", "show", "node", nodes).splitlines() if nodes else []
-    except JobkitError:
-        return []
-    known = [parse_pairs(line) for line in lines if line.strip()]
+    known = [parse_pairs(line) for line in _shown("-o", "show", "node", nodes).splitlines() if line.strip()]
     return [node["NodeName"] for node in known if re.match("DOWN|FAIL|.*NOT_RESPONDING|.*[*]", node.get("State", ""))]
 
 
@@ -277,10 +241,29 @@ def address(node: str) -> str:
     Args:
         node: Name of the node.
     """
+    return parse_pairs(_shown("-o", "show", "node", node)).get("NodeAddr") or node
+
+
+def _shown(*words: str) -> str:
+    """Return what scontrol shows of the thing that the last word names; nothing of none, or where it does not tell."""
     try:
-        return parse_pairs(run("scontrol", "-o", "show", "node", node)).get("NodeAddr") or node
+        return run("scontrol", *words) if words[-1] else ""
     except JobkitError:
-        return node
+        return ""
+
+
+def flags(options: Mapping[str, str]) -> list[str]:
+    """Write long options of sbatch out; one with an empty value is a switch."""
+    return [f"--{name}={value}" if value else f"--{name}" for name, value in options.items()]
+
+
+def submit(*words: str) -> str:
+    """Submit a job that is none of a run's own; return its number.
+
+    Raises:
+        JobkitError: If SLURM refuses it.
+    """
+    return run("sbatch", "--parsable", *words).strip().split(";")[0]
 
 
 def requeue(job: str) -> None:

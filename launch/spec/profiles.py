@@ -1,0 +1,113 @@
+"""What a person asks for before it is checked: the options of a profile in jobkit.toml, and where a run is to run."""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobkit.errors import ConfigError
+from launch.spec.cloud_options import OPTIONS
+from launch.spec.container import Container
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a run runs, and on what.
+
+    Args:
+        backend: Its name.
+        sbatch, container, price_per_hour: As in `JobSpec`.
+        cloud: The fields of `Cloud` that were given; None where there is no managed service.
+    """
+
+    backend: str
+    sbatch: dict[str, str]
+    cloud: dict[str, Any] | None
+    container: Container | None
+    price_per_hour: float | None
+
+
+SBATCH = (
+    "partition", "account", "qos", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time",
+    "constraint",
+)  # fmt: skip
+"""Options of sbatch that are options of `jobkit submit` too."""
+_OPTIONS: dict[str, Any] = (
+    {
+        "name": str,
+        "run": str,
+        "on": str,
+        "grace": (str, int, float),
+        "max-failures": int,
+        "stall": (str, int, float),
+        "snapshot": bool,
+        "shared": bool,
+        "notify": list,
+        "sbatch": dict,
+        "array-parallelism": int,
+        "price-per-hour": (int, float),
+        "container-runtime": str,
+        "mount": list,
+    }
+    | {name: option.kinds for name, option in OPTIONS.items()}
+    | dict.fromkeys(SBATCH, (str, int))
+)
+"""Options that a profile may set, and their types in TOML."""
+
+
+def read_profile(name: str, *, cwd: Path, home: Path) -> dict[str, Any]:
+    """Read the options of one profile; the project's file comes before the user's.
+
+    Raises:
+        ConfigError: If no file has the profile, or it has an unknown option or a value of a wrong type.
+    """
+    known: list[str] = []
+    files = [cwd / "jobkit.toml", home / ".config" / "jobkit" / "jobkit.toml"]
+    for path in files:
+        profiles = _profiles(path)
+        if name in profiles:
+            return _checked(profiles[name], f"profile {name!r} in {path}")
+        known += [other for other in profiles if other not in known]
+    have = f"known are: {', '.join(sorted(known))}" if known else "there are none"
+    where = " or ".join(str(path) for path in files)
+    raise ConfigError(f"no profile {name!r}; {have}. Write a table [profile.{name}] into {where}")
+
+
+def _profiles(path: Path) -> Mapping[str, Any]:
+    try:
+        profiles = tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {})
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; mend it, or leave --profile out") from None
+    if not isinstance(profiles, dict):
+        raise ConfigError(f"'profile' in {path} is not a table; write [profile.NAME]")
+    return profiles
+
+
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    dict: "a table",
+    list: "a list",
+    (str, int): "text or a number",
+    (str, list): "text or a list",
+}
+
+
+def _checked(options: Any, where: str) -> dict[str, Any]:
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where} is not a table; write [profile.NAME]")
+    checked = {}
+    for option, value in options.items():
+        name = option.replace("_", "-")
+        if name not in _OPTIONS:
+            raise ConfigError(f"{where} has an unknown option {option!r}; valid are {', '.join(_OPTIONS)}")
+        wanted = _OPTIONS[name]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            kind = _KINDS.get(wanted, "a number")
+            raise ConfigError(f"{where}: {option} is {json.dumps(value, default=str)}; it must be {kind}")
+        checked[name] = value
+    return checked
