@@ -82,6 +82,11 @@ def show_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def counted(count: int, what: str) -> str:
+    """Write how many there are of something: '1 step', '2,000 steps'."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def parse_limit(text: str) -> float | None:
     """Read a time limit as sbatch takes it ('90', '1:30:00', '2-12', '1-00:30:00') in seconds; None if it is none."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
