@@ -285,6 +285,8 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
             return State.RUNNING, stopping, "alive"
         if attempted and last.get("event") != "decision":
             return State.RUNNING, stopping or "an attempt has ended; what comes next is being decided", "alive"
+        if attempted and last.get("action") == "stop":
+            return State.RUNNING, stopping or f"ending: {last.get('reason', '')}", "alive"
         if attempted:
             return State.REQUEUED, stopping or str(last.get("reason", "")), "alive"
         return State.QUEUED, stopping, "alive"
