@@ -190,7 +190,9 @@ class NnxPart:
         try:
             values = [_own_tree(variable.get_raw_value()) for _, variable in known]
         except AttributeError:
-            raise ConfigError("arrays that are no nnx.Variable are changed in place unseen") from None
+            raise ConfigError(
+                "an array that is no nnx.Variable can change in place without anybody noticing: make it one"
+            ) from None
 
         def slots() -> tuple[list[Slot], Any]:
             now = self._variables()

@@ -92,7 +92,7 @@ class DeadlineSaver:
         self.saved_at: float | None = None
         """When the guard was through with saving, on the clock of `time.monotonic`."""
         self._cost_s = float("inf")
-        self._why = "the last boundary was not held: steps are too short for it"
+        self._why = "the last boundary was not held: holding one takes longer than a step"
         self._verdict: str | None = None
         self._held_step = 0
         self._served = self._arrived = self._closed = False
@@ -223,7 +223,7 @@ class DeadlineSaver:
             if self._verdict not in (None, "go", "hold"):
                 raise StorageError(self._verdict or "")
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nobody has said {key}")
+                raise TimeoutError(f"no process put {key} before the deadline")
 
     def fits_deadline(self) -> bool:
         """Tell whether one more save is expected to land before the deadline."""
