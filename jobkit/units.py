@@ -92,10 +92,6 @@ def parse_limit(text: str) -> float | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         return None
-    days, first, second, third = (int(part) if part else None for part in match.groups())
-    assert first is not None
-    if days is not None:
-        return days * 86400.0 + first * 3600 + (second or 0) * 60 + (third or 0)
-    if third is not None:
-        return first * 3600.0 + (second or 0) * 60 + third
-    return first * 60.0 + (second or 0)
+    days, *fields = match.groups()
+    units = (3600, 60, 1) if days or fields[2] else (60, 1, 0)
+    return int(days or 0) * 86400.0 + sum(int(field or 0) * unit for field, unit in zip(fields, units, strict=True))

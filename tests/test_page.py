@@ -18,8 +18,8 @@ from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
 from launch.report import loss_curve, png
 from launch.report.goodput import measure
-from launch.report.html import page
-from launch.report.png import write_picture
+from launch.report.html import html_of
+from launch.report.png import write_png
 from tests import browser, ledgers
 from tests.jobs import Project, until, until_stepping
 from tests.test_goodput import no_jax
@@ -48,7 +48,7 @@ def three(path: Path) -> list[ledgers.Written]:
 
 def html(*runs: ledgers.Written) -> str:
     """Return the page of some runs."""
-    return page([read_history(run.store, state="done", reason="finished") for run in runs])
+    return html_of([read_history(run.store, state="done", reason="finished") for run in runs])
 
 
 def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_page_of_a_run_that_waits(tmp_path: Path) -> None:
     run.launcher(1, "submitted")
     history = read_history(run.store, state="queued", over=False)
     history.now = 100.0
-    assert "in the queue" in page([history])
+    assert "in the queue" in html_of([history])
 
 
 def test_many_attempts(chromium: browser.Browser, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_picture_of_many(tmp_path: Path) -> None:
     """Many runs make one picture of their shares; one run has its lanes and its curve in it."""
     runs = [read_history(run.store) for run in three(tmp_path)]
     for name, some in (("many.png", runs), ("one.png", runs[:1]), ("troubled.png", runs[2:])):
-        path = write_picture(tmp_path / name, some)
+        path = write_png(tmp_path / name, some)
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 8_000
 

@@ -242,7 +242,7 @@ def test_saves_of_its_own_too_far_apart(run: ledgers.Written) -> None:
         run.supervisor(number, start + 1000, "exited", outcome="killed")
         run.outcome(number, outcome="killed", step=100 * number + 110, committed_step=100 * number + 100)
     assert advice(run)["interval"] == (
-        "2 interruptions took back 6 min 40 s of training; the run saved every 50 steps, 6 min 40 s apart, by its own "
+        "2 interruptions took back 6 min 41 s of training; the run saved every 50 steps, 6 min 40 s apart, by its own "
         "save(). For a save that blocks 0.20 s and this many losses, a save every 20 s costs least."
     )
 

@@ -250,17 +250,17 @@ KNOWN: dict[str, tuple[Callable[[], Tracker], str]] = {
 """The trackers that jobkit knows, and the package that each one needs."""
 
 
-def resolve(given: Sequence[str | Tracker] | None) -> list[Tracker]:
+def resolve(trackers: Sequence[str | Tracker] | None) -> list[Tracker]:
     """Make the trackers that `Run(trackers=...)` names; TensorBoard where it is installed if nothing was said.
 
     Raises:
         ConfigError: If one is unknown or not installed.
     """
-    if given is None:
-        given = ("tensorboard",) if importlib.util.find_spec("tensorboardX") else ()
-    if isinstance(given, str):
-        raise ConfigError(f"trackers={given!r}: give a tuple, ({given!r},)")
-    return [_made(one) if isinstance(one, str) else _checked(one) for one in given]
+    if trackers is None:
+        trackers = ("tensorboard",) if importlib.util.find_spec("tensorboardX") else ()
+    if isinstance(trackers, str):
+        raise ConfigError(f"trackers={trackers!r}: give a tuple, ({trackers!r},)")
+    return [_made(one) if isinstance(one, str) else _checked(one) for one in trackers]
 
 
 def _made(name: str) -> Tracker:

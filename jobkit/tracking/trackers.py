@@ -14,7 +14,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -134,15 +134,13 @@ class TrackerFeed:
             thread.join(wait_s)
 
     def _keep_feeding(self, tracker: Tracker, step: int) -> None:
-        reported = False
-        while True:
+        for failures in count():
             last = self._closing.is_set()
             try:
                 self._follow(tracker, step)
                 return
             except (Exception, SystemExit) as error:  # whatever it is, it is not the training's
-                if not reported:
-                    reported = True
+                if not failures:
                     say(f"{tracker.name} fails, training goes on: {type(error).__name__}: {str(error)[:300]}")
             if last:
                 return
@@ -173,11 +171,10 @@ class TrackerFeed:
 
         send(list(logged_before(self._store, self._attempt, step)))
         tail = Tail(self._store.file(contract.events_file(self._attempt, 0)))
-        while True:
+        closing = False
+        while not closing:
             closing = self._closing.wait(_TICK_S)
             send(list(tail.read()))
-            if closing:
-                break
         tracker.close(self._ending)
 
     def _read_known(self) -> dict[str, dict[str, str]]:

@@ -80,8 +80,8 @@ def _list_sweep(store: "Store", as_json: bool) -> None:
         values, rows = specs.read(point).values, checkpoints.listed(point)
         points.append({"point": number, "run": point.url, "values": values, "checkpoints": rows})
         if not as_json:
-            shown = "  ".join(f"{name}={value}" for name, value in values.items())
-            print(f"point {number}: {shown}\n{_table(rows)}\n", flush=True)
+            named = "  ".join(f"{name}={value}" for name, value in values.items())
+            print(f"point {number}: {named}\n{_table(rows)}\n", flush=True)
     if as_json:
         print(run_status.to_json(points))
 

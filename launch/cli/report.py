@@ -53,13 +53,13 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
     histories = _read(stores, curves=html is not None or png is not None)
     beside = sys.stderr if as_json else sys.stdout
     if html is not None:
-        from launch.report.html import write_page
+        from launch.report.html import write_html
 
-        print(f"report: {write_page(html, histories)}", file=beside)
+        print(f"report: {write_html(html, histories)}", file=beside)
     if png is not None:
-        from launch.report.png import write_picture
+        from launch.report.png import write_png
 
-        print(f"picture: {write_picture(png, histories)}", file=beside)
+        print(f"picture: {write_png(png, histories)}", file=beside)
     if as_json:
         figures = [measure(history).for_json() for history in histories]
         lone = len(runs) == len(stores) == len(figures) == 1 and histories[0].run == submission.open_run(runs[0]).url
@@ -159,10 +159,11 @@ def _below(run: str) -> "Iterator[Store]":
     if is_remote(run):
         top, urls = registry.runs_below(run)
     else:
-        top = submission.open_run(run).url
-        urls = [str(path) for path in run_status.find_runs(Path(top))]
-    # The points of a sweep are no runs beside it; one that was started by hand is a run without run.json.
-    for store in map(submission.open_run, [top] if top in urls else urls or [top]):
+        store = submission.open_run(run)
+        top = store.url  # one that was started by hand is a run without run.json
+        urls = [] if store.exists(contract.ATTEMPTS) else [str(path) for path in run_status.find_runs(store.path)]
+    for url in [top] if top in urls else urls or [top]:  # the points of a sweep are no runs beside it
+        store = submission.open_run(url)
         if not urls and not store.exists(contract.ATTEMPTS):
             raise ConfigError(f"{run} is not a run and holds none; jobkit ls DIRECTORY lists runs")
         yield store

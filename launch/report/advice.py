@@ -61,12 +61,12 @@ def _grace(goodput: Goodput, history: History) -> Iterator[Advice]:
         return
     needs = goodput.saving.durable_s.max if goodput.saving.durable_s is not None else 0.0
     text = f"{len(late)} of {counted(goodput.preemption.to_save, 'notice')} ended before the save was committed"
-    given = _deadline(history, late[-1].attempt)
-    if given is not None and given >= 2 * needs:
+    grace_s = _deadline(history, late[-1].attempt)
+    if grace_s is not None and grace_s >= 2 * needs:
         log = f"jobkit logs --attempt {late[-1].attempt}"
-        text += f", although {show_duration(given)} were given and a save took at most {show_duration(needs)}: {log}."
+        text += f", although {show_duration(grace_s)} were given and a save took at most {show_duration(needs)}: {log}."
     else:
-        had = f" (there were {show_duration(given)})" if given is not None else ""
+        had = f" (there were {show_duration(grace_s)})" if grace_s is not None else ""
         took = f". A save took up to {show_duration(needs)}" if needs else ""
         text += f"{took}: ask for a grace period of {show_duration(max(30.0, 2 * needs))}{had}."
     yield Advice("grace", text, _cost_s(late))
@@ -76,7 +76,7 @@ def _deadline(history: History, attempt: int) -> float | None:
     """Return how much time the notice of an attempt gave: as it said itself, or as the run was submitted."""
     notices = [event for life in history.lives if life.number == attempt for event in named(life.supervisor, "notice")]
     deadlines = [number_of(event.get("deadline_s")) for event in notices]
-    return next((given for given in deadlines if given is not None), history.grace_s)
+    return next((grace_s for grace_s in deadlines if grace_s is not None), history.grace_s)
 
 
 def _interval(goodput: Goodput, history: History) -> Iterator[Advice]:
@@ -162,10 +162,10 @@ def _memory(goodput: Goodput, history: History) -> Iterator[Advice]:
         for one in goodput.attempts
         if one.outcome == Outcome.KILLED and one.notice in ("", PEER) and "SIGKILL" in one.reason
     ]
-    said = [one for one in goodput.attempts if _OUT_OF_MEMORY.search(one.reason)]
-    cost_s = _cost_s({one.attempt: one for one in [*killed, *said]}.values())
-    if said:
-        text = f"Attempt {said[0].attempt} ran out of memory ({said[0].reason}): ask for more, or use less."
+    named_it = [one for one in goodput.attempts if _OUT_OF_MEMORY.search(one.reason)]
+    cost_s = _cost_s({one.attempt: one for one in [*killed, *named_it]}.values())
+    if named_it:
+        text = f"Attempt {named_it[0].attempt} ran out of memory ({named_it[0].reason}): ask for more, or use less."
         yield Advice("memory", text, cost_s)
     elif len(killed) >= 2:
         text = (

@@ -154,13 +154,12 @@ def _ending_line(status: Status) -> str:
 
 def _card(status: Status) -> "Table":
     """Lay a status out for a terminal."""
-    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
-    for name, value in rows(status):
-        table.add_row(name, Text(value, style=_STYLES.get(value.partition(" ")[0], "") if name == "state" else ""))
-    return table
+    from launch.report.terminal import in_pairs
+
+    style = _STYLES.get(str(status.state), "")
+    return in_pairs((name, Text(value, style=style if name == "state" else "")) for name, value in rows(status))
 
 
 _STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow", "requeued": "cyan"}

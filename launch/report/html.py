@@ -2,37 +2,33 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jobkit
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
-from jobkit.rundir.ledger import Event
 from jobkit.rundir.store import explain as explained
 from jobkit.units import counted, show_duration
-from launch.lifecycle.history import History, number_of
+from launch.lifecycle.history import History, Life, number_of
 from launch.report.explain import explain
 from launch.report.goodput import Goodput, by_share, lost_of, measure
 from launch.report.lives import named
 from launch.report.loss_curve import Curve, Point, curve_of, nice_steps
 from launch.report.phases import RunPhase, percent
 from launch.report.template import render
-from launch.report.terminal import attempt_row, clock, figures, overview
-from launch.report.timeline import Stretch, lanes, time_axis
-
-_LABEL_SHARE = 0.16
-"""A part of the bar that is wide enough for its own name."""
+from launch.report.terminal import attempts_table, clock, figures, overview
+from launch.report.timeline import lanes, time_axis
 
 
-def write_page(path: Path, histories: Sequence[History]) -> Path:
+def write_html(path: Path, histories: Sequence[History]) -> Path:
     """Write the page of some runs.
 
     Raises:
         ConfigError: If it cannot be written there.
     """
-    text = page(histories)
+    text = html_of(histories)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -41,8 +37,8 @@ def write_page(path: Path, histories: Sequence[History]) -> Path:
     return path
 
 
-def page(histories: Sequence[History]) -> str:
-    """Return the page of some runs."""
+def html_of(histories: Sequence[History]) -> str:
+    """Return the page of some runs, as text."""
     goodputs = [measure(history) for history in histories]
     head, *rows = overview(goodputs)
     return render(
@@ -50,6 +46,7 @@ def page(histories: Sequence[History]) -> str:
         version=jobkit.__version__,
         title=goodputs[0].name if len(goodputs) == 1 else f"{len(goodputs)} runs",
         gutter=34,
+        label_share=0.16,  # a part of the bar that is wide enough for its own name
         colors={str(phase): phase.color for phase in RunPhase},
         overview={"head": head, "rows": rows, "wide": ("attempts", "time", "saved")} if len(goodputs) > 1 else None,
         total=show_duration(math.fsum(one.time.total_s for one in goodputs)),
@@ -59,121 +56,86 @@ def page(histories: Sequence[History]) -> str:
 
 
 def _run(goodput: Goodput, history: History) -> dict[str, Any]:
-    drawn = _lanes(goodput, history) if goodput.intervals else []
+    drawn = list(_lanes(goodput, history)) if goodput.intervals else []
     curve = curve_of(history, goodput)
     explanation = explain(goodput, history)
-    present = {one.phase for one in goodput.intervals} - {RunPhase.OFF}
     since = [f"since {clock(goodput.submitted)}"] if goodput.submitted is not None else []
     reason = [goodput.reason] if goodput.reason and goodput.reason != goodput.state else []
-    priced = goodput.money.cost is not None
+    shares = goodput.time.shares
     return {
         "name": goodput.name,
         "state": goodput.state,
         "subtitle": " · ".join([goodput.run, *since, *reason]),
-        "tiles": _tiles(goodput),
+        "tiles": list(_tiles(goodput)),
         "shares": [
-            {
-                "phase": phase,
-                "share": percent(goodput.time.shares[phase]),
-                "time": show_duration(seconds),
-                "flex": f"{goodput.time.shares[phase]:.6f}",
-                "labelled": goodput.time.shares[phase] > _LABEL_SHARE,
-            }
+            (phase, shares[phase], percent(shares[phase]), show_duration(seconds))
             for phase, seconds in by_share(goodput)
         ],
         "lanes": drawn,
         "lane_height": max(5, min(24, 900 // max(1, len(drawn)))),
         "lane_gap": 5 if len(drawn) <= 30 else 2,
         "ticks": _ticks(goodput) if goodput.intervals else [],
-        "legend": [phase for phase in RunPhase if phase in present],
-        "noticed": any(lane["notices"] for lane in drawn),
+        "legend": [phase for phase in RunPhase if shares.get(phase)],
+        "noticed": any(notices for *_, notices in drawn),
         "curve": _curve(curve) if curve is not None else None,
-        "story": [{"at": clock(one.t), "text": one.text} for one in explanation.story],
+        "story": [(clock(one.t), one.text) for one in explanation.story],
         "advice": [one.text for one in explanation.advice],
-        "attempts": [attempt_row(one, priced=priced) for one in goodput.attempts],
-        "attempt_columns": [
-            "attempt",
-            "length",
-            "steps",
-            "lost",
-            "its end cost",
-            *(["money"] if priced else []),
-            "why",
-        ],
+        "attempts": attempts_table(goodput),
         "figures": list(figures(goodput)),
     }
 
 
-def _tiles(goodput: Goodput) -> list[tuple[str, str, str]]:
-    """Return the figures that come first: a name, a value and a note for each."""
+def _tiles(goodput: Goodput) -> Iterator[tuple[str, str, str]]:
+    """Yield the figures that come first: a name, a value and a note for each."""
     steps, notices, money = goodput.progress, goodput.preemption, goodput.money
-    tiles = [
-        ("goodput", percent(goodput.time.goodput), f"of {show_duration(goodput.time.total_s)}"),
-        ("step", "-" if steps.steps is None else f"{steps.steps:,}", f"in {counted(len(goodput.attempts), 'attempt')}"),
-        ("steps lost", lost_of(goodput), f"of {steps.executed_steps:,} trained"),
-    ]
+    yield "goodput", percent(goodput.time.goodput), f"of {show_duration(goodput.time.total_s)}"
+    yield "step", "-" if steps.steps is None else f"{steps.steps:,}", f"in {counted(len(goodput.attempts), 'attempt')}"
+    yield "steps lost", lost_of(goodput), f"of {steps.executed_steps:,} trained"
     if notices.to_save:
         commit = notices.notice_to_commit_s
         note = f"{commit.median:.2f} s to the commit" if commit is not None else "none was committed"
-        tiles.append(("saved on notice", f"{notices.saved_on_notice} of {notices.to_save}", note))
+        yield "saved on notice", f"{notices.saved_on_notice} of {notices.to_save}", note
     if goodput.first_step_s is not None:
-        tiles.append(("to the first step", show_duration(goodput.first_step_s.median), "median"))
+        yield "to the first step", show_duration(goodput.first_step_s.median), "median"
     if money.cost is not None:
-        tiles.append(("money", f"{money.cost:,.2f}", f"of it {money.cost_lost:,.2f} not for training"))
-    return tiles
+        yield "money", f"{money.cost:,.2f}", f"of it {money.cost_lost:,.2f} not for training"
 
 
 # The timeline.
 
 
-def _lanes(goodput: Goodput, history: History) -> list[dict[str, Any]]:
-    """Lay a lane out for each attempt; the time before it lies in its lane, thin."""
-    start, end = goodput.intervals[0].start, goodput.intervals[-1].end
+def _lanes(goodput: Goodput, history: History) -> Iterator[tuple[int, bool, list[Any], list[Any]]]:
+    """Yield a lane for each attempt: its number, whether that is written, its stretches, its notice."""
+    start, width = goodput.intervals[0].start, 1000 / (goodput.intervals[-1].end - goodput.intervals[0].start)
     by_attempt = lanes(goodput.intervals, [one.attempt for one in goodput.attempts])
+    lives = {life.number: life for life in history.lives}
     every = max(1, math.ceil(len(by_attempt) / 45))
-    notices = {life.number: _notices([*life.supervisor, *life.program], start, end) for life in history.lives}
-    return [
-        {
-            "number": number,
-            "name": str(number) if index % every == 0 else "",
-            "parts": [_part(one, start, end) for one in lane],
-            "notices": notices.get(number, []),
-        }
-        for index, (number, lane) in enumerate(by_attempt.items())
-    ]
+    for index, (number, lane) in enumerate(by_attempt.items()):
+        stretches = []
+        for one in lane:
+            where = f"attempt {one.attempt}: " if one.attempt is not None else ""
+            title = f"{where}{one.phase.words}, {show_duration(one.seconds)}, from {clock(one.start)}"
+            x, length = (one.start - start) * width, max(one.seconds * width, 0.6)
+            stretches.append((f"{x:.3f}", f"{length:.3f}", one.phase, title))
+        notices = [
+            (f"{(t - start) * width:.3f}", f"notice: {source} at {clock(t)}")
+            for t, source in (_notices(lives[number]) if number in lives else [])
+            if start <= t <= goodput.intervals[-1].end
+        ]
+        yield number, index % every == 0, stretches, notices
 
 
-def _part(one: Stretch, start: float, end: float) -> dict[str, Any]:
-    width = 1000 / (end - start)
-    where = f"attempt {one.attempt}: " if one.attempt is not None else ""
-    return {
-        "x": f"{(one.start - start) * width:.3f}",
-        "width": f"{max(one.seconds * width, 0.6):.3f}",
-        "phase": one.phase,
-        "title": f"{where}{one.phase.words}, {show_duration(one.seconds)}, from {clock(one.start)}",
-    }
+def _notices(life: Life) -> list[tuple[float, str]]:
+    """Return an attempt's first notice; the program sees it at the end of a step, and says how old it is then."""
+    events = named([*life.supervisor, *life.program], "notice")[:1]
+    return [(event["t"] - (number_of(event.get("age_s")) or 0.0), event.get("source", "")) for event in events]
 
 
-def _notices(events: Iterable[Event], start: float, end: float) -> list[dict[str, str]]:
-    """Mark an attempt's first notice; the program hears it at the end of a step, and says how old it is then."""
-    notices = [(event["t"] - (number_of(event.get("age_s")) or 0.0), event) for event in named(events, "notice")]
-    return [
-        {
-            "x": f"{1000 * (t - start) / (end - start):.3f}",
-            "title": f"notice: {event.get('source', '')} at {clock(t)}",
-        }
-        for t, event in notices[:1]
-        if start <= t <= end
-    ]
-
-
-def _ticks(goodput: Goodput) -> list[dict[str, Any]]:
+def _ticks(goodput: Goodput) -> list[tuple[float, str]]:
     length = goodput.intervals[-1].end - goodput.intervals[0].start
     size, unit = time_axis(length)
-    return [
-        {"at": round(100 * tick * size / length, 3), "label": f"{tick:g} {unit}" if tick else "0"}
-        for tick in nice_steps(0, length / size, 7)
-    ]
+    ticks = nice_steps(0, length / size, 7)
+    return [(round(100 * tick * size / length, 3), f"{tick:g} {unit}" if tick else "0") for tick in ticks]
 
 
 # The loss curve.
@@ -190,6 +152,7 @@ def _curve(curve: Curve) -> dict[str, Any]:
     def path(points: Sequence[Point]) -> str:
         return "M" + "L".join(map(spot, points))
 
+    steps, values = nice_steps(*curve.x, 8), nice_steps(*curve.y, 5)
     return {
         "title": f"{curve.name} by step, with every interruption" if curve.cuts else f"{curve.name} by step",
         "name": curve.name,
@@ -197,14 +160,8 @@ def _curve(curve: Curve) -> dict[str, Any]:
         "again": [path(points) for points in curve.again],
         "dots": "".join(f"M{spot(point)}h0" for point in curve.dots),
         "dots_name": curve.dots_name,
-        "x": [
-            {"at": round(across(tick), 3), "label": "step 0" if tick == 0 else f"{tick:,.0f}"}
-            for tick in nice_steps(*curve.x, 8)
-        ],
-        "y": [
-            {"at": round(100 * curve.place((0.0, tick))[1], 3), "label": f"{tick:.6g}"}
-            for tick in nice_steps(*curve.y, 5)
-        ],
+        "x": [(round(across(step), 3), f"{step:,.0f}" if step else "step 0") for step in steps],
+        "y": [(round(100 * curve.place((0.0, value))[1], 3), f"{value:.6g}") for value in values],
         "cuts": [
             {
                 "at": across(cut.step),

@@ -23,7 +23,7 @@ _STYLE: Any = {
 _LANES = 60
 
 
-def write_picture(path: Path, histories: Sequence[History]) -> Path:
+def write_png(path: Path, histories: Sequence[History]) -> Path:
     """Draw one run, or the shares of many, into a PNG.
 
     Raises:
@@ -138,7 +138,7 @@ def _curve(axes: Any, curve: Curve) -> None:
     if curve.dots:
         color = RunPhase.RESTORE.color
         axes.plot(*zip(*curve.dots, strict=True), "o", color=color, markersize=4, label=curve.dots_name)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1.06), ncols=2, frameon=False, fontsize=9, borderpad=0)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1.1), ncols=2, frameon=False, fontsize=9, borderpad=0)
     for cut in curve.cuts:
         color = RunPhase.EMERGENCY.color if cut.outcome == Outcome.PREEMPTED else RunPhase.LOST.color
         axes.axvline(cut.step, color=color, linewidth=1.1, linestyle=(0, (4, 2)))

@@ -1,7 +1,8 @@
 """The report in a terminal."""
 
+import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from rich.console import Group, RenderableType
@@ -21,14 +22,17 @@ _LANES = 40
 
 def laid_out(goodputs: Sequence[Goodput]) -> RenderableType:
     """Lay one run out for a terminal, or many as a table."""
-    return _run(goodputs[0]) if len(goodputs) == 1 else _overview(goodputs)
+    if len(goodputs) > 1:
+        return _table(overview(goodputs), left=("run", "state"), folds="run")
+    return _run(goodputs[0])
 
 
 def _run(goodput: Goodput) -> RenderableType:
     parts: list[RenderableType] = [_head(goodput)]
     if goodput.time.total_s:
         parts += [Text(), _shares(goodput), Text(), _timeline(goodput)]
-    return Group(*parts, Text(), _attempts(goodput), Text(), _pairs(figures(goodput)))
+    attempts = _table(attempts_table(goodput, most=_LANES), left=("steps", "ended"), folds="ended")
+    return Group(*parts, Text(), attempts, Text(), in_pairs(figures(goodput)))
 
 
 def _head(goodput: Goodput) -> Text:
@@ -75,31 +79,28 @@ def _timeline(goodput: Goodput) -> RenderableType:
     return table
 
 
-def _attempts(goodput: Goodput) -> Table:
-    priced = goodput.money.cost is not None
-    money = ["money"] if priced else []
-    names = ["attempt", "length", "steps", "lost", "its end cost", *money, "ended"]
-    table = _table(names, left=("steps", "ended"), folds="ended")
-    for one in goodput.attempts[-_LANES:]:
-        table.add_row(*map(Text, attempt_row(one, priced=priced)))
+def _table(rows: Sequence[Sequence[str]], *, left: Collection[str], folds: str) -> Table:
+    """Make a table of rows below a head, of which one column may be narrower than what is in it."""
+    columns = [
+        Column(name, justify="left" if name in left else "right", no_wrap=name != folds, overflow="fold")
+        for name in rows[0]
+    ]
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
     return table
 
 
-def _table(names: Sequence[str], *, left: Collection[str], folds: str) -> Table:
-    """Make a table without rules; of its columns one may be narrower than what is in it."""
-    columns = [
-        Column(name, justify="left" if name in left else "right", no_wrap=name != folds, overflow="fold")
-        for name in names
-    ]
-    return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-
-
-def attempt_row(one: AttemptFigures, *, priced: bool) -> list[str]:
-    """Write what the table of attempts says of one: number, length, steps, lost, its end's cost, money, its end."""
-    steps = "-" if one.from_step is None else f"{one.from_step:,} to {one.to_step:,}"
-    cost = show_duration(one.ending_s) if one.ending_s else "-"
-    money = [f"{one.cost:,.2f}"] if priced else []
-    return [str(one.attempt), show_duration(one.held_s), steps, lost_of(one), cost, *money, _end_of(one)]
+def attempts_table(goodput: Goodput, *, most: int = sys.maxsize) -> list[list[str]]:
+    """Lay the attempts out as rows below a head: of many the newest."""
+    money = ["money"] if goodput.money.cost is not None else []
+    rows = [["attempt", "length", "steps", "lost", "its end cost", *money, "ended"]]
+    for one in goodput.attempts[-most:]:
+        steps = "-" if one.from_step is None else f"{one.from_step:,} to {one.to_step:,}"
+        cost = show_duration(one.ending_s) if one.ending_s else "-"
+        money = [f"{one.cost:,.2f}"] if one.cost is not None else []
+        rows.append([str(one.attempt), show_duration(one.held_s), steps, lost_of(one), cost, *money, _end_of(one)])
+    return rows
 
 
 def _end_of(one: AttemptFigures) -> str:
@@ -149,18 +150,11 @@ def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else show_duration(seconds)
 
 
-def _pairs(pairs: Iterator[tuple[str, str]]) -> Table:
-    table = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
+def in_pairs(pairs: Iterable[tuple[str, RenderableType]]) -> Table:
+    """Lay pairs of a name and what it stands for out for a terminal."""
+    table = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
     for name, value in pairs:
         table.add_row(name, value)
-    return table
-
-
-def _overview(goodputs: Sequence[Goodput]) -> Table:
-    head, *rows = overview(goodputs)
-    table = _table(head, left=("run", "state"), folds="run")
-    for row in rows:
-        table.add_row(*row)
     return table
 
 

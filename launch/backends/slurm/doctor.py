@@ -249,13 +249,15 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
     for name, value in {"partition": partition or "", **options}.items():
         check_line(f"--{name}", value)
     parent = Path.cwd() if "://" in url else Path(Store(url).path).parent
-    with _shared_directory(parent) as folder:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".jobkit-doctor-", dir=parent) as made:
+        folder = Path(made)
         (folder / "probe.py").write_text(_PROBE)
         words = python(str(folder / "probe.py"), url, str(_PROBE_BYTES))
         script = folder / "probe.sh"
         script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
-        given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
-        flags = [f"--{name}={value}" for name, value in (given | dict(options)).items() if value]
+        own = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
+        flags = [f"--{name}={value}" for name, value in (own | dict(options)).items() if value]
         job = scontrol.run("sbatch", "--parsable", "--requeue", *flags, str(script)).strip().split(";")[0]
         try:
             return _watch(job, folder / "out")
@@ -263,13 +265,6 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
             with contextlib.suppress(JobkitError):
                 scontrol.run("scancel", job)
             _remove_probe(url)
-
-
-@contextlib.contextmanager
-def _shared_directory(parent: Path) -> Iterator[Path]:
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".jobkit-doctor-", dir=parent) as made:
-        yield Path(made)
 
 
 def _watch(job: str, output: Path) -> list[Finding]:
@@ -281,7 +276,7 @@ def _watch(job: str, output: Path) -> list[Finding]:
             scontrol.run("scancel", "--signal=TERM", job)
         if len(lines) > 1:
             return _judge(json.loads(lines[1]), signalled)
-        if signalled == 0.0 and (job not in {one.id for one in scontrol.queue() if one.active}):
+        if not signalled and job not in {one.id for one in scontrol.queue() if one.active}:
             output_end = " ".join(_lines(output))[-400:] or "it printed nothing"
             return [Finding("probe", f"the job could not write to the run's URL: {output_end}", "fail")]
         time.sleep(0.3)
