@@ -190,9 +190,7 @@ class NnxPart:
         try:
             values = [_own_tree(variable.get_raw_value()) for _, variable in known]
         except AttributeError:
-            raise ConfigError(
-                "an array that is no nnx.Variable can change in place without anybody noticing: make it one"
-            ) from None
+            raise ConfigError("an array outside of any nnx.Variable can change unnoticed: make it one") from None
 
         def slots() -> tuple[list[Slot], Any]:
             now = self._variables()

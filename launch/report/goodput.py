@@ -347,7 +347,7 @@ def _attempts(spans: Sequence[Span], stretches: Sequence[Stretch], price: float 
     spent = [_by_phase(own[span.life.number]) for span in spans]
     return [
         _attempt(span, seconds, after, math.fsum(waits[span.life.number]), price)
-        for span, seconds, after in zip(spans, spent, [*spent[1:], {}], strict=True)
+        for span, seconds, after in zip(spans, spent, [*spent[1:], {}], strict=False)
     ]
 
 

@@ -159,8 +159,8 @@ def blocked_s(event: Event) -> float | None:
 
 def time_axis(length_s: float) -> tuple[float, str]:
     """Return the unit in which a length of time is written along an axis: its seconds, and its name."""
-    units = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
-    return next(((size, name) for size, name in units if length_s >= 2 * size), (1.0, "s"))
+    units = ((2 * 86400.0, 86400.0, "d"), (2 * 3600.0, 3600.0, "h"), (180.0, 60.0, "min"))
+    return next(((size, name) for least, size, name in units if length_s >= least), (1.0, "s"))
 
 
 def lanes(stretches: Sequence[Stretch], attempts: Sequence[int]) -> dict[int, list[Stretch]]:
