@@ -106,9 +106,10 @@ class Counter:
     def since_last(self) -> dict[str, Any] | None:
         """Return what was counted since the last call; None if nothing was."""
         hits, misses, seconds = self._told
-        if self.started_at is None or (self.hits, self.misses) == (hits, misses):
+        now = (self.hits, self.misses, self.seconds)
+        if self.started_at is None or now == self._told:
             return None
-        self._told = (self.hits, self.misses, self.seconds)
+        self._told = now
         new_s = round(self.seconds - seconds, 3)
         return {"hits": self.hits - hits, "misses": self.misses - misses, "seconds": new_s}
 

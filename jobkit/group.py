@@ -104,7 +104,7 @@ class Group:
             return json.loads(self._client.blocking_key_value_get(f"{self._name}/{key}", int(timeout_s * 1000)))
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
-                raise TimeoutError(f"nothing was said of {key} for {timeout_s:g} s") from None
+                raise TimeoutError(f"no process put {key} within {timeout_s:g} s") from None
             raise _lost(error) from None
 
     def share(self, key: str, make: Callable[[], Any], timeout_s: float = _EVER_S) -> Any:

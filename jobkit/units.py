@@ -82,15 +82,16 @@ def show_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def counted(count: int, what: str) -> str:
+    """Write how many there are of something: '1 step', '2,000 steps'."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def parse_limit(text: str) -> float | None:
     """Read a time limit as sbatch takes it ('90', '1:30:00', '2-12', '1-00:30:00') in seconds; None if it is none."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         return None
-    days, first, second, third = (int(part) if part else None for part in match.groups())
-    assert first is not None
-    if days is not None:
-        return days * 86400.0 + first * 3600 + (second or 0) * 60 + (third or 0)
-    if third is not None:
-        return first * 3600.0 + (second or 0) * 60 + third
-    return first * 60.0 + (second or 0)
+    days, *fields = match.groups()
+    units = (3600, 60, 1) if days or fields[2] else (60, 1, 0)
+    return int(days or 0) * 86400.0 + sum(int(field or 0) * unit for field, unit in zip(fields, units, strict=True))

@@ -33,6 +33,11 @@ def unguarded(stream: Any) -> Any:
     return stream.unguarded if isinstance(stream, _Guarded) else stream
 
 
+def dash(value: object) -> str:
+    """Write a value, or a dash for None."""
+    return "-" if value is None else str(value)
+
+
 def aligned(lines: list[tuple[str, ...]]) -> str:
     """Lay rows of words out in columns; the last one runs free."""
     lines = [tuple(word.replace("\n", " ") for word in line) for line in lines]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from launch.lifecycle.history import read_history
 from launch.lifecycle.submission import open_run
-from launch.report.html import write_page
+from launch.report.html import write_html
 from tests import browser
 
 PICTURE = Path(__file__).parent.parent / "launch/static/report.png"
@@ -28,7 +28,7 @@ def draw(run: str) -> None:
     with tempfile.TemporaryDirectory() as directory, browser.Browser(program) as chromium:
         history = read_history(open_run(run), state="done")
         history.run = f"runs/{history.name}"
-        chromium.open(write_page(Path(directory) / "report.html", [history]), width=WIDTH)
+        chromium.open(write_html(Path(directory) / "report.html", [history]), width=WIDTH)
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": chromium.evaluate(UNTIL) + 16, "scale": 1.5}
         told = chromium.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
     image = Image.open(io.BytesIO(base64.b64decode(told["data"]))).convert("RGB")

@@ -141,7 +141,7 @@ def test_remove(run: Path) -> None:
     [
         (["verify", "7"], "'7' is not a committed step"),
         (["export", "20"], "give --params OUT"),
-        (["rm"], "rm which step?"),
+        (["rm"], "rm needs the step to remove"),
         (["polish"], "'polish' is not one of"),
     ],
 )

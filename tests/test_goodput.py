@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import astuple
 
 from launch.lifecycle.history import History, Life, read_history
 from launch.report.goodput import Goodput, measure
-from launch.report.timeline import Phase
+from launch.report.phases import RunPhase
 from tests import ledgers
 from tests.jobs import ROOT, Project
 
@@ -30,7 +31,7 @@ def figures(run: ledgers.Written, *, now: float | None = None) -> Goodput:
 
 def seconds(found: Goodput) -> dict[str, float]:
     """Return the phases that took any time."""
-    return {str(phase): spent for phase, spent in found.seconds.items() if spent}
+    return {str(phase): spent for phase, spent in found.time.seconds.items() if spent}
 
 
 def test_smooth(tmp_path: Path) -> None:
@@ -49,20 +50,20 @@ def test_smooth(tmp_path: Path) -> None:
     assert seconds(found) == {
         "train": 73.0, "save": 8.0, "stop": 2.0, "start": 5.0, "compile": 4.0, "queue": 10.0, "idle": 1.0,
     }  # fmt: skip
-    assert (found.total_s, found.held_s, found.off_s) == (103.0, 92.0, 0.0)
-    assert found.goodput == pytest.approx(73 / 103)
-    assert found.goodput_held == pytest.approx(73 / 92)
-    assert (found.steps, found.executed_steps, found.lost_steps, found.repeated_steps) == (100, 100, 0, 0)
-    assert (found.notices, found.save_hit_rate, found.notice_to_commit_s) == (0, None, None)
+    assert (found.time.total_s, found.time.held_s, found.time.off_s) == (103.0, 92.0, 0.0)
+    assert found.time.goodput == pytest.approx(73 / 103)
+    assert found.time.goodput_held == pytest.approx(73 / 92)
+    assert astuple(found.progress) == (100, 100, 0, 0)
+    assert astuple(found.preemption) == (0, 0, 0, None, None)
     assert found.first_step_s is not None
     assert found.first_step_s.max == 10.0  # 1010 to 1020
-    assert (found.saves, found.save_bytes) == (3, 4_200)
-    assert found.blocking_s is not None
-    assert found.durable_s is not None
-    assert (found.blocking_s.total, found.blocking_s.median) == (8.0, 2.0)  # 1, 2, 5
-    assert (found.durable_s.total, found.durable_s.max) == (12.0, 5.0)  # 2, 5, 5
-    assert (found.compile_hits, found.compile_misses, found.compile_s) == (3, 1, 2.5)
-    assert found.cost is found.cost_lost is None
+    assert (found.saving.saves, found.saving.save_bytes) == (3, 4_200)
+    assert found.saving.blocking_s is not None
+    assert found.saving.durable_s is not None
+    assert (found.saving.blocking_s.total, found.saving.blocking_s.median) == (8.0, 2.0)  # 1, 2, 5
+    assert (found.saving.durable_s.total, found.saving.durable_s.max) == (12.0, 5.0)  # 2, 5, 5
+    assert astuple(found.compiling) == (3, 1, 2.5)
+    assert found.money.cost is found.money.cost_lost is None
     assert found.attempts[0].ending_s == 0.0
 
 
@@ -85,16 +86,16 @@ def test_interrupted(tmp_path: Path) -> None:
         "train": 129.0, "lost": 31.0, "save": 1.0, "emergency": 4.0, "stop": 3.0, "start": 24.0, "restore": 5.0,
         "compile": 24.0, "queue": 160.0, "idle": 21.0,
     }  # fmt: skip
-    assert (found.total_s, found.held_s) == (402.0, 221.0)
+    assert (found.time.total_s, found.time.held_s) == (402.0, 221.0)
     # 80 + 50 + 30 steps were executed, 130 of them different ones.
-    assert (found.steps, found.executed_steps, found.lost_steps, found.repeated_steps) == (130, 160, 30, 30)
-    assert (found.notices, found.to_save, found.saved_on_notice, found.save_hit_rate) == (1, 1, 1, 1.0)
-    assert found.notice_to_commit_s is not None
-    assert (found.notice_to_commit_s.count, found.notice_to_commit_s.max) == (1, 4.0)
+    assert astuple(found.progress) == (130, 160, 30, 30)
+    assert astuple(found.preemption)[:4] == (1, 1, 1, 1.0)
+    assert found.preemption.notice_to_commit_s is not None
+    assert (found.preemption.notice_to_commit_s.count, found.preemption.notice_to_commit_s.max) == (1, 4.0)
     assert found.first_step_s is not None
     assert (found.first_step_s.median, found.first_step_s.total) == (20.0, 53.0)  # 20, 20, 13
-    assert found.cost == pytest.approx(2.21)
-    assert found.cost_lost == pytest.approx(0.92)
+    assert found.money.cost == pytest.approx(2.21)
+    assert found.money.cost_lost == pytest.approx(0.92)
     assert [one.ending_s for one in found.attempts] == [60.0, 120.0, 0.0]
     assert [one.lost_steps for one in found.attempts] == [30, 0, 0]
     assert found.attempts[0].node == "n1"
@@ -119,11 +120,11 @@ def test_troubled(tmp_path: Path) -> None:
         "train": 12.0, "lost": 62.0, "stalled": 62.0, "emergency": 8.0, "start": 6.0, "restore": 2.0, "compile": 15.0,
         "queue": 1.0, "idle": 4.0,
     }  # fmt: skip
-    assert (found.total_s, found.held_s, found.off_s) == (172.0, 167.0, 1000.0)
+    assert (found.time.total_s, found.time.held_s, found.time.off_s) == (172.0, 167.0, 1000.0)
     # 40 + 22 + 11 executed: 0..40, 30..52, 0..11; 52 different ones.
-    assert (found.steps, found.executed_steps, found.lost_steps, found.repeated_steps) == (11, 73, 62, 21)
-    assert (found.notices, found.to_save, found.saved_on_notice, found.save_hit_rate) == (1, 1, 0, 0.0)
-    assert (found.stalls, found.notice_to_commit_s, found.ended) == (1, None, None)
+    assert astuple(found.progress) == (11, 73, 62, 21)
+    assert astuple(found.preemption)[:4] == (1, 1, 0, 0.0)
+    assert (found.stalls, found.preemption.notice_to_commit_s, found.ended) == (1, None, None)
     assert [one.ended for one in found.attempts] == [112.0, 150.0, None]
 
 
@@ -144,7 +145,21 @@ def to_json(run: ledgers.Written) -> str:
     from launch.lifecycle import run_status
 
     history = read_history(run.store, state="done", reason="done")
-    return run_status.to_json(measure(history))
+    return run_status.to_json(measure(history).for_json())
+
+
+def test_json_has_no_groups(tmp_path: Path) -> None:
+    """All figures stand beside each other in JSON, in an order that stays."""
+    names = (
+        "run name state reason submitted ended total_s held_s off_s seconds shares goodput goodput_held steps "
+        "executed_steps lost_steps repeated_steps notices to_save saved_on_notice save_hit_rate notice_to_commit_s "
+        "first_step_s saves failed_saves blocking_s durable_s save_bytes compile_hits compile_misses compile_s stalls "
+        "price_per_hour cost cost_lost attempts intervals"
+    )
+    document = json.loads(to_json(ledgers.interrupted(tmp_path / "r")))
+    assert list(document) == names.split()
+    assert list(document["seconds"]) == list(document["shares"]) == [str(one) for one in RunPhase if one != "off"]
+    assert document["intervals"][0] == {"start": 0.0, "end": 60.0, "phase": "queue", "attempt": None}
 
 
 def no_jax(path: Path) -> Path:
@@ -162,8 +177,8 @@ def no_jax(path: Path) -> Path:
 def test_nothing_yet(tmp_path: Path) -> None:
     """A run that was submitted and waits is all queue; one without an event has no time at all."""
     run = ledgers.Written(tmp_path / "r")
-    assert figures(run).total_s == 0.0
-    assert set(figures(run).shares.values()) == {0.0}
+    assert figures(run).time.total_s == 0.0
+    assert set(figures(run).time.shares.values()) == {0.0}
     run.launcher(5, "submitted")
     assert seconds(figures(run, now=25.0)) == {"queue": 20.0}
 
@@ -204,7 +219,7 @@ def test_an_old_attempt_still_writes(tmp_path: Path) -> None:
     run.supervisor(0, 95, "exited", outcome="preempted")
     run.supervisor(1, 100, "exited", outcome="failed")
     found = figures(run)
-    assert found.total_s == 100.0
+    assert found.time.total_s == 100.0
     assert [(one.started, one.ended) for one in found.attempts] == [(0.0, 50.0), (50.0, 100.0)]
 
 
@@ -279,19 +294,20 @@ def check_sums(found: Goodput) -> None:
         assert earlier.end == later.start
     assert all(interval.seconds > 0 for interval in intervals)
     whole = intervals[-1].end - intervals[0].start if intervals else 0.0
-    assert math.isclose(found.total_s + found.off_s, whole, rel_tol=1e-9, abs_tol=1e-6)
-    assert math.isclose(sum(found.shares.values()), 1.0 if found.total_s else 0.0, rel_tol=1e-9)
-    assert math.isclose(math.fsum(found.seconds.values()), found.total_s, abs_tol=1e-6)
-    assert all(0 <= share <= 1 for share in found.shares.values())
+    assert math.isclose(found.time.total_s + found.time.off_s, whole, rel_tol=1e-9, abs_tol=1e-6)
+    assert math.isclose(sum(found.time.shares.values()), 1.0 if found.time.total_s else 0.0, rel_tol=1e-9)
+    assert math.isclose(math.fsum(found.time.seconds.values()), found.time.total_s, abs_tol=1e-6)
+    assert all(0 <= share <= 1 for share in found.time.shares.values())
     held = math.fsum(one.held_s for one in found.attempts)
-    assert math.isclose(held, found.held_s, rel_tol=1e-9, abs_tol=1e-6)
-    assert found.held_s <= found.total_s * (1 + 1e-9) + 1e-6
+    assert math.isclose(held, found.time.held_s, rel_tol=1e-9, abs_tol=1e-6)
+    assert found.time.held_s <= found.time.total_s * (1 + 1e-9) + 1e-6
     for one in found.attempts:
         assert math.isclose(math.fsum(one.seconds.values()), one.held_s, rel_tol=1e-9, abs_tol=1e-6)
         assert one.lost_steps <= (one.to_step or 0) - (one.from_step or 0)
-    assert 0 <= found.saved_on_notice <= found.to_save <= found.notices <= len(found.attempts)
-    assert 0 <= found.repeated_steps <= found.executed_steps
-    assert 0 <= found.lost_steps <= found.executed_steps
+    notices, to_save, saved_on_notice, *_ = astuple(found.preemption)
+    assert 0 <= saved_on_notice <= to_save <= notices <= len(found.attempts)
+    assert 0 <= found.progress.repeated_steps <= found.progress.executed_steps
+    assert 0 <= found.progress.lost_steps <= found.progress.executed_steps
 
 
 @given(histories)
@@ -362,6 +378,8 @@ def test_any_training(lifes: list[tuple[int, int, bool]]) -> None:
             run.outcome(number, outcome="preempted" if saves else "killed", step=reached, committed_step=committed)
         found = figures(run)
         check_sums(found)
-        assert found.steps == committed
-        assert math.isclose(found.seconds[Phase.TRAIN], len(owned), abs_tol=1e-6)
-        assert math.isclose(found.seconds[Phase.LOST], sum(ahead for _, ahead, _ in lifes) - len(owned), abs_tol=1e-6)
+        assert found.progress.steps == committed
+        assert math.isclose(found.time.seconds[RunPhase.TRAIN], len(owned), abs_tol=1e-6)
+        assert math.isclose(
+            found.time.seconds[RunPhase.LOST], sum(ahead for _, ahead, _ in lifes) - len(owned), abs_tol=1e-6
+        )

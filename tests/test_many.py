@@ -144,7 +144,7 @@ def test_one_of_four_is_killed(project: Project) -> None:
     assert (status.state, jobs.outcomes(store)) == ("done", ["killed", "done"])
     assert orphans.processes_of(store) == []
     found = measure(read_history(store))
-    assert (found.attempts[0].notice, found.notices, found.to_save) == (PEER, 0, 0)
+    assert (found.attempts[0].notice, found.preemption.notices, found.preemption.to_save) == (PEER, 0, 0)
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from launch.lifecycle import run_status, verbs
 from launch.lifecycle.history import read_history
 from launch.report.explain import explain
 from launch.report.goodput import Goodput, lost_of, measure
+from launch.report.phases import RunPhase
 from launch.report.terminal import figures
-from launch.report.timeline import Phase
 from tests import jobs, ledgers
 from tests.jobs import Project
 
@@ -67,10 +67,10 @@ def test_epochs_that_a_kill_took_back(tmp_path: Path) -> None:
     attempt 1   80..145: start 1.5 + restore 0.5, compile 4, train to 145 less two saves of 0.5
     """
     found = figured(epochs(tmp_path / "r"))
-    assert {str(phase): spent for phase, spent in found.seconds.items() if spent} == {
+    assert {str(phase): spent for phase, spent in found.time.seconds.items() if spent} == {
         "start": 3.5, "restore": 0.5, "compile": 8.0, "train": 55.5 + 58.0, "lost": 15.0, "save": 1.5, "idle": 3.0,
     }  # fmt: skip
-    assert found.goodput == pytest.approx(113.5 / 145)
+    assert found.time.goodput == pytest.approx(113.5 / 145)
     assert [lost_of(one) for one in found.attempts] == ["?", "0"]
     assert lost_of(found) == "?"
     assert dict(figures(found))["steps lost"].startswith("unknown, 15 s of training")
@@ -79,8 +79,8 @@ def test_epochs_that_a_kill_took_back(tmp_path: Path) -> None:
 def test_an_older_ledger(tmp_path: Path) -> None:
     """Where no event says so the saves do: nothing counts as compiling, the lost epoch is lost all the same."""
     found = figured(epochs(tmp_path / "r", told=False))
-    assert (found.seconds[Phase.COMPILE], found.seconds[Phase.LOST]) == (0.0, 15.0)
-    assert found.seconds[Phase.TRAIN] == 59.5 + 62.0
+    assert (found.time.seconds[RunPhase.COMPILE], found.time.seconds[RunPhase.LOST]) == (0.0, 15.0)
+    assert found.time.seconds[RunPhase.TRAIN] == 59.5 + 62.0
 
 
 def test_the_story_of_a_lost_epoch(tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_steps_are_told_from_own_loops(tmp_path: Path) -> None:
     run = ledgers.interrupted(tmp_path / "r")
     before = figured(run)
     run.program(1, 248, "saved", step=90, reason="asked", blocking_s=0.0, durable_s=0.0)
-    assert figured(run).seconds[Phase.COMPILE] == before.seconds[Phase.COMPILE]
+    assert figured(run).time.seconds[RunPhase.COMPILE] == before.time.seconds[RunPhase.COMPILE]
     begun = ledgers.Written(tmp_path / "begun")
     begun.program(0, 1, "fresh", step=0)
     begun.program(0, 1, "saved", step=0, reason="start", blocking_s=0.0, durable_s=0.0)
     begun.supervisor(0, 30, "exited", outcome="failed")
-    assert figured(begun).seconds[Phase.COMPILE] == 29.0
+    assert figured(begun).time.seconds[RunPhase.COMPILE] == 29.0
 
 
 def test_a_status_is_never_behind_its_commits(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_a_loop_of_ones_own_by_hand(tmp_path: Path) -> None:
         run.log(accuracy=0.5)
         time.sleep(0.6)
     found = measure(read_history(Store(tmp_path / "r")))
-    assert (found.steps, lost_of(found), found.seconds[Phase.LOST]) == (3, "0", 0.0)
-    assert found.seconds[Phase.TRAIN] > 0.5
+    assert (found.progress.steps, lost_of(found), found.time.seconds[RunPhase.LOST]) == (3, "0", 0.0)
+    assert found.time.seconds[RunPhase.TRAIN] > 0.5
     assert [event["step"] for event in read_events(Store(tmp_path / "r")) if event["event"] == "finished"] == [3]
 
 
@@ -164,9 +164,12 @@ def test_a_real_loop_of_ones_own(project: Project, how: str) -> None:
     status = jobs.until_over(store, seconds=120)
     assert (status.state, jobs.outcomes(store)) == (State.DONE, ["killed", "done"]), store.read(contract.log_file(0))
     found = measure(read_history(store))
-    assert 1.2 < found.seconds[Phase.LOST] < 3.0
-    assert found.seconds[Phase.TRAIN] > 5.5  # 50 steps of 0.15 s, less what is lost of them
-    assert found.seconds[Phase.TRAIN] + found.seconds[Phase.LOST] > 4 * found.seconds[Phase.COMPILE]
+    assert 1.2 < found.time.seconds[RunPhase.LOST] < 3.0
+    assert found.time.seconds[RunPhase.TRAIN] > 5.5  # 50 steps of 0.15 s, less what is lost of them
+    assert (
+        found.time.seconds[RunPhase.TRAIN] + found.time.seconds[RunPhase.LOST]
+        > 4 * found.time.seconds[RunPhase.COMPILE]
+    )
     assert lost_of(found) == "?"
     (own,) = [event for event in read_events(store) if event["event"] == "own_loop" and event["attempt"] == 0]
     assert own["step"] == 10

@@ -196,11 +196,11 @@ def test_silence_is_no_goodput(tmp_path: Path) -> None:
     for again in (False, True):
         history = read_history(silent(tmp_path / str(again), ago_s=360, again=again).store, over=False)
         found = measure(history)
-        assert {str(phase): round(spent) for phase, spent in found.seconds.items() if spent >= 0.5} == {
+        assert {str(phase): round(spent) for phase, spent in found.time.seconds.items() if spent >= 0.5} == {
             "train": 100,
             "stalled": 360,
         }
-        assert found.goodput == pytest.approx(100 / 460, rel=0.01)
+        assert found.time.goodput == pytest.approx(100 / 460, rel=0.01)
 
 
 def test_everybody_says_the_same(tmp_path: Path) -> None:
@@ -222,6 +222,20 @@ def test_everybody_says_the_same(tmp_path: Path) -> None:
     over = silent(tmp_path / "over", ago_s=360)
     over.launcher(time.time(), "ended", state="cancelled")
     assert run_status.status(over.store, assume_held=False).troubles == []
+
+
+def test_a_run_that_ends_is_not_requeued(tmp_path: Path) -> None:
+    """Between the decision to stop and the end a run is ending; it is requeued where the decision is to go on."""
+    run = ledgers.Written(tmp_path / "run")
+    run.launcher(0, "submitted")
+    run.supervisor(0, 1, "started", pid=1)
+    run.outcome(0, outcome="done", reason="finished", step=7, committed_step=7, ended=5.0)
+    said = []
+    for action, reason in (("restart", "killed"), ("stop", "done")):
+        run.launcher(6, "decision", action=action, reason=reason)
+        status = run_status.status(run.store, assume_held=True)
+        said.append((str(status.state), status.reason))
+    assert said == [("requeued", "killed"), ("running", "ending: done")]
 
 
 def test_what_nobody_restarts() -> None:

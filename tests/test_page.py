@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,10 +16,10 @@ from hypothesis import strategies as st
 from launch.backends import registry
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
-from launch.report import loss_curve
+from launch.report import loss_curve, png
 from launch.report.goodput import measure
-from launch.report.html import LEFTWARDS, LETTER, legible, page
-from launch.report.png import write_picture
+from launch.report.html import html_of
+from launch.report.png import write_png
 from tests import browser, ledgers
 from tests.jobs import Project, until, until_stepping
 from tests.test_goodput import no_jax
@@ -46,7 +48,7 @@ def three(path: Path) -> list[ledgers.Written]:
 
 def html(*runs: ledgers.Written) -> str:
     """Return the page of some runs."""
-    return page([read_history(run.store, state="done", reason="finished") for run in runs])
+    return html_of([read_history(run.store, state="done", reason="finished") for run in runs])
 
 
 def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_page_of_a_run_that_waits(tmp_path: Path) -> None:
     run.launcher(1, "submitted")
     history = read_history(run.store, state="queued", over=False)
     history.now = 100.0
-    assert "in the queue" in page([history])
+    assert "in the queue" in html_of([history])
 
 
 def test_many_attempts(chromium: browser.Browser, tmp_path: Path) -> None:
@@ -194,9 +196,30 @@ def test_picture_of_many(tmp_path: Path) -> None:
     """Many runs make one picture of their shares; one run has its lanes and its curve in it."""
     runs = [read_history(run.store) for run in three(tmp_path)]
     for name, some in (("many.png", runs), ("one.png", runs[:1]), ("troubled.png", runs[2:])):
-        path = write_picture(tmp_path / name, some)
+        path = write_png(tmp_path / name, some)
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 8_000
+
+
+def test_no_word_lies_on_the_curve(tmp_path: Path) -> None:
+    """In the picture the names of the curves and the labels of interruptions stand above the plot, side by side."""
+    run = ledgers.interrupted(tmp_path / "r")
+    for step in range(60, 100, 10):
+        run.program(1, 150 + step, "metrics", step=step, values={"val_loss": 5 / (1 + step / 20)})
+    history = read_history(run.store)
+
+    def draw(plt: Any) -> Any:
+        figure = png._one(plt, measure(history), loss_curve.curve_of(history, measure(history)))
+        figure.canvas.draw()
+        axes = figure.axes[2]
+        labels = [one.get_window_extent() for one in axes.texts if one.get_text()]
+        words = [*labels, axes.get_legend().get_window_extent(), axes._left_title.get_window_extent()]
+        assert len(labels) == 2
+        assert all(one.y0 >= axes.get_window_extent().y1 for one in words)
+        assert not [pair for pair in combinations(words, 2) if pair[0].overlaps(pair[1])]
+        return figure
+
+    png.write_figure(tmp_path / "one.png", draw)
 
 
 def test_curve_shows_what_was_taken_back(tmp_path: Path) -> None:
@@ -232,17 +255,19 @@ def test_round_numbers_on_the_axes() -> None:
     assert json.dumps(loss_curve.nice_steps(0, 0.05, 5)) == "[0.0, 0.01, 0.02, 0.03, 0.04, 0.05]"
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.sampled_from(["preempted", "killed, 15 lost", "done"])), max_size=9))
-def test_labels_do_not_run_into_each_other(labels: list[tuple[float, str]]) -> None:
-    """Of the labels above the curve every one that is shown can be read, and the first always is."""
-    labels.sort(key=lambda one: one[0])
-    shown = legible(labels)
-    assert all(text in ("", label) for text, (_, label) in zip(shown, labels, strict=True))
-    ends = -1e9
-    for text, (at, _) in zip(shown, labels, strict=True):
-        if text:
-            width = LETTER * len(text)
-            begin = at - width if at > LEFTWARDS else at
-            assert begin >= ends
-            ends = begin + width
-    assert not labels or shown[0]
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.sampled_from(["preempted", "killed", "stalled"]), st.integers(0, 20)))
+)
+def test_labels_do_not_run_into_each_other(ends: list[tuple[int, str, int]]) -> None:
+    """Of the labels above the curve every one that is drawn can be read, and the first always is."""
+    cuts = [loss_curve.Cut(number, step, lost, how) for number, (step, how, lost) in enumerate(ends)]
+    drawn = loss_curve.labelled(cuts, (0.0, 1000.0))
+    assert sorted(one.attempt for one in drawn) == list(range(len(cuts)))
+    end = -1e9
+    for cut in drawn:
+        assert cut.label in ("", cut.text)
+        width = loss_curve._LETTER * len(cut.label)
+        begin = cut.step / 1000 - width * cut.leftwards
+        assert not cut.label or begin >= end
+        end = begin + width if cut.label else end
+    assert not drawn or drawn[0].label

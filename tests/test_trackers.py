@@ -30,7 +30,7 @@ from tests import training
 from tests.gcs_server import GcsServer
 
 STEPS = 40
-MISSING = [name for name, package in adapters.NEEDS.items() if importlib.util.find_spec(package) is None]
+MISSING = [name for name, (_, package) in adapters.KNOWN.items() if importlib.util.find_spec(package) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING) and not os.environ.get("CI"), reason=f"not installed: {MISSING}")
 
 

@@ -180,7 +180,7 @@ class NnxPart(Part):
         try:
             raw = [variable.get_raw_value() for _, variable in known]
         except AttributeError:
-            raise ConfigError("arrays that are no nnx.Variable are changed in place unseen") from None
+            raise ConfigError("an array outside of any nnx.Variable can change unnoticed: make it one") from None
         # A variable's value may be a container; nearly all are arrays.
         values = [value if isinstance(value, jax.Array) else jax.tree.map(leaves.own, value) for value in raw]
 

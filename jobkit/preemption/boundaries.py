@@ -48,7 +48,7 @@ class Boundaries:
         same ones so, though they may find holding to cost more or less."""
         self.nbytes = 0
         """Size of the state; 0 before it is known."""
-        self.why = "the last boundary was not held: steps are too short for it"
+        self.why = "the last boundary was not held: holding one takes longer than a step"
         """Why there may be none to save."""
         self._room = 0
         """How many boundaries may be held before the newest. A large state may have no room beside itself."""

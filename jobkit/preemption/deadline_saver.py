@@ -141,7 +141,7 @@ class DeadlineSaver:
         while not self._heard(key, _TICK_S / 4):
             self._wait(_TICK_S / 100)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nobody has said {key}")
+                raise TimeoutError(f"no process put {key} before the deadline")
 
     def _wait(self, seconds: float) -> None:
         self.lock.wait(seconds)

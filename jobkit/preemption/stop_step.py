@@ -149,7 +149,11 @@ class Agreement:
         if at < 0 and self._closing:
             return
         if at < 0:
-            raise StorageError(self._lost() or "the processes could not agree on a step: one of them does not answer")
+            raise StorageError(
+                self._lost()
+                or "one of the processes did not say in time at which step it can stop: look into the log of each of "
+                "them, log-0.txt and so on"
+            )
         with self._changed:
             self.rounds.decide(number, at)
             self._changed.notify_all()

@@ -37,6 +37,7 @@ class TensorBoard:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
+        from tensorboardX.summary import text as text_summary
 
         self._scalar, self._event = scalar, event_pb2.Event
         self._store = opening.store
@@ -49,7 +50,8 @@ class TensorBoard:
         self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=begin, session_log=start))
         if opening.before:
             text = f"attempt {opening.attempt} goes on at step {opening.step} after: {opening.before}"
-            self._write_text("jobkit/interruptions", text, opening.step)
+            summary = text_summary("jobkit/interruptions", text)
+            self._writer.write_event(self._event(wall_time=time.time(), step=opening.step, summary=summary))
         self._newest, self._flushed, self._flushed_at = begin, -1, 0.0
         return lambda name: begin - 1
 
@@ -77,11 +79,6 @@ class TensorBoard:
         with contextlib.suppress(FileNotFoundError, ValueError):
             return int(self._store.read(contract.TENSORBOARD_MARK))
         return 0  # a node that was never here before: write everything again
-
-    def _write_text(self, tag: str, text: str, step: int) -> None:
-        from tensorboardX.summary import text as text_summary
-
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=text_summary(tag, text)))
 
 
 class WandB:
@@ -123,9 +120,7 @@ class WandB:
         if opening.before:
             attempts["interrupted_by"] = opening.before
             self._run.tags = tuple(dict.fromkeys([*(self._run.tags or ()), "interrupted"]))
-        self._run.config.update(  # type: ignore[no-untyped-call]
-            {"jobkit": attempts}, allow_val_change=True
-        )
+        self._run.config.update({"jobkit": attempts}, allow_val_change=True)  # type: ignore[no-untyped-call]
         last = max([self._run.starting_step - 1, *offline])
         return lambda name: last
 
@@ -247,31 +242,37 @@ class MLflow:
             self._client.set_terminated(self._run_id, "FINISHED" if ending == "done" else "FAILED")
 
 
-KNOWN: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-NEEDS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+KNOWN: dict[str, tuple[Callable[[], Tracker], str]] = {
+    "tensorboard": (TensorBoard, "tensorboardX"),
+    "wandb": (WandB, "wandb"),
+    "mlflow": (MLflow, "mlflow"),
+}
 """The trackers that jobkit knows, and the package that each one needs."""
 
 
-def resolve(given: Sequence[str | Tracker] | None) -> list[Tracker]:
+def resolve(trackers: Sequence[str | Tracker] | None) -> list[Tracker]:
     """Make the trackers that `Run(trackers=...)` names; TensorBoard where it is installed if nothing was said.
 
     Raises:
         ConfigError: If one is unknown or not installed.
     """
-    if given is None:
-        given = ("tensorboard",) if importlib.util.find_spec("tensorboardX") else ()
-    if isinstance(given, str):
-        raise ConfigError(f"trackers={given!r}: give a tuple, ({given!r},)")
-    made: list[Tracker] = []
-    for one in given:
-        if not isinstance(one, str):
-            if not all(callable(getattr(one, method, None)) for method in ("open", "send", "close")):
-                raise ConfigError(f"trackers: {one!r} is no tracker: it needs open, send and close")
-            made.append(one)
-            continue
-        if one not in NEEDS:
-            raise ConfigError(f"trackers: {one!r} is unknown; known are {', '.join(NEEDS)}")
-        if importlib.util.find_spec(NEEDS[one]) is None:
-            raise ConfigError(f"trackers: {one!r} needs a package: pip install {NEEDS[one]}")
-        made.append(KNOWN[one]())
-    return made
+    if trackers is None:
+        trackers = ("tensorboard",) if importlib.util.find_spec("tensorboardX") else ()
+    if isinstance(trackers, str):
+        raise ConfigError(f"trackers={trackers!r}: give a tuple, ({trackers!r},)")
+    return [_made(one) if isinstance(one, str) else _checked(one) for one in trackers]
+
+
+def _made(name: str) -> Tracker:
+    if name not in KNOWN:
+        raise ConfigError(f"trackers: {name!r} is unknown; known are {', '.join(KNOWN)}")
+    make, package = KNOWN[name]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"trackers: {name!r} needs a package: pip install {package}")
+    return make()
+
+
+def _checked(tracker: Tracker) -> Tracker:
+    if not all(callable(getattr(tracker, method, None)) for method in ("open", "send", "close")):
+        raise ConfigError(f"trackers: {tracker!r} is no tracker: it needs open, send and close")
+    return tracker

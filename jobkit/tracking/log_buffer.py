@@ -43,7 +43,7 @@ class LogBuffer:
             batch, self._pending = self._pending[:ready], self._pending[ready:]
             self._flushed_at = time.monotonic()
             events = [
-                {"t": at, "event": "metrics", "step": step, "values": _numbers(given)} for step, at, given in batch
+                {"t": at, "event": "metrics", "step": step, "values": _numbers(logged)} for step, at, logged in batch
             ]
             ledger.append_all([event for event in events if event["values"]])
 
@@ -52,10 +52,10 @@ def _is_ready(value: Any) -> bool:
     return not hasattr(value, "is_ready") or value.is_deleted() or bool(value.is_ready())
 
 
-def _numbers(given: dict[str, Any]) -> dict[str, float]:
+def _numbers(logged: dict[str, Any]) -> dict[str, float]:
     """Convert what can be converted: a step may have donated an array, and no commit may fail of that."""
     numbers = {}
-    for name, value in given.items():
+    for name, value in logged.items():
         with contextlib.suppress(Exception):
             numbers[name] = float(value)
     return numbers

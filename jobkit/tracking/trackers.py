@@ -14,13 +14,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from jobkit import contract, decode, names
 from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
-from jobkit.rundir.ledger import life_events, read_json, read_lines
+from jobkit.rundir.ledger import Event, life_events, read_json, read_lines
 from jobkit.rundir.store import Store
 
 _TICK_S = 1.0
@@ -120,9 +121,8 @@ class TrackerFeed:
             with contextlib.suppress(Exception):  # it will be said when the tracker is opened
                 for package in getattr(tracker, "packages", ()):
                     importlib.import_module(package)
-            thread = threading.Thread(
-                target=self._keep_feeding, args=(tracker, step), name=f"jobkit-{tracker.name}", daemon=True
-            )
+            name = f"jobkit-{tracker.name}"
+            thread = threading.Thread(target=self._keep_feeding, args=(tracker, step), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -134,15 +134,13 @@ class TrackerFeed:
             thread.join(wait_s)
 
     def _keep_feeding(self, tracker: Tracker, step: int) -> None:
-        reported = False
-        while True:
+        for failures in count():
             last = self._closing.is_set()
             try:
                 self._follow(tracker, step)
                 return
             except (Exception, SystemExit) as error:  # whatever it is, it is not the training's
-                if not reported:
-                    reported = True
+                if not failures:
                     say(f"{tracker.name} fails, training goes on: {type(error).__name__}: {str(error)[:300]}")
             if last:
                 return
@@ -163,21 +161,20 @@ class TrackerFeed:
         )
 
         def send(points: Sequence[Point]) -> None:
-            wanted = [
-                Point(point.step, point.at, {k: v for k, v in point.values.items() if point.step > has(k)})
+            missing = [
+                Point(point.step, point.at, values)
                 for point in points
+                if (values := {name: value for name, value in point.values.items() if point.step > has(name)})
             ]
-            wanted = [point for point in wanted if point.values]
-            for begin in range(0, max(len(wanted), 1), _BATCH):
-                tracker.send(wanted[begin : begin + _BATCH])
+            for begin in range(0, max(len(missing), 1), _BATCH):
+                tracker.send(missing[begin : begin + _BATCH])
 
         send(list(logged_before(self._store, self._attempt, step)))
         tail = Tail(self._store.file(contract.events_file(self._attempt, 0)))
-        while True:
+        closing = False
+        while not closing:
             closing = self._closing.wait(_TICK_S)
             send(list(tail.read()))
-            if closing:
-                break
         tracker.close(self._ending)
 
     def _read_known(self) -> dict[str, dict[str, str]]:
@@ -213,8 +210,8 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                if (event := decode.event(line)) is not None:
-                    yield from _points([event])
+                if (event := decode.event(line)) is not None and (point := _point(event)) is not None:
+                    yield point
 
 
 def logged_before(store: Store, attempt: int, step: int) -> list[Point]:
@@ -231,24 +228,22 @@ def logged_before(store: Store, attempt: int, step: int) -> list[Point]:
         while points and points[-1].step >= to:
             points.pop()
 
-    for earlier in store.numbers(contract.ATTEMPTS):
-        if earlier >= attempt:
-            break
+    for earlier in takewhile(lambda number: number < attempt, store.numbers(contract.ATTEMPTS)):
         for event in read_lines(store, contract.events_file(earlier, 0)):
             if event["event"] in ("fresh", "restored") and isinstance(event.get("step", 0), int):
                 rewind(event.get("step", 0))
-            points += _points([event])
+            if (point := _point(event)) is not None:
+                points.append(point)
     rewind(step)
     return points
 
 
-def _points(events: Sequence[Any]) -> Iterator[Point]:
-    for event in events:
-        if not isinstance(event, dict) or event.get("event") != "metrics":
-            continue
-        step, at, values = event.get("step"), event.get("t"), event.get("values")
-        if isinstance(step, int) and isinstance(at, int | float) and isinstance(values, dict):
-            yield Point(step, at, values)
+def _point(event: Event) -> Point | None:
+    """Return what an event says was logged, if it does."""
+    match event:
+        case {"event": "metrics", "step": int(step), "t": int() | float() as at, "values": dict(values)}:
+            return Point(step, at, values)
+    return None
 
 
 def ending_of(store: Store, attempt: int) -> str:
@@ -257,12 +252,10 @@ def ending_of(store: Store, attempt: int) -> str:
         return ""
     reason = "killed"
     for event in life_events(store, attempt):
-        if event["event"] == "exited":
-            reason = str(event.get("reason"))
-        elif event["event"] == "raised":
-            reason = str(event.get("error"))
-        elif event["event"] == "notice":
-            reason = str(event.get("source"))
-        if event["event"] in ("stopped", "finished"):
-            return f"{reason}, committed at step {event.get('step')}" if event["event"] == "stopped" else "finished"
+        if event["event"] == "finished":
+            return "finished"
+        if event["event"] == "stopped":
+            return f"{reason}, committed at step {event.get('step')}"
+        if (field := {"exited": "reason", "raised": "error", "notice": "source"}.get(event["event"])) is not None:
+            reason = str(event.get(field))
     return reason[:200]

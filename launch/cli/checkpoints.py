@@ -57,11 +57,13 @@ def checkpoints(run: str, action: str, step: str | None, every: bool, params: st
         sys.exit(1 if any(verdicts.values()) else 0)
     elif action == "export":
         if not params:
-            raise ConfigError("export what where? give --params OUT, a directory that does not exist")
+            raise ConfigError(
+                "export needs a place for the parameters: give --params OUT, a directory that does not exist"
+            )
         sys.exit(checkpoints.export(store, params, step, as_json=as_json))
     else:
         if step is None:
-            raise ConfigError("rm which step? jobkit checkpoints RUN lists them")
+            raise ConfigError("rm needs the step to remove; jobkit checkpoints RUN lists them")
         number = checkpoints.chosen(store, step, every=False)[0]
         checkpoints.remove(store, number)
         print(run_status.to_json({"run": store.url, "removed": [number]}) if as_json else f"removed step {number}")
@@ -78,8 +80,8 @@ def _list_sweep(store: "Store", as_json: bool) -> None:
         values, rows = specs.read(point).values, checkpoints.listed(point)
         points.append({"point": number, "run": point.url, "values": values, "checkpoints": rows})
         if not as_json:
-            shown = "  ".join(f"{name}={value}" for name, value in values.items())
-            print(f"point {number}: {shown}\n{_table(rows)}\n", flush=True)
+            named = "  ".join(f"{name}={value}" for name, value in values.items())
+            print(f"point {number}: {named}\n{_table(rows)}\n", flush=True)
     if as_json:
         print(run_status.to_json(points))
 

@@ -1,13 +1,12 @@
 # ruff: noqa: D301  (click wants the character \\b itself)
 """`jobkit ls`: the runs below a directory, in a bucket, or of a batch service."""
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from jobkit.errors import JobkitError
-from launch.printing import aligned
+from jobkit.errors import JobkitError, say
+from launch.printing import aligned, dash
 
 if TYPE_CHECKING:
     from launch.lifecycle.run_status import Status
@@ -38,16 +37,13 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
         urls = registry.named(on).runs(project, region)
         top = f"{region} of project {project or 'that is signed in to'}"
 
-    def tell(text: str) -> None:
-        print(f"jobkit: {text}", file=sys.stderr)
-
     stores = []
     for url in urls:
         try:
             stores.append(submission.open_run(url))
         except JobkitError as error:  # one run that cannot be read hides no other
-            tell(str(error))
-    listed = registry.listed(stores, tell)
+            say(str(error))
+    listed = registry.listed(stores, say)
     if as_json:
         print(run_status.to_json(listed))
         return
@@ -55,14 +51,10 @@ def ls(directory: str, on: str | None, project: str, region: str, as_json: bool)
 
 
 def _table(top: str, listed: "list[Status]") -> str:
-    def number(value: int | None) -> str:
-        return "-" if value is None else str(value)
-
-    head = ("RUN", "STATE", "ATTEMPTS", "STEP", "COMMITTED", "REASON")
-    lines: list[tuple[str, ...]] = [head]
+    lines: list[tuple[str, ...]] = [("RUN", "STATE", "ATTEMPTS", "STEP", "COMMITTED", "REASON")]
     for status in listed:
         name = status.run.rpartition("/")[2] if status.run == top else status.run.removeprefix(f"{top}/")
-        counts = (str(status.attempts), number(status.step), number(status.committed_step))
+        counts = (str(status.attempts), dash(status.step), dash(status.committed_step))
         words = [status.place.strip(), status.reason, *(trouble.text for trouble in status.troubles)]
         lines.append((name, str(status.state), *counts, "; ".join(filter(None, words))))
     return aligned(lines)

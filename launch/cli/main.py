@@ -7,7 +7,7 @@ import click
 
 import jobkit
 from jobkit.contract import Exit, State
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 from launch.cli import checkpoints, control, drill, ls, report, resume, submit
 from launch.cli.output import print_status
 from launch.printing import aligned, guard
@@ -214,5 +214,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"jobkit: {message}", file=sys.stderr)
+    say(message)
     sys.exit(Exit.USAGE)

@@ -2,19 +2,21 @@
 """`jobkit report` and `jobkit explain`: what a run's time was spent on, and why."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from jobkit import contract
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from jobkit.rundir.store import Store
+    from launch.console import Console
     from launch.lifecycle.history import History
-    from launch.lifecycle.run_status import Status
 
 
 @click.command(short_help="Say what the time of RUNS was spent on.")
@@ -38,6 +40,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
       jobkit report --live runs/mnist
       jobkit report runs/sweep --json
     """
+    from launch.lifecycle import submission
     from launch.lifecycle.run_status import to_json
     from launch.report.goodput import measure
 
@@ -48,20 +51,22 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
         _watch(stores)
         return
     histories = _read(stores, curves=html is not None or png is not None)
+    beside = sys.stderr if as_json else sys.stdout
     if html is not None:
-        from launch.report.html import write_page
+        from launch.report.html import write_html
 
-        print(f"report: {write_page(html, histories)}", file=sys.stderr if as_json else sys.stdout)
+        print(f"report: {write_html(html, histories)}", file=beside)
     if png is not None:
-        from launch.report.png import write_picture
+        from launch.report.png import write_png
 
-        print(f"picture: {write_picture(png, histories)}", file=sys.stderr if as_json else sys.stdout)
+        print(f"picture: {write_png(png, histories)}", file=beside)
     if as_json:
-        goodputs = [measure(history) for history in histories]
-        one = len(runs) == len(stores) == len(goodputs) == 1 and goodputs[0].run == _open(runs[0]).url
-        print(to_json(goodputs[0] if one else goodputs))
+        figures = [measure(history).for_json() for history in histories]
+        lone = len(runs) == len(stores) == len(figures) == 1 and histories[0].run == submission.open_run(runs[0]).url
+        print(to_json(figures[0] if lone else figures))
     elif html is None and png is None:
-        _print(histories)
+        console, view = _terminal()
+        console.print(view(histories))
 
 
 @click.command(short_help="Tell what happened to RUN, and what would avoid it.")
@@ -76,14 +81,14 @@ def explain(run: str, as_json: bool) -> None:
       jobkit explain runs/mnist --json
     """
     from launch.lifecycle.run_status import to_json
-    from launch.report import explain as story
+    from launch.report.explain import explain
     from launch.report.goodput import measure
     from launch.report.terminal import clock
 
     histories = _read(_stores([run]), curves=False)
     if len(histories) > 1:
         raise ConfigError(f"{run} holds {len(histories)} runs; explain one of them, such as {histories[0].run}")
-    explanation = story.explain(measure(histories[0]), histories[0])
+    explanation = explain(measure(histories[0]), histories[0])
     if as_json:
         print(to_json(explanation))
         return
@@ -93,15 +98,13 @@ def explain(run: str, as_json: bool) -> None:
         print(("" if number else "\nNext time:\n") + f"- {advice.text}")
 
 
-def _print(histories: "Sequence[History]") -> None:
-
+def _terminal() -> "tuple[Console, Callable[[Sequence[History]], RenderableType]]":
+    """Return a console, and what lays histories out for it."""
     from launch.console import Console
     from launch.report.goodput import measure
-    from launch.report.terminal import overview, shown
+    from launch.report.terminal import laid_out
 
-    console = Console(highlight=False, markup=False)
-    goodputs = [measure(history) for history in histories]
-    console.print(shown(goodputs[0]) if len(goodputs) == 1 else overview(goodputs))
+    return Console(highlight=False, markup=False), lambda histories: laid_out([measure(one) for one in histories])
 
 
 def _watch(stores: "Sequence[Store]") -> None:
@@ -110,16 +113,13 @@ def _watch(stores: "Sequence[Store]") -> None:
 
     from rich.live import Live
 
-    from launch.console import Console
     from launch.lifecycle import submission
-    from launch.report.goodput import measure
-    from launch.report.terminal import overview, shown
 
-    with Live(console=Console(highlight=False, markup=False), auto_refresh=False, vertical_overflow="visible") as view:
+    console, view = _terminal()
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             histories = _read(stores, curves=False)
-            goodputs = [measure(history) for history in histories]
-            view.update(shown(goodputs[0]) if len(goodputs) == 1 else overview(goodputs), refresh=True)
+            live.update(view(histories), refresh=True)
             if all(history.now is None for history in histories):
                 return
             try:
@@ -130,12 +130,6 @@ def _watch(stores: "Sequence[Store]") -> None:
                 pass  # a bucket that does not answer just now
             except KeyboardInterrupt:
                 return
-
-
-def _open(run: str) -> "Store":
-    from launch.lifecycle import submission
-
-    return submission.open_run(run)
 
 
 def _stores(runs: Sequence[str]) -> "list[Store]":
@@ -151,7 +145,7 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
         except ConfigError as error:
             if len(stores) == 1:
                 raise
-            _warn(str(error))
+            say(str(error))
     if not readable:
         raise ConfigError(f"none of these {len(stores)} runs can be read here")
     return readable
@@ -159,73 +153,49 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
 
 def _below(run: str) -> "Iterator[Store]":
     from jobkit.rundir.store import is_remote
-    from launch.lifecycle import run_status
+    from launch.backends import registry
+    from launch.lifecycle import run_status, submission
 
     if is_remote(run):
-        urls = _remote_runs(run)
+        top, urls = registry.runs_below(run)
     else:
-        store = _open(run)
-        lone = store.exists(contract.RUN_JSON) or store.exists(contract.ATTEMPTS)
-        urls = [store.url] if lone else [str(path) for path in run_status.find_runs(store.path)]
-    if not urls:
-        raise ConfigError(f"{run} is not a run and holds none; jobkit ls DIRECTORY lists runs")
-    yield from map(_open, urls)
+        store = submission.open_run(run)
+        top = store.url  # one that was started by hand is a run without run.json
+        urls = [] if store.exists(contract.ATTEMPTS) else [str(path) for path in run_status.find_runs(store.path)]
+    for url in [top] if top in urls else urls or [top]:  # the points of a sweep are no runs beside it
+        store = submission.open_run(url)
+        if not urls and not store.exists(contract.ATTEMPTS):
+            raise ConfigError(f"{run} is not a run and holds none; jobkit ls DIRECTORY lists runs")
+        yield store
 
 
-def _remote_runs(url: str) -> list[str]:
-    """Return the runs at a URL of an object store: itself, or those below it."""
-    from jobkit.rundir.remote import Remote
-
-    url = url.rstrip("/")
-    names = Remote(url, deadline_s=20).find()
-    if any(name == contract.RUN_JSON or name.startswith(f"{contract.ATTEMPTS}/") for name in names):
-        return [url]
-    ending = f"/{contract.RUN_JSON}"
-    return [f"{url}/{name.removesuffix(ending)}" for name in sorted(names) if name.endswith(ending)]
-
-
-def _read(stores: "Sequence[Store]", *, curves: bool = True) -> "list[History]":
+def _read(stores: "Sequence[Store]", *, curves: bool) -> "list[History]":
     """Read the history of each run, and of each point of a sweep; whether they are alive their backends say.
 
     Each scheduler is asked once. Where one cannot be asked, as on a machine that it does not know, the ledgers tell.
     """
     from launch.backends import registry
+    from launch.lifecycle import run_status, submission
+    from launch.lifecycle.history import read_history
 
     try:
-        statuses = registry.listed([store for store in stores if store.exists(contract.RUN_JSON)], _warn)
+        statuses = registry.listed([store for store in stores if store.exists(contract.RUN_JSON)], say)
     except JobkitError as error:
-        _warn(str(error))
+        say(str(error))
         statuses = []
     by_url = {status.run: status for status in statuses}
     histories = []
     for store in stores:
-        status = by_url.get(store.url)
-        if status is None:
-            histories.append(_by_ledger(store, curves=curves))
-        elif not status.points:
-            histories.append(_of_status(store, status, curves=curves))
-        for point in status.points if status is not None else ():
-            history = _of_status(_open(point.run), point, curves=curves)
-            history.name = " ".join(f"{name}={value}" for name, value in point.values.items()) or history.name
+        if (status := by_url.get(store.url)) is None:
+            last = run_status.last_life_event(store)
+            state = str(last.get("state", "")) if last.get("event") == "ended" else ""
+            histories.append(read_history(store, state=state, reason=str(last.get("reason", "")), curves=curves))
+            continue
+        for one in status.points or [status]:
+            place = submission.open_run(one.run) if status.points else store
+            over = one.state.over
+            history = read_history(place, state=str(one.state), reason=one.reason, over=over, curves=curves)
+            if status.points:
+                history.name = " ".join(f"{name}={value}" for name, value in one.values.items()) or history.name
             histories.append(history)
     return histories
-
-
-def _of_status(store: "Store", status: "Status", *, curves: bool) -> "History":
-    from launch.lifecycle.history import read_history
-
-    over = status.state.over
-    return read_history(store, state=str(status.state), reason=status.reason, over=over, curves=curves)
-
-
-def _by_ledger(store: "Store", *, curves: bool) -> "History":
-    from launch.lifecycle import run_status
-    from launch.lifecycle.history import read_history
-
-    last = run_status.last_life_event(store)
-    state = str(last.get("state", "")) if last.get("event") == "ended" else ""
-    return read_history(store, state=state, reason=str(last.get("reason", "")), curves=curves)
-
-
-def _warn(text: str) -> None:
-    print(f"jobkit: {text}", file=sys.stderr)

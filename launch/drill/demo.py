@@ -34,7 +34,7 @@ from launch.console import Console
 from launch.drill import observe
 from launch.lifecycle import run_status, verbs
 from launch.lifecycle.history import read_history
-from launch.report.html import write_page
+from launch.report.html import write_html
 from launch.spec.jobspec import JobSpec
 
 STEPS, LEAST_STEPS = 500, 60
@@ -444,7 +444,7 @@ def _write_report(place: Path, runs: Mapping[str, Store]) -> Path:
     """Write the page of both runs, the interrupted one first."""
     both = [runs["disturbed"], runs["undisturbed"]]
     histories = [read_history(store, state=State.DONE, reason="finished") for store in both]
-    return write_page(place / contract.REPORT / "report.html", histories)
+    return write_html(place / contract.REPORT / "report.html", histories)
 
 
 _INK, _BLUE, _ORANGE, _RED, _GREEN = "#1f2933", "#3b6fb6", "#e07b1a", "#c0392b", "#2e8b57"

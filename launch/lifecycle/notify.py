@@ -261,7 +261,7 @@ def _run(words: Sequence[str], body: bytes, cwd: str) -> None:
     try:
         done = subprocess.run(words, input=body, cwd=cwd or None, capture_output=True, timeout=_COMMAND_S, check=False)
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"it took longer than {_COMMAND_S:g} s") from None
+        raise ConfigError(f"the command took longer than {_COMMAND_S:g} s") from None
     except OSError as error:
         raise ConfigError(f"it cannot be started: {error.strerror}") from None
     if done.returncode:

@@ -237,13 +237,13 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
         if job is not None and not running and (job.pending or not attempted):
             waits = f"job {job.id} is {job.state.lower()}" + (f" ({job.reason})" if job.reason else "")
             return State.REQUEUED if attempted else State.QUEUED, stopping or waits, "alive"
-        if running:
-            return State.RUNNING, stopping, "alive"
-        if attempted and last.get("event") != "decision":
+        if running or not attempted:
+            return State.RUNNING if running else State.QUEUED, stopping, "alive"
+        if last.get("event") != "decision":
             return State.RUNNING, stopping or "an attempt has ended; what comes next is being decided", "alive"
-        if attempted:
-            return State.REQUEUED, stopping or str(last.get("reason", "")), "alive"
-        return State.QUEUED, stopping, "alive"
+        if last.get("action") == "stop":
+            return State.RUNNING, stopping or f"ending: {last.get('reason', '')}", "alive"
+        return State.REQUEUED, stopping or str(last.get("reason", "")), "alive"
     if cancelled:
         return State.CANCELLED, cancel_reason(store), "gone"
     if job is not None and job.state == "CANCELLED":

@@ -4,21 +4,20 @@ All of it comes from the ledgers.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import msgspec
 
 from jobkit.contract import Outcome
 from jobkit.rundir.ledger import Event
 from jobkit.supervise.unsaved import nothing_new
-from jobkit.units import show_duration
+from jobkit.units import counted, show_duration
 from launch.lifecycle import troubles
-from launch.lifecycle.history import History, number_of
-from launch.report.advice import Advice, advice, clause, counted
-from launch.report.goodput import Attempt, Goodput, lost_unseen
-from launch.report.lives import from_outside
-from launch.report.phases import percent
-from launch.report.timeline import Phase
+from launch.lifecycle.history import History, Life, number_of
+from launch.report.advice import Advice, advice, clause, reason_of
+from launch.report.goodput import BEGINNING, AttemptFigures, Goodput, lost_unseen
+from launch.report.lives import from_outside, named, seconds_of
+from launch.report.phases import RunPhase, percent
 
 _MOST = 25
 """How many interruptions are told one by one; of more the costliest."""
@@ -64,13 +63,10 @@ def explain(goodput: Goodput, history: History) -> Story:
     return Story(goodput.run, goodput.name, goodput.state, sentences, list(advice(goodput, history)))
 
 
-# What happened.
-
-
 def _beginning(goodput: Goodput) -> Iterator[Sentence]:
     if goodput.submitted is None:
         return
-    waited = goodput.intervals[0] if goodput.intervals[0].phase is Phase.QUEUE else None
+    waited = goodput.intervals[0] if goodput.intervals[0].phase is RunPhase.QUEUE else None
     after = f" and started {show_duration(waited.seconds)} later" if waited is not None and goodput.attempts else ""
     yield Sentence(
         goodput.submitted, "submitted", None, f"The run was submitted{after}.", waited.seconds if waited else 0.0
@@ -80,12 +76,11 @@ def _beginning(goodput: Goodput) -> Iterator[Sentence]:
 def _endings(goodput: Goodput, history: History) -> Iterator[Sentence]:
     """Tell of every attempt that ended before the run was done."""
     ended = [one for one in goodput.attempts if one.ended is not None and one.outcome != Outcome.DONE]
-    costliest = sorted(sorted(ended, key=lambda one: -one.ending_s)[:_MOST], key=lambda one: one.attempt)
-    waited = {life.number: life.supervisor for life in history.lives}
-    for one in costliest:
-        after = [later for later in goodput.attempts if later.attempt > one.attempt]
-        stalls = [event for event in waited.get(one.attempt, []) if event["event"] == "stalled"]
-        text = f"{_what(one, stalls)} {_cost(one, after[0] if after else None)}"
+    costliest = sorted(ended, key=lambda one: -one.ending_s)[:_MOST]
+    stalls = {life.number: event for life in history.lives for event in named(life.supervisor, "stalled")}
+    following = dict(zip([one.attempt for one in goodput.attempts], goodput.attempts[1:], strict=False))
+    for one in sorted(costliest, key=lambda one: one.attempt):
+        text = f"{_what(one, stalls.get(one.attempt))} {_cost(one, following.get(one.attempt))}"
         yield Sentence(one.ended or one.started, one.outcome or "unknown", one.attempt, text, one.ending_s)
     left = [one for one in ended if one not in costliest]
     if left:
@@ -95,64 +90,65 @@ def _endings(goodput: Goodput, history: History) -> Iterator[Sentence]:
         yield Sentence(max(one.ended or 0.0 for one in left), "more", None, text, cost_s)
 
 
-def _what(one: Attempt, stalls: Sequence[Event]) -> str:
+_ENDED = {
+    Outcome.FAILED: "failed",
+    Outcome.STORAGE: "could not commit or restore",
+    Outcome.CONFIG: "cannot work as it is",
+}
+
+
+def _what(one: AttemptFigures, stall: Event | None) -> str:
     """Say how an attempt ended, and why."""
     at = f" at step {one.to_step:,}" if one.to_step is not None else " before it had a step"
-    who = f"Attempt {one.attempt}"
+    late = f" after a notice ({one.notice}) that it could not serve in time" if one.saved_on_notice is False else ""
     if one.outcome == Outcome.PREEMPTED:
-        text = f"{who} was told to stop ({one.notice or 'notice'}){at}"
-        if not from_outside(one.notice):
-            whole = one.notice_to_commit_s is not None
-            text = f"{who} stopped{at}: its supervisor was gone" if one.notice == "supervisor" else text
-            return f"{text}; everything was committed {one.notice_to_commit_s:.2f} s later." if whole else f"{text}."
-        if one.saved_on_notice and one.notice_to_commit_s is not None:
-            return f"{text}; everything was committed {one.notice_to_commit_s:.2f} s after the notice."
-        if one.saved_on_notice is None:
-            return f"{text}; there was nothing to save yet."
-        late = f"; its newest steps could not be committed{clause(one.unsaved)}."
-        return f"{text}{'.' if one.saved_on_notice else late}"
-    if one.outcome == Outcome.STALLED:
-        event = stalls[-1] if stalls else {}
+        what = _stopped(one, at)
+    elif one.outcome == Outcome.STALLED:
+        event = stall or {}
         where = f" in phase {str(event['phase']).replace('_', ' ')}" if event.get("phase") else ""
         frame = f", in {event['frame']}" if event.get("frame") else ""
         # How long until it ended is told with the costs: it had a while to save what its threads still could.
-        waited = show_duration(number_of(event.get("waited_s")) or one.seconds[Phase.STALLED])
-        return f"{who} hung{where}{at}{frame}; after {waited} without progress it was given up."
-    late = f" after a notice ({one.notice}) that it could not serve in time" if one.saved_on_notice is False else ""
-    node = f" on {one.node}" if one.node else ""
-    reason = clause(one.reason)
-    if one.outcome == Outcome.KILLED:
+        waited = show_duration(number_of(event.get("waited_s")) or one.seconds[RunPhase.STALLED])
+        what = f"hung{where}{at}{frame}; after {waited} without progress it was given up"
+    elif one.outcome == Outcome.KILLED:
         how, _, more = one.reason.partition(": ") if one.reason.startswith("killed by ") else ("killed", "", one.reason)
-        return f"{who} was {how}{at}{node}{late}{clause(more)}."
-    words = {
-        Outcome.FAILED: "failed",
-        Outcome.STORAGE: "could not commit or restore",
-        Outcome.CONFIG: "cannot work as it is",
-    }
-    return f"{who} {words.get(one.outcome, 'ended')}{at}{late}{reason}."  # type: ignore[call-overload]
+        node = f" on {one.node}" if one.node else ""
+        what = f"was {how}{at}{node}{late}{clause(more)}"
+    else:
+        what = f"{_ENDED.get(one.outcome, 'ended')}{at}{late}{clause(one.reason)}"  # type: ignore[call-overload]
+    return f"Attempt {one.attempt} {what}."
 
 
-def _cost(one: Attempt, after: Attempt | None) -> str:
+def _stopped(one: AttemptFigures, at: str) -> str:
+    """Say how an attempt ended that stopped on a notice."""
+    known = one.notice_to_commit_s is not None
+    committed = f"; everything was committed {one.notice_to_commit_s:.2f} s" if known else ""
+    how = f"was told to stop ({one.notice or 'notice'}){at}"
+    if not from_outside(one.notice):
+        how = f"stopped{at}: its supervisor was gone" if one.notice == "supervisor" else how
+        return how + f"{committed} later" * known
+    if one.saved_on_notice is None:
+        return f"{how}; there was nothing to save yet"
+    if one.saved_on_notice:
+        return how + f"{committed} after the notice" * known
+    return f"{how}; its newest steps could not be committed{clause(one.unsaved)}"
+
+
+def _cost(one: AttemptFigures, after: AttemptFigures | None) -> str:
     """Say what the end of an attempt cost."""
     parts = [
-        (one.seconds[Phase.STALLED], "of silence"),
-        (one.seconds[Phase.LOST], "of training"),
-        (one.seconds[Phase.EMERGENCY], "saving"),
-        (one.seconds[Phase.STOP], "stopping"),
+        (one.seconds[RunPhase.STALLED], "of silence"),
+        (one.seconds[RunPhase.LOST], "of training"),
+        (one.seconds[RunPhase.EMERGENCY], "saving"),
+        (one.seconds[RunPhase.STOP], "stopping"),
         (one.wait_s, "waiting"),
+        *((after.seconds[phase], phase.words) for phase in BEGINNING if after is not None),
     ]
-    if after is not None:
-        parts += [
-            (after.seconds[Phase.START], "starting"),
-            (after.seconds[Phase.RESTORE], "restoring"),
-            (after.seconds[Phase.COMPILE], "compiling"),
-        ]
     known = [f"{show_duration(seconds)} {what}" for seconds, what in parts if seconds >= 0.05]
     lost = f"{_steps(one.lost_steps)} lost"
     if lost_unseen(one):
         lost = f"what it had trained since step {one.to_step:,} was lost"
-    total = f"{lost}; it cost {show_duration(one.ending_s)}"
-    text = f"{total} ({', '.join(known)})." if known else f"{total}."
+    text = f"{lost}; it cost {show_duration(one.ending_s)}" + (f" ({', '.join(known)})." if known else ".")
     return text[0].upper() + text[1:]
 
 
@@ -163,40 +159,36 @@ def _steps(count: int) -> str:
 def _troubles(history: History) -> Iterator[Sentence]:
     """Tell of damaged checkpoints, saves that failed and buckets that did not answer."""
     for life in history.lives:
-        for event in life.program:
-            if event["event"] == "set_aside":
-                text = f"The checkpoint of step {event.get('step')} was damaged{clause(str(event.get('reason', '')))}. "
-                yield Sentence(event["t"], "damaged", life.number, text + "It was set aside and an older one used.")
-        failed = [event for event in life.program if event["event"] == "save_failed"]
-        if failed:
-            count = "A save" if len(failed) == 1 else f"{len(failed)} saves"
-            text = f"{count} of attempt {life.number} failed{clause(str(failed[0].get('reason', '')))}."
-            last = number_of(failed[-1].get("step"))
-            saved = [number_of(event.get("step")) for event in life.program if event["event"] == "saved"]
-            if last is not None and not any(step is not None and step >= last for step in saved):
-                text += f" Step {last:.0f} is not saved, and nothing after it."
-            yield Sentence(failed[0]["t"], "saves", life.number, text)
-        if idle := [event for event in life.program if event["event"] == "unchanged"]:
-            reason = clause(str(idle[-1].get("reason", "")))
-            text = f"Attempt {life.number} saved {nothing_new(idle[-1])}{reason}."
-            yield Sentence(idle[0]["t"], "saves", life.number, text)
-        again = [event for event in life.supervisor if event["event"] == "heard_again"]
-        if again:
-            waited_s = math.fsum(number_of(event.get("after_s")) or 0.0 for event in again)
-            times = "" if len(again) == 1 else f" in all, {len(again)} times,"
-            text = f"Attempt {life.number} made no step for {show_duration(waited_s)}{times} and then went on."
-            yield Sentence(again[0]["t"], "silent", life.number, text)
+        for event, cause, text in _troubles_of(life):
+            yield Sentence(event["t"], cause, life.number, text)
         if history.now is not None and life is history.lives[-1]:
             for trouble in troubles.standing(life.supervisor):
                 yield Sentence(history.now, trouble.kind, life.number, f"Attempt {life.number}: {trouble.text}.")
-        outages = [event for event in [*life.supervisor, *life.program] if event["event"] == "upload_failed"]
-        if outages:
-            back = [
-                number_of(event.get("after_s")) or 0.0 for event in life.supervisor if event["event"] == "upload_back"
-            ]
-            long = f" for {show_duration(math.fsum(back))}" if back else ""
-            text = f"Uploads of attempt {life.number} failed{long}{clause(str(outages[0].get('reason', '')))}."
-            yield Sentence(outages[0]["t"], "uploads", life.number, text)
+
+
+def _troubles_of(life: Life) -> Iterator[tuple[Event, str, str]]:
+    """Yield what went wrong in an attempt: since which event, in one word, and in a sentence."""
+    for event in named(life.program, "set_aside"):
+        text = f"The checkpoint of step {event.get('step')} was damaged{reason_of(event)}. "
+        yield event, "damaged", text + "It was set aside and an older one used."
+    if failed := named(life.program, "save_failed"):
+        count = "A save" if len(failed) == 1 else f"{len(failed)} saves"
+        text = f"{count} of attempt {life.number} failed{reason_of(failed[0])}."
+        last = number_of(failed[-1].get("step"))
+        saved = [number_of(event.get("step")) for event in named(life.program, "saved")]
+        if last is not None and not any(step is not None and step >= last for step in saved):
+            text += f" Step {last:.0f} is not saved, and nothing after it."
+        yield failed[0], "saves", text
+    if idle := named(life.program, "unchanged"):
+        yield idle[0], "saves", f"Attempt {life.number} saved {nothing_new(idle[-1])}{reason_of(idle[-1])}."
+    if again := named(life.supervisor, "heard_again"):
+        waited = show_duration(seconds_of(again, "after_s"))
+        times = "" if len(again) == 1 else f" in all, {len(again)} times,"
+        yield again[0], "silent", f"Attempt {life.number} made no step for {waited}{times} and then went on."
+    if outages := named([*life.supervisor, *life.program], "upload_failed"):
+        back = named(life.supervisor, "upload_back")
+        long = f" for {show_duration(seconds_of(back, 'after_s'))}" if back else ""
+        yield outages[0], "uploads", f"Uploads of attempt {life.number} failed{long}{reason_of(outages[0])}."
 
 
 def _resumes(history: History) -> Iterator[Sentence]:
@@ -206,8 +198,9 @@ def _resumes(history: History) -> Iterator[Sentence]:
             ended = event
         elif event["event"] == "resumed" and ended is not None:
             away = show_duration(max(0.0, event["t"] - ended["t"]))
-            why = clause(str(ended.get("reason", "")))
-            text = f"It had ended ({ended.get('state', 'ended')}{why}) and was resumed by hand {away} later."
+            text = (
+                f"It had ended ({ended.get('state', 'ended')}{reason_of(ended)}) and was resumed by hand {away} later."
+            )
             yield Sentence(event["t"], "resumed", None, text)
             ended = None
 
@@ -215,13 +208,11 @@ def _resumes(history: History) -> Iterator[Sentence]:
 def _end(goodput: Goodput) -> Iterator[Sentence]:
     if not goodput.intervals:
         return
+    time, steps, cost = goodput.time, goodput.progress.steps, goodput.money
     state = goodput.state or ("over" if goodput.ended is not None else "alive")
-    at = f" at step {goodput.steps:,}" if goodput.steps is not None else ""
-    count = f"{len(goodput.attempts)} attempt{'s' * (len(goodput.attempts) != 1)}"
-    money = f", {goodput.cost_lost:,.2f} of {goodput.cost:,.2f} not for training" if goodput.cost else ""
+    at = f" at step {steps:,}" if steps is not None else ""
+    money = f", {cost.cost_lost:,.2f} of {cost.cost:,.2f} not for training" if cost.cost else ""
     verb = "is" if goodput.ended is None else "ended as"
-    so_far = f"after {count} and {show_duration(goodput.total_s)}: goodput {percent(goodput.goodput)}{money}"
-    yield Sentence(goodput.intervals[-1].end, "end", None, f"The run {verb} {state}{at} {so_far}.")
-
-
-# What would avoid it.
+    so_far = f"after {counted(len(goodput.attempts), 'attempt')} and {show_duration(time.total_s)}"
+    text = f"The run {verb} {state}{at} {so_far}: goodput {percent(time.goodput)}{money}."
+    yield Sentence(goodput.intervals[-1].end, "end", None, text)

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,11 +14,11 @@ from jobkit.patience import Patience
 from jobkit.printable import printable
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
-from jobkit.units import show_duration
+from jobkit.units import counted, show_duration
 from launch.backends import registry
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
-from launch.printing import unguarded
+from launch.printing import dash, unguarded
 from launch.spec import jobspec as specs
 
 if TYPE_CHECKING:
@@ -47,16 +47,37 @@ def follow(store: Store, *, out: TextIO | None = None, quiet: bool = False) -> i
     """
     out = out or sys.stdout
     store = store.patient(Patience())  # the run goes on meanwhile, so that this does
-    if quiet:
-        for status in _statuses(store, sys.stderr):
-            last = status
-    elif out.isatty():
-        last = _follow_live(store, out)
-    else:
-        last = _follow_plain(store, out)
+    with _view(out, quiet=quiet) as show:
+        for status in _statuses(store, sys.stderr if quiet else sys.stdout if out.isatty() else out):
+            show(status)
     if not quiet:
-        print(_ending_line(last), file=out, flush=True)
-    return EXIT_CODES.get(last.state, 1)
+        print(_ending_line(status), file=out, flush=True)
+    return EXIT_CODES.get(status.state, 1)
+
+
+@contextlib.contextmanager
+def _view(out: TextIO, *, quiet: bool) -> Iterator[Callable[[Status], None]]:
+    """Yield what shows a status: in place on a terminal, as a line per change elsewhere, nowhere if quiet."""
+    if quiet:
+        yield lambda status: None
+    elif out.isatty():
+        from rich.live import Live
+
+        from launch.console import Console
+
+        with Live(console=Console(file=out), refresh_per_second=8, redirect_stderr=False) as live:
+            yield lambda status: live.update(_card(status))
+    else:
+        printed = ""
+
+        def show(status: Status) -> None:
+            nonlocal printed
+            line = _change_line(status)
+            if line != printed and not status.state.over:
+                print(line + _moving(status), file=out, flush=True)
+                printed = line
+
+        yield show
 
 
 def _statuses(store: Store, out: TextIO) -> Iterator[Status]:
@@ -95,34 +116,21 @@ def _looker(store: Store, also: Callable[[], None] = lambda: None) -> Callable[[
     return look
 
 
-def _follow_plain(store: Store, out: TextIO) -> Status:
-    printed = ""
-    for status in _statuses(store, out):
-        line = _change_line(status)
-        if line != printed and not status.state.over:
-            print(line + _moving(status), file=out, flush=True)
-            printed = line
-    return status
-
-
 def _change_line(status: Status) -> str:
     """Say what changes seldom; the step and the loss change all the time and are no reason for a line."""
-    words = [f"{status.state} on {status.host}" if status.host else str(status.state)]
-    if status.attempt is not None:
-        words.append(f"attempt {status.attempt}")
-    if status.phase and status.state is State.RUNNING:
-        words.append(status.phase.replace("_", " "))
-    if status.committed_step is not None:
-        words.append(f"committed step {status.committed_step}")
+    runs = status.state is State.RUNNING
     notices = [notice for notice in status.notices if notice["attempt"] == status.attempt]
-    if notices and status.state is State.RUNNING:
-        words.append(f"notice {notices[-1].get('source', '')}".rstrip())
-    if status.reason and status.reason != "starting":
-        words.append(status.reason)
-    if status.storage:
-        words.append("uploads fail")
-    words += [trouble.short for trouble in status.troubles]
-    return ", ".join(words)
+    words = [
+        f"{status.state} on {status.host}" if status.host else str(status.state),
+        f"attempt {status.attempt}" if status.attempt is not None else "",
+        status.phase.replace("_", " ") if status.phase and runs else "",
+        f"committed step {status.committed_step}" if status.committed_step is not None else "",
+        f"notice {notices[-1].get('source', '')}".rstrip() if notices and runs else "",
+        status.reason if status.reason != "starting" else "",
+        "uploads fail" if status.storage else "",
+        *(trouble.short for trouble in status.troubles),
+    ]
+    return ", ".join(filter(None, words))
 
 
 def _moving(status: Status) -> str:
@@ -134,7 +142,7 @@ def _moving(status: Status) -> str:
 
 
 def _ending_line(status: Status) -> str:
-    after = f" after {status.attempts} attempt{'s' * (status.attempts != 1)}" if status.attempts else ""
+    after = f" after {counted(status.attempts, 'attempt')}" if status.attempts else ""
     step = f", committed step {status.committed_step}" if status.committed_step is not None else ""
     reason = f": {status.reason}" if status.reason else ""
     why = ""
@@ -144,29 +152,14 @@ def _ending_line(status: Status) -> str:
     return f"{status.state}{after}{step}{reason}{why}"
 
 
-def _follow_live(store: Store, out: TextIO) -> Status:
-    from rich.live import Live
-
-    from launch.console import Console
-
-    console = Console(file=out)
-    with Live(console=console, refresh_per_second=8, redirect_stderr=False) as live:
-        for status in _statuses(store, sys.stdout):
-            live.update(card(status))
-    return status
-
-
-def card(status: Status) -> "Table":
+def _card(status: Status) -> "Table":
     """Lay a status out for a terminal."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title_justify="left")
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows(status):
-        table.add_row(name, Text(value, style=_STYLES.get(value.partition(" ")[0], "") if name == "state" else ""))
-    return table
+    from launch.report.terminal import in_pairs
+
+    style = _STYLES.get(str(status.state), "")
+    return in_pairs((name, Text(value, style=style if name == "state" else "")) for name, value in rows(status))
 
 
 _STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow", "requeued": "cyan"}
@@ -186,8 +179,12 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
     if not status.points:
         yield "committed step", "none" if status.committed_step is None else str(status.committed_step)
     if status.metrics:
-        shown = sorted(status.metrics.items(), key=lambda item: (item[0] != "loss", item[0]))
-        yield "metrics", "  ".join(f"{name} {'nan' if value is None else f'{value:.6g}'}" for name, value in shown)
+        yield (
+            "metrics",
+            "  ".join(
+                _metrics(dict(sorted(status.metrics.items(), key=lambda item: (item[0] != "loss", item[0]))), " ")
+            ),
+        )
     if (seconds := run_status.age(status.updated)) is not None:
         yield "updated", f"{show_duration(seconds)} ago"
     if status.storage:
@@ -201,6 +198,22 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
     for ending in status.endings[-5:]:
         step = f" at step {ending.step}" if ending.step is not None else ""
         yield "ended", f"attempt {ending.attempt}: {ending.outcome}{step}: {ending.reason}"
+
+
+def _metrics(metrics: Mapping[str, float | None], between: str) -> list[str]:
+    return [f"{name}{between}{'nan' if value is None else f'{value:.6g}'}" for name, value in metrics.items()]
+
+
+def point_table(status: Status) -> list[tuple[str, ...]]:
+    """Lay the points of a sweep out in rows, under a head."""
+    names = list(status.points[0].values)
+    lines: list[tuple[str, ...]] = [("POINT", *names, "STATE", "ATTEMPT", "STEP", "COMMITTED", "METRICS", "REASON")]
+    for number, point in enumerate(status.points):
+        counts = map(dash, (point.attempt, point.step, point.committed_step))
+        values = (point.values[name] for name in names)
+        metrics = " ".join(_metrics(point.metrics, "=")) or "-"
+        lines.append((str(number), *values, str(point.state), *counts, metrics, point.reason))
+    return lines
 
 
 def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, following: bool = False) -> None:
@@ -259,20 +272,6 @@ def _rest(path: Path, offset: int) -> bytes:
         return b""
     except OSError as error:
         raise explain(error, f"cannot read {path}") from None
-
-
-def point_table(status: Status) -> list[tuple[str, ...]]:
-    """Lay the points of a sweep out in rows, under a head."""
-    names = list(status.points[0].values)
-    lines: list[tuple[str, ...]] = [("POINT", *names, "STATE", "ATTEMPT", "STEP", "COMMITTED", "METRICS", "REASON")]
-    for number, point in enumerate(status.points):
-        counts = ["-" if value is None else str(value) for value in (point.attempt, point.step, point.committed_step)]
-        metrics = " ".join(
-            f"{name}={'nan' if value is None else f'{value:.6g}'}" for name, value in point.metrics.items()
-        )
-        values = [point.values[name] for name in names]
-        lines.append((str(number), *values, str(point.state), *counts, metrics or "-", point.reason))
-    return lines
 
 
 def print_service_log(store: Store, out: TextIO) -> None:

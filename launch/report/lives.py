@@ -53,6 +53,16 @@ class Span:
         return [(t, event) for t, event in self.events if event["event"] == name]
 
 
+def named(events: Iterable[Event], *names: str) -> list[Event]:
+    """Return the events of some names, in the order given."""
+    return [event for event in events if event["event"] in names]
+
+
+def seconds_of(events: Iterable[Event], field: str = "seconds") -> float:
+    """Add up what events say of how long something took."""
+    return math.fsum(number_of(event.get(field)) or 0.0 for event in events)
+
+
 def spans_of(history: History) -> list[Span]:
     """Place the attempts of a run, oldest first, in time and steps."""
     spans: list[Span] = []
@@ -84,10 +94,8 @@ def spans_of(history: History) -> list[Span]:
 def _own_loops(history: History) -> bool:
     """Tell whether the run's program counts its steps itself, as it says or as its saves tell."""
     events = [event for life in history.lives for event in life.program]
-    names = {event["event"] for event in events}
-    return "first_step" not in names and (
-        "own_loop" in names or any(event["event"] == "saved" and event.get("reason") == "asked" for event in events)
-    )
+    asked = [event for event in named(events, "saved") if event.get("reason") == "asked"]
+    return not named(events, "first_step") and bool(asked or named(events, "own_loop"))
 
 
 def rising(events: Iterable[Event]) -> list[tuple[float, Event]]:
@@ -103,10 +111,9 @@ def _measure_steps(span: Span) -> None:
     points = []
     for t, event in span.events:
         step = count_of(event.get("step"))
-        if step is None or event["event"] not in _TELL_STEP:
-            continue
-        durable_s = number_of(event.get("durable_s")) if event["event"] in ("saved", "skipped") else 0.0
-        points.append((min(max(t - (durable_s or 0.0), span.start), span.end), step))
+        if step is not None and event["event"] in _TELL_STEP:
+            durable_s = number_of(event.get("durable_s")) if event["event"] in ("saved", "skipped") else 0.0
+            points.append((min(max(t - (durable_s or 0.0), span.start), span.end), step))
     ended = count_of(span.life.outcome.get("step"))
     if ended is not None:
         points.append((span.end, ended))
@@ -123,18 +130,8 @@ def _measure_steps(span: Span) -> None:
     span.last = reached
 
 
-_TELL_STEP = (
-    "fresh",
-    "restored",
-    "first_step",
-    "metrics",
-    "saved",
-    "skipped",
-    "notice",
-    "stopped",
-    "finished",
-    "raised",
-)
+_COMMITTED = ("saved", "skipped", "stopped", "finished")
+_TELL_STEP = (*_COMMITTED, "fresh", "restored", "first_step", "metrics", "notice", "raised")
 
 
 def _settle(spans: Sequence[Span]) -> None:
@@ -143,7 +140,7 @@ def _settle(spans: Sequence[Span]) -> None:
     for span in spans:
         begun = begun_at(span.life)
         committed = committed if begun is None else begun  # what was newer is no more
-        saved = [count_of(event.get("step")) for event in span.life.program if event["event"] in _COMMITTED]
+        saved = [count_of(event.get("step")) for event in named(span.life.program, *_COMMITTED)]
         steps = [*saved, count_of(span.life.outcome.get("committed_step"))]
         committed = max([committed, *(step for step in steps if step is not None)])
         if not span.running:
@@ -157,12 +154,9 @@ def _settle(spans: Sequence[Span]) -> None:
             resumed = begun if resumed is None else min(resumed, begun)
 
 
-_COMMITTED = ("saved", "skipped", "stopped", "finished")
-
-
 def begun_at(life: Life) -> int | None:
     """Return the completed steps with which an attempt began, None if it got no state."""
-    begun = [event for event in life.program if event["event"] in ("fresh", "restored")]
+    begun = named(life.program, "fresh", "restored")
     return count_of(begun[0].get("step", 0)) if begun else None
 
 
@@ -188,7 +182,7 @@ PEER = "peer"
 def notice_of(life: Life) -> str:
     """Return the source of an attempt's notice; the program knows it best."""
     by_process = [[*life.program, *life.supervisor], *life.others.values()]
-    notices = [[event for event in events if event["event"] == "notice"] for events in by_process]
+    notices = [named(events, "notice") for events in by_process]
     if not any(notices):
         return ""
     if any(events and not own and not _left_well(events) for own, events in zip(notices, by_process, strict=True)):
@@ -212,9 +206,7 @@ def from_outside(source: str) -> bool:
 
 def saved_on_notice(span: Span) -> bool | None:
     """Tell whether an attempt that got a notice from outside committed all of its steps; None if it had none."""
-    if not from_outside(notice_of(span.life)) or span.running:
+    trained = span.first is not None and span.last is not None and span.last > span.first
+    if span.running or not trained or not from_outside(notice_of(span.life)):
         return None
-    if span.first is None or span.last is None or span.last <= span.first:
-        return None
-    served = [event for event in span.life.program if event["event"] in ("stopped", "finished")]
-    return any(not event.get("lost_steps") for event in served)
+    return any(not event.get("lost_steps") for event in named(span.life.program, "stopped", "finished"))

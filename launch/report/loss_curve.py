@@ -1,8 +1,8 @@
 """What a loss curve shows: the finished history, what was trained and taken back, and where attempts ended."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from jobkit.contract import Outcome
@@ -22,12 +22,21 @@ class Cut:
     Args:
         step: Completed steps at its end.
         lost: Steps that were taken back.
+        label: What stands above it; '' where that would run into another.
+        leftwards: Whether the label ends there, rather than begins.
     """
 
     attempt: int
     step: int
     lost: int
     outcome: str
+    label: str = ""
+    leftwards: bool = False
+
+    @property
+    def text(self) -> str:
+        """How it ended, and what that took back."""
+        return f"{self.outcome}, {self.lost:,} lost" if self.lost else self.outcome
 
 
 @dataclass(frozen=True)
@@ -50,54 +59,79 @@ class Curve:
     x: Point
     y: Point
 
+    def place(self, point: Point) -> Point:
+        """Return where a point lies, in shares of the width from the left and of the height from below."""
+        return (point[0] - self.x[0]) / (self.x[1] - self.x[0]), (point[1] - self.y[0]) / (self.y[1] - self.y[0])
 
-def curve_of(history: History, found: Goodput) -> Curve | None:
+
+def curve_of(history: History, goodput: Goodput) -> Curve | None:
     """Return the curve of the loss, of another metric where there is none of that name, None without any."""
-    values = history.series.values if history.series is not None else {}
-    if history.series is None or not values:
+    if history.series is None or not (values := history.series.values):
         return None
-    name, _ = drawn(values)
-    line = _finite(values[name])
+    name, dots_name = drawn(values)
+    line, dots = _finite(values[name]), _finite(values.get(dots_name, {}))
     if len(line) < 2:
         return None
-    dots = _finite(values.get(f"val_{name}", {}))
     repeated = history.series.repeated.get(name, {})
     earlier = _finite({step: recorded[-2] for step, recorded in repeated.items() if len(recorded) > 1})
     cuts = [
         Cut(one.attempt, one.to_step, one.lost_steps, one.outcome or "unknown")
-        for one in found.attempts
+        for one in goodput.attempts
         if one.ended is not None and one.outcome != Outcome.DONE and one.to_step is not None
     ]
-    shown = [*line, *dots, *earlier]
-    right = max([*(step for step, _ in shown), *(cut.step for cut in cuts)])
-    left = min([*(step for step, _ in shown), *(cut.step - cut.lost for cut in cuts)])
-    left = min(left, 0.0) if left < right / 10 else left
+    points = [*line, *dots, *earlier]
+    right = max([*(step for step, _ in points), *(cut.step for cut in cuts)])
+    left = min([*(step for step, _ in points), *(cut.step - cut.lost for cut in cuts)])
+    x = _range([min(left, 0.0) if left < right / 10 else left, right], margin=0.0)
     return Curve(
         name,
         thinned(line),
         [thinned(part) for part in _stretches(earlier)],
         thinned(dots),
-        f"val_{name}",
-        cuts,
-        _range([left, right], margin=0.0),
-        _range([value for _, value in shown], margin=0.04),
+        dots_name,
+        labelled(cuts, x),
+        x,
+        _range([value for _, value in points], margin=0.04),
     )
 
 
+_LEFTWARDS = 0.8
+"""Share of the width beyond which a label is written to the left of its line."""
+_LETTER = 0.0078
+"""Width of a letter, as a share of the narrowest plot that shows more than the first label."""
+
+
+def labelled(cuts: Sequence[Cut], x: Point) -> list[Cut]:
+    """Return cuts in order of their steps, with labels that do not run into each other: the first cut has one.
+
+    Args:
+        cuts: They, in any order.
+        x: Range of the steps.
+    """
+    placed, end = [], -math.inf
+    for cut in sorted(cuts, key=lambda cut: cut.step):
+        at, width = (cut.step - x[0]) / (x[1] - x[0]), _LETTER * len(cut.text)
+        leftwards = at > _LEFTWARDS
+        begin = at - width if leftwards else at
+        fits = begin >= end
+        placed.append(replace(cut, label=cut.text if fits else "", leftwards=leftwards))
+        end = begin + width if fits else end
+    return placed
+
+
 def _finite(values: Mapping[int, float]) -> list[Point]:
-    return [(float(step), float(value)) for step, value in sorted(values.items()) if _is_finite(value)]
+    """Return what can be drawn of a series: whoever logged may have logged anything."""
+    return [
+        (float(step), float(value))
+        for step, value in sorted(values.items())
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _range(values: Iterable[float], *, margin: float) -> Point:
-    known = list(values)
-    low, high = min(known), max(known)
-    if high <= low:
-        return low - 0.5, high + 0.5
-    return low - margin * (high - low), high + margin * (high - low)
+def _range(values: Sequence[float], *, margin: float) -> Point:
+    low, high = min(values), max(values)
+    room = margin * (high - low) if high > low else 0.5
+    return low - room, high + room
 
 
 def _stretches(points: Sequence[Point]) -> list[list[Point]]:
@@ -114,16 +148,13 @@ def _stretches(points: Sequence[Point]) -> list[list[Point]]:
     return stretches
 
 
-def thinned(points: Sequence[Point], most: int = _POINTS) -> list[Point]:
-    """Return at most so many points of the same shape: of each stretch the lowest and the highest."""
-    if len(points) <= most:
-        return list(points)
-    size = math.ceil(len(points) / (most // 2))
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """Return as many points of the same shape as are seen: of each stretch the lowest and the highest."""
+    size = 1 if len(points) <= _POINTS else math.ceil(2 * len(points) / _POINTS)
     kept = []
     for begin in range(0, len(points), size):
-        stretch = points[begin : begin + size]
-        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        kept += sorted(ends)
+        by_value = sorted(points[begin : begin + size], key=lambda point: point[1])
+        kept += sorted({by_value[0], by_value[-1]})
     return kept
 
 

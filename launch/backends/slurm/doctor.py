@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import tempfile
@@ -74,11 +73,12 @@ def choose(lines: list[str], partition: str | None) -> dict[str, str]:
     Raises:
         ConfigError: If there is none.
     """
-    known = [parse_pairs(line) for line in lines if line.strip()]
-    for one in known:
-        if one.get("PartitionName") == partition or (partition is None and one.get("Default") == "YES"):
-            return one
-    names = ", ".join(one.get("PartitionName", "") for one in known)
+    known = {pairs.get("PartitionName", ""): pairs for pairs in map(parse_pairs, filter(str.strip, lines))}
+    default = next((name for name, pairs in known.items() if pairs.get("Default") == "YES"), None)
+    chosen = default if partition is None else partition
+    if chosen is not None and chosen in known:
+        return known[chosen]
+    names = ", ".join(known)
     if partition is None:
         raise ConfigError(f"the cluster has no default partition: give --partition, one of {names}")
     raise ConfigError(f"there is no partition {partition!r}; the cluster has {names}")
@@ -97,7 +97,7 @@ def explain(
     """
     return [
         Finding("cluster", f"SLURM {config.get('SLURM_VERSION', 'unknown')}, partition {partition['PartitionName']}"),
-        *_state(partition),
+        *_down(partition),
         _preemption(config, partition, qos, grace_s),
         *_marked(config),
         _time_limit(config, partition, grace_s),
@@ -109,7 +109,7 @@ def explain(
     ]
 
 
-def _state(partition: Mapping[str, str]) -> Iterator[Finding]:
+def _down(partition: Mapping[str, str]) -> Iterator[Finding]:
     if partition.get("State", "UP") != "UP":
         yield Finding("partition", f"it is {partition['State'].lower()}: jobs will not start", "fail")
 
@@ -127,32 +127,29 @@ def _preemption(
     whose, by, exempt = "partition", "", config.get("PreemptExemptTime", "")
     if qos is not None:  # what the partition says counts for nothing then (preempt_qos.c)
         if "error" in qos:
-            text = (
-                f"PreemptType={_BY_QOS}: the QOS of a job decides, which the accounting does not tell: {qos['error']}"
-            )
-            return Finding("preemption", text, "warning")
+            why = f"the QOS of a job decides, which the accounting does not tell: {qos['error']}"
+            return Finding("preemption", f"PreemptType={_BY_QOS}: {why}", "warning")
         mode = whole if qos["PreemptMode"] in ("", "cluster") else qos["PreemptMode"].upper()
         grace, exempt = parse_limit(qos["GraceTime"]) or 0.0, qos["PreemptExemptTime"] or exempt
         whose, by = "QOS", f"by QOS {qos['Name']}, whatever the partition says: "
     if config.get("PreemptType", "preempt/none") == "preempt/none" or mode == "OFF":
         return Finding("preemption", f"jobs of this {whose} are not preempted")
     if "SUSPEND" in mode or "GANG" in mode:
-        return Finding(
-            "preemption", f"{by}PreemptMode={mode}: jobs are stopped and continued where they are; nothing is lost"
-        )
+        text = f"{by}PreemptMode={mode}: jobs are stopped and continued where they are; nothing is lost"
+        return Finding("preemption", text)
     kill = max(5.0, _seconds(config.get("KillWait", "30")))
     notice = grace + kill
     what = f"{by}PreemptMode={mode}, GraceTime={grace:.0f} s, KillWait={kill:.0f} s"
     if exempt_s := parse_limit(exempt):
         what += f", none in a job's first {show_duration(exempt_s)} (PreemptExemptTime)"
-    what += f": a notice comes {show_duration(notice)}"
-    then = (
-        "SLURM requeues the job" if "REQUEUE" in mode and not grace else "the job commits and has itself started again"
-    )
+    requeues = "REQUEUE" in mode and not grace
+    then = "SLURM requeues the job" if requeues else "the job commits and has itself started again"
+    fit, verdict = "no step is lost if a save takes less than that", "ok"
     if notice < grace_s:
-        short = f"the save has to fit into that, less than --grace {show_duration(grace_s)}: keep 'save_every' short"
-        return Finding("preemption", f"{what} before the kill; {then}; {short}", "warning")
-    return Finding("preemption", f"{what} before the kill; {then}; no step is lost if a save takes less than that")
+        fit = f"the save has to fit into that, less than --grace {show_duration(grace_s)}: keep 'save_every' short"
+        verdict = "warning"
+    text = f"{what}: a notice comes {show_duration(notice)} before the kill; {then}; {fit}"
+    return Finding("preemption", text, verdict)
 
 
 def _marked(config: Mapping[str, str]) -> Iterator[Finding]:
@@ -168,51 +165,49 @@ def _marked(config: Mapping[str, str]) -> Iterator[Finding]:
 
 def _time_limit(config: Mapping[str, str], partition: Mapping[str, str], grace_s: float) -> Finding:
     limit, default = partition.get("MaxTime", "UNLIMITED"), partition.get("DefaultTime", "NONE")
-    warned = show_duration(grace_s + WARNING_S)
-    asked = f"jobkit asks for a warning {warned} before it, commits, and goes on in the next job"
+    limits = f"at most {limit} (default {default if default != 'NONE' else limit})"
     if limit == "UNLIMITED" and default in ("NONE", "UNLIMITED"):
-        return Finding("time limit", f"none unless --time gives one; {asked}")
-    return Finding("time limit", f"at most {limit} (default {default if default != 'NONE' else limit}); {asked}")
+        limits = "none unless --time gives one"
+    warned = show_duration(grace_s + WARNING_S)
+    return Finding(
+        "time limit", f"{limits}; jobkit asks for a warning {warned} before it, commits, and goes on in the next job"
+    )
 
 
 def _node_failure(config: Mapping[str, str]) -> Finding:
     timeout = _seconds(config.get("SlurmdTimeout", "300"))
     if timeout == 0:
         return Finding("lost node", "SlurmdTimeout=0: a dead node is never noticed, and the run waits for it", "fail")
-    last = (
-        f"found out after up to {show_duration(timeout + _SWEEP_S)}, then requeued; at most the save interval and the "
-        "save in flight are lost"
+    text = (
+        f"SlurmdTimeout={timeout:.0f} s: found out after up to {show_duration(timeout + _SWEEP_S)}, then requeued; at "
+        "most the save interval and the save in flight are lost; its node, and one where the program was killed twice, "
+        "is left out of later jobs while enough others are up"
     )
-    then = "its node, and one where the program was killed twice, is left out of later jobs while enough others are up"
-    return Finding("lost node", f"SlurmdTimeout={timeout:.0f} s: {last}; {then}")
+    return Finding("lost node", text)
 
 
 def _restart(config: Mapping[str, str]) -> Finding:
     hold = scontrol.hold_s("\n".join(f"{name}={value}" for name, value in config.items()))
     own = re.search(r"requeue_delay=\d+", config.get("SchedulerParameters", ""))
     why = f" ({own[0]})" if own else ""
-    if hold > 15:
-        remedy = "SchedulerParameters=requeue_delay=5" if own else "AuthInfo=cred_expire=5"
-        return Finding(
-            "restart",
-            f"SLURM holds a requeued job back for {show_duration(hold)}{why}: with a notice, a run submits a successor "
-            "instead; after SLURM's own requeue a job of one minute and one CPU lifts the hold as soon as there is "
-            f"room, unless the run's first node died; an administrator can set {remedy}",
-            "warning",
-        )
-    return Finding("restart", f"a requeued job may start after {show_duration(hold)}{why}")
+    if hold <= 15:
+        return Finding("restart", f"a requeued job may start after {show_duration(hold)}{why}")
+    remedy = "SchedulerParameters=requeue_delay=5" if own else "AuthInfo=cred_expire=5"
+    text = (
+        f"SLURM holds a requeued job back for {show_duration(hold)}{why}: with a notice, a run submits a successor "
+        "instead; after SLURM's own requeue a job of one minute and one CPU lifts the hold as soon as there is "
+        f"room, unless the run's first node died; an administrator can set {remedy}"
+    )
+    return Finding("restart", text, "warning")
 
 
 def _accounting(config: Mapping[str, str]) -> Finding:
     kind = config.get("AccountingStorageType", "(null)")
+    text = f"accounting by {kind.rpartition('/')[2]}: how a job ended is told for as long as it keeps it"
     if kind.endswith("none") or kind == "(null)":
         age = config.get("MinJobAge", "300").removesuffix(" sec")
-        return Finding(
-            "status", f"no accounting here: SLURM forgets a job {age} s after its end; the run's own ledger stays"
-        )
-    return Finding(
-        "status", f"accounting by {kind.rpartition('/')[2]}: how a job ended is told for as long as it keeps it"
-    )
+        text = f"no accounting here: SLURM forgets a job {age} s after its end; the run's own ledger stays"
+    return Finding("status", text)
 
 
 def _sweep(config: Mapping[str, str]) -> Finding:
@@ -227,18 +222,16 @@ def _sweep(config: Mapping[str, str]) -> Finding:
 _PROBE = """\
 import json, os, signal, sys, time
 from jobkit.rundir.store import Store
-seen = {}
-signal.signal(signal.SIGTERM, lambda *_: seen.setdefault("answered", time.time()))
-store, size = Store(sys.argv[1]), int(sys.argv[2])
-content, begun = os.urandom(size), time.monotonic()
+answer = {"node": os.environ.get("SLURMD_NODENAME", "")}
+signal.signal(signal.SIGTERM, lambda *_: answer.setdefault("answered", time.time()))
+store, content, begun = Store(sys.argv[1]), os.urandom(int(sys.argv[2])), time.monotonic()
 (store.remote or store).write("doctor/probe", content)
-seen["write_s"] = time.monotonic() - begun
-seen["node"] = os.environ.get("SLURMD_NODENAME", "")
+answer["write_s"] = time.monotonic() - begun
 print(json.dumps({"ready": True}), flush=True)
 end = time.monotonic() + 45
-while "answered" not in seen and time.monotonic() < end:
+while "answered" not in answer and time.monotonic() < end:
     time.sleep(0.05)
-print(json.dumps(seen), flush=True)
+print(json.dumps(answer), flush=True)
 """
 
 
@@ -263,9 +256,9 @@ def probe(url: str, partition: str | None, options: Mapping[str, str]) -> list[F
         words = python(str(folder / "probe.py"), url, str(_PROBE_BYTES))
         script = folder / "probe.sh"
         script.write_text(f"#!/bin/bash\nsrun --ntasks=1 {shlex.join(words)}\n")
-        given = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
-        given = {name: value for name, value in (given | dict(options)).items() if value}
-        job = scontrol.submit("--requeue", *scontrol.flags(given), str(script))
+        own = {"partition": partition or "", "time": "1", "job-name": "jobkit-doctor", "output": str(folder / "out")}
+        own = {name: value for name, value in (own | dict(options)).items() if value}
+        job = scontrol.submit("--requeue", *scontrol.flags(own), str(script))
         try:
             return _watch(job, folder / "out")
         finally:
@@ -283,22 +276,21 @@ def _watch(job: str, output: Path) -> list[Finding]:
             scontrol.run("scancel", "--signal=TERM", job)
         if len(lines) > 1:
             return _judge(json.loads(lines[1]), signalled)
-        if signalled == 0.0 and (job not in {one.id for one in scontrol.queue() if one.active}):
-            said = " ".join(_lines(output))[-400:] or "it printed nothing"
-            return [Finding("probe", f"the job could not write to the run's URL: {said}", "fail")]
+        if not signalled and job not in {one.id for one in scontrol.queue() if one.active}:
+            output_end = " ".join(_lines(output))[-400:] or "it printed nothing"
+            return [Finding("probe", f"the job could not write to the run's URL: {output_end}", "fail")]
         time.sleep(0.3)
     started = "it never answered a signal" if signalled else "it did not start"
     return [Finding("probe", f"job {job}: {started} within {show_duration(_PROBE_S)}", "fail")]
 
 
-def _judge(seen: Mapping[str, float], signalled: float) -> list[Finding]:
-    if "answered" not in seen:
+def _judge(answer: Mapping[str, float], signalled: float) -> list[Finding]:
+    if "answered" not in answer:
         return [Finding("probe", "the program in the job did not get SIGTERM: a notice would not reach it", "fail")]
-    rate = _PROBE_BYTES / max(seen["write_s"], 1e-9)
-    speed = f"{show_size(_PROBE_BYTES)} reached the run's URL from node {seen['node']} at {show_size(rate)}/s"
-    return [
-        Finding("probe", f"a signal reached the program after {show_duration(seen['answered'] - signalled)}; {speed}")
-    ]
+    rate = _PROBE_BYTES / max(answer["write_s"], 1e-9)
+    speed = f"{show_size(_PROBE_BYTES)} reached the run's URL from node {answer['node']} at {show_size(rate)}/s"
+    delay = show_duration(answer["answered"] - signalled)
+    return [Finding("probe", f"a signal reached the program after {delay}; {speed}")]
 
 
 def _lines(path: Path) -> list[str]:
@@ -313,7 +305,7 @@ def _remove_probe(url: str) -> None:
         store = Store(url)
         if store.remote is not None:
             store.remote.remove(["doctor/probe"])
-            return
-        store.remove("doctor/probe")
-        for directory in (store.file("doctor"), store.path):
-            os.rmdir(directory)
+        else:
+            store.remove("doctor/probe")
+            store.file("doctor").rmdir()
+            store.path.rmdir()
