@@ -42,7 +42,7 @@ LAUNCH = [
 ]
 LIGHT = {"rundir", "supervise", *BASE}
 """What launch takes from jobkit: nothing that needs jax."""
-ALSO = {"jobkit.drill.settings", "jobkit.checkpoint.interval", "jobkit.compilecache"}
+ALSO = {"jobkit.drill.settings", "jobkit.drill.looks", "jobkit.checkpoint.interval", "jobkit.compilecache"}
 """Light modules of other rooms, which launch takes too."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
 NAMES_JAX = {"checkpoint", "run", "drill", "group", "compilecache", "compare", "export"}
@@ -51,15 +51,10 @@ MOST_MODULES, MOST_LINES = 14, 450
 LONG = {
     "jobkit.checkpoint.checkpointer": 560,
     "jobkit.checkpoint.kinds": 454,
-    "jobkit.drill.fingerprints": 493,
     "jobkit.run.run": 1185,
     "jobkit.rundir.commits": 480,
     "jobkit.rundir.store": 491,
     "jobkit.supervise.supervisor": 579,
-    "launch.drill.demo": 524,
-    "launch.drill.diagnosis": 545,
-    "launch.drill.drill": 581,
-    "launch.drill.scenarios": 521,
     "launch.lifecycle.run_status": 494,
     "launch.lifecycle.runner": 459,
     "launch.spec.jobspec": 473,

@@ -81,7 +81,7 @@ def _one(plt: Any, goodput: Goodput, curve: Curve | None) -> Any:
     _bar(panels[0][0], goodput)
     _timeline(panels[1][0], goodput)
     if curve is not None:
-        _curve(panels[2][0], curve)
+        draw_curve(panels[2][0], curve)
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.12)
     shown = [phase for phase, _ in by_share(goodput)]
     keys = [plt.Rectangle((0, 0), 1, 1, color=COLORS[phase]) for phase in shown]
@@ -141,7 +141,8 @@ def _lane(intervals: Sequence[Interval], index: int, before: int) -> int:
     return next(own, before)
 
 
-def _curve(axes: Any, curve: Curve) -> None:
+def draw_curve(axes: Any, curve: Curve) -> None:
+    """Draw one metric of a run, with its interruptions and what was trained again."""
     for part in curve.again:
         axes.plot(*zip(*part, strict=True), color=COLORS[Phase.LOST], linewidth=5, alpha=0.45)
     axes.plot(*zip(*curve.line, strict=True), color=_INK, linewidth=1.1)
