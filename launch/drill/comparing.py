@@ -53,14 +53,10 @@ class Comparer:
 
     def _start(self) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-m", "jobkit.compare", "-", "-"],
+            [sys.executable, "-m", "jobkit.compare", "-", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, start_new_session=True,  # a Ctrl-C is ours to hear
             env=os.environ | {"JAX_PLATFORMS": "cpu", contract.ENV_HOME: str(self._home)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # a Ctrl-C is ours to hear
-        )
+        )  # fmt: skip
 
     def compare(self, a: str, b: str) -> Comparison:
         """Compare two runs.

@@ -76,10 +76,13 @@ class Watched:
         if time.monotonic() >= self._look_at_s and not self.runs.aborted:
             status, here = registry.status(self.store), self.runs.here
             self.runs.telling.moved(self.name, status)
-            lives = here and (lock.held(self.store) or orphans.processes_of(self.store))
-            self._over = status.state.over and not lives
+            self._over = status.state.over and not (here and self._lives())
             self._look_at_s = time.monotonic() + (_LOOK_S if here else _ASK_S)
         return self._over or self.runs.aborted
+
+    def _lives(self) -> bool:
+        """Tell whether a runner, a supervisor or a program of it is left on this machine."""
+        return lock.held(self.store) or bool(orphans.processes_of(self.store))
 
     def wait(self, enough: Callable[[], bool] = lambda: False) -> bool:
         """Wait for its end; tell whether it came, or there was enough of it before. One that is late is ended."""
