@@ -30,8 +30,9 @@ from launch.backends.slurm import scontrol
 from launch.drill import comparing, diagnosis, observe, own_files, scenarios
 from launch.drill import reference as references
 from launch.drill.comparing import Comparer
+from launch.drill.progress import Lines
 from launch.drill.reference import PROBED, Reference
-from launch.drill.runs import Runs, Telling
+from launch.drill.runs import Runs
 from launch.drill.scenarios import Scenario
 from launch.drill.suspects import Diagnosis
 from launch.drill.verdict import DrillResult, Trial, Untried, judge, judge_files
@@ -106,7 +107,7 @@ def free_place(place: Path, what: str) -> None:
         raise ConfigError(f"{place} is not an empty directory; give the {what} a new --run")
 
 
-def drill(options: Options, wanted: Sequence[Scenario], telling: Telling) -> DrillResult:
+def drill(options: Options, wanted: Sequence[Scenario], telling: Lines) -> DrillResult:
     """Run the reference and the scenarios.
 
     Raises:

@@ -7,11 +7,10 @@ from rich.progress import Progress, TaskID, TextColumn
 from rich.text import Text
 
 from launch.console import Console
-from launch.drill.runs import Telling
 from launch.lifecycle.run_status import Status
 
 
-class Lines(Telling):
+class Lines:
     """Tells a line per event: for pipes, and for --json on standard error.
 
     Args:
@@ -24,6 +23,9 @@ class Lines(Telling):
     def say(self, text: str) -> None:
         """Tell a line."""
         self.console.print(Text(text), soft_wrap=True)
+
+    def moved(self, name: str, status: Status) -> None:
+        """Take note of what a run is doing; among lines there is no place for it."""
 
 
 class Rows(Lines):
@@ -57,7 +59,7 @@ class Rows(Lines):
 
 
 @contextmanager
-def telling(as_json: bool) -> Iterator[Telling]:
+def telling(as_json: bool) -> Iterator[Lines]:
     """Give what shows a drill's progress."""
     console = Console(stderr=as_json, highlight=False)
     if not console.is_terminal:

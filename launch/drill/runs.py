@@ -22,8 +22,8 @@ from launch.backends import registry
 from launch.backends.local import Local
 from launch.drill import observe
 from launch.drill.observe import LateError, Living, MissedError
+from launch.drill.progress import Lines
 from launch.lifecycle import lock, orphans, verbs
-from launch.lifecycle.run_status import Status
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
@@ -31,16 +31,6 @@ _LOOK_S, _ASK_S = 0.2, 2.0
 """How often it is looked what a run does: here, and where a scheduler has to be asked."""
 _ATTEMPTS = 2
 """A run that was to tell something is interrupted once; one that needs more attempts crashes."""
-
-
-class Telling:
-    """Where it is told how the runs go; the command line gives one that draws."""
-
-    def say(self, text: str) -> None:
-        """Tell a line."""
-
-    def moved(self, name: str, status: Status) -> None:
-        """Tell what a run is doing."""
 
 
 @dataclass
@@ -175,7 +165,7 @@ class Runs:
     """
 
     def __init__(
-        self, spec: JobSpec, backend: verbs.Backend, telling: Telling, environ: Mapping[str, str] | None = None
+        self, spec: JobSpec, backend: verbs.Backend, telling: Lines, environ: Mapping[str, str] | None = None
     ) -> None:
         self._spec, self._backend, self._environ = spec, backend, environ or {}
         self.telling = telling
