@@ -182,6 +182,10 @@ _VERDICT_TONES = {Verdict.CERTIFIED: "good", Verdict.NOT_CERTIFIED: "bad", Verdi
 
 def card(result: DrillResult) -> Panel:
     """Draw the card."""
+    return Panel(_body(result), title=Text(_title(result)), title_align="left", expand=False, padding=(1, 2))
+
+
+def _body(result: DrillResult) -> Group:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("scenario")
     table.add_column("held")
@@ -199,11 +203,10 @@ def card(result: DrillResult) -> Panel:
         for line in section.lines:
             lines.add_row(" -", Text(line))
         shown.append(Group(Text(section.title, style=f"bold {_STYLES[section.tone]}"), lines))
-    apart = Group(*(Padding(each, (1 if number else 0, 0, 0, 0)) for number, each in enumerate(shown)))
-    return Panel(apart, title=Text(_title(result)), title_align="left", expand=False, padding=(1, 2))
+    return Group(*(Padding(each, (1 if number else 0, 0, 0, 0)) for number, each in enumerate(shown)))
 
 
-_WIDTH, _LINE, _COLUMN, _MARGIN = 10.0, 0.21, 0.0753, 0.3
+_WIDTH, _LINE, _COLUMN, _MARGIN = 10.0, 0.21, 0.0727, 0.3
 """Of the picture, of a line and of a letter in it, and around them, in inches."""
 _PAINT = {"green": "#1d7a46", "red": "#c0392b", "yellow": "#8a5a00", "dim": "#5b6672"}
 
@@ -215,7 +218,7 @@ def write_picture(path: Path, result: DrillResult) -> Path:
         ConfigError: If matplotlib is not installed, or the picture cannot be written there.
     """
     console = Console(width=int((_WIDTH - 2 * _MARGIN) / _COLUMN), highlight=False)
-    lines = console.render_lines(card(result), pad=False)
+    lines = console.render_lines(Group(Text(_title(result), style="dim"), Text(), _body(result)), pad=False)
     height = len(lines) * _LINE + 2 * _MARGIN
 
     def picture(plt: Any) -> Any:

@@ -380,7 +380,10 @@ def draw_losses(path: Path, undisturbed: History, disturbed: History) -> Path:
         figure, axes = plt.subplots(figsize=(10, 5.2), layout="constrained")
         under, over = (curve_of(history, measure(history)) for history in (undisturbed, disturbed))
         if under is not None and over is not None:
-            axes.plot(*zip(*under.line, strict=True), color=_BLUE, alpha=0.35, linewidth=4, label="undisturbed")
+            style: dict[str, Any] = {"color": _BLUE, "alpha": 0.35}
+            axes.plot(*zip(*under.line, strict=True), linewidth=4, label="undisturbed", **style)
+            for step, value in under.dots:
+                axes.plot(step, value, "o", markersize=10, **style)
             draw_curve(axes, over)
         axes.plot(
             steps, [0.012] * len(steps), "|", color=_GREEN, markersize=9, markeredgewidth=1.4,
