@@ -35,7 +35,7 @@ def went(kind: str = "preemption", **changes: Any) -> Interruption:
     ending = Ending(0, Outcome.PREEMPTED, "why", reached_step=92, resumed_step=92, commit_s=0.25, restart_s=4.0)
     if kind == "kill":
         ending = dataclasses.replace(ending, outcome=Outcome.KILLED, commit_s=None, resumed_step=80)
-    return Interruption(kind, "trainer", 90, 90, 0, dataclasses.replace(ending, **changes))
+    return Interruption(kind, "trainer", 90, 90, dataclasses.replace(ending, **changes))
 
 
 NEVER_SENT = Interruption("preemption", "trainer", 90)

@@ -70,8 +70,9 @@ class Probe:
             parts: The run's parts.
             given: What the program gave as parts, by name.
         """
-        if not self._found_donated:
-            self._look_for_donated(step, parts)
+        if not self._found_donated and (gone := state.donated(parts)):
+            self._found_donated = True  # the first boundary that cannot be saved, whether or not something is due there
+            self._ledger.append("donated", durable=True, step=step, leaves=gone[:9])
         self.begin_round(step, parts, given)
         if self._drill.pace_s:
             time.sleep(self._drill.pace_s)
@@ -101,12 +102,6 @@ class Probe:
             self.saved(step)
         if step in self._wanted:
             self._look_once(step, parts, given)
-
-    def _look_for_donated(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Write down the first boundary that cannot be saved, whether or not something is due there."""
-        if gone := state.donated(parts):
-            self._found_donated = True
-            self._ledger.append("donated", durable=True, step=step, leaves=gone[:9])
 
     def _look_once(self, step: int, parts: Mapping[str, Part], given: Mapping[str, Any]) -> None:
         if step in self._looked:

@@ -60,7 +60,13 @@ def _cells(trial: Trial) -> tuple[str, ...]:
     """Return a scenario's row, below `_COLUMNS`."""
     bits = {True: "same", False: "differ", None: "-"}[trial.identical]
     at = ", ".join(map(str, trial.at_steps)) or "-"
-    return (at, _number(trial.lost_steps), _seconds(trial.commit_s), _seconds(trial.restart_s), bits)
+    return (
+        at,
+        number(trial.lost_steps),
+        number(trial.commit_s, ".2f", " s"),
+        number(trial.restart_s, ".2f", " s"),
+        bits,
+    )
 
 
 def _title(result: DrillResult) -> str:
@@ -165,12 +171,9 @@ def _not_tried(result: DrillResult) -> list[str]:
     return [line for line in lines if line]
 
 
-def _number(value: int | None) -> str:
-    return "-" if value is None else str(value)
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} s"
+def number(value: float | None, form: str = "", unit: str = "") -> str:
+    """Write a number for a person, '-' where there is none."""
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 # The card, its picture, the page and the document.

@@ -33,6 +33,7 @@ from launch.backends import registry
 from launch.backends.local import Local
 from launch.console import Console
 from launch.drill import observe
+from launch.drill.card import number
 from launch.drill.comparing import Comparison, comparer
 from launch.drill.drill import free_place
 from launch.drill.observe import Ending
@@ -49,6 +50,8 @@ from launch.report.png import draw_curve, write_figure
 from launch.spec.jobspec import JobSpec
 
 STEPS, LEAST_STEPS = 500, 60
+_NONE = Ending(None, None)
+"""Of an interruption that hit nobody."""
 
 
 @dataclass
@@ -60,16 +63,14 @@ class Interruption:
         target: 'supervisor', as a scheduler would, or 'trainer'.
         planned_step: Completed steps at which it is due.
         fired_step: Completed steps when the signal was sent; None until then.
-        attempt: The attempt it hit.
-        ending: How that attempt ended.
+        ending: How the attempt that it hit has ended.
     """
 
     kind: str
     target: str
     planned_step: int
     fired_step: int | None = None
-    attempt: int | None = None
-    ending: Ending | None = None
+    ending: Ending = _NONE
 
     @property
     def name(self) -> str:
@@ -84,18 +85,17 @@ class Interruption:
     @property
     def as_promised(self) -> bool:
         """Whether it hit a training, ended its attempt as such a signal must, and cost a preemption no step."""
-        wanted = Outcome.PREEMPTED if self.kind == "preemption" else Outcome.KILLED
-        if self.ending is None or self.ending.outcome != wanted or self.ending.lost_steps is None:
-            return False
-        return self.kind == "kill" or self.ending.lost_steps == 0
+        outcome, lost_steps = self.ending.outcome, self.ending.lost_steps
+        if self.kind == "kill":
+            return outcome == Outcome.KILLED and lost_steps is not None
+        return outcome == Outcome.PREEMPTED and lost_steps == 0
 
     def document(self) -> dict[str, Any]:
         """Return it for JSON."""
-        fields = ("outcome", "reached_step", "resumed_step", "commit_s", "restart_s", "lost_steps")
-        ending = {name: getattr(self.ending, name, None) for name in fields}
-        document = asdict(self) | ending | {"as_promised": self.as_promised}
-        del document["ending"]
-        return document
+        document = asdict(self)
+        ending = document.pop("ending")
+        del ending["reason"]
+        return document | ending | {"lost_steps": self.ending.lost_steps, "as_promised": self.as_promised}
 
 
 @dataclass
@@ -228,7 +228,8 @@ def _train_twice(
         with comparer() as comparing:
             comparison = comparing.compare(*(store.url for store in stores))
     for each in plan:
-        each.ending = observe.ending_of(stores[1], each.attempt) if each.attempt is not None else None
+        if each.ending.attempt is not None:
+            each.ending = observe.ending_of(stores[1], each.ending.attempt)
     undisturbed, disturbed = (read_history(store, state=State.DONE, reason="finished") for store in stores)
     return DemoResult(
         run=base,
@@ -258,7 +259,7 @@ def _fire(run: Watched, interruption: Interruption) -> bool:
     pid = one.beat.pid if interruption.target == "trainer" else one.supervisor
     if not observe.send(pid, interruption.signum):
         return False
-    interruption.fired_step, interruption.attempt = one.beat.step, one.attempt
+    interruption.fired_step, interruption.ending = one.beat.step, Ending(one.attempt, None)
     run.runs.telling.say(f"step {one.beat.step}: {interruption.name} of attempt {one.attempt}")
     return True
 
@@ -328,16 +329,14 @@ def _card(result: DemoResult) -> Panel:
         table.add_column(name, justify="right")
     table.add_column("as promised")
     for each in result.interruptions:
-        lost, commit_s, restart_s, outcome = (
-            getattr(each.ending, name, None) for name in ("lost_steps", "commit_s", "restart_s", "outcome")
-        )
+        ending = each.ending
         table.add_row(
             f"{each.signum.name}, {each.target}",
-            _shown(each.fired_step),
-            _shown(lost),
-            _shown(commit_s, "{:.2f} s"),
-            _shown(restart_s, "{:.1f} s"),
-            "yes" if each.as_promised else f"[red]no[/red] ({outcome or 'not sent'})",
+            number(each.fired_step),
+            number(ending.lost_steps),
+            number(ending.commit_s, ".2f", " s"),
+            number(ending.restart_s, ".1f", " s"),
+            "yes" if each.as_promised else f"[red]no[/red] ({ending.outcome or 'not sent'})",
         )
     grid = Table.grid(padding=(1, 0, 0, 0))
     times = f"{show_duration(result.undisturbed_s)} undisturbed, {show_duration(result.disturbed_s)} disturbed"
@@ -345,10 +344,6 @@ def _card(result: DemoResult) -> Panel:
     grid.add_row(table)
     grid.add_row("\n".join(_verdict(result)))
     return Panel(grid, title=f"jobkit demo, seed {result.seed}", title_align="left", expand=False, padding=(1, 2))
-
-
-def _shown(value: float | None, form: str = "{}") -> str:
-    return "-" if value is None else form.format(value)
 
 
 def _verdict(result: DemoResult) -> Iterator[str]:

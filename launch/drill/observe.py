@@ -93,6 +93,7 @@ class Ending:
     """How one attempt ended and what it cost to go on.
 
     Args:
+        attempt: Its number; None where there was none.
         outcome: One of `contract.Outcome`, None if it is not written.
         reason: Why, one clause.
         reached_step: Completed steps when it ended.
@@ -101,7 +102,7 @@ class Ending:
         restart_s: Seconds from its end to the end of the next one's first step, or of its loop if no step was left.
     """
 
-    attempt: int
+    attempt: int | None
     outcome: str | None
     reason: str = ""
     reached_step: int | None = None

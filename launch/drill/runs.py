@@ -24,7 +24,6 @@ from launch.drill import observe
 from launch.drill.observe import LateError, Living, MissedError
 from launch.drill.progress import Lines
 from launch.lifecycle import lock, orphans, verbs
-from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
 _LOOK_S, _ASK_S = 0.2, 2.0
@@ -41,7 +40,6 @@ class Watched:
         runs: Those that it belongs to.
         name: What people know it by.
         store: Where it is.
-        spec: What was submitted.
         environ: What the program has in its environment for the drill.
         deadline_s: When to give up, on the clock of `time.monotonic`.
         done: What was done to it, for a person.
@@ -52,7 +50,6 @@ class Watched:
     runs: "Runs"
     name: str
     store: Store
-    spec: JobSpec
     environ: Mapping[str, str]
     deadline_s: float
     done: list[str] = field(default_factory=list)
@@ -194,7 +191,7 @@ class Runs:
             max_failures=max_failures,
         )
         store = verbs.submit(Local(variables) if self.here else self._backend, spec)
-        run = Watched(self, name, store, specs.read(store), variables, time.monotonic() + limit_s)
+        run = Watched(self, name, store, variables, time.monotonic() + limit_s)
         self._started.append(run)
         return run
 

@@ -25,6 +25,7 @@ from launch.drill.reference import Reference
 from launch.drill.runs import Watched
 from launch.lifecycle import lock, orphans, verbs
 from launch.lifecycle.submission import runner_environment
+from launch.spec import jobspec as specs
 
 PREEMPTED, KILLED = Outcome.PREEMPTED, Outcome.KILLED
 Act = Callable[[Watched, Reference], None]
@@ -205,7 +206,7 @@ def _freeze_and_wake(run: Watched) -> None:
 
 def _start_elsewhere(run: Watched) -> "subprocess.Popen[bytes]":
     """Start an attempt the way another machine does, which does not see this one's lock."""
-    command, environ = runner_of(run.store, run.spec).prepare(runner_environment() | dict(run.environ))
+    command, environ = runner_of(run.store, specs.read(run.store)).prepare(runner_environment() | dict(run.environ))
     return subprocess.Popen(
         command, cwd=run.store.path, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,

@@ -203,8 +203,8 @@ def _losses(endings: list[Ending], allowed: int) -> Iterator[str]:
 def _forgotten(store: Store, endings: list[Ending]) -> Iterator[str]:
     """Whatever the interval: nothing that was committed may be gone."""
     committed = 0
-    for ending in endings[:-1]:
-        saved = [event for event in ledger.attempt_events(store, ending.attempt) if event["event"] == "saved"]
-        committed = max([committed, *(event["step"] for event in saved)])
+    for attempt, ending in zip(store.numbers(contract.ATTEMPTS), endings[:-1], strict=False):
+        saved = [event["step"] for event in ledger.attempt_events(store, attempt) if event["event"] == "saved"]
+        committed = max([committed, *saved])
         if ending.resumed_step is not None and ending.resumed_step < committed:
             yield f"it went on from step {ending.resumed_step} although step {committed} had been committed"
