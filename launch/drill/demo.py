@@ -93,7 +93,7 @@ class Interruption:
     def document(self) -> dict[str, Any]:
         """Return it for JSON."""
         document = asdict(self)
-        ending = document.pop("ending")
+        ending: dict[str, Any] = document.pop("ending")
         del ending["reason"]
         return document | ending | {"lost_steps": self.ending.lost_steps, "as_promised": self.as_promised}
 
