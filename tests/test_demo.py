@@ -1,9 +1,11 @@
 """jobkit demo: its plan, its verdict, its picture, and once the whole of it."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,46 +13,47 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from jobkit import contract
 from jobkit.contract import Outcome
 from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
+from launch.console import Console
 from launch.drill import demo
-from launch.drill.demo import Interruption, Result
+from launch.drill.demo import DemoResult, Interruption
+from launch.drill.observe import Ending
+from launch.lifecycle.history import read_history
 from tests import browser
 from tests.gcs_server import GcsServer
 
 ROOT = Path(__file__).parent.parent
 
 
-def went(kind: str = "preemption", **changes: object) -> Interruption:
+def went(kind: str = "preemption", **changes: Any) -> Interruption:
     """Return an interruption that went as promised, but for `changes`."""
-    made = Interruption(kind, "trainer", 90)
-    made.fired_step, made.attempt, made.reached_step, made.resumed_step = 90, 0, 92, 92
-    made.outcome, made.commit_s, made.restart_s = Outcome.PREEMPTED, 0.25, 4.0
+    ending = Ending(0, Outcome.PREEMPTED, "why", reached_step=92, resumed_step=92, commit_s=0.25, restart_s=4.0)
     if kind == "kill":
-        made.outcome, made.commit_s, made.resumed_step = Outcome.KILLED, None, 80
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made
+        ending = dataclasses.replace(ending, outcome=Outcome.KILLED, commit_s=None, resumed_step=80)
+    return Interruption(kind, "trainer", 90, 90, dataclasses.replace(ending, **changes))
 
 
-def result(*interruptions: Interruption, identical: bool = True) -> Result:
+NEVER_SENT = Interruption("preemption", "trainer", 90)
+
+
+def result(*interruptions: Interruption, identical: bool = True) -> DemoResult:
     """Return a demo's result."""
     comparison = {"equal": identical, "leaves": 122, "step": 500, "values": 510, "repeated": 12, "difference": None}
     if not identical:
         comparison["difference"] = {"name": "loss", "step": 91, "a": "1.0", "b": "1.5"}
-    return Result("run", 7, 500, 4, list(interruptions), identical, comparison, 20.0, 50.0, "loss.png", "report.html")
+    return DemoResult("run", 7, 500, 4, list(interruptions), comparison, 20.0, 50.0, "loss.png", "report.html")
 
 
-def card(found: Result) -> str:
+def card(shown: DemoResult) -> str:
     """Return the card as an 80-column terminal shows it."""
     console = Console(width=80, no_color=True)
     with console.capture() as captured:
-        console.print(demo._card(found))
+        console.print(demo._card(shown))
     return captured.get()
 
 
@@ -82,7 +85,7 @@ def test_seeds_differ() -> None:
     [
         (went(), True),
         (went("kill"), True),
-        (went(fired_step=None), False),
+        (NEVER_SENT, False),
         (went(outcome=Outcome.KILLED), False),
         (went("kill", outcome=Outcome.PREEMPTED), False),
         (went(resumed_step=None), False),
@@ -108,7 +111,7 @@ def test_card_of_success() -> None:
 
 def test_card_of_failure() -> None:
     """A difference is named, and so is an interruption that never happened."""
-    text = card(result(went(fired_step=None, outcome=None), identical=False))
+    text = card(result(NEVER_SENT, identical=False))
     assert "bit-identical: no" in text
     assert "first difference at step 91, loss: 1.0 / 1.5" in text
     assert "no (not sent)" in text
@@ -118,10 +121,9 @@ def test_card_of_failure() -> None:
 def test_bars_on_a_terminal() -> None:
     """On a terminal each training has a bar with its step, and events are printed above them."""
     console = Console(force_terminal=True, width=100, no_color=True)
-    with console.capture() as captured, demo._screen(console) as screen:
-        task = screen.add("disturbed")
-        screen.update(task, 120, "stepping, loss 2.500, committed 100")
-        screen.say("step 120: SIGKILL to the trainer of attempt 0")
+    with console.capture() as captured, demo._bars(console) as bars:
+        bars.show("disturbed", 120, "stepping, loss 2.500, committed 100")
+        bars.say("step 120: SIGKILL to the trainer of attempt 0")
     shown = captured.get()
     assert "  step 120: SIGKILL to the trainer of attempt 0\n" in shown
     assert "step 120/500 stepping, loss 2.500, committed 100" in shown
@@ -130,29 +132,29 @@ def test_bars_on_a_terminal() -> None:
 def test_lines_without_a_terminal() -> None:
     """Elsewhere there are plain lines, one in five seconds at most, and no control characters."""
     console = Console(force_terminal=False, width=100)
-    with console.capture() as captured, demo._screen(console) as screen:
-        task = screen.add("disturbed")
+    with console.capture() as captured, demo._bars(console) as bars:
         for step in range(100):
-            screen.update(task, step, "stepping")
+            bars.show("disturbed", step, "stepping")
     assert captured.get() == "  disturbed: step 0/500, stepping\n"
 
 
 def test_picture(tmp_path: Path) -> None:
-    """The picture is drawn from the ledgers alone, for interruptions early, late and never sent."""
+    """The picture is drawn from the ledgers alone, with interruptions early and late."""
     for name in ("undisturbed", "disturbed"):
-        ledger = Ledger(tmp_path / name / "attempts/0/events-0.jsonl")
-        for step in range(0, 500, 5):
-            ledger.append("metrics", step=step, values={"loss": 5 / (step + 1)})
-        ledger.append("metrics", step=49, values={"val_loss": 2.0})
-        ledger.append("saved", step=40)
-        ledger.close()
-    plan = [
-        went("kill", reached_step=40, resumed_step=0),
-        went(fired_step=None),
-        went(reached_step=470, resumed_step=470),
-    ]
-    path = demo.draw_losses(tmp_path, {name: Store(tmp_path / name) for name in ("undisturbed", "disturbed")}, plan)
-    assert path == tmp_path / "report/loss.png"
+        store = Store(tmp_path / name)
+        store.write("run.json", "{}")
+        for attempt, (outcome, step) in enumerate([("killed", 40), ("preempted", 470), ("done", 500)]):
+            ledger = Ledger(store.file(f"attempts/{attempt}/events-0.jsonl"))
+            ledger.append("restored" if attempt else "fresh", step=[0, 30, 470][attempt])
+            ledger.append("saved", step=40, durable_s=0.1, blocking_s=0.1)
+            for at in range([0, 30, 470][attempt], step, 5):
+                ledger.append("metrics", step=at, values={"loss": 5 / (at + 1)})
+            ledger.append("metrics", step=step - 1, values={"val_loss": 2.0})
+            ledger.close()
+            told = {"outcome": outcome, "step": step, "reason": "why", "ended": time.time()}
+            store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
+    undisturbed, disturbed = (read_history(Store(tmp_path / name)) for name in ("undisturbed", "disturbed"))
+    path = demo.draw_losses(tmp_path / "report/loss.png", undisturbed, disturbed)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
 

@@ -1,5 +1,6 @@
 """jobkit drill: what it asks of a program, how it judges, what it shows; and that it finds each planted bug."""
 
+import contextlib
 import dataclasses
 import datetime
 import html
@@ -12,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,28 +22,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
-from rich.live import Live
+from rich.progress import Progress, TextColumn
 
 import jobkit
-import launch.drill.drill as drill_module
 from jobkit import contract, faults
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import part_of
 from jobkit.checkpoint.schedule import SaveEvery
-from jobkit.contract import Outcome
+from jobkit.contract import Outcome, State
+from jobkit.drill import looks
+from jobkit.drill.looks import Kind, Look, Looks
 from jobkit.drill.settings import Drill, drill_from
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
+from launch.console import Console
 from launch.drill import card as drill_card
-from launch.drill import diagnosis, observe, scenarios, verdict
-from launch.drill import page as drill_page
-from launch.drill.diagnosis import Diagnosis
+from launch.drill import comparing, diagnosis, progress, reference, scenarios, suspects, verdict
+from launch.drill.drill import shared_cache
 from launch.drill.observe import Ending
-from launch.drill.scenarios import Shown
-from launch.drill.verdict import Found, Result
+from launch.drill.reference import Reference
+from launch.drill.suspects import Diagnosis, Restart
+from launch.drill.verdict import DrillResult, Trial
+from launch.lifecycle.run_status import Status
 from tests import browser
 from tests.slurm import Cluster
 
@@ -141,8 +144,8 @@ def test_probe_measures_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     slow = events["step_times"]["slow"]  # others, too, where the machine is busy
     assert {5, 9} <= {step for step, seconds in slow if 0.29 < seconds < 3}
     assert 0 not in dict(slow)
-    assert drill_module._last_long([(5, 4.0), (9, 0.9), (10, 0.1)]) == (9, 0.9)
-    assert drill_module._last_long([]) is None
+    assert reference.last_long([(5, 4.0), (9, 0.9), (10, 0.1)]) == (9, 0.9)
+    assert reference.last_long([]) is None
     assert events["step_times"]["usual_s"] < 0.01
 
 
@@ -176,19 +179,19 @@ def test_probe_sees_what_is_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             next(numbers), next(listed), random.random()
             del batch
     assert run.step == 3
-    seen = {e["step"]: e for e in attempt_events(Store(tmp_path / "r"), 0) if e["event"] == "probed"}
+    seen = looks.read(attempt_events(Store(tmp_path / "r"), 0))
     assert sorted(seen) == [0, 1, 2]
-    first, second = seen[1]["outside"], seen[2]["outside"]
+    first, second = seen[1].outside, seen[2].outside
     here = "in test_drill.py:test_probe_sees_what_is_no_part"
-    kinds = {"held.count": "number", "held.generator": "rng", "numbers": "iterator", "listed": "iterator"}
+    kinds = {"held.count": Kind.NUMBER, "held.generator": Kind.RNG, "numbers": Kind.ITERATOR, "listed": Kind.ITERATOR}
     for name, kind in kinds.items():
-        assert first[f"{name} {here}"][0] == kind
+        assert first[f"{name} {here}"].kind is kind
         assert first[f"{name} {here}"] != second[f"{name} {here}"], name
     assert first[f"constant {here}"] == second[f"constant {here}"]
     assert constant.sum() == 3
-    assert seen[1]["parts"]["count"] != seen[2]["parts"]["count"]
-    assert seen[1]["random"] != seen[2]["random"]
-    assert seen[1]["numpy"] == seen[2]["numpy"]
+    assert seen[1].parts["count"] != seen[2].parts["count"]
+    assert seen[1].random != seen[2].random
+    assert seen[1].numpy == seen[2].numpy
     assert not [name for name in first if name.startswith(("run ", "pytest ", "pytest.", "sys ", "sys."))]
 
 
@@ -205,11 +208,11 @@ def test_probe_sees_what_was_given_away(tmp_path: Path, monkeypatch: pytest.Monk
     store = Store(tmp_path / "r")
     assert commits.steps(store)[-1] == 9
     assert [event for event in attempt_events(store, 0) if event["event"] == "save_failed"] == []
-    found = Found("notice", "text")
-    verdict.judge(found, named("notice"), store, SHOWN)
-    assert found.donated
-    assert "a save after step 2 would have failed: tree/w had been given away (donate_argnums)" in found.broken
-    told = diagnosis._donated(store.url)
+    trial = Trial("notice", "text")
+    verdict.judge(trial, named("notice"), store, REFERENCE)
+    assert trial.donated
+    assert "a save after step 2 would have failed: tree/w had been given away (donate_argnums)" in trial.broken
+    told = diagnosis.donated(store.url)
     assert told is not None
     assert (told.name, told.step, told.tensor) == ("donated buffer", 2, "tree/w")
 
@@ -238,16 +241,16 @@ def test_whatever_is_said_of_what_was_given_away(tmp_path: Path, how: str) -> No
     told = json.dumps({"t": 1.0, "event": "raised", "error": str(raised.value)})
     tells.write(contract.events_file(0, 0), told + "\n")
     for store in (logs, tells):
-        found = diagnosis._donated(str(tmp_path / "none"), store.url)
+        found = diagnosis.donated(str(tmp_path / "none"), store.url)
         assert found is not None
         assert found.name == "donated buffer"
     logs.write(contract.log_file(0), "the old index has been deleted\n")
-    assert diagnosis._donated(logs.url) is None
+    assert diagnosis.donated(logs.url) is None
 
 
 # How it judges.
 
-SHOWN = Shown(
+REFERENCE = Reference(
     run="r/reference", steps=60, step_s=0.1, start_s=3.0, save_s=0.2, save_every=15, pace_s=0.0, total=60, usual_s=0.1
 )  # fmt: skip
 
@@ -293,71 +296,72 @@ def test_judgement(
     tmp_path: Path, name: str, endings: list[tuple[str, int]], resumed: tuple[int, ...], broken: str
 ) -> None:
     """A notice costs nothing, a kill the interval and the save in flight; every attempt has to end as it must."""
-    found = Found(name, "text")
-    verdict.judge(found, named(name), wrote(tmp_path, *endings, resumed=resumed), SHOWN)
-    assert [line for line in found.broken if broken in line] if broken else found.broken == []
-    assert found.survived is not bool(broken)
+    trial = Trial(name, "text")
+    verdict.judge(trial, named(name), wrote(tmp_path, *endings, resumed=resumed), REFERENCE)
+    assert [line for line in trial.broken if broken in line] if broken else trial.broken == []
+    assert trial.survived is not bool(broken)
 
 
 def test_what_was_not_hit_is_not_judged(tmp_path: Path) -> None:
     """A run that was over before it could be hit breaks no promise and shows none: that is no certificate."""
-    found = Found("notice", "text", identical=True)
-    verdict.judge(found, named("notice"), wrote(tmp_path, ("done", 60)), SHOWN)
-    assert (found.missed, found.broken, found.survived) == ("the run was over before it could be hit", [], False)
-    missed = Result(("train",), "d", SHOWN, [found], None, 1.0)
+    trial = Trial("notice", "text", identical=True)
+    verdict.judge(trial, named("notice"), wrote(tmp_path, ("done", 60)), REFERENCE)
+    assert (trial.missed, trial.broken, trial.survived) == ("the run was over before it could be hit", [], False)
+    missed = DrillResult(("train",), "d", REFERENCE, [trial], None, 1.0)
     assert (missed.verdict, missed.verdict.exit_code) == (verdict.Verdict.NOT_JUDGED, 2)
-    assert Result(("train",), "d", SHOWN, [], None, 1.0).verdict.exit_code == 2
-    missed.found.append(Found("kill", "text", broken=["it ended with other bits"]))
+    assert DrillResult(("train",), "d", REFERENCE, [], None, 1.0).verdict.exit_code == 2
+    missed.trials.append(Trial("kill", "text", broken=["it ended with other bits"]))
     assert missed.verdict.exit_code == 1
-    assert Result(("train",), "d", SHOWN, [Found("kill", "text")], None, 1.0).verdict.exit_code == 0
+    assert DrillResult(("train",), "d", REFERENCE, [Trial("kill", "text")], None, 1.0).verdict.exit_code == 0
 
 
 def test_occasions() -> None:
     """Moments come from the reference: the last long step, what follows the last commit, or what is asked for."""
-    assert named("evaluation").lacking(SHOWN) == "no step took much longer than the others"
-    own = replace(SHOWN, total=None)
+    assert named("evaluation").lacking(REFERENCE) == "no step took much longer than the others"
+    own = replace(REFERENCE, total=None)
     assert [one.name for one in scenarios.ALL if one.lacking(own)] == ["notice-end", "evaluation"]
-    shown = replace(SHOWN, long_step=(49, 0.9), loops=2, tail_s=8.0, at=50, save_every=12)
+    shown = replace(REFERENCE, long_step=(49, 0.9), loops=2, tail_s=8.0, at=50, save_every=12)
     assert named("evaluation").lacking(shown) == ""
     assert named("evaluation").fault(shown) == "step:50@0=KILL+0.500"
     assert named("after").fault(shown) == "finished:2@0=KILL+4.000"
-    assert named("after").fault(SHOWN) == "finished:1@0=KILL"
+    assert named("after").fault(REFERENCE) == "finished:1@0=KILL"
     assert (shown.middle, shown.hit_save) == (50, 5)
-    assert named("after").lacking(replace(SHOWN, loops=0)) == "the program ended before the run saw the end of its loop"
+    assert (
+        named("after").lacking(replace(REFERENCE, loops=0))
+        == "the program ended before the run saw the end of its loop"
+    )
 
 
 def test_commit_that_was_forgotten(tmp_path: Path) -> None:
     """A restart behind what was committed is no loss of an interval but a broken promise."""
     store = wrote(tmp_path, ("killed", 37), ("done", 60), resumed=(15,))
     store.write("attempts/0/events-0.jsonl", json.dumps({"t": 5.0, "event": "saved", "step": 30}) + "\n")
-    found = Found("kill", "text")
-    verdict.judge(found, named("kill"), store, SHOWN)
-    assert "it went on from step 15 although step 30 had been committed" in found.broken
+    trial = Trial("kill", "text")
+    verdict.judge(trial, named("kill"), store, REFERENCE)
+    assert "it went on from step 15 although step 30 had been committed" in trial.broken
 
 
 def test_moments_fit_the_run() -> None:
     """Whatever the reference showed, the moments lie inside it."""
     for steps in (6, 7, 24, 100, 1000):
-        shown = Shown("r", steps, 0.01, 3.0, 0.1, max(1, steps // 4), 0.0)
+        shown = Reference("r", steps, 0.01, 3.0, 0.1, max(1, steps // 4), 0.0)
         assert 0 < shown.middle < steps
         assert shown.hit_save * shown.save_every <= steps
 
 
-def seen(step: int, **changes: Any) -> dict[str, Any]:
-    """Return a fingerprint in which everything is as usual but for `changes`."""
+def seen(step: int, **changes: Any) -> Look:
+    """Return a look at which everything is as usual but for `changes`, as the ledger has it."""
     event: dict[str, Any] = {
+        "event": "probed",
         "step": step,
         "parts": {"params/w": f"w{step}"},
         "outside": {"steady in a.py:main": ["number", "same"]},
         "random": "same",
         "numpy": "same",
-        "rngs": [],
-        "files": {},
     }
     for name, value in changes.items():
-        event[name] = event[name] | value if isinstance(value, dict) else value
-    event["outside"] = {name: [*told, *[None, True, False][len(told) - 2 :]] for name, told in event["outside"].items()}
-    return event
+        event[name] = {**event.get(name, {}), **value} if isinstance(value, dict) else value
+    return looks.read([event])[step]
 
 
 def test_harmless_differences_are_no_cause() -> None:
@@ -365,19 +369,19 @@ def test_harmless_differences_are_no_cause() -> None:
     one = {step: seen(step, outside={"loss in a.py:main": ["array", f"l{step}", 7, False]}) for step in (1, 2, 30, 31)}
     one[0] = seen(0)
     two = {30: seen(30, outside={"loss in a.py:main": ["array", "other", 7, False]})}
-    assert diagnosis._lost(one, two, {}) is None
+    assert suspects.lost(Restart(one, two, {})) is None
 
 
 def test_generator_comes_before_counter() -> None:
     """Of several things that were not carried over the likeliest is named."""
     outside = {"count in a.py:main": ["number", "c{}"], "key in a.py:main": ["rng", "k{}"]}
 
-    def at(step: int, mark: str = "") -> dict[str, Any]:
+    def at(step: int, mark: str = "") -> Look:
         filled = {name: [kind, crc.format(step) + mark] for name, (kind, crc) in outside.items()}
         return seen(step, outside=filled)
 
     one = {step: at(step) for step in (0, 1, 2, 30, 31, 32)}
-    found = diagnosis._lost(one, {30: at(30, "!")}, {})
+    found = suspects.lost(Restart(one, {30: at(30, "!")}, {}))
     assert found is not None
     assert found.name == "unsaved RNG: key in a.py:main"
     assert found.evidence[-1] == "also another after the restart: count in a.py:main"
@@ -391,7 +395,7 @@ def test_data_that_hides_its_position() -> None:
         30: seen(30),
         31: seen(31, outside={"batch in a.py:main": ["array", "b0"], "loss in a.py:main": ["array", "l"]}),
     }
-    found = diagnosis._lost(one, two, {})
+    found = suspects.lost(Restart(one, two, {}))
     assert found is not None
     assert found.name == "unsaved data position: batch in a.py:main"
 
@@ -400,7 +404,7 @@ def test_part_that_is_changed_after_its_restore() -> None:
     """A leaf that is not what was saved, before the first step, comes before everything else."""
     one = {step: seen(step, outside={"key in a.py:main": ["rng", str(step)]}) for step in (0, 1, 30, 31)}
     two = {30: seen(30, outside={"key in a.py:main": ["rng", "x"]}, parts={"params/w": "w0"})}
-    found = diagnosis._lost(one, two, {})
+    found = suspects.lost(Restart(one, two, {}))
     assert found is not None
     assert found.name == "a part that is changed after it was restored: params/w"
 
@@ -410,8 +414,8 @@ def test_library_that_moves_a_generator_is_no_cause() -> None:
     one = {step: seen(step, numpy=f"n{step}") for step in (0, 1, 2, 30)}
     two = {30: seen(30, numpy="x")}
     usual = {step: seen(step, numpy=f"m{step}") for step in (0, 1, 2)}
-    assert diagnosis._lost(one, two, usual) is None
-    found = diagnosis._lost(one, two, {step: one[step] for step in (0, 1, 2)})
+    assert suspects.lost(Restart(one, two, usual)) is None
+    found = suspects.lost(Restart(one, two, {step: one[step] for step in (0, 1, 2)}))
     assert found is not None
     assert found.name == "unsaved RNG: numpy's global generator (np.random)"
 
@@ -419,12 +423,12 @@ def test_library_that_moves_a_generator_is_no_cause() -> None:
 def test_copy_of_a_part_is_no_cause() -> None:
     """A variable that is what a part is, at every look, is saved with it; one that differs from it once is not."""
 
-    def at(step: int, mark: str = "") -> dict[str, Any]:
+    def at(step: int, mark: str = "") -> Look:
         return seen(step, outside={"params in a.py:main": ["array", f"p{step}{mark}", 7, True, not mark]})
 
     one = {step: at(step) for step in (0, 1, 2, 30)}
-    assert diagnosis._lost(one, {30: at(30, "!")}, {}) is None
-    found = diagnosis._lost(one | {2: at(2, "?")}, {30: at(30, "!")}, {})
+    assert suspects.lost(Restart(one, {30: at(30, "!")}, {})) is None
+    found = suspects.lost(Restart(one | {2: at(2, "?")}, {30: at(30, "!")}, {}))
     assert found is not None
     assert found.name == "unsaved part: params in a.py:main"
 
@@ -433,7 +437,7 @@ def test_warning_names_variable_and_line(tmp_path: Path) -> None:
     """What changes, is no part and is another after the restart is warned of; what always differs is not."""
     outside = {"ema in a.py:main": ["array", "e{}", 12, True], "began in a.py:main": ["number", "t{}", 3, True]}
 
-    def at(step: int, mark: str = "", **marks: str) -> dict[str, Any]:
+    def at(step: int, mark: str = "", **marks: str) -> Look:
         filled = {
             name: [kind, crc.format(step) + mark + marks.get(name.split()[0], ""), *more]
             for name, (kind, crc, *more) in outside.items()
@@ -449,14 +453,14 @@ def test_warning_names_variable_and_line(tmp_path: Path) -> None:
     assert diagnosis.warnings(blind, usual) == ["which variables a restart does not bring back could not be seen"]
 
 
-def ended(path: Path, outcome: str = "done", looks: tuple[dict[int, Any], ...] = ()) -> Store:
+def ended(path: Path, outcome: str = "done", looks: tuple[Looks, ...] = ()) -> Store:
     """Write a run of one attempt or more whose last one ended so, with what a probe saw in each."""
     store = Store(path)
     for attempt, seen_then in enumerate(looks or ({},)):
         last = attempt == max(len(looks), 1) - 1
         told = {"outcome": outcome if last else "preempted", "step": 60, "reason": "SIGSEGV", "ended": 10.0}
         store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
-        events = [json.dumps({"t": 5.0, "event": "probed", **look}) for look in seen_then.values()]
+        events = [json.dumps({"t": 5.0, "event": "probed", **look.to_event()}) for look in seen_then.values()]
         store.write(f"attempts/{attempt}/events-0.jsonl", "\n".join(events) + "\n")
     return store
 
@@ -466,16 +470,16 @@ def diagnosed(tmp_path: Path, runs: dict[str, Store], equal: Callable[[str, str]
     place = ended(tmp_path / "d/reference").path.parent
     ended(place / "notice", looks=({}, {}))
 
-    def start(name: str, environ: dict[str, str]) -> Callable[[], Store]:
-        return lambda: runs.get(name) or ended(place / name, "failed")
+    def finish(wanted: Mapping[str, Mapping[str, str]]) -> list[Store]:
+        return [runs.get(name) or ended(place / name, "failed") for name in wanted]
 
     def compare(one: str, other: str) -> dict[str, Any]:
         same = equal(Path(one).name, Path(other).name)
         leaf = None if same else {"name": "w", "step": 60, "a": "1", "b": "2"}
         return {"equal": same, "leaf": leaf, "metric": None, "metrics": []}
 
-    shown = dataclasses.replace(SHOWN, run=str(place / "reference"), total=60)
-    return diagnosis.diagnose(str(place / "notice"), shown, compare, start)
+    shown = dataclasses.replace(REFERENCE, run=str(place / "reference"), total=60)
+    return diagnosis.diagnose(str(place / "notice"), shown, compare, finish)
 
 
 def test_clock_that_crashes_the_program_costs_no_diagnosis(tmp_path: Path) -> None:
@@ -526,7 +530,7 @@ def test_interruption_of_the_other_kind(tmp_path: Path) -> None:
 
 def test_comparison_that_dies_is_not_the_last(tmp_path: Path) -> None:
     """Where the process that compares dies, that comparison fails, and the next one has a new process."""
-    with observe.Comparer(tmp_path) as comparer:
+    with contextlib.closing(comparing.Comparer(tmp_path)) as comparer:
         comparer._process.kill()
         comparer._process.wait()
         with pytest.raises(JobkitError, match="could not be compared: python -m"):
@@ -538,26 +542,26 @@ def test_comparison_that_dies_is_not_the_last(tmp_path: Path) -> None:
 # What it shows.
 
 
-def result(**changes: Any) -> Result:
+def result(**changes: Any) -> DrillResult:
     """Return a drill's result in which one scenario went well and one did not."""
     endings = [Ending(0, Outcome.PREEMPTED, "why", 37, 37, 0.25, 4.0), Ending(1, Outcome.DONE, "finished", 60)]
-    good = Found("notice", "notice in mid-run", ["SIGTERM to attempt 0 (step 37)"], endings, [], True)
-    bad = Found("kill", "SIGKILL in mid-run", [], [], ["it ended with <other> bits"], False)
-    missed = Found("kill-save", "SIGKILL while a save is written", missed="the run was over before")
-    found = {"good": [good], "both": [good, bad], "missed": [good, missed], "none": []}[changes.get("which", "both")]
-    why = Diagnosis("rng", "key in a.py:main", "save it", ["seen"], 37, "params/w") if bad in found else None
+    good = Trial("notice", "notice in mid-run", ["SIGTERM to attempt 0 (step 37)"], endings, [], True)
+    bad = Trial("kill", "SIGKILL in mid-run", [], [], ["it ended with <other> bits"], False)
+    missed = Trial("kill-save", "SIGKILL while a save is written", missed="the run was over before")
+    trials = {"good": [good], "both": [good, bad], "missed": [good, missed], "none": []}[changes.get("which", "both")]
+    why = Diagnosis("rng", "key in a.py:main", ["seen"], 37, "params/w") if bad in trials else None
     more = {name: changes.get(name, ()) for name in ("aside", "files_aside", "warnings", "untried")}
-    shown = changes.get("shown", SHOWN)
-    return Result(("python", "train.py", "--note", "<b>"), "/runs/d", shown, found, why, 61.0, **more)
+    shown = changes.get("shown", REFERENCE)
+    return DrillResult(("python", "train.py", "--note", "<b>"), "/runs/d", shown, trials, why, 61.0, **more)
 
 
-def texts(told: Result) -> dict[str, str]:
+def texts(told: DrillResult) -> dict[str, str]:
     """Return what a person reads of a drill: the card and the page, each in one line."""
     console = Console(width=80, no_color=True)
     with console.capture() as captured:
         console.print(drill_card.card(told))
     card = " ".join(captured.get().replace("│", " ").split())
-    return {"card": card, "page": html.unescape(drill_page.page(told))}
+    return {"card": card, "page": html.unescape(drill_card.page(told))}
 
 
 @pytest.mark.parametrize(
@@ -568,7 +572,7 @@ def texts(told: Result) -> dict[str, str]:
         ({"which": "missed"}, "could not judge", "could not judge: kill-save could not be hit"),
         ({"which": "none"}, "could not judge", "could not judge: nothing that was asked for could be tried"),
         (
-            {"which": "good", "shown": replace(SHOWN, total=6000, until=60)},
+            {"which": "good", "shown": replace(REFERENCE, total=6000, until=60)},
             "certified",
             "certified for the first 60 of 6000 steps: every promise held",
         ),
@@ -587,7 +591,7 @@ def test_verdict_comes_first(changes: dict[str, Any], verdict_: str, headline: s
 def test_a_card_has_room_for_a_few_promises() -> None:
     """Of many broken promises of one scenario the card has the first ones and their number; JSON has all."""
     told = result()
-    told.found[1].broken = [f"promise {number}" for number in range(20)]
+    told.trials[1].broken = [f"promise {number}" for number in range(20)]
     for text in texts(told).values():
         assert "promise 4" in text
         assert "promise 5" not in text
@@ -597,8 +601,7 @@ def test_a_card_has_room_for_a_few_promises() -> None:
 
 def test_shared_compilations_are_no_files_of_the_program(tmp_path: Path) -> None:
     """What the runs of a drill compile lies in one of them: no snapshot copies it, no comparison of files sees it."""
-    one = drill_module._Drill(drill_module.Options(("train",), tmp_path), drill_module.Telling())
-    cache = Path(one._environ()["JAX_COMPILATION_CACHE_DIR"])
+    cache = Path(shared_cache(tmp_path)["JAX_COMPILATION_CACHE_DIR"])
     assert cache.parent.parent == tmp_path
     assert contract.is_own(cache.name)
 
@@ -608,7 +611,7 @@ def test_what_was_not_tried_is_told() -> None:
     whole = result(which="good")
     part = result(
         which="missed",
-        shown=replace(SHOWN, total=6000, until=60),
+        shown=replace(REFERENCE, total=6000, until=60),
         untried=[
             verdict.Untried("evaluation", "SIGKILL in the longest step", "no step took much longer"),
             verdict.Untried("kill-save", "SIGKILL while a save is written", "the run was over before"),
@@ -632,13 +635,13 @@ def test_picture(tmp_path: Path) -> None:
     """The picture has a line for all that the card says: it grows with them; no text is taken for a formula."""
     sizes = {}
     for name, told in {"good": result(which="good"), "bad": result(warnings=("$x_{$ is no part",) * 9)}.items():
-        path = drill_page.write_card(tmp_path / f"{name}.png", told)
+        path = drill_card.write_picture(tmp_path / f"{name}.png", told)
         assert path.read_bytes().startswith(b"\x89PNG")
         sizes[name] = struct.unpack(">II", path.read_bytes()[16:24])
     assert sizes["good"][0] == sizes["bad"][0] == 1100
     assert sizes["bad"][1] > sizes["good"][1] + 200
     with pytest.raises(ConfigError, match="cannot write"):
-        drill_page.write_card(tmp_path / "good.png" / "x.png", result())
+        drill_card.write_picture(tmp_path / "good.png" / "x.png", result())
 
 
 def test_card() -> None:
@@ -656,18 +659,27 @@ def test_card() -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
+def doing(step: int, attempt: int, state: State = State.RUNNING) -> Status:
+    """Return the status of a run at a step."""
+    return Status(run="r", name="r", backend="local", state=state, attempt=attempt, step=step)
+
+
 def test_progress_on_a_terminal() -> None:
     """On a terminal every run that moves has a line, and what has ended stays above them."""
     console = Console(force_terminal=True, width=100, no_color=True)
-    with console.capture() as captured, Live(console=console, auto_refresh=False) as live:
-        telling = drill_card._Live(console, live)
-        telling.moved("notice", "attempt 0, step 12")
-        telling.moved("kill", "attempt 1, step 40")
-        live.refresh()
-        telling.ended(result().found[0])
-        telling.moved("kill", "attempt 1, step 41")
-        live.refresh()
+    columns = TextColumn("{task.description} "), TextColumn("{task.fields[detail]}")
+    with console.capture() as captured, Progress(*columns, console=console, auto_refresh=False) as drawn:
+        rows = progress.Rows(console, drawn)
+        rows.moved("notice", doing(12, 0))
+        rows.moved("kill", doing(40, 1))
+        drawn.refresh()
+        rows.moved("notice", doing(60, 1, State.DONE))
+        rows.say(f"  {result().trials[0].in_short}")
+        before = len(drawn.tasks)
+        rows.moved("kill", doing(41, 1))
+        drawn.refresh()
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", captured.get())
+    assert before == 1
     assert re.search(r"notice +attempt 0, step 12", shown)
     assert "ok    notice: notice in mid-run; 0 steps lost" in shown
     assert re.search(r"kill +attempt 1, step 41", shown)
@@ -675,7 +687,7 @@ def test_progress_on_a_terminal() -> None:
 
 def test_page() -> None:
     """The page is one file without script or request, and the command in it is text."""
-    text = drill_page.page(result())
+    text = drill_card.page(result())
     assert "&lt;other&gt; bits" in text
     assert "<b>&#39;" not in text
     assert "--note &#39;&lt;b&gt;&#39;" in text
@@ -692,7 +704,7 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     if program is None:
         pytest.skip(f"Chromium is missing: {browser.HOW}")
     path, colors = tmp_path / "card.html", []
-    path.write_text(drill_page.page(result()))
+    path.write_text(drill_card.page(result()))
     with browser.Browser(program) as running:
         for width, dark in ((1100, False), (1100, True), (390, False)):
             running.open(path, width=width, dark=dark)

@@ -100,14 +100,12 @@ class Submitted:
 
     def steps(self) -> dict[str, int]:
         """Wait until it steps; return the process ids of runner, docker's client, supervisor and program."""
-        until(
-            lambda: (link := observe.living(self.store, 0)) and observe.beat_of(link).step > 0, "it steps", seconds=60
-        )
-        link = observe.living(self.store, 0)
-        assert link is not None
+        until(lambda: (one := observe.living(self.store, 0)) and one.beat.step > 0, "it steps", seconds=60)
+        one = observe.living(self.store, 0)
+        assert one is not None
         runner = lock.holder(self.store)["pid"]
         client, *_ = processes.descendants(runner)
-        return {"runner": runner, "client": client, "supervisor": link["pid"], "program": observe.beat_of(link).pid}
+        return {"runner": runner, "client": client, "supervisor": one.supervisor, "program": one.beat.pid}
 
     def ends(self) -> run_status.Status:
         """Wait until it is over and nothing of it is left."""

@@ -7,7 +7,7 @@ import pytest
 from jobkit.rundir.store import Store
 from launch.drill import own_files, verdict
 from launch.drill.own_files import Difference
-from launch.drill.verdict import Found
+from launch.drill.verdict import Trial
 
 
 def left(place: Path, **files: str) -> Store:
@@ -56,12 +56,12 @@ def test_differences(tmp_path: Path, mine: dict[str, str], difference: Differenc
 
 def test_what_files_cost() -> None:
     """Another content and a missing file break the promise; lines that stand there twice, and rests, are warnings."""
-    found = Found("kill", "SIGKILL in mid-run")
+    trial = Trial("kill", "SIGKILL in mid-run")
     names = (frozenset({"ema.txt"}), frozenset({"log.txt"}), frozenset({"out.txt"}), {"tmp.npy": "."})
-    verdict.judge_files(found, Difference(*names))
-    assert found.files == ("ema.txt", "out.txt")
-    assert found.broken == [
+    verdict.judge_files(trial, Difference(*names))
+    assert trial.files == ("ema.txt", "out.txt")
+    assert trial.broken == [
         "it left another ema.txt than an undisturbed run",
         "it left no out.txt, and an undisturbed run does",
     ]
-    assert [line.partition(":")[0] for line in found.warnings] == ["log.txt", "tmp.npy"]
+    assert [line.partition(":")[0] for line in trial.warnings] == ["log.txt", "tmp.npy"]

@@ -28,7 +28,7 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Heartbeat, Link, read_unsaved
 from jobkit.supervise.unsaved import STATE, STORAGE, UNCHANGED, Unsaved
 from launch.backends import registry
-from launch.drill import drill
+from launch.drill import reference
 from launch.lifecycle import notify, run_status
 from tests import jobs, ledgers, training
 from tests.jobs import Project, until, until_over
@@ -239,7 +239,7 @@ def test_a_drill_refuses_what_saves_nothing_new(tmp_path: Path, changed: bool, t
     if changed:
         run.program(0, 3, "changed", step=40)
     with pytest.raises(ConfigError, match=told) if told else contextlib.nullcontext():
-        drill._shown(run.store)
+        reference.read(run.store)
 
 
 @pytest.mark.slow

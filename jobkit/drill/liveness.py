@@ -60,7 +60,7 @@ def _live(code: CodeType, at: int) -> frozenset[str]:
     start = max(number for number, instruction in enumerate(instructions) if instruction.offset <= max(at, 0)) + 1
     touched = [_touched(instruction) for instruction in instructions]
     names = {name for each in touched for _, name in each}
-    inner = {name for each in _all_nested(code) for how, name in _loaded(each) if how == "LOAD"}
+    inner = {*_read_inside(code)}
 
     def read_first(name: str) -> bool:
         seen, left = set(), [start]
@@ -95,20 +95,14 @@ def _touched(instruction: dis.Instruction) -> list[tuple[str, str]]:
     return [(how, name) for how, name in zip(_ACCESS.findall(instruction.opname), names, strict=False)]
 
 
-def _loaded(code: CodeType) -> Iterator[tuple[str, str]]:
-    """Yield what a code reads and writes that is not its own: globals, and the variables of those around it."""
-    own = {*code.co_varnames, *code.co_cellvars}
-    for instruction in dis.get_instructions(code):
-        for how, name in _touched(instruction):
-            if name not in own:
-                yield how, name
-
-
 def _nested(code: CodeType) -> Iterator[CodeType]:
     return (each for each in code.co_consts if isinstance(each, CodeType))
 
 
-def _all_nested(code: CodeType) -> Iterator[CodeType]:
+def _read_inside(code: CodeType) -> Iterator[str]:
+    """Yield what the codes in a code read that is not their own: globals, and the variables of those around them."""
     for each in _nested(code):
-        yield each
-        yield from _all_nested(each)
+        touched = (touch for instruction in dis.get_instructions(each) for touch in _touched(instruction))
+        own = {*each.co_varnames, *each.co_cellvars}
+        yield from (name for how, name in touched if how == "LOAD" and name not in own)
+        yield from _read_inside(each)

@@ -1,16 +1,15 @@
 """What `jobkit drill` asks of a program, through one environment variable. Knows neither jax nor numpy."""
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+
+import msgspec
 
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import ENV_DRILL
 
 
-@dataclass(frozen=True)
-class Drill:
+class Drill(msgspec.Struct, frozen=True):
     """How a run goes while it is drilled.
 
     Args:
@@ -29,7 +28,7 @@ class Drill:
 
     def to_json(self) -> str:
         """Write it down for the environment."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return msgspec.json.encode(self).decode()
 
     def ends(self, total: int) -> int:
         """Return at which step a run of `total` steps ends."""
@@ -45,9 +44,4 @@ class Drill:
 def drill_from(environ: Mapping[str, str] = os.environ) -> Drill | None:
     """Read from the environment what a drill asks; None outside of one."""
     text = environ.get(ENV_DRILL)
-    if not text:
-        return None
-    settings = json.loads(text)
-    return Drill(
-        settings.get("until"), settings.get("save_every"), settings.get("pace_s", 0.0), tuple(settings.get("probe", ()))
-    )
+    return msgspec.json.decode(text, type=Drill) if text else None

@@ -1,15 +1,21 @@
 # ruff: noqa: D301  (click wants the character \\b itself)
 """`jobkit drill`: the command line of a drill, and how it shows what it found."""
 
+import os
 import sys
-import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobkit.errors import ConfigError, JobkitError
 from launch.cli.options import Launching
+
+if TYPE_CHECKING:
+    from launch.drill.drill import Options
+    from launch.lifecycle.verbs import Backend
 
 
 @click.command(
@@ -47,26 +53,7 @@ from launch.cli.options import Launching
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def drill(
-    only: tuple[str, ...],
-    quick: bool,
-    listing: bool,
-    steps: int | None,
-    full: bool,
-    at: int | None,
-    jobs: int | None,
-    timeout: str,
-    run: str | None,
-    no_snapshot: bool,
-    keep: bool,
-    on: str,
-    partition: str | None,
-    sbatch: tuple[str, ...],
-    image: str | None,
-    mount: tuple[str, ...],
-    html: Path | None,
-    png: Path | None,
-    as_json: bool,
-    command: tuple[str, ...],
+    listing: bool, html: Path | None, png: Path | None, as_json: bool, command: tuple[str, ...], **given: Any
 ) -> None:
     """Interrupt COMMAND in every awkward way and compare each run with an undisturbed one.
 
@@ -84,15 +71,13 @@ def drill(
       jobkit drill --image jobkit -- python train.py
       jobkit drill --on slurm -p low --steps 200 --run /shared/drill -- python train.py
     """
-    from jobkit.units import duration_s
     from launch.backends import registry
-    from launch.cli.options import container_of
-    from launch.drill import card, page
+    from launch.drill import card, progress
     from launch.drill import drill as drill_
     from launch.lifecycle import run_status
 
-    backend = registry.named(on)
-    wanted = drill_.chosen(only, quick, backend)
+    backend = registry.named(given["on"])
+    wanted = drill_.chosen(given["only"], given["quick"], backend)
     if listing:
         print(run_status.to_json(card.listed(wanted)) if as_json else card.listing(wanted))
         return
@@ -104,7 +89,37 @@ def drill(
             raise ConfigError(f"--{what} {path}: there is no directory {path.absolute().parent}")
     if png is not None and find_spec("matplotlib") is None:
         raise ConfigError("--png draws with matplotlib: pip install matplotlib")
-    if "sbatch" not in backend.reads and (partition or sbatch):
+    options = _options(backend, command, given)
+    try:
+        with progress.telling(as_json) as telling:
+            result = drill_.drill(options, wanted, telling)
+    except JobkitError as error:
+        if as_json:
+            print(run_status.to_json(card.not_judged(command, str(error))))
+        raise
+    if html is not None:
+        html.write_text(card.page(result), encoding="utf-8")
+    if png is not None:
+        card.write_picture(png, result)
+    if as_json:
+        print(run_status.to_json(card.document(result)))
+    else:
+        card.show(result, written, kept=os.path.exists(result.place))
+    sys.exit(result.verdict.exit_code)
+
+
+def _options(backend: "Backend", command: tuple[str, ...], given: Mapping[str, Any]) -> "Options":
+    """Read how a program is to be drilled."""
+    from jobkit.units import duration_s
+    from launch.cli.options import container_of
+    from launch.drill.drill import Options, default_jobs
+    from launch.lifecycle.submission import fresh_place
+    from launch.spec.jobspec import JobSpec
+
+    full, steps, at, partition = given["full"], given["steps"], given["at"], given["partition"]
+    sbatch = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in given["sbatch"])}
+    sbatch |= {"partition": partition} if partition else {}
+    if sbatch and "sbatch" not in backend.reads:
         raise ConfigError("--partition and --sbatch are for --on slurm")
     if full and steps is not None:
         raise ConfigError(f"--full and --steps {steps}: give one of them")
@@ -112,45 +127,14 @@ def drill(
         raise ConfigError(f"--at {at} with --steps {steps}: interrupt it before step {steps - 1}")
     if not (backend.processes_here or full or steps or at):
         raise ConfigError("on a cluster say how much to drill, since a job cannot be watched from here: --steps 200")
-    options = drill_.Options(
-        command=command,
-        place=Path(run).absolute() if run else _fresh_place(),
+    place = os.path.abspath(given["run"] or fresh_place("drill"))
+    container = container_of(backend, given["image"], {"mount": given["mount"], "container_runtime": None}, {})
+    return Options(
+        spec=JobSpec(command=command, run=place, snapshot=not given["no_snapshot"], sbatch=sbatch, container=container),
+        backend=backend,
         steps=0 if full else steps,
         at=at,
-        jobs=jobs or drill_.default_jobs(),
-        timeout_s=duration_s(timeout),
-        snapshot=not no_snapshot,
-        keep=keep,
-        backend=backend,
-        sbatch=_sbatch(partition, sbatch),
-        container=container_of(backend, image, {"mount": mount, "container_runtime": None}, {}),
+        jobs=given["jobs"] or default_jobs(),
+        timeout_s=duration_s(given["timeout"]),
+        keep=given["keep"],
     )
-    try:
-        with card.telling(as_json, wanted) as telling:
-            result = drill_.drill(options, wanted, telling)
-    except JobkitError as error:
-        if as_json:
-            print(run_status.to_json(card.not_judged(command, str(error))))
-        raise
-    if html is not None:
-        html.write_text(page.page(result), encoding="utf-8")
-    if png is not None:
-        page.write_card(png, result)
-    if as_json:
-        print(run_status.to_json(card.document(result)))
-    else:
-        card.show(result, written, kept=options.place.exists())
-    sys.exit(result.verdict.exit_code)
-
-
-def _sbatch(partition: str | None, given: tuple[str, ...]) -> dict[str, str]:
-    pairs = (text.lstrip("-").partition("=") for text in given)
-    return {name: value for name, _, value in pairs} | ({"partition": partition} if partition else {})
-
-
-def _fresh_place() -> Path:
-    stem = Path("runs") / f"drill-{time.strftime('%Y%m%d-%H%M%S')}"
-    place, count = stem, 2
-    while place.exists():
-        place, count = stem.with_name(f"{stem.name}-{count}"), count + 1
-    return place.absolute()

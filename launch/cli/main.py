@@ -189,7 +189,7 @@ def demo(run: str | None, seed: int | None, steps: int, as_json: bool) -> None:
     """
     from launch.drill.demo import main as run_demo
 
-    sys.exit(run_demo(run=run, seed=seed, steps=steps, json=as_json))
+    sys.exit(run_demo(run=run, seed=seed, steps=steps, as_json=as_json))
 
 
 cli.add_command(drill.drill)

@@ -1,67 +1,72 @@
-"""A run of the local backend seen and interrupted from outside; `jobkit demo` and `jobkit drill` are made of it.
+"""A run of the local backend seen and signalled from outside: its heartbeats, its ledger, its processes.
 
-What interrupts are real signals to real processes. jax is only in processes of their own.
+What interrupts are real signals to real processes.
 """
 
-import contextlib
-import json
 import os
-import select
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from jobkit import contract
+from jobkit.contract import Outcome
 from jobkit.errors import JobkitError
 from jobkit.rundir import ledger
 from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from jobkit.supervise.heartbeat import Beat, read_beat
+from jobkit.supervise.heartbeat import Beat, Phase, read_beat
 from launch.lifecycle import lock, orphans
 
-COMPARE_S = 900.0
-"""How long a comparison of two runs may take."""
 AIM_S = 0.004
 """How often the heartbeat is looked at: a small part of a step."""
 
 
-def newest_attempt(store: Store) -> int | None:
-    """Return the number of the newest attempt, None before there is one."""
-    return max(store.numbers(contract.ATTEMPTS), default=None)
+@dataclass(frozen=True)
+class Living:
+    """One look at an attempt that lives.
+
+    Args:
+        attempt: Its number.
+        supervisor: The process id of its supervisor.
+        beat: Its newest heartbeat.
+    """
+
+    attempt: int
+    supervisor: int
+    beat: Beat
+
+    @property
+    def where(self) -> str:
+        """What it does, for a person: 'step 7'."""
+        return f"step {self.beat.step}" if self.beat.phase == Phase.STEPPING else self.beat.phase.words
 
 
-def living(store: Store, attempt: int) -> dict[str, Any] | None:
-    """Return what the supervisor of a living attempt wrote down, None if there is none."""
-    directory = contract.attempt_dir(attempt)
-    if store.exists(f"{directory}/{contract.OUTCOME}"):
+def living(store: Store, attempt: int | None = None) -> Living | None:
+    """Look at an attempt, the newest by default; None if it does not live."""
+    number = max(store.numbers(contract.ATTEMPTS), default=None) if attempt is None else attempt
+    if number is None or store.exists(f"{contract.attempt_dir(number)}/{contract.OUTCOME}"):
         return None
     try:
-        link = read_json(store, f"{directory}/supervisor.json")
+        link = read_json(store, f"{contract.attempt_dir(number)}/supervisor.json") or {}
     except JobkitError:
         return None
-    return link if link and isinstance(link.get("pid"), int) and link.get("heartbeat") else None
-
-
-def beat_of(link: Mapping[str, Any]) -> Beat:
-    """Return the newest heartbeat of a living attempt."""
-    return read_beat(Path(str(link["heartbeat"])))
+    pid, heartbeat = link.get("pid"), link.get("heartbeat")
+    return Living(number, pid, read_beat(Path(str(heartbeat)))) if isinstance(pid, int) and heartbeat else None
 
 
 def send(pid: int, number: int) -> bool:
-    """Send a signal; tell whether there was anybody to take it."""
+    """Send a signal; tell whether there was anybody to take it. Nobody has the process id 0."""
     try:
-        os.kill(pid, number)
+        if pid:
+            os.kill(pid, number)
     except ProcessLookupError:
         return False
-    return True
+    return bool(pid)
 
 
 def first(store: Store, attempt: int, name: str) -> Event:
@@ -75,9 +80,7 @@ def end_now(store: Store) -> None:
     if isinstance(signed, int) and signed > 1 and signed != os.getpid():
         send(signed, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while (left := [pid for pid in orphans.processes_of(store) if processes.alive(pid)]) and (
-        time.monotonic() < deadline
-    ):
+    while (left := [*filter(processes.alive, orphans.processes_of(store))]) and time.monotonic() < deadline:
         for pid in left:
             processes.send(pid, signal.SIGKILL)
         time.sleep(0.02)
@@ -91,6 +94,7 @@ class Ending:
     """How one attempt ended and what it cost to go on.
 
     Args:
+        attempt: Its number; None where there was none.
         outcome: One of `contract.Outcome`, None if it is not written.
         reason: Why, one clause.
         reached_step: Completed steps when it ended.
@@ -99,7 +103,7 @@ class Ending:
         restart_s: Seconds from its end to the end of the next one's first step, or of its loop if no step was left.
     """
 
-    attempt: int
+    attempt: int | None
     outcome: str | None
     reason: str = ""
     reached_step: int | None = None
@@ -138,74 +142,23 @@ def ending_of(store: Store, attempt: int) -> Ending:
     )
 
 
-class Comparer:
-    """Compares runs bit for bit, in one process of its own, since reading checkpoints needs jax.
+class UnfinishedError(JobkitError):
+    """A run that was to tell something did not come to its end."""
 
-    Args:
-        home: An empty directory: from a bucket it reads what has got there, as another machine would.
+
+def must_end(*stores: Store) -> tuple[Store, ...]:
+    """Return runs that were to tell something, if all of them came to their end.
+
+    Raises:
+        UnfinishedError: If one did not.
     """
-
-    def __init__(self, home: Path) -> None:
-        self._mutex = threading.Lock()
-        self._home = home
-        self._process = self._start()
-
-    def _start(self) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobkit.compare", "-", "-"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", contract.ENV_HOME: str(self._home)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # a Ctrl-C is ours to hear
-        )
-
-    def compare(self, a: str, b: str) -> dict[str, Any]:
-        """Compare two runs.
-
-        Returns:
-            `jobkit.compare.Comparison` as JSON has it.
-
-        Raises:
-            JobkitError: If there is nothing to compare.
-        """
-        with self._mutex:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            try:
-                self._process.stdin.write(f"{a}\t{b}\n")
-                self._process.stdin.flush()
-                if not select.select([self._process.stdout], [], [], COMPARE_S)[0]:
-                    raise TimeoutError
-                reply: dict[str, Any] = json.loads(self._process.stdout.readline())
-            except (OSError, ValueError):  # it died, or it hangs: the next comparison is another one's
-                self.close()
-                self._process = self._start()
-                raise JobkitError(f"{a} and {b} could not be compared: python -m jobkit.compare {a} {b}") from None
-        if "error" in reply:
-            raise JobkitError(f"the two runs could not be compared: {reply['error']}")
-        return reply
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@contextlib.contextmanager
-def comparer() -> Iterator[Comparer]:
-    """Give a comparer with a home of its own."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="jobkit-compare-") as home, Comparer(Path(home)) as made:
-        yield made
+    for store in stores:
+        outcomes = [orphans.read_outcome(store, attempt) or {} for attempt in store.numbers(contract.ATTEMPTS)]
+        if not outcomes or outcomes[-1].get("outcome") != Outcome.DONE:
+            reasons = [outcome["reason"] for outcome in outcomes if outcome.get("reason")]
+            reason = reasons[-1] if reasons else "it did not end in time"
+            raise UnfinishedError(f"another run, {store.url}, came to nothing: {reason}")
+    return stores
 
 
 class MissedError(Exception):

@@ -103,7 +103,7 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
         check_command(first, cwd, os.environ)
     if is_remote(spec.run):
         names.check_place(spec.run)  # before it is asked for
-    store = open_run(spec.run or _fresh_place(spec.name or _script_name(spec)))
+    store = open_run(spec.run or fresh_place(spec.name or _script_name(spec)))
     names.check_place(store.url)
     _check_place(store)
     spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.url.rpartition("/")[2])
@@ -119,7 +119,8 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     return Plan(store, spec, tree)
 
 
-def _fresh_place(name: str) -> str:
+def fresh_place(name: str) -> str:
+    """Return a directory below runs/ that is not there yet."""
     stem = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     places = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
     return next(place for place in places if not os.path.lexists(place))

@@ -71,7 +71,7 @@ def _one(plt: Any, goodput: Goodput, curve: Curve | None) -> Any:
     panels[0].axis("off")
     _timeline(panels[1], goodput)
     if curve is not None:
-        _curve(panels[2], curve)
+        draw_curve(panels[2], curve)
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.12)
     shares = {phase: f"{phase.words} {percent(goodput.time.shares[phase])}" for phase, _ in by_share(goodput)}
     _legend(figure, shares, columns=4)
@@ -130,8 +130,8 @@ def _timeline(axes: Any, goodput: Goodput) -> None:
     axes.set_axisbelow(True)
 
 
-def _curve(axes: Any, curve: Curve) -> None:
-    """Draw a metric; all words stand above the plot, where nothing is drawn."""
+def draw_curve(axes: Any, curve: Curve) -> None:
+    """Draw one metric of a run, with its interruptions and what was trained again; all words stand above the plot."""
     for part in curve.again:
         axes.plot(*zip(*part, strict=True), color=RunPhase.LOST.color, linewidth=5, alpha=0.45)
     axes.plot(*zip(*curve.line, strict=True), color=_INK, linewidth=1.1, label=curve.name)
