@@ -17,7 +17,7 @@ import fsspec
 import pytest
 
 from jobkit import contract
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, SupersededError
 from jobkit.rundir import commits, mirror, remote_steps, uploader
 from jobkit.rundir.ledger import Ledger, read_events, read_metrics
 from jobkit.rundir.remote import Remote
@@ -456,6 +456,22 @@ def gs(gcs: GcsServer, request: pytest.FixtureRequest, tmp_path: Path, monkeypat
     monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
     fsspec.filesystem("gs").clear_instance_cache()
     return Place("gs://bucket/runs/one", gcs.environment(), tmp_path)
+
+
+def test_no_retry_passes_the_fence(gs: Place, gcs: GcsServer) -> None:
+    """What a retry would create is not created any more once the fence, which is asked before each, raises."""
+    remote, asked = Remote(gs.url), []
+
+    def fence() -> None:
+        asked.append(True)
+        raise SupersededError("attempt 1 has taken over")
+
+    assert remote.create("first", b"1", fence=fence)
+    assert not asked
+    gcs.faults.fail(503, count=1, match="second")
+    with pytest.raises(SupersededError, match="taken over"):
+        remote.create("second", b"2", fence=fence)
+    assert remote.find() == {"first": 1}
 
 
 def _arm(server: GcsServer, fault: str) -> None:

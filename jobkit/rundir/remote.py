@@ -81,7 +81,15 @@ class Remote:
                 self._opened = fs, str(root).rstrip("/")
             return self._opened
 
-    def _call(self, doing: str, method: str | Callable[..., Any], name: str, *arguments: Any, **named: Any) -> Any:
+    def _call(
+        self,
+        doing: str,
+        method: str | Callable[..., Any],
+        name: str,
+        *arguments: Any,
+        fence: Callable[[], None] = lambda: None,
+        **named: Any,
+    ) -> Any:
         if name and not names.inside(name):
             raise OutsideError(f"{name!a} is no name inside {self.url}")
         fs, root = self._fs()
@@ -92,6 +100,7 @@ class Remote:
             stop=tenacity.stop_after_delay(self._deadline_s),
             wait=tenacity.wait_exponential(0.2, 3.0) + tenacity.wait_random(0, 0.3),
             retry=tenacity.retry_if_exception(worth_retrying),
+            before=lambda tried: fence() if tried.attempt_number > 1 else None,
             before_sleep=lambda tried: _forget_token(fs, tried),
             reraise=True,
         )
@@ -104,7 +113,7 @@ class Remote:
                     f"cannot {doing} {self.url}/{name}: there is no such bucket: create it, or give another URL"
                 ) from None
             raise
-        except FileExistsError:
+        except (FileExistsError, JobkitError):
             raise
         except Exception as error:
             if _code(error) == 412:  # a precondition failed; not every S3 store says which
@@ -120,13 +129,19 @@ class Remote:
         """Write an object, replacing an earlier one."""
         self._call("write", "pipe_file", name, content)
 
-    def create(self, name: str, content: bytes) -> bool:
+    def create(self, name: str, content: bytes, *, fence: Callable[[], None] = lambda: None) -> bool:
         """Create an object if there is none; of several callers exactly one gets True.
 
         A retry after a lost answer finds the object there: it counts as ours if its content is.
+
+        Args:
+            name: Of the object.
+            content: Its bytes.
+            fence: Called before each retry, to raise if nothing may be created any more: after an answer that was lost
+                the object may have been there, and been removed by others.
         """
         try:
-            self._call("create", "pipe_file", name, content, mode="create")
+            self._call("create", "pipe_file", name, content, fence=fence, mode="create")
         except FileExistsError:
             return self.read(name) == content and len(content) > 0
         return True

@@ -113,8 +113,12 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
             _push_file(remote, commit, name, files[name], attempt)
 
         carry(f"uploading step {step}", commit.sizes, push, shown=shown)
-    commits.check_newest(remote, attempt, f"commit to {remote.url}")
-    if not remote.create(commit_name(step), content):
+
+    def fence() -> None:
+        commits.check_newest(remote, attempt, f"commit to {remote.url}")
+
+    fence()
+    if not remote.create(commit_name(step), content, fence=fence):
         ledger.append("skipped", step=step, reason="committed on the URL before")
         return True
     seconds = round(time.monotonic() - begun, 6)
