@@ -163,10 +163,10 @@ class _Files:
                 files[name] = "".join(sorted(ways))
         return files
 
-    def _note(self, event: str, told: tuple[Any, ...]) -> None:
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open" or len(self._opened) >= self._MOST:
             return
-        path, _, flags = told
+        path, _, flags = arguments
         if not isinstance(path, str | bytes) or threading.current_thread().name.startswith("jobkit"):
             return
         name = os.path.abspath(os.fsdecode(path))

@@ -269,8 +269,8 @@ class _Bars(Rows):
 
     def __init__(self, console: Console, progress: Progress, steps: int) -> None:
         super().__init__(console, progress, steps)
-        self._told: dict[str, int] = {}
-        """How many events of each run have been told."""
+        self._printed: dict[str, int] = {}
+        """How many events of each run have been printed."""
         self._plain_at = 0.0
 
     def say(self, text: str) -> None:
@@ -280,9 +280,9 @@ class _Bars(Rows):
     def moved(self, name: str, status: Status) -> None:
         """Move a run's bar, and tell of attempts that ended or resumed."""
         news = [text for event in ledger.read_events(Store(status.run)) if (text := _news(event))]
-        for text in news[self._told.get(name, 0) :]:
+        for text in news[self._printed.get(name, 0) :]:
             self.say(text)
-        self._told[name] = len(news)
+        self._printed[name] = len(news)
         detail = [status.phase.replace("_", " ") if status.phase else str(status.state)]
         loss = status.metrics.get("loss")
         detail += [f"attempt {status.attempt}"] if status.attempt else []
