@@ -42,8 +42,6 @@ class Signals:
     def listen(self) -> None:
         """Install the handlers; on the main thread only."""
         self._wakeup, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._wakeup, select.POLLIN)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in self._numbers:
@@ -56,7 +54,8 @@ class Signals:
 
     def wait(self, seconds: float) -> list[int]:
         """Wait until something comes, at most so long; return the signals that came, in order."""
-        came = os.read(self._wakeup, 512) if self._poll.poll(seconds * 1000) else b""
+        # Not `poll`, which fails where no file may be opened any more (EINVAL, poll(2)).
+        came = os.read(self._wakeup, 512) if select.select([self._wakeup], [], [], seconds)[0] else b""
         return [number for number in came if number in self._numbers]
 
 
