@@ -114,13 +114,13 @@ class TrackerFeed:
     def start(self, step: int) -> None:
         """Begin to follow the attempt, which goes on at this step.
 
-        Large packages are imported here, not on the trackers' threads: until 3.11.8 CPython fails when two threads
-        parse Python at a time, which importing some of them does (cpython issue 106905).
+        Large packages are imported here, before any tracker's thread begins: until 3.11.8 CPython fails when two
+        threads parse Python at a time, which importing some of them does (cpython issue 106905).
         """
-        for tracker in self._trackers:
+        for package in [package for tracker in self._trackers for package in getattr(tracker, "packages", ())]:
             with contextlib.suppress(Exception):  # it will be said when the tracker is opened
-                for package in getattr(tracker, "packages", ()):
-                    importlib.import_module(package)
+                importlib.import_module(package)
+        for tracker in self._trackers:
             name = f"jobkit-{tracker.name}"
             thread = threading.Thread(target=self._keep_feeding, args=(tracker, step), name=name, daemon=True)
             thread.start()
