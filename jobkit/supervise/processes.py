@@ -3,7 +3,7 @@
 Linux answers through /proc and prctl; elsewhere the answers are empty and the callers do without. The scan of
 /proc/<pid>/stat is used rather than /proc/<pid>/task/*/children, which needs a kernel option (CONFIG_PROC_CHILDREN)
 and is documented as unreliable while the children run (proc(5)). Not psutil either: its family tree fails as a whole
-where /proc is mounted with hidepid=1, and what it reads more of each process takes tenths of a second on a busy node.
+where /proc is mounted with hidepid=1.
 """
 
 import contextlib
