@@ -10,7 +10,7 @@ LIBRARIES := lowest newest
 BROWSER := .venv/.browser
 # pytest's workers; each one starts trainings of its own. The slow tests mostly wait.
 WORKERS ?= $(if $(CI),3,2)
-TESTS := $(BIN)/python -m tests.classify -n $(WORKERS) --dist worksteal
+TESTS := $(BIN)/python -m tests.harness.classify -n $(WORKERS) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Our own modules are compiled once, not in each of the thousands of processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
@@ -45,7 +45,7 @@ test: lint types $(SLURM) $(BROWSER)
 endif
 
 check: lint types
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(if $(SEED),--hypothesis-profile=search --hypothesis-seed=$(SEED)) -m "not slow" @tests/pure.txt
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(if $(SEED),--hypothesis-profile=search --hypothesis-seed=$(SEED)) -m "not slow" tests/unit
 
 one: $(READY) $(SLURM) $(BROWSER)
 	@test -n "$(T)" || { echo "which tests? make one T=sigkill" >&2; exit 2; }
@@ -53,18 +53,18 @@ one: $(READY) $(SLURM) $(BROWSER)
 
 # Other examples of the property tests, apart from the tests: a seed that finds something finds it again.
 search: $(READY)
-	$(BIN)/python -m tests.search $(SEED) $(if $(FOR),--for $(FOR))
+	$(BIN)/python -m tests.harness.search $(SEED) $(if $(FOR),--for $(FOR))
 
-# With a container engine: CI installs and starts one where none answers (tests/engine.py). Tests about time come first and
-# alone, and what fails is run once more, to tell a race from a fault (tests/classify.py).
+# With a container engine: CI installs and starts one where none answers (tests/harness/engine.py). Tests about time come
+# first and alone, and what fails is run once more, to tell a race from a fault (tests/harness/classify.py).
 test-all: lint types $(SLURM) $(BROWSER) .venv/.slurm-26.05
-	$(BIN)/python -m tests.engine $(TESTS) --durations=30 @tests/apart.txt
+	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=30 @tests/apart.txt
 	$(MAKE) -s test-slurm-26.05 test-newest
 
 # What takes minutes and has a neighbour in test-all that differs in little, and the versions between: before a release.
 test-apart: $(READY) $(SLURM) $(BROWSER)
 	mkdir -p .pytest_cache && sed 's/^--deselect=//' tests/apart.txt >.pytest_cache/apart.txt
-	$(BIN)/python -m tests.engine $(TESTS) --durations=30 @.pytest_cache/apart.txt
+	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=30 @.pytest_cache/apart.txt
 	$(MAKE) -s test-slurm-24.11 test-lowest
 
 # On the SLURM of a later Debian: the tests that its version can change.
@@ -106,18 +106,18 @@ $(READY) $(DEMO): pyproject.toml constraints.txt
 	@touch $@
 
 # SLURM for the tests, unpacked below .venv where it is not installed; made again while there is none.
-$(SLURM): $(READY) tests/slurm_packages.py tests/debian.py
-	@$(BIN)/python -m tests.slurm_packages $@
+$(SLURM): $(READY) tests/harness/slurm_packages.py tests/harness/debian.py
+	@$(BIN)/python -m tests.harness.slurm_packages $@
 
-.venv/.slurm-%: $(READY) tests/slurm_packages.py tests/debian.py
-	@$(BIN)/python -m tests.slurm_packages $@ $*
+.venv/.slurm-%: $(READY) tests/harness/slurm_packages.py tests/harness/debian.py
+	@$(BIN)/python -m tests.harness.slurm_packages $@ $*
 
-.venv/.libraries-%: $(READY) constraints-%.txt tests/libraries.py tests/debian.py
-	@$(BIN)/python -m tests.libraries $* $@
+.venv/.libraries-%: $(READY) constraints-%.txt tests/harness/libraries.py tests/harness/debian.py
+	@$(BIN)/python -m tests.harness.libraries $* $@
 
 # Chromium for the tests that look at the report; on CI it is installed where it is missing.
-$(BROWSER): $(READY) tests/browser.py
-	@$(BIN)/python -m tests.browser $@
+$(BROWSER): $(READY) tests/harness/browser.py
+	@$(BIN)/python -m tests.harness.browser $@
 
 # Debian and Ubuntu ship python3 without ensurepip; it comes with the package pythonX.Y-venv.
 .PHONY: .venv-make

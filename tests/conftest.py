@@ -18,12 +18,12 @@ import submitit  # noqa: F401  (its logging configuration closes all handlers th
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from tests.engine import Engine
-    from tests.login import Login
-    from tests.slurm import Cluster
+    from tests.harness.engine import Engine
+    from tests.harness.login import Login
+    from tests.harness.slurm import Cluster
 
 for name in [name for name in os.environ if name.startswith(("JOBKIT_", "SLURM_", "SBATCH_", "SRUN_"))]:
-    if name != "JOBKIT_SLURM":  # where SLURM lies unpacked (tests/slurm_packages.py)
+    if name != "JOBKIT_SLURM":  # where SLURM lies unpacked (tests/harness/slurm_packages.py)
         del os.environ[name]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JOBKIT_METADATA"] = "off"  # the tests may run on a spot VM themselves
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Name the versions that the tests ran on, and where it lies what they wrote, if any has failed."""
-    from tests import libraries
+    from tests.harness import libraries
 
     terminalreporter.write_line(f"on {libraries.in_use()}")
     if exitstatus == pytest.ExitCode.TESTS_FAILED:
@@ -65,7 +65,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def cluster() -> "Iterator[Cluster]":
     """Run a SLURM cluster of four nodes for each worker of pytest; without SLURM skip, on CI fail."""
-    from tests import slurm, slurm_packages
+    from tests.harness import slurm, slurm_packages
 
     if slurm_packages.find() is None:
         if os.environ.get("CI"):
@@ -78,7 +78,7 @@ def cluster() -> "Iterator[Cluster]":
 @pytest.fixture
 def login(cluster: "Cluster", tmp_path: Path) -> "Iterator[Login]":
     """Yield a user on a cluster whose nodes are all idle."""
-    from tests.login import Login
+    from tests.harness.login import Login
 
     cluster.tidy()
     yield Login(cluster, tmp_path)
@@ -88,7 +88,7 @@ def login(cluster: "Cluster", tmp_path: Path) -> "Iterator[Login]":
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Train once without interruption; return the digest of the end."""
-    from tests import training
+    from tests.harness import training
 
     url = tmp_path_factory.mktemp("undisturbed") / "run"
     code, printed = training.attempt(url)
@@ -99,7 +99,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def undisturbed_many(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Train in two processes without interruption; return the digest of the end."""
-    from tests import training
+    from tests.harness import training
 
     url = tmp_path_factory.mktemp("undisturbed") / "run"
     assert training.join_many(training.start_many(url, 2)) == [0, 0]
@@ -109,7 +109,7 @@ def undisturbed_many(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def docker() -> "Engine":
     """Return a container engine that answers; without one skip, on CI fail."""
-    from tests import engine
+    from tests.harness import engine
 
     found = engine.find()
     if found is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests import ledgers
+from tests.harness import ledgers
 
 COMMANDS = (("status",), ("ls",), ("explain",), ("report",), ("report", "--html"))
 

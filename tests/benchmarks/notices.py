@@ -30,8 +30,8 @@ from rich.table import Table
 import jobkit
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
-from tests import training
 from tests.benchmarks.saves import _state
+from tests.harness import training
 
 ROUNDS, LIMIT = 5, 1.2
 ALONE = 3

@@ -30,8 +30,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests import slurm_packages
-from tests.slurm import Cluster, SlurmError
+from tests.harness import slurm_packages
+from tests.harness.slurm import Cluster, SlurmError
 
 ROOT = Path(__file__).parent.parent.parent
 HOLD_S, LIMIT_S = 120, 2.5

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.gcs_server import control, environment
+from tests.fakes.gcs_server import control, environment
 
 ROUNDS, LATENCY_S, PER_STREAM, IN_ALL = 5, 0.05, 12.5e6, 100e6
 LIMIT = 0.35
@@ -121,7 +121,7 @@ def main() -> int:
     picture = Path(sys.argv[2] if len(sys.argv) > 2 else "build/uploads.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.gcs_server", "--port", "0", "--bucket", "bucket"],
+        [sys.executable, "-m", "tests.fakes.gcs_server", "--port", "0", "--bucket", "bucket"],
         stdout=subprocess.PIPE,
         text=True,
     )

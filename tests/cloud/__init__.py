@@ -1,0 +1,1 @@
+"""Tests of batch services, on services that execute."""

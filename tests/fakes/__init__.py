@@ -1,0 +1,1 @@
+"""Services that stand for real ones, and execute what they are asked."""

@@ -1,0 +1,403 @@
+"""A small Google Batch on this machine, which executes what it is asked to run.
+
+It speaks the API of jobs (create, get, list, cancel, delete, tasks) and of their log; what it is sent is checked by the
+types of the real client, whose `Job.from_json` knows every field. A job runs as processes with the metadata server of a
+VM of its own; a preemption comes as on a real one: `instance/preempted` becomes TRUE, the container gets SIGTERM, and
+what is left after the grace is killed with the VM, exit code 50001. Tasks are started again by `lifecyclePolicies` and
+`maxRetryCount`.
+
+    with GcsServer() as gcs, BatchServer(gcs.environment()) as batch:
+        batch.environment  # for jobkit, and for google-auth
+        batch.preempt(batch.only_job(), grace_s=30)
+"""
+
+import contextlib
+import json
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from google.cloud import batch_v1
+
+from tests.fakes.batch_vm import Container, Executor, Processes, Vm
+from tests.fakes.metadata_server import Gce
+
+PREEMPTED, TIMED_OUT = 50001, 50005
+"""Exit codes that Batch itself reports: its documentation, "Troubleshooting"."""
+MACHINE_TYPES = ("e2-standard-4", "g2-standard-8", "n1-standard-8", "a2-highgpu-1g")
+REGIONS = ("us-central1", "europe-west4")
+
+
+class RefusedError(Exception):
+    """An error of the API."""
+
+    def __init__(self, code: int, status: str, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.code, self.status, self.reason = code, status, reason
+
+    def body(self) -> dict[str, Any]:
+        """Return the answer."""
+        kind = "type.googleapis.com/google.rpc.ErrorInfo"
+        details = [{"@type": kind, "reason": self.reason}] if self.reason else []
+        return {"error": {"code": self.code, "status": self.status, "message": str(self), "details": details}}
+
+
+class Job:
+    """A job, and the thread that executes it."""
+
+    def __init__(self, server: "BatchServer", name: str, asked: dict[str, Any]) -> None:
+        self.server, self.name, self.asked = server, name, asked
+        self.id = name.rpartition("/")[2]
+        self.uid = f"{self.id[:20]}-{secrets.token_hex(8)}"
+        self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.state = "QUEUED"
+        self.codes: list[int] = []
+        self.events: list[dict[str, Any]] = []
+        self.task = "PENDING"
+        self.log = server.folder / f"{self.id}.log"
+        self.log.touch()
+        self.vm: Vm | None = None
+        self.container: Container | None = None
+        self.cancelled = threading.Event()
+        self.thread = threading.Thread(target=self._run, name=self.id, daemon=True)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing happens to it any more."""
+        return self.state in ("SUCCEEDED", "FAILED", "CANCELLED")
+
+    def resource(self) -> dict[str, Any]:
+        """Return it as the API does."""
+        counts = {} if self.state in ("QUEUED", "SCHEDULED") else {self.task: "1"}
+        status = {"state": self.state, "statusEvents": self.events, "taskGroups": {"group0": {"counts": counts}}}
+        return self.asked | {"name": self.name, "uid": self.uid, "createTime": self.created, "status": status}
+
+    def tasks(self) -> dict[str, Any]:
+        """Return its only task; an event of a success carries no exit code."""
+        events: list[dict[str, Any]] = [
+            {"type": "STATUS_CHANGED", "taskState": "FAILED", "description": f"Task state is updated: {code}",
+             "taskExecution": {"exitCode": code}} if code else {"type": "STATUS_CHANGED", "taskState": "SUCCEEDED"}
+            for code in self.codes
+        ]  # fmt: skip
+        name = f"{self.name}/taskGroups/group0/tasks/0"
+        return {"tasks": [{"name": name, "status": {"state": self.state, "statusEvents": events}}]}
+
+    def _to(self, state: str, why: str = "") -> None:
+        said = f"Job state is set from {self.state} to {state} for job {self.name}. {why}".strip()
+        self.events.append({"type": "STATUS_CHANGED", "description": said})
+        self.state = state
+
+    def _run(self) -> None:
+        spec = self.asked["taskGroups"][0]["taskSpec"]
+        if self.cancelled.wait(self.server.queue_s):
+            return self._to("CANCELLED")
+        self._to("SCHEDULED")
+        self._to("RUNNING")
+        for attempt in range(int(spec.get("maxRetryCount", 0)) + 1):
+            if self.cancelled.wait(self.server.boot_s):
+                return self._to("CANCELLED")
+            code = self._execute(spec, attempt)
+            self.codes.append(code)
+            self.task = "FAILED" if code else "SUCCEEDED"
+            time.sleep(self.server.settle_s)
+            if self.cancelled.is_set():
+                return self._to("CANCELLED")
+            if code == 0:
+                return self._to("SUCCEEDED")
+            if not self._retries(spec, code):
+                break
+            self.task = "PENDING"
+        return self._to("FAILED", f"due to task failure with exit code {self.codes[-1]}")
+
+    @staticmethod
+    def _retries(spec: dict[str, Any], code: int) -> bool:
+        """Tell whether a task is started again: any failure is, unless policies name codes."""
+        policies = spec.get("lifecyclePolicies", [])
+        named = [policy for policy in policies if code in policy["actionCondition"].get("exitCodes", [])]
+        return named[0]["action"] == "RETRY_TASK" if named else not policies
+
+    def _execute(self, spec: dict[str, Any], attempt: int) -> int:
+        given = spec.get("environment", {})
+        environment = self.server.given | given.get("variables", {}) | {"BATCH_TASK_RETRY_ATTEMPT": str(attempt)}
+        for name, secret in given.get("secretVariables", {}).items():
+            environment[name] = self.server.secrets[secret]
+        container = spec["runnables"][0]["container"]
+        vm = Vm(self.id, container, environment)
+        limit = spec.get("maxRunDuration", "")
+        until = time.monotonic() + (float(limit.rstrip("s")) if limit else float("inf"))
+        try:
+            running = self.server.executor.start(vm, self.log)
+            self.vm, self.container, self.task = vm, running, "RUNNING"
+            while (code := running.wait(0.02)) is None:
+                if time.monotonic() > until:
+                    vm.lost = TIMED_OUT
+                    running.kill()
+            running.kill()  # what it left; a container has nothing when its PID 1 is gone
+            return vm.lost or code
+        finally:
+            self.vm, self.container = None, None
+            vm.close()
+
+    def stop(self, grace_s: float, *, lost: int = 0) -> None:
+        """Ask the container to stop; pull the plug after a while."""
+        vm, container = self.vm, self.container
+        if vm is None or container is None:
+            return
+        container.terminate()
+        until = time.monotonic() + grace_s
+        while self.vm is vm:
+            if time.monotonic() > until:
+                vm.lost = lost
+                container.kill()
+            time.sleep(0.02)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "_Listener"
+
+    def handle(self) -> None:
+        """Serve a connection; one that was killed is no error."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+    def _serve(self) -> None:
+        parts = urllib.parse.urlsplit(self.path)
+        query = {key: values[-1] for key, values in urllib.parse.parse_qs(parts.query).items()}
+        length = int(self.headers.get("Content-Length") or 0)
+        content = self.rfile.read(length)
+        batch = self.server.batch
+        try:
+            batch.requests.append(f"{self.command} {parts.path}")
+            batch.authorized(self.headers.get("Authorization", ""))
+            answer, code = batch.answer(self.command, parts.path, query, content), 200
+        except RefusedError as refusal:
+            answer, code = refusal.body(), refusal.code
+        if batch.lose_answers > 0 and self.command == "POST":
+            batch.lose_answers -= 1
+            self.close_connection = True
+            return
+        told = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+
+    do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - the names are http.server's
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, batch: "BatchServer") -> None:
+        self.batch = batch
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+
+class BatchServer:
+    """Google Batch and Cloud Logging on a port of this machine, for one project.
+
+    Args:
+        given: Environment of every container, beside what the job says: what leads it to the emulated bucket.
+        executor: What runs containers.
+        queue_s, boot_s: How long a job waits, and a VM takes to boot.
+        settle_s: How long a job is RUNNING after its task has ended.
+        project: The one project that may be used.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, str],
+        *,
+        executor: Executor | None = None,
+        queue_s: float = 0.0,
+        boot_s: float = 0.0,
+        settle_s: float = 0.0,
+        project: str = "test-project",
+    ) -> None:
+        self.given = dict(given) | {"NO_GCE_CHECK": "false"}
+        self.executor = executor or Processes()
+        self.queue_s, self.boot_s, self.settle_s, self.project = queue_s, boot_s, settle_s, project
+        self.folder = Path(tempfile.mkdtemp(prefix="jobkit-test-batch-"))
+        self.jobs: dict[str, Job] = {}
+        self.secrets: dict[str, str] = {}
+        self.requests: list[str] = []
+        self.refusals: list[RefusedError] = []
+        """What the next requests are answered with, each once."""
+        self.lose_answers = 0
+        """How many of the next POSTs are served but never answered."""
+        self._asked: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self.account = Gce(project=project)
+        """Where the user's own credentials come from."""
+        self._listener = _Listener(self)
+        self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
+        self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What leads jobkit and google-auth here."""
+        where = {f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}": self.url for name in ("BATCH", "LOGGING")}
+        return where | self.account.environment | {"NO_GCE_CHECK": "false", "CLOUDSDK_CONFIG": "/nonexistent"}
+
+    def __enter__(self) -> "BatchServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every job and stop listening."""
+        for job in self.jobs.values():
+            job.cancelled.set()
+            container = job.container
+            if container is not None:
+                container.kill()
+            job.thread.join(20)
+        self._listener.shutdown()
+        self._listener.server_close()
+        self.account.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def only_job(self) -> Job:
+        """Return the one job there is."""
+        (job,) = self.jobs.values()
+        return job
+
+    def preempt(self, job: Job, *, grace_s: float = 30.0, notice_s: float = 0.0) -> None:
+        """Take a job's VM away.
+
+        Args:
+            job: The job, which must run.
+            grace_s: Seconds from SIGTERM until the VM is off.
+            notice_s: Seconds from the notice in the metadata until SIGTERM.
+        """
+        vm = job.vm
+        assert vm is not None, f"{job.id} has no VM: {job.state}"
+        vm.metadata.preempt()
+        until = time.monotonic() + notice_s
+        while job.vm is vm and time.monotonic() < until:
+            time.sleep(0.02)
+        if job.vm is vm:
+            job.stop(grace_s, lost=PREEMPTED)
+
+    def power_off(self, job: Job) -> None:
+        """Take a job's VM away without a word."""
+        assert job.vm is not None
+        assert job.container is not None
+        job.vm.lost = PREEMPTED
+        job.container.kill()
+
+    # The API.
+
+    def authorized(self, header: str) -> None:
+        """Refuse a request whose token is not the account's; the real client comes without one in tests."""
+        if header and header != f"Bearer {self.account.token}":
+            raise RefusedError(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
+
+    def answer(self, method: str, path: str, query: dict[str, str], content: bytes) -> dict[str, Any]:
+        """Answer one request."""
+        if self.refusals:
+            raise self.refusals.pop(0)
+        if path == "/v2/entries:list":
+            return self._entries(json.loads(content))
+        found = re.fullmatch(
+            r"/v1/projects/([^/]+)/locations/([^/]+)/jobs(?:/([^/:]+))?(:cancel|/taskGroups/group0/tasks)?", path
+        )
+        if found is None:
+            raise RefusedError(404, "NOT_FOUND", f"{path} was not found")
+        project, region, job, more = found.groups()
+        if project != self.project:
+            raise RefusedError(403, "PERMISSION_DENIED", f"Permission denied on resource project {project}.")
+        if region not in REGIONS:
+            raise RefusedError(404, "NOT_FOUND", f"Location {region} is not found or access is unauthorized.")
+        parent = f"projects/{project}/locations/{region}/jobs"
+        if job is None:
+            return self._create(parent, query, content) if method == "POST" else self._list(query)
+        known = self.jobs.get(f"{parent}/{job}")
+        if known is None:
+            raise RefusedError(404, "NOT_FOUND", f"Resource '{parent}/{job}' was not found")
+        if more == ":cancel":
+            return self._cancel(known)
+        if method == "DELETE":
+            self._cancel(known)
+            del self.jobs[known.name]
+            return {"done": True}
+        return known.tasks() if more else known.resource()
+
+    def _create(self, parent: str, query: dict[str, str], content: bytes) -> dict[str, Any]:
+        asked = checked(content)
+        job = query.get("jobId", "")
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", job):
+            raise RefusedError(400, "INVALID_ARGUMENT", f"Invalid job id {job!r}.")
+        _check(asked, parent.split("/")[3])
+        with self._lock:
+            if query.get("requestId", "") in self._asked:
+                return self._asked[query["requestId"]].resource()
+            name = f"{parent}/{job}"
+            if name in self.jobs:
+                raise RefusedError(409, "ALREADY_EXISTS", f"Resource '{name}' already exists")
+            made = self.jobs[name] = Job(self, name, asked)
+            if "requestId" in query:
+                self._asked[query["requestId"]] = made
+        made.thread.start()
+        return made.resource()
+
+    def _list(self, query: dict[str, str]) -> dict[str, Any]:
+        wanted = re.fullmatch(r'labels\.(\w+)="?(\w+)"?', query.get("filter", ""))
+        jobs = [job.resource() for job in self.jobs.values()]
+        return {"jobs": [job for job in jobs if not wanted or job.get("labels", {}).get(wanted[1]) == wanted[2]]}
+
+    def _cancel(self, job: Job) -> dict[str, Any]:
+        if job.over:
+            raise RefusedError(400, "INVALID_ARGUMENT", "Job has already ended")
+        job.state = "CANCELLATION_IN_PROGRESS"
+        job.cancelled.set()
+        threading.Thread(target=job.stop, args=(25.0,), daemon=True).start()
+        return {"done": False}
+
+    def _entries(self, body: dict[str, Any]) -> dict[str, Any]:
+        wanted = re.search(r'labels.job_uid="([^"]*)"', body["filter"])
+        assert wanted is not None
+        jobs = [job for job in self.jobs.values() if job.uid == wanted[1]]
+        return {"entries": [{"textPayload": line} for job in jobs for line in job.log.read_text().splitlines()]}
+
+
+def checked(content: bytes | str) -> dict[str, Any]:
+    """Return a job as the real types read it; a field or word that they do not know is refused."""
+    try:
+        job = batch_v1.Job.from_json(content)
+    except Exception as error:
+        raise RefusedError(400, "INVALID_ARGUMENT", f"Invalid JSON payload received. {error}") from None
+    read: dict[str, Any] = json.loads(
+        batch_v1.Job.to_json(job, use_integers_for_enums=False, always_print_fields_with_no_presence=False)
+    )
+    return read
+
+
+def _check(asked: dict[str, Any], region: str) -> None:
+    """Refuse what Batch refuses at creation; an image that is not there shows itself when the VM pulls it."""
+    spec = asked["taskGroups"][0]["taskSpec"]
+    if not 0 <= int(spec.get("maxRetryCount", 0)) <= 10:
+        raise RefusedError(400, "INVALID_ARGUMENT", "max_retry_count should be in range [0, 10]")
+    policy = asked["allocationPolicy"]["instances"][0]["policy"]
+    kind = policy.get("machineType", "")
+    if kind not in MACHINE_TYPES:
+        raise RefusedError(400, "INVALID_ARGUMENT", f"machine type {kind} for job is invalid in the location.")
+    for place in asked["allocationPolicy"]["location"]["allowedLocations"]:
+        name = place.partition("/")[2]
+        if name != region and name not in (f"{region}-a", f"{region}-b", f"{region}-c"):
+            raise RefusedError(400, "INVALID_ARGUMENT", f"zone {name} is invalid in the allowed locations.")

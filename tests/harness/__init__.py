@@ -1,0 +1,1 @@
+"""What tests use: clusters, engines, trainings, browsers."""

@@ -1,0 +1,1 @@
+"""Tests of submitting, supervising and looking at runs on this machine."""

@@ -1,0 +1,1 @@
+"""Tests of the training side: state, checkpoints, storage, preemption, the drill."""

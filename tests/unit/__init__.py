@@ -1,0 +1,1 @@
+"""Tests that start nothing: `make check` runs them, with lint and types."""
