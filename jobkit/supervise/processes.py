@@ -103,10 +103,15 @@ def descendants(pid: int | None = None) -> list[int]:
     return pids
 
 
-def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+def send(pid: int, number: int) -> bool:
+    """Send a signal to a process that may be gone; tell whether it was not refused, as for another user's process."""
+    try:
         os.kill(pid, number)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return True
 
 
 def alive(pid: int) -> bool:

@@ -164,7 +164,7 @@ class Program:
         processes.send(target, signal.SIGTERM if sent == signal.SIGHUP else sent)
 
     def end_leftovers(self) -> bool:
-        """End what CMD, which has ended, left running; tell whether something still is."""
+        """End what CMD, which has ended, left running; tell whether something still is that is ours to end."""
         left = processes.descendants()
         if not left:
             return False
@@ -172,9 +172,9 @@ class Program:
         saving = beat.pid in left and Phase.LISTENING <= beat.phase <= Phase.STOPPING
         late = time.monotonic() - self._ended_at >= (_SAVING_S if saving else _LEFTOVER_S)
         # While the program saves, it alone is asked: its worker processes must live until it is through.
-        for pid in [beat.pid] if saving and not late else left:
-            processes.send(pid, signal.SIGKILL if late else signal.SIGTERM)
-        return True
+        asked = [beat.pid] if saving and not late else left
+        sent = [processes.send(pid, signal.SIGKILL if late else signal.SIGTERM) for pid in asked]
+        return any(sent)
 
     def copy_log(self) -> None:
         """Copy what the log has grown by to our own output, unless that is closed."""

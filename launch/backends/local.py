@@ -1,6 +1,6 @@
 """The local backend: runs on this machine, each with a detached runner, and the runner's own entry point.
 
-`python -m launch.backends.local RUN` is what a submit starts; what it does is in local_runner.py.
+`python -m launch.backends.local` is what a submit starts; what it does is in local_runner.py.
 """
 
 import contextlib
@@ -54,6 +54,7 @@ class Local(Backend):
         """See `Backend`. In an image nothing here is looked for."""
         plan = submission.prepare(spec, elsewhere=spec.container is not None)
         if spec.container is not None:
+            container.refuse_foreign(spec.container, self.name, self.runtimes)
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
             self._check_container(spec.container)
         return plan
@@ -256,6 +257,8 @@ def detached(store: Store, given: list[str]) -> Iterator[tuple[RunLock, Lease, C
         store: The run.
         given: Descriptors of the lock and of the pipe to answer on, and the number of the lease.
     """
+    if len(given) != 3:
+        raise ConfigError("a submit or a resume starts this: use 'jobkit resume RUN'")
     descriptor, answer, number = map(int, given)
     lock = RunLock(store, descriptor)
     os.set_inheritable(descriptor, False)

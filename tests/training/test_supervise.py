@@ -322,6 +322,28 @@ def test_what_the_command_leaves_running_is_ended(tmp_path: Path) -> None:
     assert not [pid for pid in below if processes.alive(pid)]
 
 
+def test_another_users_process_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CMD leaves running as another user, by sudo say, cannot be ended, and keeps no attempt from its end."""
+    left = subprocess.Popen(["sleep", "60"])
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    link = Link(tmp_path, 0)
+    below = Program.__new__(Program)
+    below._link, below._ended_at = link, time.monotonic()
+    monkeypatch.setattr(processes, "descendants", lambda: [left.pid])
+    try:
+        assert below.end_leftovers()
+        monkeypatch.setattr(os, "kill", refuse)
+        assert not below.end_leftovers()
+    finally:
+        monkeypatch.undo()
+        left.kill()
+        left.wait()
+        link.close()
+
+
 def test_sigkill_of_the_supervisor_is_a_notice_to_a_run(tmp_path: Path) -> None:
     """A Run whose supervisor is killed commits the step in progress and exits by itself."""
     script = tmp_path / "train.py"
