@@ -25,7 +25,7 @@ help:
 	@echo "                what a version of SLURM can change, on a newer one"
 	@echo "make test-lowest, make test-newest"
 	@echo "                training, storage and the example on the lowest libraries allowed and on the newest"
-	@echo "make check      lint, types and the tests that start nothing (SEED=7: other examples)"
+	@echo "make check      lint, types and the tests that start no training (SEED=7: other examples)"
 	@echo "make one T=name the tests whose name holds that, one after the other and with every word"
 	@echo "make search     search for two minutes for what breaks a property (SEED=7, FOR=600)"
 	@echo "make lint, make types, make format"

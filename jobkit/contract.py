@@ -99,7 +99,7 @@ def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment as a run that is submitted from it gets it: with nothing of an attempt that it is in."""
     excluded = {variable.name for variable in VARIABLES if variable.of_attempt}
     if ENV_ATTEMPT in environ:
-        excluded |= {ENV_FAULT, ENV_DRILL}  # of the drill that goes on around it
+        excluded |= {ENV_FAULT, ENV_DRILL, ENV_DRILL_CLOCK}  # of the drill that goes on around it
     return {name: value for name, value in environ.items() if name not in excluded}
 
 

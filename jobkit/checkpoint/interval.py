@@ -133,10 +133,10 @@ class Interval:
     def seconds(self, now_s: float) -> float:
         """Return the interval as it is best now."""
         cost = self.cost
-        return UNKNOWN_S if cost is None else interval_s(cost, self._between_s(now_s))
+        return UNKNOWN_S if cost is None else interval_s(cost, self._between_s(now_s, self.past))
 
-    def _between_s(self, now_s: float) -> float:
-        return between_s(self.past.exposed_s + max(now_s - self._began_s, 0.0), self.past.losses)
+    def _between_s(self, now_s: float, past: Past) -> float:
+        return between_s(past.exposed_s + max(now_s - self._began_s, 0.0), past.losses)
 
     def last_call_s(self) -> float:
         """Return when the one save before the time limit is due, so that it is durable before the warning comes."""
@@ -145,18 +145,22 @@ class Interval:
 
     def news(self, now_s: float) -> dict[str, Any] | None:
         """Return the interval and its reasons for the ledger, None if it is much the same as when last asked."""
-        cost, seconds = self.cost, self.seconds(now_s)
-        if cost is None or abs(seconds - self._told_s) <= _CHANGE * self._told_s:
+        cost, past = self.cost, self.past  # another thread may read what earlier attempts tell this very moment
+        if cost is None:
+            return None
+        mean_s = self._between_s(now_s, past)
+        bounds = _bounds(cost, mean_s)
+        seconds = max(bounds)
+        if abs(seconds - self._told_s) <= _CHANGE * self._told_s:
             return None
         self._told_s = seconds
-        mean_s = self._between_s(now_s)
         return {
             "seconds": round(seconds, 3),
-            "why": _bounds(cost, mean_s)[seconds],
+            "why": bounds[seconds],
             "blocking_s": round(cost.blocking_s, 6),
             "durable_s": round(cost.durable_s, 6),
             "between_s": round(mean_s, 1),
-            "losses": self.past.losses,
+            "losses": past.losses,
         }
 
 

@@ -64,6 +64,8 @@ def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str]
     wrong = commits.problems(store, step, stop=stop)
     if stop():
         return None
+    if wrong:
+        return wrong
     stored = state.stored_paths(state.table_of(store, step))
     try:
         for batch in orbax_io.batches(stored):

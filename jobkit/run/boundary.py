@@ -3,6 +3,8 @@
 import enum
 import math
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from jobkit import contract
 from jobkit.checkpoint import state
@@ -57,11 +59,12 @@ class Boundary:
         self._save_wanted = self._own = False
         self._rounds = 0
 
-    def come(self, *, last: bool) -> bool:
-        """Come to the end of a step in `steps()` where something may be due, and do it; tell whether to stop instead.
+    def come(self, *, last: bool, stop: Callable[[], NoReturn]) -> None:
+        """Come to the end of a step in `steps()` where something may be due, and do it.
 
         Args:
             last: Whether it is the loop's last step, behind which there is a commit in any case.
+            stop: Serves a notice, before the deadline saver can act.
         """
         session, saver = self._session, self._session.deadline_saver
         if session.look.noticed or self.asked is not None or self._saving.strategy.due(session.step, time.monotonic()):
@@ -74,10 +77,10 @@ class Boundary:
             if time.monotonic() >= self.next_look_s:
                 self._look()
             self._saving.hear_failure()
-            stop, save = self._due()
-            if stop and not last:
-                return True
-            self.stopping |= stop  # if another loop follows: this is said once
+            to_stop, save = self._due()
+            if to_stop and not last:
+                stop()
+            self.stopping |= to_stop  # if another loop follows: this is said once
             asked, self.asked = self.asked, None
             if asked is not None and (agreed := self._saving.agreed(asked)) is not None:
                 self._saving.save("asked", agreed)
@@ -86,7 +89,6 @@ class Boundary:
                 saver.barrier(f"save/{session.step}")
                 self._saving.save(reason, {})
             session.heartbeat.committed_step = session.checkpoints.committed_step
-        return False
 
     def _first_step(self) -> None:
         session, self.stepped = self._session, True

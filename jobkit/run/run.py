@@ -96,6 +96,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the run: finish what is being saved, put signal handlers back."""
+        alone = error is not None and not isinstance(error, SystemExit)
         try:
             if error is None:
                 self._ending.settle()
@@ -104,7 +105,7 @@ class Run:
             raise
         finally:
             self._ending.leaving.close()
-            self._session.close(error)
+            self._session.close(error, alone=alone)
 
     @property
     def _session(self) -> Session:
@@ -289,8 +290,8 @@ class Run:
                     or now >= boundary.next_look_s
                     or checkpoints.failed
                     or not boundary.stepped
-                ) and boundary.come(last=step >= total):
-                    ending.stop()
+                ):
+                    boundary.come(last=step >= total, stop=ending.stop)
                 if not step & hand.between or now - hand.held_s >= hand.from_s:
                     hand.hold(step, parts)
                 else:

@@ -200,16 +200,17 @@ class Session:
         if (report := compilecache.report(self.store, self.attempt)) is not None:
             self.ledger.append("compiled", step=self.step, **report)
 
-    def close(self, error: BaseException | None) -> None:
+    def close(self, error: BaseException | None, *, alone: bool) -> None:
         """Finish what is being saved and put signal handlers back.
 
         Args:
             error: What ends the attempt, None if it came to its end.
+            alone: Whether the program failed, which in a run of several processes the others know nothing of.
         """
         self.deadline_saver.close()
         if self.probe is not None:
             self.probe.close()
-        alone = error is not None and not isinstance(error, SystemExit) and self.group.count > 1
+        alone &= self.group.count > 1
         try:
             if alone:  # the others may be dead: nothing that needs them can be waited for
                 Session.left_alone = True

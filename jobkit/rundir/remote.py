@@ -313,6 +313,8 @@ def _code(error: BaseException) -> int | None:
             if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
                 return int(value)
         response = getattr(one, "response", None)
+        if isinstance(response, dict) and response.get("Error", {}).get("Code") == "PreconditionFailed":
+            return 412  # whatever the status: stores that speak S3 differ
         if isinstance(response, dict) and (status := response.get("ResponseMetadata", {}).get("HTTPStatusCode")):
             return int(status)
     return None

@@ -117,9 +117,10 @@ class TrackerFeed:
         Large packages are imported here, before any tracker's thread begins: until 3.11.8 CPython fails when two
         threads parse Python at a time, which importing some of them does (cpython issue 106905).
         """
-        for package in [package for tracker in self._trackers for package in getattr(tracker, "packages", ())]:
+        for tracker in self._trackers:
             with contextlib.suppress(Exception):  # it will be said when the tracker is opened
-                importlib.import_module(package)
+                for package in getattr(tracker, "packages", ()):
+                    importlib.import_module(package)
         for tracker in self._trackers:
             name = f"jobkit-{tracker.name}"
             thread = threading.Thread(target=self._keep_feeding, args=(tracker, step), name=name, daemon=True)

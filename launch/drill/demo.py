@@ -88,7 +88,7 @@ class Interruption:
         outcome, lost_steps = self.ending.outcome, self.ending.lost_steps
         if self.kind == "kill":
             return outcome == Outcome.KILLED and lost_steps is not None
-        return outcome == Outcome.PREEMPTED and lost_steps == 0
+        return outcome == Outcome.PREEMPTED and self.ending.reached_step == self.ending.resumed_step is not None
 
     def document(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -216,7 +216,11 @@ def _train_twice(
         for name, planned in (("undisturbed", []), ("disturbed", plan)):
             begun = time.monotonic()
             run = runs.start(name, {})
-            run.play(partial(_interrupt, run, planned))
+            try:
+                run.play(partial(_interrupt, run, planned))
+            except BaseException:  # Ctrl-C: it saves, and is cancelled as any run is
+                registry.cancel(run.store.url)
+                raise
             status = registry.status(run.store)
             if run.wrong or status.state is not State.DONE:
                 log = run.store.file(contract.log_file(status.attempt or 0))

@@ -23,7 +23,7 @@ from launch.spec import container
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
 from tests.harness.engine import BASE, ROOT, Engine
-from tests.harness.jobs import IN_A_CONTAINER, until
+from tests.harness.jobs import IN_A_CONTAINER, children, until
 from tests.training.test_drill import SCRIPTS, drill
 
 
@@ -104,7 +104,7 @@ class Submitted:
         one = observe.living(self.store, 0)
         assert one is not None
         runner = lock.holder(self.store)["pid"]
-        client, *_ = processes.descendants(runner)
+        (client,) = children(runner)
         return {"runner": runner, "client": client, "supervisor": one.supervisor, "program": one.beat.pid}
 
     def ends(self) -> run_status.Status:

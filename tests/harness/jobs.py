@@ -160,6 +160,13 @@ def program_pid(store: Store, attempt: int = 0) -> int:
     return max(orphans.program_pids(store, attempt)[-1:], default=0)
 
 
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started itself."""
+    below = processes.descendants(pid)
+    deeper = {one for child in below for one in processes.descendants(child)}
+    return [one for one in below if one not in deeper]
+
+
 def until(condition: Callable[[], Any], what: str, *, seconds: float = 20.0) -> Any:
     """Wait until something is true and return it."""
     deadline = time.monotonic() + seconds

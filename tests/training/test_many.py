@@ -16,14 +16,13 @@ from jobkit import contract
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import attempt_events, read_json
 from jobkit.rundir.store import Store
-from jobkit.supervise import processes
 from launch.backends.local import Local
 from launch.lifecycle import orphans, verbs
 from launch.lifecycle.history import read_history
 from launch.report.goodput import measure
 from launch.report.lives import PEER
 from tests.harness import jobs, training
-from tests.harness.jobs import Project, until, until_over
+from tests.harness.jobs import Project, children, until, until_over
 
 TRAIN = '''\
 """train.py HOW: trains in several processes; in attempt 0 process 1 hangs after step 12, if HOW says so."""
@@ -80,7 +79,7 @@ def program_of(store: Store, process: int) -> tuple[int, int]:
     """Return the pids of a process of attempt 0: its supervisor's and its program's."""
     name = "supervisor.json" if process == 0 else f"supervisor-{process}.json"
     supervisor = int((read_json(store, f"attempts/0/{name}") or {})["pid"])
-    program, *_ = processes.descendants(supervisor)
+    (program,) = children(supervisor)
     return supervisor, program
 
 

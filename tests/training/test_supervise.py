@@ -21,6 +21,7 @@ from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Link, Phase, read_beat
 from jobkit.supervise.program import Attempt, Program
 from jobkit.supervise.supervisor import Notices
+from tests.harness.jobs import children
 
 # A stand-in for a training that needs no jax: it speaks the heartbeat and serves SIGTERM like a Run does.
 PROGRAM = """
@@ -234,7 +235,7 @@ def test_the_program_outlives_a_shell_that_was_shot(program: list[str], tmp_path
     """SIGKILL of the shell between: the orphaned program is told, saves, and its own code counts."""
     under_test = Supervised(tmp_path / "run", "sh", "-c", f"{' '.join(program)}; true")
     under_test.wait_for(lambda: "listening" in under_test.log())
-    shell, *_ = processes.descendants(under_test.process.pid)
+    (shell,) = children(under_test.process.pid)
     os.kill(shell, signal.SIGKILL)
     code, printed, _ = under_test.end()
     assert code == 75

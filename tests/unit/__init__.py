@@ -1,1 +1,1 @@
-"""Tests that start nothing: `make check` runs them, with lint and types."""
+"""Tests that start no training and no service: `make check` runs them, with lint and types."""
