@@ -3,8 +3,9 @@
 import os
 
 from jobkit.contract import State
-from launch.backends import control, registry
+from launch.backends import registry, save_and_stop
 from launch.backends.local import Local
+from launch.backends.save_and_stop import PATIENCE_S, Answer
 from launch.lifecycle import submission, verbs
 from launch.lifecycle.run_status import Status
 from launch.lifecycle.verbs import Backend
@@ -64,24 +65,24 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool =
     return status(run)
 
 
-def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = control.PATIENCE_S) -> control.Answer:
-    """Have a run commit the step in progress now, and go on; see `launch.backends.control.save`.
+def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = PATIENCE_S) -> Answer:
+    """Have a run commit the step in progress now, and go on; see `launch.backends.save_and_stop.save`.
 
     Raises:
         ConfigError: If nothing of the run trains.
         JobkitError: If it could not save, ended before, or does not answer in time.
     """
-    return control.save(run, wait=wait, timeout_s=timeout_s)
+    return save_and_stop.save(run, wait=wait, timeout_s=timeout_s)
 
 
-def stop(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = control.PATIENCE_S) -> control.Answer:
-    """Have a run commit and stop until somebody resumes it; see `launch.backends.control.stop`.
+def stop(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = PATIENCE_S) -> Answer:
+    """Have a run commit and stop until somebody resumes it; see `launch.backends.save_and_stop.stop`.
 
     Raises:
         ConfigError: If the run is done, or was not submitted and does not run.
         JobkitError: If a run that was not submitted does not stop in time.
     """
-    return control.stop(run, wait=wait, timeout_s=timeout_s)
+    return save_and_stop.stop(run, wait=wait, timeout_s=timeout_s)
 
 
 def cancel(run: str | os.PathLike[str], *, wait: bool = True) -> Status:

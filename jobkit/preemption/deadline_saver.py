@@ -89,7 +89,7 @@ class DeadlineSaver:
         self.boundaries.nbytes, self.watching = nbytes, False
 
     def arrive(self) -> bool:
-        """Come to the boundary where this process stops; return whether the guard has saved already.
+        """Come to the boundary where this process stops; return whether this has saved already.
 
         Collective: every process arrives, or none is waited for when the deadline comes. The lock is held.
 
@@ -100,14 +100,14 @@ class DeadlineSaver:
         if self._group.count == 1:
             return self._served
         self.begin()
-        self._group.put(f"guard/arrived/{self._group.index}", True)
+        self._group.put(f"deadline/arrived/{self._group.index}", True)
         while self._verdict is not Verdict.GO:  # with the other one this process is ended
             self._wait(_TICK_S)
         return False
 
     def barrier(self, name: str, timeout_s: float = float("inf")) -> None:
         """Come to a save that all make together, and wait until they have: who is stuck before it would keep the rest
-        in the middle of it, where the guard can do nothing.
+        in the middle of it, where the deadline saver can do nothing.
 
         Collective: the lock is free while this waits.
 
@@ -125,14 +125,14 @@ class DeadlineSaver:
         with self.lock:
             if self._group.first:
                 for other in range(1, self._group.count):
-                    self._await(f"guard/meet/{name}/{other}", deadline)
-                self._group.put(f"guard/meet/{name}", True)
+                    self._await(f"deadline/meet/{name}/{other}", deadline)
+                self._group.put(f"deadline/meet/{name}", True)
             else:
-                self._group.put(f"guard/meet/{name}/{self._group.index}", True)
-                self._await(f"guard/meet/{name}", deadline)
+                self._group.put(f"deadline/meet/{name}/{self._group.index}", True)
+                self._await(f"deadline/meet/{name}", deadline)
 
     def wait_while(self, busy: Callable[[], bool]) -> None:
-        """Wait while something is busy; the lock is free meanwhile, so that the guard can act."""
+        """Wait while something is busy; the lock is free meanwhile, so that the deadline saver can act."""
         with self.lock:
             while busy():
                 self.lock.wait(_TICK_S / 10)
@@ -162,14 +162,14 @@ class DeadlineSaver:
         if thread is not None:
             thread.join(2 * _TICK_S)  # it may hang on words with other processes
 
-    # The guard's own thread.
+    # The deadline saver's own thread.
 
     def begin(self) -> None:
         """Start watching: there is a notice. Any thread may call it, any number of times."""
         with self._starting:
             if self._thread is None and not self._closed:
                 self.boundaries.from_s = 0.0
-                self._thread = threading.Thread(target=self._run, name="jobkit-guard", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="jobkit-deadline", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:
@@ -252,27 +252,29 @@ class DeadlineSaver:
         """Process 0: wait until all have arrived, or somebody cannot wait any longer."""
         others = list(range(1, self._group.count))
         while not self._closed and not (dead := self._lost()):
-            while others and self._heard(f"guard/arrived/{others[0]}", _TICK_S / 4):
+            while others and self._heard(f"deadline/arrived/{others[0]}", _TICK_S / 4):
                 del others[0]
             if not others and self._arrived:
-                self._group.put("guard/word", Verdict.GO)
+                self._group.put("deadline/word", Verdict.GO)
                 return self._decided(Verdict.GO)
             if not others:
                 self._wake.wait(0.002)
-            if self._wait_s() <= 0 or self._heard("guard/ask", 0.001):
-                self._group.put("guard/word", Verdict.HOLD)
+            if self._wait_s() <= 0 or self._heard("deadline/ask", 0.001):
+                self._group.put("deadline/word", Verdict.HOLD)
                 return self._together(self._common)
         if dead:
-            self._group.put("guard/word", dead)
+            self._group.put("deadline/word", dead)
             self._fail(dead)
         return None
 
     def _common(self, own: list[int] | None) -> int:
         """Return the newest step that all hold; -1 if there is none."""
-        answers = [own] + [self._group.get(f"guard/held/{other}", _ANSWER_S) for other in range(1, self._group.count)]
+        answers = [own] + [
+            self._group.get(f"deadline/held/{other}", _ANSWER_S) for other in range(1, self._group.count)
+        ]
         common = set.intersection(*(set(steps or []) for steps in answers))
         at = max(common, default=-1)
-        self._group.put("guard/step", at)
+        self._group.put("deadline/step", at)
         return at
 
     def _follow(self) -> None:
@@ -281,9 +283,9 @@ class DeadlineSaver:
         while not self._closed:
             if not asked and self._wait_s() <= 0:
                 asked = True
-                self._group.put("guard/ask", self._group.index)
+                self._group.put("deadline/ask", self._group.index)
             try:
-                word = self._group.get("guard/word", _TICK_S)
+                word = self._group.get("deadline/word", _TICK_S)
             except TimeoutError:
                 continue
             if word == Verdict.HOLD:
@@ -292,8 +294,8 @@ class DeadlineSaver:
         return None
 
     def _answer(self, own: list[int] | None) -> int:
-        self._group.put(f"guard/held/{self._group.index}", own)
-        return int(self._group.get("guard/step", 2 * _ANSWER_S))
+        self._group.put(f"deadline/held/{self._group.index}", own)
+        return int(self._group.get("deadline/step", 2 * _ANSWER_S))
 
     def _decided(self, verdict: Verdict) -> None:
         with self.lock:

@@ -1,6 +1,6 @@
 """The emergency save: what is in hand is committed in the way that the time left allows.
 
-The training thread comes here at the boundary where it stops, and the guard where the training thread cannot.
+The training thread comes here at the boundary where it stops, and the deadline saver where the training thread cannot.
 """
 
 import contextlib

@@ -23,8 +23,8 @@ from typing import Any
 
 from jobkit import contract
 from jobkit.errors import say
-from jobkit.preemption import handlers
-from jobkit.preemption.handlers import CHandler
+from jobkit.preemption import os_handlers
+from jobkit.preemption.os_handlers import CHandler
 from jobkit.supervise.heartbeat import open_alive, read_notice
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -129,7 +129,7 @@ class Listener:
             self._wake_up()
             for number in SIGNALS:
                 self._earlier[number] = signal.signal(number, self._handle)
-                self._ours[number] = handlers.address(handlers.installed(number))
+                self._ours[number] = os_handlers.address(os_handlers.installed(number))
         self._thread = threading.Thread(target=self._watch, name="jobkit-notice", daemon=True)
         self._thread.start()
         _listening.add(self)
@@ -180,12 +180,12 @@ class Listener:
             return
         self._wake_up()
         for number in self._earlier:
-            action, handler = handlers.installed(number), signal.getsignal(number)
-            in_c = handlers.address(action) != self._ours[number]
+            action, handler = os_handlers.installed(number), signal.getsignal(number)
+            in_c = os_handlers.address(action) != self._ours[number]
             if handler == self._handle and not in_c:
                 continue
             other = CHandler(action) if in_c and handler == self._handle else handler
-            if handlers.address(action) == 1:
+            if os_handlers.address(action) == 1:
                 other = signal.SIG_IGN
             signal.signal(number, self._handle)
             if other != self._others.get(number, self._handle):
@@ -209,7 +209,7 @@ class Listener:
         for number, handler in self._earlier.items():
             if isinstance(handler, CHandler):
                 signal.signal(number, signal.SIG_DFL)
-                handlers.put(number, handler.action)
+                os_handlers.put(number, handler.action)
             else:
                 # None stands for a handler that C code installed before, which Python cannot put back.
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)

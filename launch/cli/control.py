@@ -34,10 +34,10 @@ def save(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
       jobkit save runs/mnist
       jobkit save gs://bucket/mnist --timeout 20m
     """
-    from launch.backends import control
+    from launch.backends import save_and_stop
     from launch.lifecycle import run_status
 
-    answer = control.save(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
+    answer = save_and_stop.save(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
     if as_json:
         print(run_status.to_json(answer))
     elif answer.done:
@@ -61,11 +61,11 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
     Examples:
       jobkit stop runs/mnist
     """
-    from launch.backends import control
+    from launch.backends import save_and_stop
     from launch.lifecycle import run_status, submission
     from launch.spec import jobspec as specs
 
-    answer = control.stop(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
+    answer = save_and_stop.stop(run, wait=not no_wait, timeout_s=_seconds(timeout), progress=_progress)
     if as_json:
         print(run_status.to_json(answer))
         return

@@ -28,8 +28,8 @@ from launch.lifecycle import run_status, submission
 from launch.report import follow
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
-from tests.fakes.batch_server import BatchServer, Job, RefusedError, checked
 from tests.fakes.batch_vm import Containers
+from tests.fakes.gcp_batch_server import BatchServer, Job, RefusedError, checked
 from tests.fakes.gcs_server import GcsServer
 from tests.harness import training
 from tests.harness.desk import NAME, TRAIN, URL, Desk

@@ -26,7 +26,7 @@ from jobkit.supervise import processes
 from launch.backends import registry
 from launch.lifecycle import run_status, submission
 from tests.fakes.aws_batch_server import QUEUE, AwsBatchServer
-from tests.fakes.batch_server import BatchServer
+from tests.fakes.gcp_batch_server import BatchServer
 from tests.fakes.gcs_server import GcsServer
 from tests.harness import jobs
 from tests.harness.desk import Desk

@@ -20,7 +20,7 @@ from jobkit.rundir import commits, mirror
 from jobkit.rundir.control import Control
 from jobkit.rundir.ledger import attempt_events, read_events
 from jobkit.rundir.store import Store
-from launch.backends import control, registry
+from launch.backends import registry, save_and_stop
 from launch.backends.local import Local
 from launch.backends.slurm import queue, scontrol
 from launch.backends.slurm.backend import Slurm
@@ -128,8 +128,8 @@ def test_every_loop_of_a_program_started_by_hand_is_heard(function: Any, tmp_pat
     store = Store(tmp_path / "run")
     second = ("goes_on", "own_loop")
     until(lambda: any(event["event"] in second for event in attempt_events(store, 0)), "that loop begins", seconds=30)
-    assert control.save(store.url, timeout_s=20).done
-    assert control.stop(store.url, timeout_s=20).done
+    assert save_and_stop.save(store.url, timeout_s=20).done
+    assert save_and_stop.stop(store.url, timeout_s=20).done
     program.join(30)
     assert program.exitcode == contract.Exit.PREEMPTED
 
@@ -140,7 +140,7 @@ def _stopped_at_once(url: str) -> None:
 
     def claim_and_stop(store: Store) -> int:
         number = claim(store)
-        assert not control.stop(url, wait=False).done
+        assert not save_and_stop.stop(url, wait=False).done
         return number
 
     mirror.claim = claim_and_stop
@@ -182,16 +182,16 @@ def test_nothing_is_asked_where_nothing_trains(project: Project) -> None:
     store = project.submit("commit:3,exit:0")
     until_over(store)
     with pytest.raises(ConfigError, match=r"trains just now \(done: finished; .*its newest committed step is 3"):
-        control.save(store.url)
+        save_and_stop.save(store.url)
     with pytest.raises(ConfigError, match="already done"):
-        control.stop(store.url)
+        save_and_stop.stop(store.url)
     waiting = project.submit("kill:9", run="waiting")
     until(
         lambda: [one for one in jobs.events(waiting, "decision") if one["delay_s"] >= 4], "a long backoff", seconds=60
     )
     with pytest.raises(ConfigError, match=r"\(requeued: killed\); it has committed nothing yet"):
-        control.save(waiting.url)
-    assert control.stop(waiting.url).done
+        save_and_stop.save(waiting.url)
+    assert save_and_stop.stop(waiting.url).done
     nowhere = project.cli("save", "nothing")
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (2, 1)
     assert "is not a run: it has no attempt yet" in nowhere.stderr
@@ -226,11 +226,11 @@ def test_patience_ends(project: Project) -> None:
     with by_hand(project, step_s=15.0) as program:
         until(lambda: any(event["event"] == "saved" for event in attempt_events(store, 0)), "it trains", seconds=60)
         with pytest.raises(JobkitError, match=r"has not saved within 1.0 s: .*newest committed step is 0"):
-            control.save(store.url, timeout_s=1.0)
-        assert not control.save(store.url, wait=False).done
+            save_and_stop.save(store.url, timeout_s=1.0)
+        assert not save_and_stop.save(store.url, wait=False).done
         program.kill()
     with pytest.raises(ConfigError, match="attempt 0 has ended"):
-        control.save(store.url)
+        save_and_stop.save(store.url)
 
 
 @pytest.mark.slow
@@ -240,11 +240,11 @@ def test_several_processes_save_one_step(tmp_path: Path) -> None:
     started = training.start_many(url, 2, steps=100_000, save_every=None, pause_s=0.05)
     store = Store(url)
     until_training(store)
-    answer = control.save(url, timeout_s=60)
+    answer = save_and_stop.save(url, timeout_s=60)
     assert asked(store) == [answer.committed_step]
     steps = [event["step"] for event in attempt_events(store, 0) if event["event"] == "saved" and event["step"] > 0]
     assert steps == [answer.committed_step] * 2
-    assert control.stop(url, timeout_s=60).done
+    assert save_and_stop.stop(url, timeout_s=60).done
     assert training.join_many(started) == [75, 75]
     stopped = {event["step"] for event in attempt_events(store, 0) if event["event"] == "stopped"}
     assert stopped == {commits.steps(store)[-1]}

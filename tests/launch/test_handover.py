@@ -15,7 +15,7 @@ from launch.backends import move_run, registry
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
 from launch.spec.profiles import Placement
-from tests.fakes.batch_server import BatchServer
+from tests.fakes.gcp_batch_server import BatchServer
 from tests.fakes.gcs_server import GcsServer
 from tests.harness import jobs, training
 from tests.harness.desk import NAME, TRAIN, URL, Desk

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from jobkit import contract
-from jobkit.preemption import handlers
+from jobkit.preemption import os_handlers
 from jobkit.preemption.notice import SIGNALS, Listener
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
@@ -33,7 +33,7 @@ def in_c(number: int) -> None:
 @pytest.fixture
 def listener() -> Iterator[Listener]:
     """Yield a listener that is open; afterwards the handlers are pytest's again."""
-    before = {number: handlers.installed(number) for number in SIGNALS}
+    before = {number: os_handlers.installed(number) for number in SIGNALS}
     known = {number: signal.getsignal(number) for number in SIGNALS}
     CALLED.clear()
     made = Listener()
@@ -43,7 +43,7 @@ def listener() -> Iterator[Listener]:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, known[number])
-        handlers.put(number, before[number])
+        os_handlers.put(number, before[number])
 
 
 def raised(number: int, listener: Listener) -> bool:
@@ -117,17 +117,17 @@ def test_a_library_ignores_a_signal(listener: Listener, to: signal.Handlers, in_
 def test_a_handler_that_wants_details(listener: Listener, capfd: pytest.CaptureFixture[str]) -> None:
     """A handler in C with three arguments is not called, which is said, and is put back at the end."""
     _c(signal.SIGTERM)
-    action = bytearray(handlers.installed(signal.SIGTERM))
-    flags = struct.unpack_from("=i", action, handlers._FLAGS_AT)[0]
-    struct.pack_into("=i", action, handlers._FLAGS_AT, flags | handlers._SA_SIGINFO)
-    handlers.put(signal.SIGTERM, bytes(action))
-    theirs = handlers.address(handlers.installed(signal.SIGTERM))
+    action = bytearray(os_handlers.installed(signal.SIGTERM))
+    flags = struct.unpack_from("=i", action, os_handlers._FLAGS_AT)[0]
+    struct.pack_into("=i", action, os_handlers._FLAGS_AT, flags | os_handlers._SA_SIGINFO)
+    os_handlers.put(signal.SIGTERM, bytes(action))
+    theirs = os_handlers.address(os_handlers.installed(signal.SIGTERM))
     listener.look()
     assert "C code has taken SIGTERM from the run: taken back, and its handler is not called" in capfd.readouterr().err
     assert raised(signal.SIGTERM, listener)
     assert CALLED == []
     listener.close()
-    assert handlers.address(handlers.installed(signal.SIGTERM)) == theirs
+    assert os_handlers.address(os_handlers.installed(signal.SIGTERM)) == theirs
 
 
 def test_asyncio_takes_handler_and_descriptor(listener: Listener) -> None:

@@ -451,7 +451,7 @@ def _ends_on_a_notice(url: str) -> None:
     start = threading.Thread.start
 
     def late(thread: threading.Thread) -> None:
-        if thread.name == "jobkit-guard":
+        if thread.name == "jobkit-deadline":
             time.sleep(2.0)
         start(thread)
 
