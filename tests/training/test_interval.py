@@ -141,6 +141,30 @@ def test_the_ledger_is_told_of_changes_alone() -> None:
     assert opened.news(60.0) is not None
 
 
+class Read(Interval):
+    """An interval for which earlier attempts are read while it is asked: each look finds another past."""
+
+    looks = 0
+
+    @property
+    def past(self) -> Past:  # type: ignore[override]
+        """Return what is known just now."""
+        self.looks += 1
+        return Past(exposed_s=1000.0 * self.looks, losses=self.looks % 3, costs=(Cost(0.1, self.looks / 10),))
+
+    @past.setter
+    def past(self, past: Past) -> None:
+        pass
+
+
+def test_what_is_read_meanwhile_fails_nothing() -> None:
+    """The thread that reads earlier attempts may come between any two looks at what they tell."""
+    opened = Read(0.0)
+    opened.saved(1, Cost(0.2, 0.5))
+    assert opened.news(10.0) is not None
+    assert opened.seconds(10.0) > 0
+
+
 @given(st.floats(1, 1e5), st.floats(0, 600), st.floats(0.001, 30), st.lists(st.floats(0.01, 100), max_size=80))
 def test_one_save_before_the_time_limit(ends_s: float, grace_s: float, durable_s: float, steps: list[float]) -> None:
     """However long the steps are: after the last call one save begins, and others only an interval later."""
