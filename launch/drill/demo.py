@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -219,7 +219,8 @@ def _train_twice(
             try:
                 run.play(partial(_interrupt, run, planned))
             except BaseException:  # Ctrl-C: it saves, and is cancelled as any run is
-                registry.cancel(run.store.url)
+                with suppress(JobkitError):  # it is over by itself
+                    registry.cancel(run.store.url)
                 raise
             status = registry.status(run.store)
             if run.wrong or status.state is not State.DONE:
