@@ -389,8 +389,8 @@ def draw_losses(path: Path, undisturbed: History, disturbed: History) -> Path:
             steps, [0.012] * len(steps), "|", color=_GREEN, markersize=9, markeredgewidth=1.4,
             transform=axes.get_xaxis_transform(), label=f"commits, disturbed ({len(steps)})", clip_on=False,
         )  # fmt: skip
-        axes.set_title("One training, undisturbed and interrupted: loss in nats per character")
-        figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
+        axes.set_title("One training, undisturbed and interrupted: loss in nats per character", pad=20)
+        figure.legend(frameon=False, loc="outside lower center", ncols=4, fontsize=9)
         return figure
 
     return write_figure(path, picture)

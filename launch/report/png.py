@@ -72,6 +72,9 @@ def _one(plt: Any, goodput: Goodput, curve: Curve | None) -> Any:
     _timeline(panels[1], goodput)
     if curve is not None:
         draw_curve(panels[2], curve)
+        if curve.dots:
+            where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1.1), "borderpad": 0}
+            panels[2].legend(ncols=2, frameon=False, fontsize=9, **where)
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.12)
     shares = {phase: f"{phase.words} {percent(goodput.time.shares[phase])}" for phase, _ in by_share(goodput)}
     _legend(figure, shares, columns=4)
@@ -138,7 +141,6 @@ def draw_curve(axes: Any, curve: Curve) -> None:
     if curve.dots:
         color = RunPhase.RESTORE.color
         axes.plot(*zip(*curve.dots, strict=True), "o", color=color, markersize=4, label=curve.dots_name)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1.1), ncols=2, frameon=False, fontsize=9, borderpad=0)
     for cut in curve.cuts:
         color = RunPhase.EMERGENCY.color if cut.outcome == Outcome.PREEMPTED else RunPhase.LOST.color
         axes.axvline(cut.step, color=color, linewidth=1.1, linestyle=(0, (4, 2)))
