@@ -76,6 +76,7 @@ def definition_of(job: dict[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.slow
 def test_submit_run_resume(desk: Desk, queue: str, url: str, moto: dict[str, str]) -> None:
     """The container that was asked for trains the run to its end; a job that ends without it is told of and resumed."""
     submit(desk, queue, url, "--max-restarts", "4", "--env", "MODE=fast", "--gpus", "1", "--label", "team=vision")
@@ -111,6 +112,7 @@ def test_submit_run_resume(desk: Desk, queue: str, url: str, moto: dict[str, str
     assert json.loads(desk.jobkit("ls", url.rpartition("/")[0], "--json"))[0]["backend"] == "aws"
 
 
+@pytest.mark.slow
 def test_dry_run_and_cancel(desk: Desk, queue: str, url: str) -> None:
     """A dry run prints the request and sends nothing; a cancel is written and the run never comes back."""
     asked = json.loads(submit(desk, queue, url, "--dry-run", "--time", "2h", "--secret", "TOKEN=arn:aws:ssm:x"))
@@ -123,6 +125,7 @@ def test_dry_run_and_cancel(desk: Desk, queue: str, url: str) -> None:
     assert fsspec.filesystem("s3").exists(f"{url}/{contract.CANCEL}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -152,6 +155,7 @@ def test_credentials_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.count("refuse") == 1
 
 
+@pytest.mark.slow
 def test_without_credentials(desk: Desk, queue: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is not signed in is told how to; without a program boto3 could ask, too."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -182,6 +182,7 @@ def _library_takes_sigterm(url: str, how: str) -> None:
                 break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["steps", "own", "flag"])
 def test_a_run_takes_its_signal_back(tmp_path: Path, how: str) -> None:
     """At the next look of either loop; and a program that a library has told to stop has not stopped early."""

@@ -90,6 +90,7 @@ def test_a_part_that_cannot_be_resumed_is_refused(make: Any, told: list[str], tm
     assert commits.steps(Store(tmp_path / "run")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -205,6 +206,7 @@ def _fill_up(_: str, where: str, *, notice: bool) -> None:
             run._session.checkpoints.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notice", [False, True])
 def test_a_disk_that_fills_up_while_training(notice: bool, tmp_path: Path, tiny: Path) -> None:
     """A disk that fills up: training goes on loudly, ends with 74, keeps what it has whole; then it resumes."""
@@ -226,6 +228,7 @@ def test_a_disk_that_fills_up_while_training(notice: bool, tmp_path: Path, tiny:
     assert code == 0, printed
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_room_on_its_disk(tmp_path: Path, tiny: Path) -> None:
     """A run whose disk is full waits, longer each time, and begins no attempt; it goes on once there is room."""
     ballast = tiny / "ballast"

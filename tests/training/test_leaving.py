@@ -359,6 +359,7 @@ def _epochs(url: str, notice_at: str = "", behind: str = "", stop: int = 8, pati
         print("published", state.epoch, run.restore("best"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("notice_at", "committed"), [("before", 0), ("inside", 4), ("save", 5), ("after 2", 3), ("after 6", 7)]
 )
@@ -483,6 +484,7 @@ def project(tmp_path: Path) -> Iterator[jobs.Project]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_resumed(project: jobs.Project) -> None:
     """r12: killed after its early stop it is done with 50 steps, and `resume` trains no more."""
     spec = project.spec()
