@@ -158,6 +158,7 @@ def test_a_program_that_fails_is_not_started_for_ever(desk: Desk, batch: BatchSe
     assert "no progress: killed" in told["reason"]
 
 
+@pytest.mark.slow
 def test_restarts_that_are_used_up(desk: Desk, batch: BatchServer) -> None:
     """The status says so; a resume is another job of the same run, whose attempts count on."""
     desk.write("import os, time\nif os.environ['JOBKIT_ATTEMPT'] == '0': time.sleep(60)\n")
@@ -175,6 +176,7 @@ def test_restarts_that_are_used_up(desk: Desk, batch: BatchServer) -> None:
     assert "already done" in desk.jobkit("resume", URL)
 
 
+@pytest.mark.slow
 def test_cancel(desk: Desk, batch: BatchServer) -> None:
     """A cancel is heard in the VM, which saves and stops; the job ends by itself and nothing comes back."""
     batch.settle_s = 2.5  # longer than the pause between two looks
@@ -202,6 +204,7 @@ def test_cancel_of_what_waits(desk: Desk, batch: BatchServer) -> None:
     assert desk.gcs.read(f"runs/{NAME}/cancel.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["before_create", "after_create"])
 def test_a_submit_that_is_killed_and_repeated(point: str, desk: Desk, batch: BatchServer) -> None:
     """SIGKILL before or after the service hears of the job: the same submit again ends with one job, which runs."""
@@ -241,6 +244,7 @@ def test_time_limit(desk: Desk, batch: BatchServer) -> None:
     assert told["endings"][0]["outcome"] == "preempted"
 
 
+@pytest.mark.slow
 def test_logs_of_a_job_that_never_came_up(desk: Desk, batch: BatchServer) -> None:
     """Where the container does not start, the service's own log and reason are shown; else the run's own log."""
 
@@ -262,6 +266,7 @@ def test_logs_of_a_job_that_never_came_up(desk: Desk, batch: BatchServer) -> Non
     assert desk.until_over()["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_while_somebody_looks(
     desk: Desk, batch: BatchServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -282,6 +287,7 @@ def test_a_job_that_ends_while_somebody_looks(
     assert "hello from the VM" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_between_two_looks(desk: Desk, batch: BatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """`logs -f` fetches once more when the run turns out to be over: the last lines came after the look before."""
     desk.write("print('hello from the VM')")
@@ -422,6 +428,7 @@ REFUSED: list[tuple[list[str], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: Desk, batch: BatchServer) -> None:
     """One sentence with the remedy, exit code 2; no object, no job, no file."""
@@ -433,6 +440,7 @@ def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: 
     assert not left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [

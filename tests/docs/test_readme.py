@@ -63,6 +63,7 @@ def at(tmp_path: Path, *words: str) -> list[str]:
     return [line for line in here if line.split()[1] in words]
 
 
+@pytest.mark.slow
 def test_jobkit_commands(tmp_path: Path) -> None:
     """The jobkit commands work in the order they are told, on the README's own train.py."""
     verbs = ["submit", "submit", "status", "cancel", "resume", "logs", "ls", "report", "explain", "submit"]
@@ -86,6 +87,7 @@ def test_drill_command(tmp_path: Path) -> None:
     shell(as_this_checkout(command), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PYTHON[1:], ids=lambda code: code.split('Run("')[1].split('"')[0])
 def test_snippets(code: str, tmp_path: Path) -> None:
     """Each Python snippet runs as it stands."""
@@ -160,6 +162,7 @@ def test_docstring_examples(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_package_snippet(tmp_path: Path) -> None:
     """The loop in jobkit's own docstring runs."""
     assert jobkit.__doc__ is not None

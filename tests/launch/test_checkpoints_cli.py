@@ -39,6 +39,7 @@ def jobkit(*arguments: str | Path) -> tuple[int, str, str]:
     return ended.returncode, ended.stdout, ended.stderr
 
 
+@pytest.mark.slow
 def test_list(run: Path) -> None:
     """Every committed step is listed with size, attempt, reason and metrics; the first one was read back."""
     code, printed, _ = jobkit(run, "--json")
@@ -74,6 +75,7 @@ def test_verify_finds_one_flipped_bit(run: Path) -> None:
     assert not any(row["problem"] for row in json.loads(jobkit(run, "--json")[1]))
 
 
+@pytest.mark.slow
 def test_export(run: Path, tmp_path: Path) -> None:
     """`export` writes parameters that plain Orbax reads, and never overwrites."""
     import orbax.checkpoint as ocp
@@ -107,6 +109,7 @@ def test_export_for_a_reader_that_has_gone(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "_METADATA").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

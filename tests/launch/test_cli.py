@@ -75,6 +75,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
 def test_mistakes(project: Project, arguments: list[str], message: str) -> None:
     """A mistake is exit code 2 and one line on stderr with what to do; nothing is written."""

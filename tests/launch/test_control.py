@@ -77,6 +77,7 @@ def asked(store: Store) -> list[int]:
     return [event["step"] for event in read_events(store) if event["event"] == "saved" and event["reason"] == "asked"]
 
 
+@pytest.mark.slow
 def test_save_and_stop_of_a_program_started_by_hand(project: Project) -> None:
     """What nobody submitted commits when asked, once, and goes on; stops when asked; and started again it goes on."""
     store = Store(project.runs / "r")
@@ -121,6 +122,7 @@ def _own_loop(url: str) -> None:
             run.save(epoch + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [_several_loops, _own_loop])
 def test_every_loop_of_a_program_started_by_hand_is_heard(function: Any, tmp_path: Path) -> None:
     """A program hears `save` and `stop` in its second loop as in its first, and in a loop of its own."""
@@ -151,6 +153,7 @@ def _stopped_at_once(url: str) -> None:
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_stop_as_soon_as_there_is_an_attempt(tmp_path: Path) -> None:
     """What is asked of a program by hand between its claim and its first look is no earlier attempt's."""
     code, printed = training.attempt(tmp_path / "run", function=_stopped_at_once)
@@ -177,6 +180,7 @@ def test_stop_of_a_submitted_run(project: Project) -> None:
     registry.cancel(store.url)
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_where_nothing_trains(project: Project) -> None:
     """A run that is over, waits, or does not exist says so, and nothing is written."""
     store = project.submit("commit:3,exit:0")
@@ -331,6 +335,7 @@ def test_a_cancel_that_is_taken_back_while_a_home_is_refreshed(tmp_path: Path, m
     mirror.refresh(store)
 
 
+@pytest.mark.slow
 def test_a_cancel_ends_no_job_of_a_resume(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where somebody resumes a run while a `cancel` still waits for its job, the new job is left alone."""
     store = project.submit("commit:1,exit:3", "exit:3")

@@ -99,6 +99,7 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
     registry.cancel(store.url)
 
 
+@pytest.mark.slow
 def test_a_move_that_cannot_work_changes_nothing(project: Project) -> None:
     """A run on this machine's disk stays there: said in one sentence, and it can go on here."""
     store = project.submit("commit:1,exit:3", "exit:3", "exit:0")

@@ -73,6 +73,7 @@ def on(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     return be
 
 
+@pytest.mark.slow
 def test_a_runner_elsewhere_is_seen_and_not_doubled(on: Callable[[str], Store]) -> None:
     """On each kind of storage another machine sees who has the run and how fresh that is, and does not get it."""
     store = on("ada")

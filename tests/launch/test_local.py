@@ -33,6 +33,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
     yield from jobs.project(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "state", "attempts", "reason"),
     [
@@ -70,6 +71,7 @@ def test_running_status(project: Project) -> None:
     registry.cancel(store.url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["program", "supervisor"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_kill_and_go_on(project: Project, victim: str, number: signal.Signals) -> None:
@@ -131,6 +133,7 @@ def test_supervisor_killed_and_a_shell_that_exits_0(project: Project) -> None:
     assert (status.state, jobs.outcomes(store)) == (State.DONE, ["preempted", "done"])
 
 
+@pytest.mark.slow
 def test_one_of_two_cannot_tell_how_it_ended(project: Project) -> None:
     """Processes that stop on notice exit 0 beside each other; without the word of each of them nothing is done."""
     store = submit_like_a_run(project, "python", "train.py", tasks=2)
@@ -141,6 +144,7 @@ def test_one_of_two_cannot_tell_how_it_ended(project: Project) -> None:
     assert (status.state, jobs.outcomes(store)) == (State.DONE, ["killed", "done"])
 
 
+@pytest.mark.slow
 def test_supervisor_killed_and_program_does_not_listen(project: Project) -> None:
     """An orphan that ignores the notice and SIGTERM is killed after the grace period, before anything restarts."""
     store = project.submit("stubborn", "exit:0", grace_s=1.5)
@@ -167,6 +171,7 @@ def test_runner_killed_then_resumed(project: Project) -> None:
     assert jobs.outcomes(store) == ["preempted", "done"]
 
 
+@pytest.mark.slow
 def test_a_killed_runner_keeps_the_failure_budget(project: Project) -> None:
     """A runner that is killed between attempts, three times over, grants no failure beyond --max-failures."""
     store = project.submit(*(f"commit:{step},exit:1" for step in range(1, 9)), max_failures=3)
@@ -226,6 +231,7 @@ def test_runner_and_supervisor_killed(project: Project) -> None:
     assert len(status.endings) == status.attempts
 
 
+@pytest.mark.slow
 def test_both_killed_and_program_does_not_listen(project: Project) -> None:
     """An orphan that belongs to nobody's family any more is found by its environment and ended before a restart."""
     store = project.submit("stubborn", "exit:0", grace_s=1.5)
@@ -437,6 +443,7 @@ def test_concurrent_submits(project: Project) -> None:
     assert run_status.status(store).attempts == 1
 
 
+@pytest.mark.slow
 def test_submit_killed_anywhere(project: Project) -> None:
     """Whatever instant a submit is killed at: afterwards the run is alive, or resume or submit works."""
     for number in range(12):

@@ -107,6 +107,7 @@ def test_preempted_and_done(project: Project, server: Server, monkeypatch: pytes
     assert not [word for word in (b"hush", b"quiet", b"silent", b"hidden") if word in written]
 
 
+@pytest.mark.slow
 def test_nothing_is_waited_for(project: Project, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that hangs delays no attempt and no other target, and is not ended with an attempt."""
     pids = project.path / "pids"
@@ -142,6 +143,7 @@ def ledger(store: Store) -> list[dict[str, Any]]:
     return [event for event in run_status.events(store) if event["event"] in names]
 
 
+@pytest.mark.slow
 def test_tried_again(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer of 500 or 429 is tried again until it is well; a 404 or a redirect is final; both are in the ledger."""
     monkeypatch.setenv("HOOK", server.url)

@@ -89,6 +89,7 @@ def test_an_end_during_an_outage_is_not_lost(number: int, project: Project, outa
     assert (status.state, jobs.outcomes(store), status.committed_step) == (State.DONE, ["done"], 3)
 
 
+@pytest.mark.slow
 def test_an_attempt_begins_after_the_outage(project: Project, outage: Outage) -> None:
     """Between two attempts the runner waits for the disk, says so once, and says when it answers again."""
     store = verbs.submit(Local(outage.environ), project.spec("commit:1,kill:9", "exit:0"))
@@ -102,6 +103,7 @@ def test_an_attempt_begins_after_the_outage(project: Project, outage: Outage) ->
     assert "the storage answers again" in answered
 
 
+@pytest.mark.slow
 def test_a_stop_during_an_outage(project: Project, outage: Outage) -> None:
     """A runner that is told to stop does so although the disk does not answer, and `resume` goes on later."""
     store = verbs.submit(Local(outage.environ), project.spec("hold", "exit:0"))
@@ -144,6 +146,7 @@ def test_a_sweep_goes_on_after_an_outage(project: Project, outage: Outage) -> No
     assert states == [State.DONE] * 3
 
 
+@pytest.mark.slow
 def test_who_waits_goes_on_waiting(project: Project, outage: Outage) -> None:
     """`submit --wait` says that the disk does not answer, and ends with the run and not before."""
     options = ("--run", str(project.runs / "r"), "--wait", "--", "python", "job.py", "commit:1,sleep:3,exit:0")
@@ -171,6 +174,7 @@ def supervised(*command: str, run: Path, redirect: str, environ: dict[str, str] 
     ).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirect", [">/dev/full 2>&1", ">&- 2>&-", "2>&-", "2>/dev/full"])
 def test_what_cannot_be_printed_changes_no_exit_code(redirect: str, tmp_path: Path) -> None:
     """A full disk or a closed stream under a supervisor's output leaves its exit codes as they are."""
@@ -181,6 +185,7 @@ def test_what_cannot_be_printed_changes_no_exit_code(redirect: str, tmp_path: Pa
     assert supervised("true", run=tmp_path / "file" / "d", redirect=redirect) == contract.Exit.CONFIG
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_first_file_is_the_storage_s(tmp_path: Path) -> None:
     """A supervisor that can write neither its attempt nor its own log ends with 74, and not with 1."""
     outage = Outage(tmp_path, tmp_path / "run")
@@ -250,6 +255,7 @@ def test_no_room_for_a_heartbeat_names_the_right_disk(tmp_path: Path) -> None:
     assert "/mnt/run" not in done.stderr
 
 
+@pytest.mark.slow
 def test_events_of_an_outage(project: Project, outage: Outage) -> None:
     """What happened to a run while its disk did not answer is in its ledger afterwards."""
     store = verbs.submit(Local(outage.environ), project.spec("commit:2,sleep:2,exit:3", "exit:0"))

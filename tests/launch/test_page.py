@@ -51,6 +51,7 @@ def html(*runs: ledgers.Written) -> str:
     return html_of([read_history(run.store, state="done", reason="finished") for run in runs])
 
 
+@pytest.mark.slow
 def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     """One run and three: no request to anywhere, no complaint, no sideways scrolling; dark where the reader's is dark.
 
@@ -144,6 +145,7 @@ def test_command(tmp_path: Path) -> None:
     assert "goodput 32.1 %" in live
 
 
+@pytest.mark.slow
 def test_live(tmp_path: Path) -> None:
     """`--live` shows a run while it is alive, until it is over."""
     project = Project(tmp_path)

@@ -279,6 +279,7 @@ def test_braces_of_others(word: str) -> None:
     sweep.refuse_names(["python", word])
 
 
+@pytest.mark.slow
 def test_one_point_that_cannot_be_asked_keeps_no_other(project: jobs.Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancel that cannot be written for one point is an error, and all others are cancelled nevertheless."""
     store = start(project, "{a}", parallel=2, a=("hold", "hold,exit:1"))

@@ -75,6 +75,7 @@ def test_a_name_is_resolved_once(server: ThreadingHTTPServer, monkeypatch: pytes
     assert server.hosts == [f"hook:{server.server_port}"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [[METADATA], [HERE, METADATA], ["fe80::1"], ["::ffff:a9fe:a9fe"], ["fd00:ec2::254"]])
 def test_a_name_that_leads_to_the_metadata(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, answer: list[str]

@@ -153,6 +153,7 @@ def run(cluster: Cluster, cwd: Path, *arguments: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
     """On a real cluster: findings, as JSON too, a probe that writes and answers, and nothing left behind."""
     cluster.tidy()

@@ -131,6 +131,7 @@ def test_every_way_to_be_stopped(way: str, nodes: int, login: Login, undisturbed
         assert again["step"] >= 10
 
 
+@pytest.mark.slow
 def test_a_preempted_job_goes_on(login: Login, undisturbed: str) -> None:
     """A preemption with five seconds of grace: committed, requeued by itself, bit-equal in the end."""
     job = login.submit("-p", "requeue5", pause_s=0.05)
@@ -381,6 +382,7 @@ def test_time_limit_of_a_program_that_does_not_stop(login: Login) -> None:
     assert [outcome["outcome"] for outcome in login.outcomes()] == ["killed", "done"]
 
 
+@pytest.mark.slow
 def test_a_job_that_nobody_wrote_down(login: Login) -> None:
     """A submit that is killed right after sbatch leaves a job that is known by its comment: seen, cancelled."""
     in_training(login)

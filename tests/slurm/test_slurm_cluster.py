@@ -45,6 +45,7 @@ def test_job_over_two_nodes(free: Cluster, tmp_path: Path) -> None:
     assert (told["NodeList"], told["Partition"], told["WorkDir"]) == ("127.0.0.[1-2]", "requeue0", "/")
 
 
+@pytest.mark.slow
 def test_preempted_job_runs_again(free: Cluster, tmp_path: Path) -> None:
     """A job without grace gets SIGTERM, is requeued, and runs again under its number with a restart counted."""
     job = submit(free, tmp_path / "out", then="exit 0")
@@ -73,6 +74,7 @@ def test_notice_then_preempted(free: Cluster, tmp_path: Path) -> None:
     assert 5 < time.monotonic() - started < 25
 
 
+@pytest.mark.slow
 def test_node_down(free: Cluster, tmp_path: Path) -> None:
     """A job of a node that is declared down is requeued, and the node serves again after `resume`."""
     job = submit(free, tmp_path / "out", then="exit 0")

@@ -233,6 +233,7 @@ with jobkit.Run(sys.argv[1], save_every=None) as run:
 """
 
 
+@pytest.mark.slow
 def test_placed_arrays_that_change_their_shape_come_back(tmp_path: Path) -> None:
     """Where the program spreads an array over devices, one of another shape that was saved comes back all the same."""
     environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
@@ -359,6 +360,7 @@ def _trained(run: Path, steps: int, pace_s: float, *, until: str = "", kill: int
         return program.wait()
 
 
+@pytest.mark.slow
 def test_a_training_whose_parts_change_survives(tmp_path: Path) -> None:
     """float64 that becomes float32, None that becomes a dict, a list that grows: a notice and a SIGKILL lose no bit."""
     assert _trained(tmp_path / "a", 12, 0) == 0

@@ -118,6 +118,7 @@ def test_what_a_commit_tells(store: Store) -> None:
 # Damage.
 
 
+@pytest.mark.slow
 def test_every_single_bit_counts(store: Store) -> None:
     """Flip any one bit of any byte of any file of a step, commit.json included: reported each time, never raised."""
     flipped = 0

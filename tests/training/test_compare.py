@@ -113,6 +113,7 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         compare(a, b)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     """Exit 0 equal, 1 different, 2 nothing to compare; --json is one object."""
     a, b, c = make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", losses=(3.0, 2.0, 1.5))

@@ -165,6 +165,7 @@ def counted() -> Any:
         yield number
 
 
+@pytest.mark.slow
 def test_probe_sees_what_is_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of the loop, attributes, generators and global generators: each by name and kind."""
     monkeypatch.setenv(contract.ENV_DRILL, Drill(until=3, probe=(0, 1, 2)).to_json())
@@ -753,6 +754,7 @@ def test_list(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -64,6 +64,7 @@ def test_changed_lines_counts() -> None:
     assert changed_lines("a\nb\nc\n", "a\n") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_killed_ends_like_plain(kind: str, tmp_path: Path) -> None:
     """SIGKILLed in its second commit and run again, it ends with the plain loop's final loss to the last bit."""

@@ -85,6 +85,7 @@ def test_a_program_of_an_older_jobkit_leaves_the_run_alone(tmp_path: Path) -> No
     assert not (run / contract.ATTEMPTS).exists()
 
 
+@pytest.mark.slow
 def test_a_step_of_a_newer_format_is_not_set_aside(tmp_path: Path) -> None:
     """An attempt that meets one ends with 78: it neither goes back to an older step nor moves anything."""
     run = tmp_path / "run"
@@ -103,6 +104,7 @@ def test_a_step_of_a_newer_format_is_not_set_aside(tmp_path: Path) -> None:
     assert store.names(contract.SET_ASIDE) == []
 
 
+@pytest.mark.slow
 def test_what_a_newer_jobkit_adds_to_a_ledger_is_passed_over(tmp_path: Path) -> None:
     """Ledgers have no format of their own: an event and a field that nobody knows yet hide none that are known."""
     run = tmp_path / "run"

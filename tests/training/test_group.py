@@ -112,6 +112,7 @@ def test_a_notice_in_the_last_step(tmp_path: Path, undisturbed: dict[int, str]) 
     assert training.digest(url) == undisturbed[2]
 
 
+@pytest.mark.slow
 def test_a_notice_while_one_compiles(tmp_path: Path, undisturbed: dict[int, str]) -> None:
     """A process that is busy in its first step answers all the same; nobody waits for it longer than it takes."""
     url = tmp_path / "run"

@@ -146,6 +146,7 @@ def test_azure_heeds_its_own_events_and_hears_them_withdrawn(watch_of: Start) ->
     assert said.kind is Kind.WITHDRAWN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [(Gce, "gce"), (Aws, "aws"), (Azure, "azure")])
 def test_a_server_that_fails_is_asked_again(kind: Any, name: str, watch_of: Start) -> None:
     """A burst of refusals delays a notice and loses none; no proxy is asked in its place."""
@@ -252,6 +253,7 @@ def test_a_preempted_vm_is_left_in_good_order(tmp_path: Path) -> None:
     assert 0 < notice["deadline_at"] - time.monotonic() < 30
 
 
+@pytest.mark.slow
 def test_a_withdrawn_event_gives_the_machine_back(tmp_path: Path) -> None:
     """What was told cannot be taken back, so the program has left; the supervisor does not wait for the deadline."""
     with Azure() as cloud:
@@ -263,6 +265,7 @@ def test_a_withdrawn_event_gives_the_machine_back(tmp_path: Path) -> None:
     assert code == 75
 
 
+@pytest.mark.slow
 def test_a_shutdown_while_it_saves_ends_it_after_the_save(tmp_path: Path) -> None:
     """The SIGTERM of the machine's shutdown during the save changes nothing but that nobody stays afterwards."""
     with Aws() as cloud:

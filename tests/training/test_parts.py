@@ -133,6 +133,7 @@ def test_whatever_is_killed_a_reader_sees_the_beginning(
         assert growing_files.size_of(growing_files.grouped(remote.find()).get(LOG, {})) == len(whole)
 
 
+@pytest.mark.slow
 def test_a_log_is_sent_a_few_times_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand lines, each sent as it comes: few parts, and the traffic is a small multiple of the log."""
     monkeypatch.setattr(growing_files, "PART_BYTES", 1 << 16)
@@ -283,6 +284,7 @@ def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
         yield server
 
 
+@pytest.mark.slow
 def test_a_slow_log_keeps_nothing_waiting(gcs: GcsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While each part of a long log takes seconds, a checkpoint gets through and a cancel is heard."""
     monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))

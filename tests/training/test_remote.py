@@ -201,6 +201,7 @@ def test_a_run_moves_from_node_to_node(place: Place, undisturbed: Path) -> None:
     assert training.digest(store.path) == training.digest(undisturbed)
 
 
+@pytest.mark.slow
 def test_the_same_node_restores_what_was_not_uploaded(place: Place, undisturbed: Path) -> None:
     """A step that was committed locally but never uploaded is used by the next attempt on that node, and uploaded."""
     code, _ = attempt(place, "a", at={30: "SIGKILL"}, pause_s=0.03)
@@ -214,6 +215,7 @@ def test_the_same_node_restores_what_was_not_uploaded(place: Place, undisturbed:
     assert training.digest(home) == training.digest(undisturbed)
 
 
+@pytest.mark.slow
 def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> None:
     """SIGKILL of the program right after its local commit: the step is in the bucket when the attempt has ended."""
     script = place.homes / "train.py"
@@ -241,6 +243,7 @@ def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> Non
     assert b"uploaded" in there.read("attempts/0/events-supervisor.jsonl")
 
 
+@pytest.mark.slow
 def test_the_same_step_with_other_bytes_stays_as_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that comes back with its own version of a step, never uploaded, does not touch the one in the bucket."""
     import numpy as np
@@ -696,6 +699,7 @@ def test_a_url_that_is_used_again_is_another_run(place: Place, capfd: pytest.Cap
     assert "held another run of the same URL" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_step_damaged_is_no_new_start(place: Place) -> None:
     """Where every step of the bucket is damaged a new node says so instead of training from scratch."""
     code, printed = attempt(place, "a", at={5: "SIGTERM"}, keep=1)

@@ -132,6 +132,7 @@ def _twice(point: str, run: Any) -> None:
             os.kill(os.getpid(), number)
 
 
+@pytest.mark.slow
 def test_the_first_notice_wins(tmp_path: Path, undisturbed: Path) -> None:
     """Four signals in a burst are one notice, the first one's."""
     url = tmp_path / "run"
@@ -170,6 +171,7 @@ def test_a_program_that_leaves_before_it_resumes(tmp_path: Path) -> None:
     assert training.attempt(tmp_path / "run", function=_stop_before_resume)[0] == 75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", [_when_opened, _when_resumed])
 def test_notice_before_the_first_step(hook: Any, tmp_path: Path, undisturbed: Path) -> None:
     """A notice before the first step ends with 75 at once, on a fresh run and on a resumed one."""
@@ -183,6 +185,7 @@ def test_notice_before_the_first_step(hook: Any, tmp_path: Path, undisturbed: Pa
     assert_same(url, undisturbed)
 
 
+@pytest.mark.slow
 def test_notice_after_the_last_step(tmp_path: Path, undisturbed: Path) -> None:
     """A notice after the last step leaves a finished run finished: exit 0."""
     url = tmp_path / "run"
@@ -233,6 +236,7 @@ def _big(point: str, run: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_notice_behind_a_save_in_flight(tmp_path: Path) -> None:
     """A notice while an earlier save is being written: the newest step lands; the earlier one too, or gives way."""
     url = tmp_path / "run"
@@ -270,6 +274,7 @@ def test_earlier_handlers_come_back(tmp_path: Path) -> None:
     assert (code, printed.splitlines()[-1]) == (0, "mine")
 
 
+@pytest.mark.slow
 def test_a_continued_old_attempt_can_neither_commit_nor_remove(tmp_path: Path, undisturbed: Path) -> None:
     """SIGSTOP, a new attempt, SIGCONT: the old attempt ends itself with a clear line and changes nothing."""
     url, log = tmp_path / "run", tmp_path / "log"
@@ -464,6 +469,7 @@ def _ends_on_a_notice(url: str) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_notice_in_the_last_step_on_a_slow_machine(tmp_path: Path) -> None:
     """A run that is over before the guard has been started ends as well as any other."""
     code, printed = training.attempt(tmp_path / "run", function=_ends_on_a_notice)
@@ -511,6 +517,7 @@ def _prepares(url: str) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_notice_between_resume_and_the_loop(tmp_path: Path) -> None:
     """What compiles ahead for long and has nothing to save leaves in good order, before it is killed."""
     code, printed = training.attempt(tmp_path / "run", function=_prepares, environment={contract.ENV_GRACE: "3"})
@@ -634,6 +641,7 @@ def test_two_runs_in_one_program(tmp_path: Path) -> None:
     assert "submit each run on its own" in printed
 
 
+@pytest.mark.slow
 def test_an_old_attempt_stops_soon_after_a_newer_began(tmp_path: Path) -> None:
     """Two programs in one directory: the first ends by itself within seconds, long before its next save."""
     url, log = tmp_path / "run", tmp_path / "old.log"
@@ -677,6 +685,7 @@ def _loops_by_itself(url: str, *, save: bool) -> None:
                 run.save(step + 1)
 
 
+@pytest.mark.slow
 def test_a_loop_that_the_run_knows_nothing_of(tmp_path: Path) -> None:
     """Who trains past the run is told at the end that nothing of it is saved; who saves by hand is not."""
     for _ in range(2):  # the second time there is nothing left to do

@@ -142,6 +142,7 @@ def test_a_notice_reaches_the_program_as_it_came(number: signal.Signals, program
     assert told["step"] > 0
 
 
+@pytest.mark.slow
 def test_the_program_learns_what_is_known_of_a_notice(tmp_path: Path) -> None:
     """A signal's notice has the launcher's grace as deadline; where it comes from and why is the supervisor's word."""
     script = tmp_path / "train.py"
@@ -262,6 +263,7 @@ def test_a_notice_before_the_program_listens(tmp_path: Path) -> None:
     assert (code, told["outcome"], told["notice"]["source"]) == (75, "preempted", "SIGUSR1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "number"), [("trap : TERM;", signal.SIGTERM), ("", signal.SIGINT)])
 def test_a_notice_that_a_shell_keeps_to_itself(kept: str, number: signal.Signals, tmp_path: Path) -> None:
     """A program that was importing when the shell around it took the notice hears of it as soon as it listens."""

@@ -260,6 +260,7 @@ def test_a_drill_of_a_program_that_trains_a_copy(tmp_path: Path, name: str, told
     assert f"nothing that it trains is saved: {told}" in done.stderr
 
 
+@pytest.mark.slow
 def test_of_several_processes(tmp_path: Path) -> None:
     """Several processes that train a copy end together with 78, though each sees a part of the state only."""
     codes = training.join_many(training.start_many(tmp_path / "r", 2, function=_trains_together, copy=True))
@@ -387,6 +388,7 @@ def wrong(store: Store, kind: str) -> str:
     return next((one.text for one in run_status.status(store).troubles if one.kind == kind), "")
 
 
+@pytest.mark.slow
 def test_storage_that_fails_is_told(project: Project) -> None:
     """While the storage fails training goes on; status, ls, --wait, explain and --notify say so, until it is over."""
     store, waiting = submit(project, "100000")
@@ -422,6 +424,7 @@ def _swap(store: Store, *, block: bool) -> None:
     stage.touch()
 
 
+@pytest.mark.slow
 def test_state_that_fails_is_told(project: Project) -> None:
     """Where the state cannot be saved the same is said, and the run ends at the next interval with the reason."""
     store, waiting = submit(project, "100000", "bad")
