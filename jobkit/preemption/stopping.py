@@ -68,7 +68,7 @@ class Stopping:
             reason=notice.reason,
             age_s=age_s,
             deadline_s=None if left_s is None else round(left_s, 6),
-            step=max(0, self._heartbeat.step),
+            step=self._heartbeat.completed,
         )
 
     def end(self, why: str = "") -> str:
@@ -80,7 +80,7 @@ class Stopping:
         Returns:
             The same in a sentence.
         """
-        notice, step, completed = self._listener.notice, self._checkpoints.committed_step, max(0, self._heartbeat.step)
+        notice, step, completed = self._listener.notice, self._checkpoints.committed_step, self._heartbeat.completed
         assert notice is not None
         if step < 0:  # in the middle of a restore
             step = max(commits.steps(self._store), default=0)

@@ -176,7 +176,7 @@ class Session:
     @property
     def step(self) -> int:
         """Completed steps."""
-        return max(0, self.heartbeat.step)
+        return self.heartbeat.completed
 
     @property
     def look(self) -> Listener | Rounds:

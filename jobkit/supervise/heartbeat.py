@@ -110,6 +110,11 @@ class Heartbeat:
         self.step = -1
         self.committed_step = -1
 
+    @property
+    def completed(self) -> int:
+        """Completed steps; 0 before the run's state is known."""
+        return max(0, self.step)
+
     def beat(self) -> None:
         """Publish phase, step and committed step as they stand now; only the loop does, for this is its progress."""
         _RECORD.pack_into(

@@ -56,19 +56,17 @@ class Local(Backend):
         if spec.container is not None:
             container.refuse_foreign(spec.container, self.name, self.runtimes)
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
-            self._check_container(spec.container)
+            container.check_docker()
+            container.check_image(spec.container)
         return plan
-
-    def _check_container(self, image: container.Container) -> None:
-        container.refuse_foreign(image, self.name, self.runtimes)
-        container.check_docker()
-        container.check_image(image)
 
     def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`. What it had the runner sees to itself: it waits for a daemon that does not answer."""
         if moved:
             if spec.container is not None:
-                self._check_container(spec.container)
+                container.refuse_foreign(spec.container, self.name, self.runtimes)
+                container.check_docker()
+                container.check_image(spec.container)
             check_code(store.url, spec)
         return spec
 

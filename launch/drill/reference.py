@@ -132,8 +132,7 @@ def take(runs: Runs, *, steps: int | None, at: int | None, timeout_s: float) -> 
         )
     if not whole:
         registry.cancel(run.store.url)
-    status = registry.status(run.store)
-    runs.telling.moved(NAME, status)
+    status = run.look()
     if status.state is not State.DONE and (whole or status.state is not State.CANCELLED):
         last = status.endings[-1].reason if status.endings else status.reason
         raise ConfigError(f"the program cannot be drilled: without any interruption it ended with {last}; {log}")

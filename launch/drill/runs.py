@@ -24,6 +24,7 @@ from launch.drill import observe
 from launch.drill.observe import LateError, Living, MissedError
 from launch.drill.progress import Lines
 from launch.lifecycle import lock, orphans, verbs
+from launch.lifecycle.run_status import Status
 from launch.spec.jobspec import JobSpec
 
 _LOOK_S, _ASK_S = 0.2, 2.0
@@ -61,11 +62,16 @@ class Watched:
     def over(self) -> bool:
         """Show what it is doing, a few times a second; tell whether nothing of it runs, or all is to end now."""
         if time.monotonic() >= self._look_at_s and not self.runs.aborted:
-            status, here = registry.status(self.store), self.runs.here
-            self.runs.telling.moved(self.name, status)
-            self._over = status.state.over and not (here and self._lives())
-            self._look_at_s = time.monotonic() + (_LOOK_S if here else _ASK_S)
+            self.look()
+            self._look_at_s = time.monotonic() + (_LOOK_S if self.runs.here else _ASK_S)
         return self._over or self.runs.aborted
+
+    def look(self) -> Status:
+        """Show what it is doing, and return that."""
+        status = registry.status(self.store)
+        self.runs.telling.moved(self.name, status)
+        self._over = status.state.over and not (self.runs.here and self._lives())
+        return status
 
     def _lives(self) -> bool:
         """Tell whether a runner, a supervisor or a program of it is left on this machine."""
@@ -103,6 +109,8 @@ class Watched:
             observe.end_now(self.store)
         elif not registry.status(self.store).state.over:
             registry.cancel(self.store.url, wait=False)
+        if not (self._over or self.runs.aborted):
+            self.look()
 
     # For those who interrupt it.
 

@@ -22,13 +22,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.batch_vm import Container, Processes, Vm
+from tests.fakes.batch_vm import Machine, Processes, Vm
 
 QUEUE = "spot"
 LOST = "Host EC2 (instance i-0123456789abcdef0) terminated."
 
 
-class Job:
+class Job(Machine):
     """A job, and the thread that executes it."""
 
     def __init__(self, service: "AwsBatchServer", asked: dict[str, Any], definition: dict[str, Any]) -> None:
@@ -38,8 +38,6 @@ class Job:
         self.created = int(time.time() * 1000)
         self.codes: list[int] = []
         self.log = service.folder / f"{self.id}.log"
-        self.vm: Vm | None = None
-        self.container: Container | None = None
         self.terminated = threading.Event()
         self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
@@ -99,19 +97,6 @@ class Job:
         finally:
             self.vm, self.container = None, None
             vm.close()
-
-    def stop(self, grace_s: float, *, lost: int = 0) -> None:
-        """Ask the container to stop; pull the plug after a while."""
-        vm, container = self.vm, self.container
-        if vm is None or container is None:
-            return
-        container.terminate()
-        until = time.monotonic() + grace_s
-        while self.vm is vm:
-            if time.monotonic() > until:
-                vm.lost = lost
-                container.kill()
-            time.sleep(0.02)
 
 
 class AwsBatchServer:

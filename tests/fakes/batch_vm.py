@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +62,26 @@ class Executor(Protocol):
 
     def start(self, vm: Vm, log: Path) -> Container:
         """Start a VM's container, its output into a file."""
+
+
+class Machine:
+    """Where a service's job runs, while it does."""
+
+    vm: Vm | None = None
+    container: Container | None = None
+
+    def stop(self, grace_s: float, *, lost: int = 0) -> None:
+        """Ask the container to stop; pull the plug after a while."""
+        vm, container = self.vm, self.container
+        if vm is None or container is None:
+            return
+        container.terminate()
+        until = time.monotonic() + grace_s
+        while self.vm is vm:
+            if time.monotonic() > until:
+                vm.lost = lost
+                container.kill()
+            time.sleep(0.02)
 
 
 class Process:

@@ -27,7 +27,7 @@ from typing import Any
 
 from google.cloud import batch_v1
 
-from tests.fakes.batch_vm import Container, Executor, Processes, Vm
+from tests.fakes.batch_vm import Executor, Machine, Processes, Vm
 from tests.fakes.metadata_server import Gce
 
 PREEMPTED, TIMED_OUT = 50001, 50005
@@ -50,7 +50,7 @@ class RefusedError(Exception):
         return {"error": {"code": self.code, "status": self.status, "message": str(self), "details": details}}
 
 
-class Job:
+class Job(Machine):
     """A job, and the thread that executes it."""
 
     def __init__(self, server: "BatchServer", name: str, asked: dict[str, Any]) -> None:
@@ -64,8 +64,6 @@ class Job:
         self.task = "PENDING"
         self.log = server.folder / f"{self.id}.log"
         self.log.touch()
-        self.vm: Vm | None = None
-        self.container: Container | None = None
         self.cancelled = threading.Event()
         self.thread = threading.Thread(target=self._run, name=self.id, daemon=True)
 
@@ -145,19 +143,6 @@ class Job:
         finally:
             self.vm, self.container = None, None
             vm.close()
-
-    def stop(self, grace_s: float, *, lost: int = 0) -> None:
-        """Ask the container to stop; pull the plug after a while."""
-        vm, container = self.vm, self.container
-        if vm is None or container is None:
-            return
-        container.terminate()
-        until = time.monotonic() + grace_s
-        while self.vm is vm:
-            if time.monotonic() > until:
-                vm.lost = lost
-                container.kill()
-            time.sleep(0.02)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -74,15 +74,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Place(url, environment, tmp_path)
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train once on the local disk without interruption."""
-    url = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, printed = training.attempt(url)
-    assert code == 0, printed
-    return url
-
-
 def attempt(place: Place, node: str, **named: Any) -> tuple[int, str]:
     """Run one attempt on a node of its own local disk."""
     return training.attempt(place.url, environment=place.node(node), log=place.homes / f"{node}.log", **named)

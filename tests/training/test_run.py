@@ -22,15 +22,6 @@ from launch.lifecycle import verbs
 from tests.harness import jobs, training
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train once without interruption."""
-    url = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, printed = training.attempt(url)
-    assert code == 0, printed
-    return url
-
-
 def finish(url: Path, **named: Any) -> None:
     """Run a last attempt to its end."""
     code, printed = training.attempt(url, **named)
