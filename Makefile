@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Our own modules are compiled once, not in each of the thousands of processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-apart $(LIBRARIES:%=test-%) check one search lint format types bench clean
+.PHONY: help demo test test-all test-apart $(LIBRARIES:%=test-%) check one search lint format types docs bench clean
 help:
 	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
@@ -30,6 +30,7 @@ help:
 	@echo "make search     search for two minutes for what breaks a property (SEED=7, FOR=600)"
 	@echo "make lint, make types, make format"
 	@echo "                ruff and mypy; format mends what ruff can"
+	@echo "make docs       the documentation as pages, in build/docs"
 	@echo "make bench      what a step and a save cost"
 	@echo "make clean      remove .venv and everything generated"
 
@@ -59,7 +60,7 @@ search: $(READY)
 # first and alone, and what fails is run once more, to tell a race from a fault (tests/harness/classify.py).
 test-all: lint types $(SLURM) $(BROWSER) .venv/.slurm-26.05
 	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=30 @tests/apart.txt
-	$(MAKE) -s test-slurm-26.05 test-newest
+	$(MAKE) -s docs test-slurm-26.05 test-newest
 
 # What takes minutes and has a neighbour in test-all that differs in little, and the versions between: before a release.
 test-apart: $(READY) $(SLURM) $(BROWSER)
@@ -88,6 +89,11 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check -q --fix .
 	$(BIN)/ruff format -q .
+
+# Warnings are errors: a link that leads nowhere, a docstring that is not what it should be.
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/docs/.doctrees . build/docs
+	@echo "open build/docs/docs/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
