@@ -1,9 +1,11 @@
 """What the command line does, for Python: the same words, the same errors."""
 
 import os
+from collections.abc import Sequence
 
 from jobkit.contract import State
-from launch.backends import registry, save_and_stop
+from jobkit.errors import ConfigError
+from launch.backends import move_run, registry, save_and_stop
 from launch.backends.local import Local
 from launch.backends.save_and_stop import PATIENCE_S, Answer
 from launch.lifecycle import submission, verbs
@@ -45,7 +47,14 @@ def status(run: str | os.PathLike[str]) -> Status:
     return registry.status(submission.open_run(run))
 
 
-def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool = False) -> Status:
+def resume(
+    run: str | os.PathLike[str],
+    *,
+    wait: bool = False,
+    take_over: bool = False,
+    new_code: bool = False,
+    command: Sequence[str] = (),
+) -> Status:
     """Continue a run that is not done and not alive, from its newest committed step; takes back a cancel.
 
     Args:
@@ -53,11 +62,16 @@ def resume(run: str | os.PathLike[str], *, wait: bool = False, take_over: bool =
         wait: Whether to follow the run until it is over.
         take_over: Whether to take it from the local runner of another machine without waiting until that counts as
             dead; should it live, it stops.
+        new_code: Whether it goes on with the code as it is now, in the directory that it was submitted from; it does so
+            too if it is done.
+        command: With `new_code`, its command from now on; empty for the one that it has.
 
     Raises:
-        ConfigError: If the run is alive.
+        ConfigError: If the run is alive, or nothing has changed.
     """
-    state = registry.resume(run, take_over=take_over)
+    if command and not new_code:
+        raise ConfigError("a run goes on with the command that it has; with another one: new_code=True")
+    state = move_run.resume(run, command=command if new_code else None, take_over=take_over)
     if wait and state is not State.DONE:
         from launch.report import follow
 

@@ -6,12 +6,13 @@ machine that nobody can see, is refused by its successor's claim.
 """
 
 import os
+from collections.abc import Sequence
 
 import msgspec
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError
-from launch.backends import registry
+from launch.backends import new_code, registry
 from launch.lifecycle import submission, verbs
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
@@ -19,12 +20,20 @@ from launch.spec.jobspec import JobSpec
 from launch.spec.profiles import Placement
 
 
-def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = False) -> State:
-    """Continue a run on a backend, or with other options on the one it had.
+def resume(
+    url: str | os.PathLike[str],
+    place: Placement | None = None,
+    *,
+    command: Sequence[str] | None = None,
+    take_over: bool = False,
+) -> State:
+    """Continue a run on a backend, or with other options on the one it had, or with other code.
 
     Args:
         url: The run.
-        place: Where it is to go on.
+        place: Where it is to go on; None for where it was.
+        command: Given, it goes on with the code as it is now and with this command, empty for the one that it has, and
+            does so too if it is done.
         take_over: Whether to take it from the local runner of another machine that gives signs of life.
 
     Durability: on return run.json is on storage, on the run's URL too, and the new backend has the run.
@@ -35,14 +44,18 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
     store = submission.open_run(url)
     file = specs.read_file(store)
     spec, name, created = file.spec, file.backend, file.created
-    old, new = registry.named(name), registry.named(place.backend)
+    old, new = registry.named(name), registry.named(name if place is None else place.backend)
     moves = new is not old
     cancels = verbs.cancels_of(store)
-    if verbs.status(old, store).state is State.DONE:
+    again = command is not None
+    if not again and verbs.status(old, store).state is State.DONE:
         return State.DONE
     if moves and (spec.sweep or spec.sweep_url):
         raise ConfigError(f"{store.url} belongs to a sweep, which goes on where it was submitted: --on {name}")
     verbs.refuse_alive(old, store, take_over=take_over)
+    change = new_code.write_down if command is None else new_code.prepare(store, command)
+    if place is None:
+        return verbs.resume(old, store, take_over=take_over, cancels=cancels, change=change, again=again)
     merged = _merged(spec, place, same=not moves)
     specs.check(merged)
     merged = new.fit(store, merged, moved=True)
@@ -53,7 +66,8 @@ def resume(url: str | os.PathLike[str], place: Placement, *, take_over: bool = F
         submission.record(store, "moved", source=name, target=place.backend, by=submission.who())
     specs.rewrite(store, merged, place.backend, created)
     try:
-        return verbs.resume(new, store, take_over=take_over and new.processes_here, cancels=cancels)
+        over = take_over and new.processes_here
+        return verbs.resume(new, store, take_over=over, cancels=cancels, change=change, again=again)
     except ConfigError:
         specs.rewrite(store, spec, name, created)
         if moves:

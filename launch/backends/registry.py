@@ -9,6 +9,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
+from launch.backends import new_code
 from launch.backends.cloud.aws import Aws
 from launch.backends.cloud.gcp import Gcp
 from launch.backends.local import Local
@@ -56,7 +57,8 @@ def status(store: Store) -> Status:
 def resume(run: str | os.PathLike[str], *, clear_cancel: bool = True, take_over: bool = False) -> State:
     """Continue a run; see `verbs.resume`."""
     store = submission.open_run(run)
-    return verbs.resume(of(store), store, clear_cancel=clear_cancel, take_over=take_over)
+    change = new_code.write_down
+    return verbs.resume(of(store), store, clear_cancel=clear_cancel, take_over=take_over, change=change)
 
 
 def cancel(

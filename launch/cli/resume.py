@@ -8,22 +8,36 @@ from typing import Any
 import click
 
 from jobkit.contract import State
-from launch.cli.options import placement, placement_options
+from jobkit.errors import ConfigError, say
+from launch.cli.options import Launching, placement, placement_options
 from launch.cli.output import follow, print_status
 
 
-@click.command(short_help="Continue RUN from its newest committed step.")
+@click.command(cls=Launching, short_help="Continue RUN from its newest committed step.")
 @click.argument("run")
 @click.option("--on", help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
 @placement_options
+@click.option("--new-code", is_flag=True, help="With the code as it is now, and COMMAND; of a finished run too.")
 @click.option("--take-over", is_flag=True, help="Though another machine's runner gave a sign less than 10 min ago.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: bool, **given: Any) -> None:
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def resume(
+    run: str,
+    profile: str | None,
+    new_code: bool,
+    take_over: bool,
+    wait: bool,
+    as_json: bool,
+    command: tuple[str, ...],
+    **given: Any,
+) -> None:
     """Continue RUN from its newest committed step; takes back a cancel.
 
-    It goes on with the code as it was at the submit; changed code is another run.
+    It goes on with the code and the command as they were at the submit. With --new-code it takes the code of the
+    directory that it was submitted from as it is now, and COMMAND if one is given: a bug that is mended, another
+    learning rate, more steps. From which step which code ran, and what differs, is in `jobkit explain` and the report.
 
     A run of another machine's local runner is refused while that gives signs of life; with --take-over it is not, and
     should that runner live, it stops.
@@ -35,31 +49,49 @@ def resume(run: str, profile: str | None, take_over: bool, wait: bool, as_json: 
     Examples:
       jobkit resume runs/mnist
       jobkit resume --wait runs/mnist
+      jobkit resume runs/mnist --new-code -- python train.py --steps 20000
       jobkit resume gs://bucket/r1 --on gcp --region us-central1 --gpus L4:1 --image IMAGE
     """
-    from launch.backends import move_run, registry
+    from launch.backends import move_run
     from launch.lifecycle import submission
     from launch.spec import jobspec as specs
     from launch.spec.profiles import read_profile
 
+    if command and not new_code:
+        raise ConfigError("a run goes on with the command that it has; with another one: give --new-code too")
+    place = None
     if profile or any(value not in (None, ()) for value in given.values()):
         old = specs.read_file(submission.open_run(run)).backend
         options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
-        state = move_run.resume(run, placement({"on": old} | options, given), take_over=take_over)
-    else:
-        state = registry.resume(run, take_over=take_over)
+        place = placement({"on": old} | options, given)
+    state = move_run.resume(run, place, command=command if new_code else None, take_over=take_over)
     if state is State.DONE:
-        print(f"{run} is already done; nothing to resume", file=sys.stderr if as_json else sys.stdout)
+        again = f"; with more steps: jobkit resume {run} --new-code -- COMMAND"
+        print(f"{run} is already done; nothing to resume{again}", file=sys.stderr if as_json else sys.stdout)
     elif not as_json:
         print(f"resumed {run}", flush=True)
-    if state is not State.DONE and (top := submission.changed_code(run)) is not None:
-        print(
-            f"jobkit: the code below {top} has changed since the submit; {run} goes on with the code as it was then: "
-            "submit changed code as another run",
-            file=sys.stderr,
-            flush=True,
-        )
+    if state is not State.DONE:
+        say_code(run, new=new_code)
     if wait and state is not State.DONE:
         sys.exit(follow(run, as_json))
     if as_json:
         print_status(run)
+
+
+def say_code(run: str, *, new: bool) -> None:
+    """Say which code a run that was resumed goes on with, where that is not what a person may think."""
+    from launch.backends import new_code
+    from launch.lifecycle import run_status, submission
+    from launch.spec import changes
+
+    if new:
+        events = [event for event in run_status.events(submission.open_run(run)) if event["event"] == "new_code"]
+        if events:
+            step = max(0, int(events[-1].get("committed") or 0))
+            say(f"from step {step} on with other code or options: {changes.told(events[-1])}")
+    elif (found := new_code.since_snapshot(run)) is not None:
+        top, which = found
+        say(
+            f"the code below {top} has changed since its snapshot was taken ({which}); {run} goes on with "
+            f"that snapshot: to use the code as it is now, stop it and give 'jobkit resume {run} --new-code'"
+        )

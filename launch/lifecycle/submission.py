@@ -110,13 +110,17 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
     if not spec.snapshot:
         return Plan(store, msgspec.structs.replace(spec, root=str(cwd)), None)
     tree = snapshot.find(cwd, store.path, secret=targets.files(spec.notify))
-    imports = snapshot.imports_below(tree.root, [*_python_path(), *sys.path])
-    spec = msgspec.structs.replace(spec, root=str(tree.root), links=tree.links, imports=imports)
+    spec = msgspec.structs.replace(spec, root=str(tree.root), links=tree.links, imports=imports_of(tree))
     try:
         specs.check_places(spec)
     except ValueError as error:
         raise ConfigError(f"{error}: rename that directory") from None
     return Plan(store, spec, tree)
+
+
+def imports_of(tree: snapshot.Tree) -> tuple[str, ...]:
+    """Return the directories of a tree that Python imports from, here and now."""
+    return snapshot.imports_below(tree.root, [*_python_path(), *sys.path])
 
 
 def fresh_place(name: str) -> str:
@@ -199,21 +203,6 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
             raise
 
 
-def changed_code(url: str) -> Path | None:
-    """Return the directory that a run's snapshot was taken of, if its code has changed since; None if not, or if it
-    is not here.
-    """
-    store = open_run(url)
-    with contextlib.suppress(JobkitError, OSError):
-        spec = specs.read(store)
-        top = Path(spec.root)
-        if spec.code and Path(spec.cwd).is_dir():
-            tree = snapshot.find(Path(spec.cwd), store.path, secret=targets.files(spec.notify))
-            if tree.root == top and snapshot.digest(tree) != spec.code:
-                return top
-    return None
-
-
 def make_point(store: Store) -> None:
     """Make the run of one point of a sweep, unless it is there.
 
@@ -265,7 +254,8 @@ def _taken(plan: Plan) -> str:
     where = f", running on {away.place}" if away is not None else ""
     return (
         f"{plan.store.url} already holds {what} ({shlex.join(old.command)}{kept}){where}; two trainings never share a "
-        f"directory: continue it with 'jobkit resume {plan.store.url}', or give a new --run"
+        f"directory: continue it with 'jobkit resume {plan.store.url}', with other code or another command by "
+        f"'jobkit resume {plan.store.url} --new-code -- COMMAND', or give a new --run"
     )
 
 

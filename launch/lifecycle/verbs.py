@@ -29,6 +29,10 @@ Progress = Callable[[str], None]
 """Called with a line for a person when a waiting begins."""
 
 
+Change = Callable[[Store, JobSpec], JobSpec]
+"""Writes down what a run, which nobody else can start meanwhile, goes on with, and returns that."""
+
+
 class UnknownError(ConfigError):
     """Nobody can tell whether a run is alive."""
 
@@ -302,6 +306,8 @@ def resume(
     clear_cancel: bool = True,
     take_over: bool = False,
     cancels: Mapping[str, bytes | None] | None = None,
+    change: Change = lambda store, spec: spec,
+    again: bool = False,
 ) -> State:
     """Have a run, or the points of a sweep that are not done, go on from what is committed.
 
@@ -311,6 +317,8 @@ def resume(
         clear_cancel: Whether an earlier cancel is taken back; one that comes meanwhile never is.
         take_over: Whether to take it from the runner of another machine without waiting until that counts as dead.
         cancels: Those that are taken back, as `cancels_of` returned them; by default the ones that there are now.
+        change: Called with the run and what it is to go on with, before anything is started.
+        again: Whether a run that is done goes on too.
 
     Returns:
         Its state then; DONE, and nothing started, if it is done.
@@ -324,14 +332,14 @@ def resume(
     spec = specs.read(store)
     members = specs.points(store, spec)
     cancels = cancels_of(store) if cancels is None else cancels
-    left = not_done(backend, members)
+    left = members if again else not_done(backend, members)
     if not left:
         return State.DONE
     with backend.claim(store, spec, take_over=take_over) as claim:
-        if claim.lock is not None:  # its runner may have written the end until it was free
+        if claim.lock is not None and not again:  # its runner may have written the end until it was free
             left = not_done(backend, members)
         if left:
-            spec = backend.fit(store, spec, moved=False)
+            spec = change(store, backend.fit(store, spec, moved=False))
             if not spec.sweep:
                 submission.make_point(store)
             for one in filter(specs.exists, dict.fromkeys((store, *left))):

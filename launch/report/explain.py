@@ -13,11 +13,12 @@ from jobkit.rundir.ledger import Event
 from jobkit.supervise.unsaved import nothing_new
 from jobkit.units import counted, show_duration
 from launch.lifecycle import troubles
-from launch.lifecycle.history import History, Life, number_of
+from launch.lifecycle.history import History, Life, count_of, number_of
 from launch.report.advice import Advice, advice, clause, reason_of
 from launch.report.goodput import BEGINNING, AttemptFigures, Goodput, lost_unseen
-from launch.report.lives import from_outside, named, seconds_of
+from launch.report.lives import begun_at, from_outside, named, seconds_of
 from launch.report.phases import RunPhase, percent
+from launch.spec import changes
 
 _MOST = 25
 """How many interruptions are told one by one; of more the costliest."""
@@ -28,8 +29,8 @@ class Sentence(msgspec.Struct, frozen=True):
 
     Args:
         t: When, epoch seconds.
-        cause: One word: 'submitted', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'silent', 'resumed', 'more',
-            'end'.
+        cause: One word: 'submitted', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'silent', 'resumed', 'code',
+            'more', 'end'.
         attempt: Whose; None for the run's own.
         cost_s: Seconds that the run would not have spent without it.
     """
@@ -58,7 +59,13 @@ def explain(goodput: Goodput, history: History) -> Story:
         goodput: Its figures.
         history: Where they come from.
     """
-    sentences = [*_beginning(goodput), *_endings(goodput, history), *_troubles(history), *_resumes(history)]
+    sentences = [
+        *_beginning(goodput),
+        *_endings(goodput, history),
+        *_troubles(history),
+        *_resumes(history),
+        *_new_code(history),
+    ]
     sentences = [*sorted(sentences, key=lambda one: one.t), *_end(goodput)]
     return Story(goodput.run, goodput.name, goodput.state, sentences, list(advice(goodput, history)))
 
@@ -203,6 +210,16 @@ def _resumes(history: History) -> Iterator[Sentence]:
             )
             yield Sentence(event["t"], "resumed", None, text)
             ended = None
+
+
+def _new_code(history: History) -> Iterator[Sentence]:
+    """Tell from which step which code ran."""
+    for event in named(history.launcher, "new_code"):
+        first, step = count_of(event.get("attempts")), count_of(event.get("committed")) or 0
+        begun = (begun_at(life) for life in history.lives if first is not None and life.number >= first)
+        step = next((at for at in begun if at is not None), step)
+        text = f"From step {step:,} on (attempt {first}) other code or options ran: {changes.told(event)}."
+        yield Sentence(event["t"], "code", None, text)
 
 
 def _end(goodput: Goodput) -> Iterator[Sentence]:

@@ -287,18 +287,27 @@ def take(tree: Tree, store: Store) -> str:
 def _write_tar(tree: Tree, file: BinaryIO | gzip.GzipFile) -> str:
     hashing = _Hashing(file)
     with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
-        for name in tree.files:
-            try:
-                entry, content = _entry(tree.root, name)
-            except FileNotFoundError:
-                continue  # removed since it was listed
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot read {tree.root / name} for the snapshot: {error.strerror}; make it readable, name it "
-                    "in .gitignore, or submit with --no-snapshot"
-                ) from None
+        for entry, content in entries(tree):
             tar.addfile(entry, io.BytesIO(content))
     return hashing.sha256.hexdigest()[:16]
+
+
+def entries(tree: Tree) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Yield what the archive of a tree has, in its order: each file or link, and its content.
+
+    Raises:
+        ConfigError: If a file cannot be read.
+    """
+    for name in tree.files:
+        try:
+            yield _entry(tree.root, name)
+        except FileNotFoundError:
+            continue  # removed since it was listed
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {tree.root / name} for the snapshot: {error.strerror}; make it readable, name it "
+                "in .gitignore, or submit with --no-snapshot"
+            ) from None
 
 
 def _entry(root: Path, name: str) -> tuple[tarfile.TarInfo, bytes]:

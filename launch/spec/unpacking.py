@@ -37,7 +37,7 @@ def unpack(store: Store, code: str, *, root: Path, links: Iterable[str]) -> Path
     target = store.file(f"{contract.CODE}/{code}")
     if store.exists(f"{contract.CODE}/{code}"):
         return target
-    content = _verified(store, code)
+    content = verified(store, code)
     temporary = target.with_name(f".{code}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir(mode=0o700)  # files get their own modes only after they are written
@@ -85,7 +85,12 @@ def _members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
 _AGAIN = "submit again, to a new run directory"
 
 
-def _verified(store: Store, code: str) -> bytes:
+def verified(store: Store, code: str) -> bytes:
+    """Return the tar stream of an archive.
+
+    Raises:
+        ConfigError: If the archive is missing or damaged.
+    """
     path = store.file(snapshot.archive_name(code))
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(store.read(snapshot.archive_name(code)))) as zipped:

@@ -196,7 +196,7 @@ def test_every_backend_has_a_place() -> None:
 
 @pytest.mark.slow
 def test_a_life(place: Place) -> None:
-    """Dry run, submit, preempted, failed, done; what is alive, taken or done is refused in words, and nothing twice."""
+    """Dry run, submit, preempted, failed, done, more with other code; what is alive or taken is refused in words."""
     begun, plan = place.marker("begun"), ("commit:1,touch:{},hold", "exit:3", "commit:9,exit:0")
     plan = (plan[0].format(begun), *plan[1:])
     assert place.submit(*plan, options=("--dry-run",))
@@ -215,6 +215,13 @@ def test_a_life(place: Place) -> None:
     assert "attempt 2: commit:9,exit:0" in place.jobkit("logs", "--attempt", "2")
     (listed,) = json.loads(place.desk.jobkit("ls", place.url.rpartition("/")[0], "--json"))
     assert (listed["run"], listed["state"], listed["backend"]) == (told["run"], "done", told["backend"])
+    place.desk.write(PROGRAM + 'print("other code", flush=True)\n', "job.py")
+    place.jobkit("resume", "--new-code", "--", "python", "job.py", "read:job.py,commit:99999")
+    before, told = told, place.watch(lambda told: told["state"] == "done")
+    assert (told["attempts"], told["committed_step"]) == (4, 99999)
+    assert "other code\n" in place.jobkit("logs", "--attempt", "3")
+    (event,) = [one for one in run_status.events(submission.open_run(place.url)) if one["event"] == "new_code"]
+    assert (event["changed"], event["committed"], event["attempts"]) == (["job.py"], before["committed_step"], 3)
 
 
 @pytest.mark.slow

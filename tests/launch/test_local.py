@@ -368,18 +368,6 @@ def test_cancelled_run_is_resumed_only_by_a_person(project: Project) -> None:
     assert not store.exists(contract.CANCEL)
 
 
-def test_resume_says_that_the_code_has_changed(project: Project) -> None:
-    """Who mends the program and resumes is told that the run goes on with the code as it was."""
-    store = project.submit("exit:4", max_failures=0)
-    until_over(store)
-    assert project.cli("resume", "--wait", store.url).stderr.count("has changed since") == 0
-    with (project.path / "job.py").open("a") as file:
-        file.write("# mended\n")
-    done = project.cli("resume", "--wait", store.url)
-    assert f"the code below {project.path} has changed since the submit" in done.stderr, done.stderr
-    assert done.returncode == 1
-
-
 def test_cancel_during_resume_is_not_lost(project: Project) -> None:
     """A cancel that comes while a resume takes back the old one wins."""
     store = project.submit("hold", "exit:0")
