@@ -1,7 +1,7 @@
 """Orbax writes and reads the arrays of a run's own checkpoints, the way it is told to here.
 
-Three other modules import it, none of which writes into a run: restore.py exports parameters, from_orbax.py reads what
-plain Orbax wrote, and leaves.py says how one array is to be read.
+Three other modules import it, none of which writes into a run: restore.py exports parameters, weights/source.py reads
+what plain Orbax wrote, and leaves.py says how one array is to be read.
 
 In a run of several processes all of them call the same in the same order, and each writes its own shards. They meet in
 barriers of JAX's coordination service: Orbax is told who they are, since it would take the devices for that otherwise.

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -101,8 +101,13 @@ def _bring_newest(session: Session) -> None:
 
 def _note_start(session: Session, url: str, started: from_orbax.Start) -> None:
     session.ledger.append("started_from", url=url, parts=started.parts, fresh=started.fresh, step=session.step)
-    rest = f"; as the program made it: {', '.join(started.fresh)}" if started.fresh else ""
+    rest = f"; as the program made it: {_some(started.fresh)}" if started.fresh else ""
+    rest += f"; not taken: {_some(started.unused)}" if started.unused else ""
     say(f"begins at step {session.step} with {', '.join(started.parts)} of {url}{rest}")
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def find(session: Session, step: int | str) -> int:

@@ -45,7 +45,8 @@ class Run:
             the end).
         keep: How many of the newest checkpoints stay; at least 1.
         keep_best: A metric and 'min' or 'max': the best checkpoint by it stays too.
-        start_from: URL of a checkpoint that plain Orbax wrote, to begin with where the run has none of its own yet.
+        start_from: URL of what the run begins with where it has no checkpoint of its own yet: any layout that plain
+            Orbax writes, or another run; of several steps the newest.
         trackers: Where `log` goes besides the ledger, as one run over all attempts: 'tensorboard', 'wandb', 'mlflow',
             or objects like jobkit.tracking.trackers.Tracker. By default TensorBoard, where tensorboardX is installed.
 

@@ -27,6 +27,8 @@ from jobkit.rundir.loops import EarlyStop
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, explain, in_words
 
+PARTS_ALONE = "parts"
+"""Why parts were saved that are no run's: `jobkit.save`, whose steps count its saves."""
 _UNSEALED = "00000000"
 _EARLY_STOPS = "early stops"
 """Among the metrics beside a commit; `save` takes keywords as metrics, and this is none."""
@@ -46,7 +48,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         step: Completed steps of the run at the save.
         attempt: The attempt that saved.
         at: Seconds since the epoch, of the writer's clock.
-        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'.
+        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'; 'parts' without a run.
         files: Every file of the step but commit.json itself, by path relative to the step.
         metrics: Named values given to `save`; those that came after the commit are in a file beside it.
         topology: Process and device counts and platform.

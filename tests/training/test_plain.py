@@ -129,14 +129,12 @@ def test_parameters_alone_start_a_fine_tuning(
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    """Another shape, dtype, name, a missing directory or a run of jobkit's: one sentence, nothing changed."""
+    """Another shape, dtype, name or a missing directory: one sentence, nothing changed."""
     _save(tmp_path / "shape", {"w": jnp.zeros((2, 2))})
     _save(tmp_path / "dtype", {"w": jnp.zeros((3,), jnp.bfloat16)})
     _save(tmp_path / "names", {"w": jnp.zeros(3), "v": jnp.zeros(3)})
     _save(tmp_path / "other", {"else": jnp.zeros(3)})
     (tmp_path / "empty").mkdir()
-    with jobkit.Run(tmp_path / "ours") as run:
-        run.resume(w=jnp.zeros(3), optimizer=None)
     said = {
         "shape": r"net/w: \(2, 2\) float32 there, \(3,\) float32 here",
         "dtype": r"net/w: \(3,\) bfloat16 there, \(3,\) float32 here",
@@ -144,8 +142,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         "other": "none of the parts net is in the checkpoint to start from, which has else",
         "empty": "no Orbax checkpoint to start from",
         "gone": "no such directory",
-        "ours": "was written by jobkit",
-        "ours/checkpoints/0": r"was written by jobkit: jobkit.load\('[^']*/ours', step=0, model=...\) reads it",
     }
     for name, text in said.items():
         with jobkit.Run(tmp_path / "run", start_from=tmp_path / name) as run, pytest.raises(ConfigError, match=text):
