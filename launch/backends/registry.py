@@ -2,14 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 
-from jobkit import contract
+from jobkit import contract, names
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store, is_remote
-from launch.backends import new_code
+from launch.backends import by_hand, new_code
 from launch.backends.cloud.aws import Aws
 from launch.backends.cloud.gcp import Gcp
 from launch.backends.local import Local
@@ -22,6 +23,8 @@ from launch.spec import jobspec as specs
 _BY_NAME: dict[str, Backend] = {each.name: each for each in (Local(), Slurm(), Gcp(), Aws())}
 NAMES = tuple(_BY_NAME)
 _PATIENCE_S = 20.0
+_DEPTH = 3
+"""How far below a directory or URL a run is looked for."""
 
 
 def named(name: str) -> Backend:
@@ -51,6 +54,8 @@ def of(store: Store) -> Backend:
 
 def status(store: Store) -> Status:
     """Read what a run is doing; see `verbs.status`."""
+    if specs.begun_by_hand(store):
+        return by_hand.status(store)
     return verbs.status(of(store), store)
 
 
@@ -75,20 +80,20 @@ def cancel(
 
 def listed(stores: Sequence[Store], report: Callable[[str], None]) -> list[Status]:
     """Read the status of any number of runs, leaving out, and reporting, those that cannot be read."""
-    readable: dict[Store, Backend] = {}
+    readable: dict[Store, Backend | None] = {}
     for store in stores:
         try:
-            readable[store] = of(store)
+            readable[store] = None if specs.begun_by_hand(store) else of(store)
             run_status.events(store)
         except JobkitError as error:
             readable.pop(store, None)
             report(str(error))
     jobs, statuses = {}, []
-    for backend in set(readable.values()):  # each scheduler is asked once
-        jobs[backend] = _jobs(backend, [store for store in readable if readable[store] is backend])
+    for each in {backend for backend in readable.values() if backend is not None}:  # each scheduler is asked once
+        jobs[each] = _jobs(each, [store for store in readable if readable[store] is each])
     for store, backend in readable.items():
         try:
-            statuses.append(verbs.status(backend, store, jobs[backend]))
+            statuses.append(by_hand.status(store) if backend is None else verbs.status(backend, store, jobs[backend]))
         except JobkitError as error:
             report(str(error))
     return statuses
@@ -114,14 +119,36 @@ def runs_below(directory: str) -> tuple[str, list[str]]:
     """
     if is_remote(directory):
         top = directory.rstrip("/")
-        files = Remote(top, deadline_s=_PATIENCE_S).find()
-        names = [name.removesuffix(contract.RUN_JSON).rstrip("/") for name in files if _is_run_file(name)]
-        return top, [f"{top}/{name}".rstrip("/") for name in sorted(names)]
+        return top, [f"{top}/{name}".rstrip("/") for name in _runs_among(Remote(top, deadline_s=_PATIENCE_S).find())]
     path = submission.open_run(directory).path
     if not path.is_dir():
         raise ConfigError(f"{path} is not a directory; name one that holds runs: jobkit ls DIRECTORY")
-    return str(path), [str(run) for run in run_status.find_runs(path)]
+    return str(path), [str(run) for run in find_runs(path)]
 
 
-def _is_run_file(name: str) -> bool:
-    return name == contract.RUN_JSON or (name.endswith(f"/{contract.RUN_JSON}") and name.count("/") <= 3)
+def find_runs(directory: Path, *, depth: int = _DEPTH) -> list[Path]:
+    """Return the run directories below a directory, oldest first: submitted ones and those begun by hand."""
+    return [path for _, path in sorted(_search(directory, depth))]
+
+
+def _search(directory: Path, depth: int) -> Iterator[tuple[float, Path]]:
+    for name in (contract.RUN_JSON, contract.STRATEGY):
+        with contextlib.suppress(OSError):
+            yield (directory / name).stat().st_mtime, directory
+            return
+    below: list[str] = []
+    with contextlib.suppress(OSError):
+        entries = os.scandir(directory) if depth else ()
+        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for name in filter(names.is_text, below):
+        yield from _search(directory / name, depth - 1)
+
+
+def _runs_among(files: Collection[str]) -> list[str]:
+    """Return which names hold a run, of the files below a URL; '' for the URL itself. What lies in a run is none."""
+    marks = (f"/{name}".rpartition("/") for name in files if name.count("/") <= _DEPTH)
+    tops: list[str] = []
+    for top in sorted({f"{place}/" for place, _, name in marks if name in (contract.RUN_JSON, contract.STRATEGY)}):
+        if not any(map(top.startswith, tops)):
+            tops.append(top)
+    return [top.strip("/") for top in tops]

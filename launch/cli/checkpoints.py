@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError
+from launch.cli.names import RUN
 from launch.printing import aligned
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="List, verify, export or remove committed steps.")
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.argument("action", default="list", type=click.Choice(["list", "verify", "export", "rm"]))
 @click.argument("step", required=False)
 @click.option("--all", "every", is_flag=True, help="verify: every step, not only the newest.")

@@ -5,6 +5,8 @@ import sys
 
 import click
 
+from launch.cli.names import RUN
+
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
@@ -20,7 +22,7 @@ def _seconds(given: str) -> float:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--no-wait", is_flag=True, help="Do not wait until it is committed.")
 @click.option("--timeout", metavar="DURATION", default="5m", help="How long to wait. [default: 5m]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -47,7 +49,7 @@ def save(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--no-wait", is_flag=True, help="Do not wait until it has saved and stopped.")
 @click.option("--timeout", metavar="DURATION", default="5m", help="How long to wait for a run started by hand.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobkit.errors import JobkitError, say
+from launch.cli.names import RUNS
 from launch.printing import aligned, dash
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="List the runs below DIRECTORY, which may be in a bucket.")
-@click.argument("directory", default="runs")
+@click.argument("directory", default=RUNS, type=click.Path())
 @click.option("--on", metavar="gcp", help="All runs that have jobs in --project and --region.")
 @click.option("--project", default="", help="gcp: project. [default: the credentials' own]")
 @click.option("--region", default="", help="gcp: region.")

@@ -9,10 +9,14 @@ import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError, say
 from launch.cli import checkpoints, control, drill, ls, report, resume, submit
+from launch.cli.names import RUN
 from launch.cli.output import print_status
 from launch.printing import aligned, guard
 
-_EPILOG = "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled."
+_EPILOG = (
+    "A run survives preemption, kills and restarts; it ends when it is done, fails for good, or is cancelled. In the "
+    'program, Run() saves every 10 minutes (save_every="10m") and keeps the newest 3 checkpoints (keep=3).'
+)
 
 
 class _Plain(click.Group):
@@ -23,10 +27,14 @@ class _Plain(click.Group):
 
 
 @click.group(
-    cls=_Plain, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=_Plain,
+    epilog=_EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(jobkit.__version__, prog_name="jobkit")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Run trainings in JAX and Flax that survive preemption.
 
     \b
@@ -34,14 +42,18 @@ def cli() -> None:
       jobkit demo
       jobkit submit --wait -- python train.py --epochs 10
       jobkit ls
+
+    RUN is a path, a URL, or the name that `jobkit ls` prints.
     """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 cli.add_command(submit.submit)
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def status(run: str, as_json: bool) -> None:
     """Say what RUN is doing.
@@ -66,7 +78,7 @@ def status(run: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on, across attempts, until the run is over.")
 @click.option("--attempt", type=int, metavar="N", help="Only the log of attempt N.")
 def logs(run: str, following: bool, attempt: int | None) -> None:
@@ -101,7 +113,7 @@ cli.add_command(control.stop)
 
 
 @cli.command(short_help="End RUN for good: it saves, and never comes back by itself.")
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--no-wait", is_flag=True, help="Do not wait until it has saved and stopped.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def cancel(run: str, no_wait: bool, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Options that say where a run runs and on what: the same for `jobkit submit` and `jobkit resume --on`."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("-p", "--partition", help="SLURM: partition."),
-    click.option("--account", help="SLURM: account."),
-    click.option("--qos", help="SLURM: quality of service."),
+    click.option("-p", "--partition", help="SLURM: partition. [default: the cluster's]"),
+    click.option("--account", help="SLURM: account. [default: the cluster's]"),
+    click.option("--qos", help="SLURM: quality of service. [default: the cluster's]"),
     click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]"),
-    click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]"),
+    click.option("--ntasks-per-node", type=int, help="Processes per node, on SLURM and local. [default: 1]"),
     click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8."),
-    click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process."),
-    click.option("--mem", help="SLURM: memory per node, such as 64G."),
+    click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process. [default: the cluster's]"),
+    click.option("--mem", help="SLURM: memory per node, such as 64G. [default: the cluster's]"),
     click.option("--time", help="SLURM: limit of one job; a run goes on in the next. gcp, aws: limit of the run."),
     click.option("--constraint", help="SLURM: features that nodes must have."),
     click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch."),
@@ -50,7 +51,32 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-class Launching(click.Command):
+_OF = re.compile(r"((?:local|SLURM|gcp|aws)(?:, (?:local|SLURM|gcp|aws))*): (.*)", re.DOTALL)
+"""How the help of an option begins that is for some backends alone."""
+
+
+class Grouped(click.Command):
+    """A command whose help has the options for some backends alone under the names of those."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, each under its backends."""
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if record is None:
+                continue
+            words, text = record
+            for_some = _OF.fullmatch(text)
+            title = f"Options for {for_some[1].replace(', ', ' and ')}" if for_some else "Options"
+            text = for_some[2] if for_some else text
+            text = text[:1].upper() + text[1:] if text[:2].islower() else text
+            groups.setdefault(title, []).append((words, text))
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Launching(Grouped):
     """A command whose last argument is COMMAND: an option of ours behind that, without `--`, is asked about."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

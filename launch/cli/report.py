@@ -10,6 +10,7 @@ import click
 
 from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError, say
+from launch.cli.names import RUN
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Say what the time of RUNS was spent on.")
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", type=RUN, nargs=-1, required=True)
 @click.option("--html", metavar="PATH", type=click.Path(path_type=Path), help="Write one self-contained page.")
 @click.option("--png", metavar="PATH", type=click.Path(path_type=Path), help="Write a picture (with matplotlib).")
 @click.option("--live", is_flag=True, help="Refresh while the run is alive; Ctrl-C ends the view alone.")
@@ -70,7 +71,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
 
 
 @click.command(short_help="Tell what happened to RUN, and what would avoid it.")
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def explain(run: str, as_json: bool) -> None:
     """Tell what happened to RUN: when, why, what it cost, and what would avoid it the next time.
@@ -154,14 +155,14 @@ def _stores(runs: Sequence[str]) -> "list[Store]":
 def _below(run: str) -> "Iterator[Store]":
     from jobkit.rundir.store import is_remote
     from launch.backends import registry
-    from launch.lifecycle import run_status, submission
+    from launch.lifecycle import submission
 
     if is_remote(run):
         top, urls = registry.runs_below(run)
     else:
         store = submission.open_run(run)
         top = store.url  # one that was started by hand is a run without run.json
-        urls = [] if store.exists(contract.ATTEMPTS) else [str(path) for path in run_status.find_runs(store.path)]
+        urls = [] if store.exists(contract.ATTEMPTS) else [str(path) for path in registry.find_runs(store.path)]
     for url in [top] if top in urls else urls or [top]:  # the points of a sweep are no runs beside it
         store = submission.open_run(url)
         if not urls and not store.exists(contract.ATTEMPTS):
@@ -179,7 +180,7 @@ def _read(stores: "Sequence[Store]", *, curves: bool) -> "list[History]":
     from launch.lifecycle.history import read_history
 
     try:
-        statuses = registry.listed([store for store in stores if store.exists(contract.RUN_JSON)], say)
+        statuses = registry.listed(stores, say)
     except JobkitError as error:
         say(str(error))
         statuses = []

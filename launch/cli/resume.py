@@ -9,13 +9,14 @@ import click
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError, say
+from launch.cli.names import BACKEND, RUN
 from launch.cli.options import Launching, placement, placement_options
 from launch.cli.output import follow, print_status
 
 
 @click.command(cls=Launching, short_help="Continue RUN from its newest committed step.")
-@click.argument("run")
-@click.option("--on", help="Go on there: local, slurm, gcp, aws. [default: where it was]")
+@click.argument("run", type=RUN)
+@click.option("--on", type=BACKEND, help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
 @placement_options
 @click.option("--new-code", is_flag=True, help="With the code as it is now, and COMMAND; of a finished run too.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError, say
+from launch.cli.names import BACKEND
 from launch.cli.options import Launching, placement, placement_options
 from launch.cli.output import follow, print_status
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Launching, context_settings={"allow_interspersed_args": False})
-@click.option("--on", help="Backend: local, slurm, gcp, aws. [default: local]")
+@click.option("--on", type=BACKEND, help="Backend: local, slurm, gcp, aws. [default: local]")
 @click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
 @click.option("--name", help="Name of the run. [default: that of the run directory]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")

@@ -1,13 +1,14 @@
 """All that a run's directory tells of its past, as the ledgers have it: what goodput, report and explain start from."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jobkit import contract
+from jobkit.contract import Outcome
 from jobkit.errors import JobkitError
-from jobkit.rundir.ledger import Event, Series, read_json, read_lines, read_metrics
+from jobkit.rundir.ledger import Event, Series, last_word, read_json, read_lines, read_metrics
 from jobkit.rundir.store import Store
 from launch.lifecycle import orphans
 
@@ -39,6 +40,7 @@ class History:
         launcher: Events of the launching side, in the order written.
         lives: The attempts, oldest first.
         now: Seconds since the epoch while the run is alive, None once nothing happens any more by itself.
+        by_hand: Whether it was started by hand and not submitted.
         price_per_hour: Of everything an attempt runs on; None where no price is given.
         series: What the program logged and a curve shows; None where it was not read.
     """
@@ -50,6 +52,7 @@ class History:
     launcher: list[Event] = field(default_factory=list)
     lives: list[Life] = field(default_factory=list)
     now: float | None = None
+    by_hand: bool = False
     price_per_hour: float | None = None
     grace_s: float | None = None
     series: Series | None = None
@@ -68,14 +71,18 @@ def read_history(store: Store, *, state: str = "", reason: str = "", over: bool 
     record = read_json(store, contract.RUN_JSON) or {}
     spec = record["spec"] if isinstance(record.get("spec"), dict) else {}
     numbers = store.numbers(contract.ATTEMPTS)
+    lives = [_life(store, number, min(_MOST, max(_LEAST, _ALL // len(numbers)))) for number in numbers]
+    for life in () if record else lives:  # nobody but the program itself could write down how it ended
+        life.outcome = life.outcome or by_hand_outcome(life.program, over=over or life is not lives[-1])
     return History(
         run=store.url,
         name=str(spec.get("name") or store.path.name),
         state=state,
         reason=reason,
         launcher=_finite(read_lines(store, contract.EVENTS)),
-        lives=[_life(store, number, min(_MOST, max(_LEAST, _ALL // len(numbers)))) for number in numbers],
+        lives=lives,
         now=None if over else time.time(),
+        by_hand=not record,
         price_per_hour=number_of(record.get("price_per_hour", spec.get("price_per_hour"))),
         grace_s=number_of(spec.get("grace_s")),
         series=read_metrics(store, only=drawn) if curves else None,
@@ -86,6 +93,26 @@ def drawn(names: Collection[str]) -> tuple[str, ...]:
     """Choose the metric that is drawn, and its namesake of the validation data; none of none."""
     name = "loss" if "loss" in names else min(names, default=None)
     return () if name is None else (name, f"val_{name}")
+
+
+def by_hand_outcome(events: Sequence[Event], *, over: bool = False) -> dict[str, Any]:
+    """Return how an attempt that has no supervisor ended, as outcome.json would have it; empty if that is not known.
+
+    Args:
+        events: The newest that its program wrote down, in the order written.
+        over: Whether the program is gone.
+    """
+    word = last_word(events)
+    if word == "raised":
+        last = next(event for event in reversed(events) if event["event"] == word)
+        return {
+            "outcome": Outcome.FAILED,
+            "reason": str(last.get("error", "")),
+        }
+    if word:
+        done = word == "finished"
+        return {"outcome": Outcome.DONE if done else Outcome.PREEMPTED, "reason": word if done else "stopped on notice"}
+    return {"outcome": Outcome.KILLED, "reason": "killed, or its machine went down: it left no word"} if over else {}
 
 
 def _life(store: Store, number: int, logged: int) -> Life:

@@ -1,16 +1,14 @@
 """What a run is doing and has done, read from its directory alone."""
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from jobkit import contract, decode, names
+from jobkit import contract, decode
 from jobkit.contract import State
 from jobkit.errors import JobkitError
 from jobkit.rundir import mirror
@@ -26,7 +24,7 @@ from launch.lifecycle.lock import held
 from launch.lifecycle.troubles import Trouble, standing, unsaved
 from launch.spec import jobspec as specs
 
-_TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 16
 """How much of a long ledger is read for what is newest; a status must not cost more as a run grows."""
 _RECENT = 100
 """Of so many of the newest attempts a status tells the endings and notices, for the same reason."""
@@ -75,7 +73,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         phase: What the running program is doing.
         metrics: Newest logged values.
         reason: Why the run is in this state, one clause.
-        submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s).
+        submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s); of a
+            run that was started by hand the first is when its first attempt began.
         notices: Preemption notices of the newest 100 attempts: attempt, t, source.
         endings: How the newest 100 attempts ended, oldest first.
         job: Number of the run's job, for a scheduler.
@@ -203,15 +202,15 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         step=_last_step(beat, endings, committed),
         committed_step=count_of(committed),
         phase=beat.phase.name.lower() if beat is not None else None,
-        metrics=_metrics(store, recent),
+        metrics=newest_metrics(store, recent),
         reason=reason,
         command=file.spec.command,
         submitted=file.created,
         started=_started_at(store, newest) if newest is not None else None,
-        updated=_last_change(store, newest),
-        notices=_noted(store, recent, "supervisor", "notice", last_bytes=_TAIL_BYTES),
+        updated=last_change(store, newest),
+        notices=noted(store, recent, "supervisor", "notice", last_bytes=TAIL_BYTES),
         # They are found before the first step.
-        set_aside=_noted(store, recent, 0, "set_aside", first_bytes=_TAIL_BYTES),
+        set_aside=noted(store, recent, 0, "set_aside", first_bytes=TAIL_BYTES),
         endings=endings,
         job=job.id if job is not None else None,
         troubles=_troubles(store, newest) if newest is not None and state is State.RUNNING else [],
@@ -267,7 +266,7 @@ def _known_state(value: object) -> State:
 
 def events(store: Store) -> list[Event]:
     """Return the launching side's ledger, in the order written."""
-    return list(_lines(store, contract.EVENTS))
+    return list(lines(store, contract.EVENTS))
 
 
 def jobs(store: Store, backend: str) -> list[str]:
@@ -282,8 +281,8 @@ _JOB = re.compile(r"\w[\w.:/-]{0,500}", re.ASCII)
 
 def last_life_event(store: Store) -> Event:
     """Return the newest of submitted, resumed, decision, ended; empty if there is none."""
-    for some in ({"last_bytes": _TAIL_BYTES}, {}):
-        for event in reversed(list(_lines(store, contract.EVENTS, **some))):
+    for some in ({"last_bytes": TAIL_BYTES}, {}):
+        for event in reversed(list(lines(store, contract.EVENTS, **some))):
             if event["event"] in ("submitted", "resumed", "decision", "ended"):
                 return event
     return {}
@@ -308,7 +307,7 @@ def cancel_reason(store: Store) -> str:
         return "cancelled"
 
 
-def _lines(store: Store, name: str, **some: int) -> Iterator[Event]:
+def lines(store: Store, name: str, **some: int) -> Iterator[Event]:
     """Yield the events of one ledger file, or of its `first_bytes` or `last_bytes`, in the order written."""
     try:
         content = store.read(name, **some)
@@ -319,11 +318,11 @@ def _lines(store: Store, name: str, **some: int) -> Iterator[Event]:
             yield event
 
 
-def _metrics(store: Store, attempts: list[int]) -> dict[str, float | None]:
+def newest_metrics(store: Store, attempts: list[int]) -> dict[str, float | None]:
     """Return the newest logged values of some attempts: of an earlier one while the last has none."""
     for attempt in reversed(attempts):
         values: dict[str, float | None] = {}
-        for event in _lines(store, contract.events_file(attempt, 0), last_bytes=_TAIL_BYTES):
+        for event in lines(store, contract.events_file(attempt, 0), last_bytes=TAIL_BYTES):
             if event["event"] == "metrics":
                 values |= {name: _finite(value) for name, value in event["values"].items()}
         if values:
@@ -368,20 +367,20 @@ def _last_step(beat: Beat | None, endings: list[Ending], committed: int) -> int 
     return count_of(max(-1 if known is None else known, committed))
 
 
-def _noted(store: Store, attempts: list[int], writer: int | str, name: str, **some: int) -> list[dict[str, Any]]:
+def noted(store: Store, attempts: list[int], writer: int | str, name: str, **some: int) -> list[dict[str, Any]]:
     """Return the events of one kind in the first or last bytes that one writer of each attempt wrote down."""
     wanted = ("t", "source", "step", "reason")
     return [
         {"attempt": attempt} | {key: event[key] for key in wanted if key in event}
         for attempt in attempts
-        for event in _lines(store, contract.events_file(attempt, writer), **some)
+        for event in lines(store, contract.events_file(attempt, writer), **some)
         if event["event"] == name
     ]
 
 
 def _troubles(store: Store, attempt: int) -> list[Trouble]:
     """Return what is wrong with an attempt that runs."""
-    supervisor = _lines(store, contract.events_file(attempt, "supervisor"), last_bytes=_TAIL_BYTES)
+    supervisor = lines(store, contract.events_file(attempt, "supervisor"), last_bytes=TAIL_BYTES)
     return [*standing(supervisor), *standing(filter(None, [unsaved(store, attempt)]))]
 
 
@@ -389,7 +388,7 @@ def _outage(store: Store, attempt: int) -> str:
     """Say since when, and why, nothing reaches the run's URL; '' if the newest upload did."""
     last: Event | None = None
     for writer in ("supervisor", 0):
-        for event in _lines(store, contract.events_file(attempt, writer), last_bytes=_TAIL_BYTES):
+        for event in lines(store, contract.events_file(attempt, writer), last_bytes=TAIL_BYTES):
             if event["event"] in ("upload_failed", "upload_back", "uploaded"):
                 last = event
     if last is None or last["event"] != "upload_failed":
@@ -400,10 +399,10 @@ def _outage(store: Store, attempt: int) -> str:
 
 def _started_at(store: Store, attempt: int) -> float | None:
     """Return when an attempt's supervisor began to write."""
-    return next((float(event["t"]) for event in _lines(store, contract.events_file(attempt, "supervisor"))), None)
+    return next((float(event["t"]) for event in lines(store, contract.events_file(attempt, "supervisor"))), None)
 
 
-def _last_change(store: Store, attempt: int | None) -> float | None:
+def last_change(store: Store, attempt: int | None) -> float | None:
     """Return when a file of the run last changed that its life writes to."""
     names = [contract.EVENTS]
     if attempt is not None:
@@ -415,20 +414,3 @@ def _last_change(store: Store, attempt: int | None) -> float | None:
 def age(moment: float | None) -> float | None:
     """Return how many seconds ago a moment was."""
     return None if moment is None else max(0.0, time.time() - moment)
-
-
-def find_runs(directory: Path, *, depth: int = 3) -> list[Path]:
-    """Return the run directories below a directory, oldest first."""
-    return [path for _, path in sorted(_search(directory, depth))]
-
-
-def _search(directory: Path, depth: int) -> Iterator[tuple[float, Path]]:
-    with contextlib.suppress(OSError):
-        yield (directory / contract.RUN_JSON).stat().st_mtime, directory
-        return
-    below: list[str] = []
-    with contextlib.suppress(OSError):
-        entries = os.scandir(directory) if depth else ()
-        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    for name in filter(names.is_text, below):
-        yield from _search(directory / name, depth - 1)

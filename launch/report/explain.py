@@ -29,8 +29,8 @@ class Sentence(msgspec.Struct, frozen=True):
 
     Args:
         t: When, epoch seconds.
-        cause: One word: 'submitted', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'silent', 'resumed', 'code',
-            'more', 'end'.
+        cause: One word: 'submitted', 'started', 'queue', an outcome, 'damaged', 'uploads', 'saves', 'silent',
+            'resumed', 'code', 'more', 'end'.
         attempt: Whose; None for the run's own.
         cost_s: Seconds that the run would not have spent without it.
     """
@@ -60,7 +60,7 @@ def explain(goodput: Goodput, history: History) -> Story:
         history: Where they come from.
     """
     sentences = [
-        *_beginning(goodput),
+        *_beginning(goodput, history),
         *_endings(goodput, history),
         *_troubles(history),
         *_resumes(history),
@@ -70,8 +70,12 @@ def explain(goodput: Goodput, history: History) -> Story:
     return Story(goodput.run, goodput.name, goodput.state, sentences, list(advice(goodput, history)))
 
 
-def _beginning(goodput: Goodput) -> Iterator[Sentence]:
+def _beginning(goodput: Goodput, history: History) -> Iterator[Sentence]:
     if goodput.submitted is None:
+        return
+    if history.by_hand:
+        text = "The run was started by hand: nobody but its program's own user starts it again."
+        yield Sentence(goodput.submitted, "started", None, text)
         return
     waited = goodput.intervals[0] if goodput.intervals[0].phase is RunPhase.QUEUE else None
     after = f" and started {show_duration(waited.seconds)} later" if waited is not None and goodput.attempts else ""

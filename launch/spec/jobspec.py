@@ -219,6 +219,12 @@ def exists(store: Store) -> bool:
     return store.exists(contract.RUN_JSON)
 
 
+def begun_by_hand(store: Store) -> bool:
+    """Tell whether the directory is a run that a program of its own began, without a submit."""
+    place = sweep_of(store)
+    return store.exists(contract.STRATEGY) and not exists(store) and (place is None or not exists(place[0]))
+
+
 def read(store: Store) -> JobSpec:
     """Read what was submitted; see `read_file`."""
     return read_file(store).spec
@@ -281,10 +287,11 @@ def _read_own(store: Store) -> RunFile:
     try:
         content = store.read(contract.RUN_JSON)
     except FileNotFoundError:
-        if store.exists(contract.STRATEGY):
+        if begun_by_hand(store):
             raise ConfigError(
-                f"{store.url} was not submitted but trained by a program of its own, which is where its output is; "
-                f"'jobkit checkpoints {store.url}' lists what it saved"
+                f"{store.url} was started by hand and not submitted: what it printed is where it was started, and who "
+                f"starts its program again continues it; 'jobkit status {store.url}' and 'jobkit explain {store.url}' "
+                f"tell what it did, 'jobkit stop {store.url}' stops it"
             ) from None
         place = store.url.replace("\n", r"\u000a")  # as every other character that acts is printed
         raise ConfigError(f"{place} is not a run: it has no run.json; 'jobkit ls' lists the runs here") from None

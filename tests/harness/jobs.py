@@ -13,6 +13,7 @@ from typing import Any
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
+from launch.backends import registry
 from launch.backends.local import Local
 from launch.lifecycle import lock, orphans, run_status, verbs
 from launch.lifecycle.submission import open_run
@@ -133,7 +134,7 @@ class Project:
 
     def close(self) -> None:
         """End whatever a test left, and fail if two programs of one run ever lived at once."""
-        for path in run_status.find_runs(self.runs):
+        for path in registry.find_runs(self.runs):
             store = open_run(path)
             for pid in [runner_pid(store), *orphans.processes_of(store)]:
                 if pid and lock.held(store):

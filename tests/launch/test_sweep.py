@@ -113,7 +113,7 @@ def project(tmp_path: Path) -> Iterator[jobs.Project]:
     try:
         yield made
     finally:
-        for path in run_status.find_runs(made.runs):
+        for path in registry.find_runs(made.runs):
             if pid := jobs.runner_pid(Store(path)):
                 os.kill(pid, signal.SIGKILL)
             for point in (path / "points").glob("*"):
