@@ -2,11 +2,9 @@
 
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -16,8 +14,8 @@ import pytest
 
 import jobkit
 import launch
+from tests.docs.snippets import ROOT, shell
 
-ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
@@ -28,21 +26,6 @@ MODULES = [
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
     if not found.name.endswith("__main__")
 ]
-
-
-def environment() -> dict[str, str]:
-    """Return one in which `jobkit` and `python` are this environment's."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-
-def shell(command: str, cwd: Path) -> str:
-    """Run a command line to its end and return what it printed."""
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def as_this_checkout(command: str) -> str:
