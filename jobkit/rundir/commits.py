@@ -48,7 +48,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         step: Completed steps of the run at the save.
         attempt: The attempt that saved.
         at: Seconds since the epoch, of the writer's clock.
-        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'; 'parts' without a run.
+        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'; 'parts' without a run, 'from' of a copy.
         files: Every file of the step but commit.json itself, by path relative to the step.
         metrics: Named values given to `save`; those that came after the commit are in a file beside it.
         topology: Process and device counts and platform.
@@ -365,7 +365,7 @@ def publish(
         (stage / contract.STATE).write_text(json.dumps(state, separators=(",", ":")))
         known = measured or {}
         files = dict(known) | measure(stage, (name for name in files_below(stage) if name not in known))
-        whole = msgspec.structs.replace(commit, files=files)
+        whole = msgspec.structs.replace(commit, files=files, seal=_UNSEALED)
         (stage / contract.COMMIT).write_bytes(_sealed(_written(whole)))
         sync_tree(stage)
         faults.reach("before_rename")

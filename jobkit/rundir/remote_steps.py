@@ -176,7 +176,7 @@ def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
     stage = commits.new_stage(store, step, attempt)
     try:
         with in_words(f"cannot write step {step} into {store.path}", absent=True):
-            wrong = _fetch_files(remote, commit, f"downloading step {step}", into=stage)
+            wrong = download(remote, commit, f"downloading step {step}", into=stage)
             if wrong:
                 return wrong
             stage.mkdir(exist_ok=True)
@@ -193,7 +193,7 @@ def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
         remove_tree(stage)
 
 
-def _fetch_files(remote: Remote, commit: Commit, doing: str, *, into: Path | None = None) -> list[str]:
+def download(remote: Remote, commit: Commit, doing: str = "", *, into: Path | None = None) -> list[str]:
     """Download a step's files in parallel, into a directory if there is one; return what is wrong with them."""
 
     def fetch(name: str) -> str:
@@ -208,6 +208,7 @@ def _fetch_files(remote: Remote, commit: Commit, doing: str, *, into: Path | Non
         same = (len(content), crc32c(content)) == (expected.size, expected.crc32c)
         return "" if same else f"{name} differs from its checksum"
 
+    doing = doing or f"downloading step {commit.step}"
     return [problem for problem in carry(doing, commit.sizes, fetch) if problem]
 
 
@@ -218,7 +219,7 @@ def problems(store: Store, step: int) -> list[str]:
         commit = read(remote, step)
     except DamagedError as error:
         return [str(error)]
-    wrong = _fetch_files(remote, commit, f"verifying step {step}")
+    wrong = download(remote, commit, f"verifying step {step}")
     prefix = contract.step_dir(step) + "/"
     present = {name.removeprefix(prefix) for name in remote.find(contract.step_dir(step))}
     extra = sorted(present - commit.files.keys() - {contract.COMMIT})

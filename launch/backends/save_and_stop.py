@@ -172,15 +172,15 @@ def _over(store: Store, attempt: int) -> bool:
     """Tell whether an attempt has ended."""
     if orphans.read_outcome(store, attempt) is not None or store.numbers(contract.ATTEMPTS)[-1] != attempt:
         return True
-    here = os.uname().nodename
-    pids = [int(event.get("pid", 0)) for event in _events(store, attempt, "opened") if event.get("host") == here]
     supervisor = read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json")
-    if supervisor is None and last_word(writer_events(store, attempt, "0")):
-        return True  # nobody but the program itself could write down more
+    if supervisor is None:
+        return orphans.ended_by_itself(store, attempt)
     if specs.exists(store) and run_status.last_life_event(store).get("event") == "ended":
         return True
     # As far as this machine can see: killed, and nobody was left to write that down.
-    return bool(pids) and not any(processes.alive(pid) for pid in [*pids, int((supervisor or {}).get("pid", 0))])
+    here = os.uname().nodename
+    pids = [int(event.get("pid", 0)) for event in _events(store, attempt, "opened") if event.get("host") == here]
+    return bool(pids) and not any(processes.alive(pid) for pid in [*pids, int(supervisor.get("pid", 0))])
 
 
 def _events(store: Store, attempt: int, kind: str) -> list[Event]:

@@ -113,8 +113,7 @@ def _options(backend: "Backend", command: tuple[str, ...], given: Mapping[str, A
     from jobkit.units import duration_s
     from launch.cli.options import container_of
     from launch.drill.drill import Options, default_jobs
-    from launch.lifecycle.submission import fresh_place
-    from launch.spec.jobspec import JobSpec
+    from launch.spec.jobspec import JobSpec, fresh_place
 
     full, steps, at, partition = given["full"], given["steps"], given["at"], given["partition"]
     sbatch = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in given["sbatch"])}

@@ -13,6 +13,7 @@ from launch.cli.options import Launching, placement, placement_options
 from launch.cli.output import follow, print_status
 
 if TYPE_CHECKING:
+    from launch.backends.begin_from import Beginning
     from launch.lifecycle.submission import Plan
     from launch.lifecycle.verbs import Backend
     from launch.spec.jobspec import JobSpec
@@ -33,12 +34,22 @@ if TYPE_CHECKING:
 @click.option(
     "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
 )
+@click.option("--from", "begin", metavar="RUN[@STEP|best]", help="Begin with that step, by default the newest, of RUN.")
+@click.option("--reset-step", is_flag=True, help="Of --from: count the steps from 0 again.")
 @placement_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **given: Any) -> None:
+def submit(
+    profile: str | None,
+    begin: str | None,
+    reset_step: bool,
+    dry_run: bool,
+    wait: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Start a run of COMMAND, detached, through every interruption.
 
     COMMAND runs in a copy of the code as it is now, inside the run directory: what it writes to a relative path stays
@@ -52,6 +63,7 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
       jobkit submit --image train:1 -- python train.py
       jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
+      jobkit submit --from runs/mnist@best --reset-step --run runs/tuned -- python train.py --lr 1e-4
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
     from launch.backends import registry
@@ -59,10 +71,11 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
 
     spec, name = _spec(profile, given)
     backend = registry.named(name)
+    beginning = _beginning(begin, spec, reset_step=reset_step)
     if dry_run:
         _show_plan(backend, backend.check(spec), as_json)
         return
-    store = verbs.submit(backend, spec)
+    store = verbs.submit(backend, spec, begin=None if beginning is None else beginning.copy)
     if not as_json:
         print(f"submitted {store.url}", flush=True)
     if wait:
@@ -71,6 +84,23 @@ def submit(profile: str | None, dry_run: bool, wait: bool, as_json: bool, **give
         print_status(store.url)
     else:
         print(f"  follow:  jobkit logs -f {store.url}\n  cancel:  jobkit cancel {store.url}")
+
+
+def _beginning(begin: str | None, spec: "JobSpec", *, reset_step: bool) -> "Beginning | None":
+    """Find what a run is to begin with."""
+    from launch.backends import begin_from
+    from launch.lifecycle.submission import open_run
+
+    if begin is None:
+        if reset_step:
+            raise ConfigError("--reset-step is of --from RUN: give that too")
+        return None
+    if spec.sweep:
+        raise ConfigError("--from is for one run: submit the points of a sweep one by one")
+    beginning = begin_from.choose(begin, reset_step=reset_step)
+    if spec.run:
+        begin_from.refuse_own(open_run(spec.run))
+    return beginning
 
 
 def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":

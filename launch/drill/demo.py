@@ -42,12 +42,11 @@ from launch.drill.runs import Runs, Watched
 from launch.lifecycle import run_status
 from launch.lifecycle.history import History, read_history
 from launch.lifecycle.run_status import Status
-from launch.lifecycle.submission import fresh_place
 from launch.report.goodput import measure
 from launch.report.html import write_html
 from launch.report.loss_curve import curve_of
 from launch.report.png import draw_curve, write_figure
-from launch.spec.jobspec import JobSpec
+from launch.spec.jobspec import JobSpec, fresh_place
 
 STEPS, LEAST_STEPS = 500, 60
 _NONE = Ending(None, None)

@@ -14,7 +14,7 @@ from jobkit.contract import Exit, Outcome
 from jobkit.errors import DamagedError, JobkitError
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.files import remove_tree
-from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json
+from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import belongs, read_beat
@@ -173,7 +173,13 @@ def heartbeat_directory(store: Store, attempt: int) -> Path | None:
 
 
 def write_outcome(
-    store: Store, attempt: int, *, program_code: int | None, reason: str, preempted: bool = False
+    store: Store,
+    attempt: int,
+    *,
+    program_code: int | None,
+    reason: str,
+    preempted: bool = False,
+    ended: float | None = None,
 ) -> None:
     """Write the outcome that a killed supervisor did not write; one that is there stays.
 
@@ -183,6 +189,7 @@ def write_outcome(
         program_code: Exit code of the program if it is known, 128+n for signal n.
         reason: What happened to the supervisor, and to the program.
         preempted: Whether a scheduler ended the attempt to start it again: nobody's failure.
+        ended: When it ended, epoch seconds; by default now.
     """
     name = f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"
     together = of_all_processes(store, attempt)
@@ -207,7 +214,7 @@ def write_outcome(
         "step": max(last_step(store, attempt), read_beat(link).step if link else -1),
         "committed_step": max(committed_step(store), _uploaded_step(store)),
         "started": events[0]["t"] if events else made.st_mtime if made else time.time(),
-        "ended": time.time(),
+        "ended": time.time() if ended is None else ended,
         "notice": None,
     }
     if store.create(name, _json(value)) and store.remote is not None:
@@ -243,3 +250,49 @@ def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> Non
     for attempt in store.numbers(contract.ATTEMPTS):
         if not store.exists(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"):
             write_outcome(store, attempt, program_code=None, reason=reason, preempted=preempted)
+
+
+def by_hand(store: Store) -> bool:
+    """Tell whether a directory holds a training that a person started by hand, and nobody has submitted since."""
+    return not store.exists(contract.RUN_JSON) and store.exists(contract.STRATEGY)
+
+
+def ended_by_itself(store: Store, attempt: int) -> bool:
+    """Tell whether an attempt without a supervisor has ended, as far as this machine can see."""
+    events = writer_events(store, attempt, "0")
+    if last_word(events):
+        return True  # nobody but the program itself could write down more
+    here = os.uname().nodename
+    pids = [int(event.get("pid", 0)) for event in events if event["event"] == "opened" and event.get("host") == here]
+    return bool(pids) and not any(map(processes.alive, pids))
+
+
+_CODES = {"finished": Exit.DONE, "stopped": Exit.PREEMPTED, "raised": Exit.FAILED}
+
+
+def close_by_hand(store: Store) -> float | None:
+    """Write how the attempts ended that a person started by hand; return when the last one did."""
+    last: float | None = None
+    for attempt in store.numbers(contract.ATTEMPTS):
+        events = attempt_events(store, attempt)
+        last = max([*([] if last is None else [last]), *(float(event["t"]) for event in events)], default=None)
+        if read_outcome(store, attempt) is None:
+            code = _CODES.get(last_word(writer_events(store, attempt, "0")))
+            write_outcome(store, attempt, program_code=code, reason="it was started by hand", ended=last)
+    return last
+
+
+COPIED = "from"
+"""Reason of a step that was copied out of another run."""
+
+
+def remove_copies(store: Store) -> None:
+    """Remove the step that a run was to begin with whose submit was killed, or has failed, before there was a run."""
+    if store.exists(contract.RUN_JSON) or store.numbers(contract.ATTEMPTS):
+        return
+    for step in commits.steps(store):
+        if commits.read(store, step).reason == COPIED:
+            commits.remove(store, step)
+    for step in [] if store.remote is None else remote_steps.steps(store.remote):
+        if store.remote is not None and remote_steps.read(store.remote, step).reason == COPIED:
+            remote_steps.remove(store.remote, step)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import getpass
-import itertools
 import json
 import os
 import secrets
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -103,7 +102,7 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
         check_command(first, cwd, os.environ)
     if is_remote(spec.run):
         names.check_place(spec.run)  # before it is asked for
-    store = open_run(spec.run or fresh_place(spec.name or _script_name(spec)))
+    store = open_run(spec.run or specs.fresh_place(spec.name or specs.script_name(spec)))
     names.check_place(store.url)
     _check_place(store)
     spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.url.rpartition("/")[2])
@@ -123,19 +122,6 @@ def imports_of(tree: snapshot.Tree) -> tuple[str, ...]:
     return snapshot.imports_below(tree.root, [*_python_path(), *sys.path])
 
 
-def fresh_place(name: str) -> str:
-    """Return a directory below runs/ that is not there yet."""
-    stem = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    places = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
-    return next(place for place in places if not os.path.lexists(place))
-
-
-def _script_name(spec: JobSpec) -> str:
-    words = [word for word in spec.command if not word.startswith("-")]
-    name = Path(words[1] if len(words) > 1 else words[0]).stem.rpartition(".")[2]
-    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).strip("-._") or "run"
-
-
 def _python_path() -> list[str]:
     return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
@@ -146,7 +132,11 @@ def _check_place(store: Store) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"the run directory {path} is a file; give another --run")
     strange = [name for name in store.names("") if name not in contract.LAYOUT and not name.startswith(".")]
-    if strange and not specs.exists(store):
+    if orphans.by_hand(store):
+        for attempt in store.numbers(contract.ATTEMPTS)[-1:]:
+            if not orphans.ended_by_itself(store, attempt):
+                raise ConfigError(f"{store.url} is trained by hand just now: 'jobkit stop {store.url}' first")
+    elif strange and not specs.exists(store):
         shown = ", ".join(strange[:3])
         raise ConfigError(f"{path} is not empty and is not a run (it holds {shown}); give a new directory as --run")
     parent = next(above for above in (path, *path.parents) if above.exists())
@@ -164,8 +154,17 @@ def remarks(plan: Plan) -> list[str]:
 
 
 @contextlib.contextmanager
-def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]]:
+def new_run(
+    plan: Plan, backend: str, begin: Callable[[Store], dict[str, Any]] | None = None
+) -> Iterator[tuple[Store, JobSpec, RunLock]]:
     """Make a run: directory, snapshot, run.json, `submitted` in its ledger; the lock is held and is the caller's.
+
+    One that was begun by hand goes on from what it has committed.
+
+    Args:
+        plan: What is submitted.
+        backend: To which one.
+        begin: Commits the step that it begins with; returns the fields of `begun_from`.
 
     On an error inside, of ours or of the caller's, nothing is left behind.
 
@@ -181,6 +180,9 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
         refuse_taken(plan)
         for line in remarks(plan):
             _say_once(line)
+        orphans.remove_copies(store)
+        by_hand = orphans.by_hand(store)
+        begun = None if begin is None else begin(store)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
         spec = msgspec.structs.replace(plan.spec, code=code)
         specs.write_readme(store, spec)
@@ -191,16 +193,33 @@ def new_run(plan: Plan, backend: str) -> Iterator[tuple[Store, JobSpec, RunLock]
         try:
             mirror.publish(store)
             published = True
-            record(store, "submitted", command=list(spec.command), code=code, by=who())
+            _record_submitted(store, spec, by_hand=by_hand, begun=begun)
             yield store, spec, lock
         except BaseException:
-            names = [contract.RUN_JSON, *mirror.described(store)]
+            names = [contract.RUN_JSON, *(name for name in mirror.described(store) if name != contract.STRATEGY)]
             store.remove(contract.RUN_JSON)
             store.remove(contract.EVENTS)
             if published and store.remote is not None:
                 with contextlib.suppress(JobkitError):
                     store.remote.remove(dict.fromkeys(names))
+            with contextlib.suppress(JobkitError):
+                orphans.remove_copies(store)
             raise
+
+
+def _record_submitted(store: Store, spec: JobSpec, *, by_hand: bool, begun: dict[str, Any] | None) -> None:
+    """Write down that a run was submitted, and what it begins with."""
+    before: dict[str, Any] = {}
+    if by_hand:
+        if (ended := orphans.close_by_hand(store)) is not None:
+            over = {"state": State.CANCELLED, "reason": "started by hand until then"}
+            record(store, "ended", t=ended, **over)
+        before = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
+    if begun is not None:
+        before = {"attempts": 0, "committed": begun["begins"]}
+    record(store, "submitted", command=list(spec.command), code=spec.code, by=who(), **before)
+    if begun is not None:
+        record(store, "begun_from", **begun, by=who())
 
 
 def make_point(store: Store) -> None:

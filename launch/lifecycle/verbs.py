@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -219,8 +219,13 @@ def refuse_alive(backend: Backend, store: Store, *, take_over: bool = False) -> 
         time.sleep(_POLL_S)
 
 
-def submit(backend: Backend, spec: JobSpec) -> Store:
+def submit(backend: Backend, spec: JobSpec, *, begin: Callable[[Store], dict[str, Any]] | None = None) -> Store:
     """Start a run.
+
+    Args:
+        backend: Where.
+        spec: What to run.
+        begin: See `submission.new_run`.
 
     Durability: on return run.json is on storage, and the run goes on without this process.
 
@@ -230,7 +235,7 @@ def submit(backend: Backend, spec: JobSpec) -> Store:
     plan = backend.check(spec)
     if backend.finish(plan):
         return plan.store
-    with submission.new_run(plan, backend.name) as (store, spec, lock):
+    with submission.new_run(plan, backend.name, begin) as (store, spec, lock):
         backend.enqueue(store, spec, range(len(specs.points(store, spec))))
     backend.hand_over(store, Claim(lock))
     return store

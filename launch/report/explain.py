@@ -217,7 +217,11 @@ def _resumes(history: History) -> Iterator[Sentence]:
 
 
 def _new_code(history: History) -> Iterator[Sentence]:
-    """Tell from which step which code ran."""
+    """Tell with what it began, and from which step which code ran."""
+    for event in named(history.launcher, "begun_from"):
+        kept = "" if event.get("begins") == event.get("step") else f", counted as step {event.get('begins')}"
+        text = f"It began with step {event.get('step')} of {event.get('source')}{kept}."
+        yield Sentence(event["t"], "submitted", None, text)
     for event in named(history.launcher, "new_code"):
         first, step = count_of(event.get("attempts")), count_of(event.get("committed")) or 0
         begun = (begun_at(life) for life in history.lives if first is not None and life.number >= first)

@@ -1,11 +1,13 @@
 """What is submitted: the job's specification, its durable form in run.json."""
 
 import contextlib
+import itertools
 import os
 import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -98,6 +100,20 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     def same_job(self, other: "JobSpec") -> bool:
         """Tell whether both run the same command on the same code."""
         return (self.command, self.sweep, self.code) == (other.command, other.sweep, other.code)
+
+
+def fresh_place(name: str) -> str:
+    """Return a directory below runs/ that is not there yet."""
+    stem = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    places = itertools.chain([stem], (f"{stem}-{count}" for count in itertools.count(2)))
+    return next(place for place in places if not os.path.lexists(place))
+
+
+def script_name(spec: JobSpec) -> str:
+    """Return what a run without a name is called: its script or program."""
+    words = [word for word in spec.command if not word.startswith("-")]
+    name = Path(words[1] if len(words) > 1 else words[0]).stem.rpartition(".")[2]
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).strip("-._") or "run"
 
 
 class RunFile(msgspec.Struct, frozen=True, kw_only=True):
