@@ -48,7 +48,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         step: Completed steps of the run at the save.
         attempt: The attempt that saved.
         at: Seconds since the epoch, of the writer's clock.
-        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end'; 'parts' without a run, 'from' of a copy.
+        reason: Why it was saved: 'start', 'interval', 'asked', 'notice', 'end', 'parts' without a run, 'from': a copy.
         files: Every file of the step but commit.json itself, by path relative to the step.
         metrics: Named values given to `save`; those that came after the commit are in a file beside it.
         topology: Process and device counts and platform.

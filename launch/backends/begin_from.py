@@ -22,6 +22,7 @@ from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, in_words
 from launch.lifecycle import orphans, submission
+from launch.spec import jobspec as specs
 
 _STEP = re.compile(r"(.+)@(\d+|best|latest)", re.DOTALL)
 
@@ -135,7 +136,7 @@ def choose(text: str, *, reset_step: bool) -> Beginning:
 
 def refuse_own(store: Store) -> None:
     """Raise ConfigError if a directory holds a training that was begun by hand: it has a beginning of its own."""
-    if orphans.by_hand(store):
+    if specs.begun_by_hand(store):
         raise ConfigError(
             f"{store.url} was trained by hand and has checkpoints of its own, with which it goes on: leave --from out, "
             "or give a new --run"

@@ -252,11 +252,6 @@ def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> Non
             write_outcome(store, attempt, program_code=None, reason=reason, preempted=preempted)
 
 
-def by_hand(store: Store) -> bool:
-    """Tell whether a directory holds a training that a person started by hand, and nobody has submitted since."""
-    return not store.exists(contract.RUN_JSON) and store.exists(contract.STRATEGY)
-
-
 def ended_by_itself(store: Store, attempt: int) -> bool:
     """Tell whether an attempt without a supervisor has ended, as far as this machine can see."""
     events = writer_events(store, attempt, "0")

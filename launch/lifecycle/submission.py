@@ -132,7 +132,7 @@ def _check_place(store: Store) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"the run directory {path} is a file; give another --run")
     strange = [name for name in store.names("") if name not in contract.LAYOUT and not name.startswith(".")]
-    if orphans.by_hand(store):
+    if specs.begun_by_hand(store):
         for attempt in store.numbers(contract.ATTEMPTS)[-1:]:
             if not orphans.ended_by_itself(store, attempt):
                 raise ConfigError(f"{store.url} is trained by hand just now: 'jobkit stop {store.url}' first")
@@ -181,7 +181,7 @@ def new_run(
         for line in remarks(plan):
             _say_once(line)
         orphans.remove_copies(store)
-        by_hand = orphans.by_hand(store)
+        by_hand = specs.begun_by_hand(store)
         begun = None if begin is None else begin(store)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
         spec = msgspec.structs.replace(plan.spec, code=code)
@@ -212,8 +212,8 @@ def _record_submitted(store: Store, spec: JobSpec, *, by_hand: bool, begun: dict
     before: dict[str, Any] = {}
     if by_hand:
         if (ended := orphans.close_by_hand(store)) is not None:
-            over = {"state": State.CANCELLED, "reason": "started by hand until then"}
-            record(store, "ended", t=ended, **over)
+            then = {"t": ended}
+            record(store, "ended", **then, state=State.CANCELLED, reason="started by hand until then")
         before = {"attempts": len(store.numbers(contract.ATTEMPTS)), "committed": orphans.committed_step(store)}
     if begun is not None:
         before = {"attempts": 0, "committed": begun["begins"]}
