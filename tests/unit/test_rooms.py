@@ -32,6 +32,7 @@ JOBKIT = [
 """The rooms of jobkit and the modules beside them, from the ground up: a floor imports only from itself and below."""
 LAUNCH = [
     ("printing", "console", "checkpoints"),
+    ("emulate",),
     ("spec",),
     ("lifecycle",),
     ("backends",),
