@@ -8,7 +8,7 @@ import click
 import jobkit
 from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError, say
-from launch.cli import checkpoints, control, drill, ls, report, resume, submit
+from launch.cli import checkpoints, control, drill, ls, places, report, resume, submit
 from launch.cli.names import RUN
 from launch.cli.output import print_status
 from launch.printing import aligned, guard
@@ -146,40 +146,7 @@ cli.add_command(ls.ls)
 cli.add_command(checkpoints.checkpoints)
 
 
-@cli.command(short_help="Say what a cluster will do to a run.")
-@click.option("--on", type=click.Choice(["slurm"]), default="slurm", help="What to examine. [default: slurm]")
-@click.option("-p", "--partition", help="Where runs are to be submitted. [default: the cluster's default]")
-@click.option("--run", metavar="URL", help="Where runs are to lie; needed by --probe.")
-@click.option("--grace", metavar="DURATION", default="30s", help="How long a save may take. [default: 30s]")
-@click.option("--probe", is_flag=True, help="Submit a one-minute job that writes to the URL and must answer a signal.")
-@click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="An option of sbatch, as runs have it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def doctor(
-    on: str, partition: str | None, run: str | None, grace: str, probe: bool, sbatch: tuple[str, ...], as_json: bool
-) -> None:
-    """Say what a cluster will do to a run; exit 1 if a promise cannot be kept there.
-
-    \b
-    Examples:
-      jobkit doctor --on slurm -p low
-      jobkit doctor --on slurm -p low --run /shared/runs/probe --probe
-    """
-    from jobkit.units import duration_s
-    from launch.backends.slurm import doctor as doctor_
-    from launch.lifecycle import run_status
-
-    if probe and not run:
-        raise ConfigError("--probe writes to the place where runs will lie: give --run URL")
-    options = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in sbatch)}
-    findings = doctor_.examine(partition, qos=options.get("qos"), grace_s=duration_s(grace))
-    if probe and run:
-        findings += doctor_.probe(run, partition, options)
-    if as_json:
-        print(run_status.to_json(findings))
-    else:
-        marks = {"ok": "ok", "warning": "warning", "fail": "FAIL"}
-        print(aligned([(marks[one.verdict], one.topic, one.text) for one in findings]))
-    sys.exit(1 if any(one.verdict == "fail" for one in findings) else 0)
+cli.add_command(places.doctor)
 
 
 cli.add_command(report.report)

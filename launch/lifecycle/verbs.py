@@ -22,6 +22,7 @@ from launch.lifecycle.lock import RunLock
 from launch.lifecycle.run_status import Job, Status
 from launch.lifecycle.submission import Plan
 from launch.spec import jobspec as specs
+from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
 _POLL_S = 1.0
@@ -122,6 +123,10 @@ class Backend(ABC):
         Raises:
             ConfigError: If it cannot work here, with the remedy.
         """
+
+    def examine(self, spec: JobSpec) -> list[Finding]:
+        """Say what runs would come upon here; changes nothing."""
+        raise ConfigError(f"--on {self.name}: there is nothing to examine; try it: jobkit demo")
 
     def preview(self, plan: Plan) -> str:
         """Return what a submit would send; empty where nothing is sent."""

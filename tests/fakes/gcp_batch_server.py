@@ -28,26 +28,14 @@ from typing import Any
 from google.cloud import batch_v1
 
 from tests.fakes.batch_vm import Executor, Machine, Processes, Vm
+from tests.fakes.gcp_project import Project, RefusedError
 from tests.fakes.metadata_server import Gce
 
 PREEMPTED, TIMED_OUT = 50001, 50005
 """Exit codes that Batch itself reports: its documentation, "Troubleshooting"."""
 MACHINE_TYPES = ("e2-standard-4", "g2-standard-8", "n1-standard-8", "a2-highgpu-1g")
+_APIS = ("BATCH", "LOGGING", "SERVICEUSAGE", "CLOUDRESOURCEMANAGER", "IAM", "ARTIFACTREGISTRY", "COMPUTE")
 REGIONS = ("us-central1", "europe-west4")
-
-
-class RefusedError(Exception):
-    """An error of the API."""
-
-    def __init__(self, code: int, status: str, message: str, reason: str = "") -> None:
-        super().__init__(message)
-        self.code, self.status, self.reason = code, status, reason
-
-    def body(self) -> dict[str, Any]:
-        """Return the answer."""
-        kind = "type.googleapis.com/google.rpc.ErrorInfo"
-        details = [{"@type": kind, "reason": self.reason}] if self.reason else []
-        return {"error": {"code": self.code, "status": self.status, "message": str(self), "details": details}}
 
 
 class Job(Machine):
@@ -156,26 +144,28 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         parts = urllib.parse.urlsplit(self.path)
-        query = {key: values[-1] for key, values in urllib.parse.parse_qs(parts.query).items()}
+        query = urllib.parse.parse_qs(parts.query)
         length = int(self.headers.get("Content-Length") or 0)
         content = self.rfile.read(length)
         batch = self.server.batch
         try:
             batch.requests.append(f"{self.command} {parts.path}")
             batch.authorized(self.headers.get("Authorization", ""))
-            answer, code = batch.answer(self.command, parts.path, query, content), 200
+            told = batch.cloud.answer(self.command, parts.path, query, content)
+            last = {key: values[-1] for key, values in query.items()}
+            answer, code = batch.answer(self.command, parts.path, last, content) if told is None else told, 200
         except RefusedError as refusal:
             answer, code = refusal.body(), refusal.code
         if batch.lose_answers > 0 and self.command == "POST":
             batch.lose_answers -= 1
             self.close_connection = True
             return
-        told = json.dumps(answer).encode()
+        written = json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(told)))
+        self.send_header("Content-Length", str(len(written)))
         self.end_headers()
-        self.wfile.write(told)
+        self.wfile.write(written)
 
     do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - the names are http.server's
 
@@ -225,6 +215,8 @@ class BatchServer:
         """How many of the next POSTs are served but never answered."""
         self._asked: dict[str, Job] = {}
         self._lock = threading.Lock()
+        self.cloud = Project(project, REGIONS)
+        """What its other APIs tell of the project."""
         self.account = Gce(project=project)
         """Where the user's own credentials come from."""
         self._listener = _Listener(self)
@@ -235,7 +227,7 @@ class BatchServer:
     @property
     def environment(self) -> dict[str, str]:
         """What leads jobkit and google-auth here."""
-        where = {f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}": self.url for name in ("BATCH", "LOGGING")}
+        where = {f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}": self.url for name in _APIS}
         return where | self.account.environment | {"NO_GCE_CHECK": "false", "CLOUDSDK_CONFIG": "/nonexistent"}
 
     def __enter__(self) -> "BatchServer":

@@ -15,10 +15,11 @@ from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
-from launch.backends.cloud import vm_job
+from launch.backends.cloud import aws_doctor, vm_job
 from launch.backends.cloud.managed import Managed
 from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import Cloud
+from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
 _PENDING = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING")
@@ -59,6 +60,10 @@ class Aws(Managed):
             raise ConfigError(f"--gpus {cloud.gpus!r}: on AWS give their number; the queue's environment has the type")
         region = cloud.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "")
         return msgspec.structs.replace(spec, cloud=msgspec.structs.replace(cloud, region=region))
+
+    def diagnose(self, spec: JobSpec) -> list[Finding]:
+        """See `Managed`."""
+        return aws_doctor.examine(spec, lambda service: _client(spec, service, timeout_s=aws_doctor.TIMEOUT_S))
 
     def request(self, store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         """Return what `register_job_definition` and `submit_job` get."""
@@ -145,16 +150,26 @@ def _cloud(spec: JobSpec) -> Cloud:
     return spec.cloud
 
 
+def _client(spec: JobSpec, service: str, *, timeout_s: float | None = None) -> Any:
+    """Make a client of a service; with a timeout each request is sent but once."""
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise ConfigError("--on aws needs a package that is not installed: pip install boto3") from None
+    once = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"total_max_attempts": 1}}
+    config = None if timeout_s is None else Config(**once)
+    return boto3.client(service, region_name=_cloud(spec).region or None, config=config)
+
+
 def _call(spec: JobSpec, service: str, method: str, **arguments: Any) -> Any:
     """Send one request; boto3 retries what is worth it."""
     try:
-        import boto3
         import botocore.exceptions
     except ImportError:
         raise ConfigError("--on aws needs a package that is not installed: pip install boto3") from None
     try:
-        client = boto3.client(service, region_name=_cloud(spec).region or None)
-        return getattr(client, method)(**arguments)
+        return getattr(_client(spec, service), method)(**arguments)
     except botocore.exceptions.ClientError as error:
         raise _explain(error.response.get("Error", {}), spec) from None
     except botocore.exceptions.NoRegionError:

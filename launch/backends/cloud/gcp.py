@@ -15,12 +15,13 @@ import msgspec
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
-from launch.backends.cloud import gcp_request
+from launch.backends.cloud import gcp_doctor, gcp_request
 from launch.backends.cloud.googleapi import GoogleError, Session
 from launch.backends.cloud.managed import Managed
 from launch.lifecycle import run_status
 from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import RETRIED, Cloud
+from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
 _PENDING = ("STATE_UNSPECIFIED", "QUEUED", "SCHEDULED")
@@ -68,6 +69,10 @@ class Gcp(Managed):
             if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) or not re.fullmatch(r"[a-z0-9_-]{0,63}", value):
                 raise ConfigError(f"--label {key}={value}: lower-case letters, digits, '-' and '_' only, at most 63")
         return msgspec.structs.replace(spec, cloud=cloud)
+
+    def diagnose(self, spec: JobSpec) -> list[Finding]:
+        """See `Managed`."""
+        return gcp_doctor.examine(spec, Session(patience_s=gcp_doctor.PATIENCE_S))
 
     def request(self, store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         """See `Managed`."""
@@ -209,7 +214,7 @@ def _explain(error: GoogleError, spec: JobSpec, job: str) -> JobkitError:
     said = error.said
     if error.code == 0:
         return JobkitError(f"{said}; nothing is known to have been done: try again")
-    if error.reason == "SERVICE_DISABLED" or "has not been used in project" in said:
+    if error.disabled:
         remedy = f"enable the API: gcloud services enable batch.googleapis.com --project {cloud.project}"
     elif error.code == 401:
         remedy = f"the credentials of {identity()} were refused: gcloud auth application-default login"

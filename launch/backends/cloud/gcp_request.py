@@ -70,7 +70,7 @@ def machine_type(cloud: Cloud) -> str:
     return types[count]
 
 
-def _resources(machine_type: str) -> dict[str, str]:
+def resources(machine_type: str) -> dict[str, str]:
     """Return what a task asks for, which is the whole VM; nothing where the name does not tell how large that is."""
     family, _, size = machine_type.rpartition("-")
     number = re.fullmatch(r"(\d+)g?", size)
@@ -103,8 +103,8 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         # Listing these makes every other code fail at once.
         "lifecyclePolicies": [{"action": "RETRY_TASK", "actionCondition": {"exitCodes": list(RETRIED)}}],
     }
-    if resources := _resources(cloud.machine_type):
-        task["computeResource"] = resources
+    if whole := resources(cloud.machine_type):
+        task["computeResource"] = whole
     if cloud.time_s is not None:
         task["maxRunDuration"] = f"{cloud.time_s:.0f}s"
     # Container-optimized images seem to run docker with live-restore, under which a container gets no SIGTERM.

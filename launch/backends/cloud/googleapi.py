@@ -5,6 +5,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -32,15 +33,25 @@ class GoogleError(JobkitError):
         self.code, self.status, self.said, self.reason = code, status, said, reason
         super().__init__(f"Google answered {code} {status}: {said}" if code else said)
 
+    @property
+    def disabled(self) -> bool:
+        """Whether the project has not enabled the API."""
+        return self.reason == "SERVICE_DISABLED" or "has not been used in project" in self.said
+
 
 class _TransientError(GoogleError):
     """Worth another try."""
 
 
 class Session:
-    """Talks to Google's APIs as whoever is signed in here; made on first use."""
+    """Talks to Google's APIs as whoever is signed in here; made on first use.
 
-    def __init__(self) -> None:
+    Args:
+        patience_s: How long one that does not answer is asked again.
+    """
+
+    def __init__(self, *, patience_s: float = _RETRY_S) -> None:
+        self._patience_s = patience_s
         self._opened: Any = None
         self.project = ""
         """The project that the credentials belong to, once they are read; empty if they have none."""
@@ -70,42 +81,43 @@ class Session:
         return self._opened
 
     def call(
-        self, service: str, method: str, path: str, *, body: Any = None, query: dict[str, str] | None = None
+        self, service: str, method: str, path: str, *, body: Any = None, query: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Send one request, again while it is worth it, and return the answer.
 
         Args:
             service: Such as batch.
             method: Of HTTP.
-            path: Such as v1/projects/p/locations/r/jobs.
+            path: Such as v1/projects/p/locations/r/jobs; a slash inside a name is %2F.
             body: What is sent as JSON.
-            query: Of the URL.
+            query: Of the URL; a list is a name that is repeated.
 
         Raises:
             GoogleError: If it is refused, or nobody answers.
             ConfigError: Without credentials.
         """
         # gcloud's own variable, as for any of its services: CLOUDSDK_API_ENDPOINT_OVERRIDES_BATCH.
-        base = (
-            os.environ.get(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}") or f"https://{service}.googleapis.com"
-        )
+        base = os.environ.get(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{service.upper()}")
+        if not base and service == "storage":
+            base = os.environ.get("STORAGE_EMULATOR_HOST")
+        base = base or f"https://{service}.googleapis.com"
         retrying = tenacity.Retrying(
-            stop=_enough,
+            stop=self._enough,
             wait=tenacity.wait_exponential(0.3, 4.0) + tenacity.wait_random(0, 0.2),
             retry=tenacity.retry_if_exception_type(_TransientError),
             reraise=True,
         )
-        url = f"{base.rstrip('/')}/{quote(path, safe='/:-._~')}"
+        url = f"{base.rstrip('/')}/{quote(path, safe='/:-._~@%')}"
         answer: dict[str, Any] = retrying(self._once, method, url, body, query or {})
         return answer
 
-    def _once(self, method: str, url: str, body: Any, query: dict[str, str]) -> dict[str, Any]:
+    def _once(self, method: str, url: str, body: Any, query: Mapping[str, Any]) -> dict[str, Any]:
         session = self.open()
         import google.auth.exceptions
         import requests
 
         try:
-            reply = session.request(method, url, json=body, params=query, timeout=_TIMEOUT_S)
+            reply = session.request(method, url, json=body, params=query, timeout=min(_TIMEOUT_S, self._patience_s + 2))
         except google.auth.exceptions.RefreshError as error:
             raise _no_credentials(str(error)) from None
         except (requests.RequestException, google.auth.exceptions.TransportError) as error:
@@ -116,12 +128,11 @@ class Session:
             return answer
         raise _refusal(reply)
 
-
-def _enough(state: tenacity.RetryCallState) -> bool:
-    """Stop after a while; soon after 429s: a rate is worth a second or two, a quota no more."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    refused = isinstance(error, GoogleError) and error.code == 429 and state.attempt_number >= 3
-    return refused or (state.seconds_since_start or 0.0) >= _RETRY_S
+    def _enough(self, state: tenacity.RetryCallState) -> bool:
+        """Stop after a while; soon after 429s: a rate is worth a second or two, a quota no more."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        refused = isinstance(error, GoogleError) and error.code == 429 and state.attempt_number >= 3
+        return refused or (state.seconds_since_start or 0.0) >= self._patience_s
 
 
 def _refusal(reply: Any) -> GoogleError:

@@ -28,6 +28,7 @@ from launch.lifecycle.verbs import Backend, Cancelled, UnknownError, alive
 from launch.spec import cloud_options
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
+from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
 _POLL_S = 1.0
@@ -66,6 +67,17 @@ class Managed(Backend):
     @abstractmethod
     def terminate(self, spec: JobSpec, job: str) -> None:
         """End a job; one that has ended is no error."""
+
+    @abstractmethod
+    def diagnose(self, spec: JobSpec) -> list[Finding]:
+        """Say what a submit of a completed specification would come upon; image and run may be empty."""
+
+    def examine(self, spec: JobSpec) -> list[Finding]:
+        """See `Backend`."""
+        cloud = spec.cloud or Cloud()
+        if cloud.image:
+            cloud_options.check(cloud, grace_s=spec.grace_s)
+        return self.diagnose(self.complete(msgspec.structs.replace(spec, cloud=cloud)))
 
     def output(self, spec: JobSpec, job: str) -> list[str]:
         """Return what the service's own log has of a job, oldest first."""

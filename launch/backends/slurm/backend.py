@@ -15,7 +15,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import parse_limit, show_duration
-from launch.backends.slurm import batch_script, queue
+from launch.backends.slurm import batch_script, doctor, queue
 from launch.lifecycle import run_status
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, end_cancelled, prepare
@@ -23,6 +23,7 @@ from launch.lifecycle.verbs import Backend, Cancelled
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
+from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
 
@@ -65,6 +66,11 @@ class Slurm(Backend):
             return spec
         container.refuse_foreign(spec.container, self.name, self.runtimes)
         return msgspec.structs.replace(spec, container=container.in_full(spec.container, cwd))
+
+    def examine(self, spec: JobSpec) -> list[Finding]:
+        """See `Backend`."""
+        partition, qos = (spec.sbatch.get(name) for name in ("partition", "qos"))
+        return doctor.examine(partition, qos=qos, grace_s=spec.grace_s)
 
     def preview(self, plan: Plan) -> str:
         """Return the batch script."""

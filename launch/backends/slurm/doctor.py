@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import msgspec
-
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise.slurm_grace import parse_pairs
 from jobkit.units import parse_limit, show_duration, show_size
 from launch.backends.slurm import scontrol
 from launch.backends.slurm.batch_script import WARNING_S, python
+from launch.spec.finding import Finding
 from launch.spec.jobspec import check_line
 
 _BY_QOS = "preempt/qos"
@@ -24,20 +23,6 @@ _PROBE_S = 120.0
 _PROBE_BYTES = 64 << 20
 _SWEEP_S = 30.0
 """slurmctld ends graces and time limits in sweeps of this length."""
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that a person should know.
-
-    Args:
-        topic: What it is about: 'preemption', 'time limit', ...
-        text: A sentence.
-        verdict: 'ok', 'warning' (a promise holds, but not as well as it could) or 'fail' (a promise cannot be kept).
-    """
-
-    topic: str
-    text: str
-    verdict: str = "ok"
 
 
 def examine(partition: str | None = None, *, qos: str | None = None, grace_s: float = 30.0) -> list[Finding]:
