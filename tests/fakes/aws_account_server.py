@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from xml.sax.saxutils import escape
 
-_XMLNS = "https://iam.amazonaws.com/doc/2010-05-08/"
 TRUST = {"Statement": [{"Effect": "Allow", "Principal": {"Service": "ecs-tasks.amazonaws.com"}}]}
 
 
@@ -96,10 +95,10 @@ class AwsAccountServer:
 
 
 def _answer(action: str, content: str) -> tuple[int, bytes]:
-    told = f'<{action}Response xmlns="{_XMLNS}"><{action}Result>{content}</{action}Result></{action}Response>'
+    told = f"<{action}Response><{action}Result>{content}</{action}Result></{action}Response>"
     return 200, told.encode()
 
 
 def _refused(code: int, name: str, message: str) -> tuple[int, bytes]:
     told = f"<Error><Type>Sender</Type><Code>{name}</Code><Message>{escape(message)}</Message></Error>"
-    return code, f'<ErrorResponse xmlns="{_XMLNS}">{told}</ErrorResponse>'.encode()
+    return code, f"<ErrorResponse>{told}</ErrorResponse>".encode()

@@ -123,7 +123,7 @@ class Project:
             path = f"projects/{self.name}/regions/{region}"
             raise RefusedError(404, "", f"The resource '{path}' was not found")
         quotas = [{"metric": name, "limit": limit, "usage": used} for name, (limit, used) in self.quotas.items()]
-        where = f"https://www.googleapis.com/compute/v1/projects/{self.name}/zones/{region}"
+        where = f"compute/v1/projects/{self.name}/zones/{region}"
         return {"name": region, "status": "UP", "zones": [f"{where}-{zone}" for zone in "abc"], "quotas": quotas}
 
     def _machines(self, _: str, query: dict[str, list[str]], body: Any) -> dict[str, Any]:
