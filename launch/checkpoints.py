@@ -10,7 +10,7 @@ import msgspec
 
 from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.rundir import commits, remote_steps
+from jobkit.rundir import commits, remote_steps, retention
 from jobkit.rundir.ledger import Ledger, read_events
 from jobkit.rundir.store import Store
 
@@ -25,6 +25,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         age_s: Seconds since its commit, by the clocks of its writer and of this machine.
         verified_at: When it was last read back whole (epoch, s), None if never.
         uploaded: Whether it is on the run's URL; None for a run on a file system.
+        best: Whether it is the best by the metric of the run's `keep_best`.
         problem: What is wrong with it, as far as its commit.json tells.
     """
 
@@ -36,6 +37,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     verified_at: float | None = None
     uploaded: bool | None = None
+    best: bool = False
     problem: str = ""
 
 
@@ -72,7 +74,8 @@ def listed(store: Store) -> list[Row]:
             uploaded=uploaded,
         )
         rows.append(row)
-    return rows
+    best = retention.keep_of(store).best_of({row.step: row.metrics for row in rows if not row.problem})
+    return [msgspec.structs.replace(row, best=row.step == best) for row in rows]
 
 
 def _commit(store: Store, step: int) -> commits.Commit:

@@ -271,6 +271,7 @@ class Run:
             ending.take_back()
         boundary.look_at_signals()
         session.deadline_saver.enter(step, parts)
+        session.ledger.append("loop", step=step, total=total)
         hand, given = session.deadline_saver.boundaries, self._saving.given
         try:
             while step < total:

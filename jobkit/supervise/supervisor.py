@@ -213,7 +213,13 @@ class Supervisor:
             self._uploader.start()
         attempt.store.write(
             f"{contract.attempt_dir(attempt.number)}/{contract.of_process('supervisor.json', attempt.process[0])}",
-            _json(pid=os.getpid(), started=attempt.started, heartbeat=str(self._link.directory)),
+            _json(
+                pid=os.getpid(),
+                started=attempt.started,
+                heartbeat=str(self._link.directory),
+                node=_node(),
+                partition=os.environ.get("SLURM_JOB_PARTITION", ""),
+            ),
         )
         if self._leads:
             compilecache.share(attempt.store)
@@ -309,7 +315,7 @@ class Supervisor:
             "notice": {"source": notices.source, "reason": notices.reason} if notices.source else None,
             "process": attempt.process[0],
             "processes": attempt.process[1],
-            "node": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
+            "node": _node(),
         } | self._monitor.outcome
         longest = self._monitor.longest
         self._ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, **longest)
@@ -372,3 +378,8 @@ def _link(attempt: Attempt) -> Link:
 
 def _json(**values: object) -> str:
     return json.dumps(values, indent=1) + "\n"
+
+
+def _node() -> str:
+    """Name the machine, as SLURM does where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

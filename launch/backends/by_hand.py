@@ -13,7 +13,7 @@ from jobkit.contract import Outcome, State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.lifecycle import orphans, run_status
-from launch.lifecycle.history import by_hand_outcome, count_of
+from launch.lifecycle.history import Pace, by_hand_outcome, count_of, pace
 from launch.lifecycle.run_status import Ending, Status
 
 NAME = "by hand"
@@ -32,7 +32,7 @@ class _Attempt:
         began: When it opened the run (epoch, s); None where that is not written.
         host: The machine that it was on.
         pid: Its process there.
-        step: Completed steps, as far as the end of its ledger tells; -1 if that tells none.
+        pace: How far it came.
         outcome: How it ended, as outcome.json has it; empty while that is not written.
     """
 
@@ -40,7 +40,7 @@ class _Attempt:
     began: float | None
     host: str
     pid: int
-    step: int
+    pace: Pace
     outcome: dict[str, object]
 
     @property
@@ -67,6 +67,9 @@ def status(store: Store) -> Status:
     committed = orphans.committed_step(store)
     updated = run_status.last_change(store, newest.number if newest is not None else None)
     running = newest is not None and alive is not False
+    step = count_of(max(committed, newest.pace.steps if newest is not None else -1))
+    begun = _read(store, numbers[0]).began if numbers else None
+    ended = time.time() if running else updated
     state, reason = (State.RUNNING, "") if running else _end(newest, committed)
     return Status(
         run=store.url,
@@ -75,13 +78,17 @@ def status(store: Store) -> Status:
         state=state,
         attempt=newest.number if newest is not None else None,
         attempts=len(numbers),
-        step=count_of(max(committed, newest.step if newest is not None else -1)),
+        step=step,
         committed_step=count_of(committed),
         metrics=run_status.newest_metrics(store, numbers),
         reason=reason,
-        submitted=_read(store, numbers[0]).began if numbers else None,
+        submitted=begun,
         started=newest.began if newest is not None else None,
         updated=updated,
+        total_steps=newest.pace.total if newest is not None else None,
+        left_s=newest.pace.left_s(step, time.time()) if newest is not None and running else None,
+        elapsed_s=max(0.0, ended - begun) if ended is not None and begun is not None else None,
+        node=newest.host if newest is not None and running else "",
         set_aside=run_status.noted(store, numbers[-_TOLD:], 0, "set_aside", first_bytes=run_status.TAIL_BYTES),
         endings=[_ending(one) for one in (attempts[:-1] if running else attempts)],
         runner="alive" if running else "ended",
@@ -96,15 +103,14 @@ def _read(store: Store, number: int) -> _Attempt:
     tail = list(run_status.lines(store, name, last_bytes=run_status.TAIL_BYTES))
     opened = next((event for event in head if event["event"] == "opened"), {})
     outcome = orphans.read_outcome(store, number) or by_hand_outcome(tail)
-    steps = [step for event in tail if (step := count_of(event.get("step"))) is not None]
     pid = count_of(opened.get("pid")) or 0
     began = opened.get("t") if isinstance(opened.get("t"), int | float) else None
-    return _Attempt(number, began, str(opened.get("host", "")), pid, max(steps, default=-1), outcome)
+    return _Attempt(number, began, str(opened.get("host", "")), pid, pace(head, tail), outcome)
 
 
 def _ending(one: _Attempt) -> Ending:
     outcome = one.outcome or by_hand_outcome([], over=True)
-    return Ending(one.number, str(outcome.get("outcome", "")), str(outcome.get("reason", "")), count_of(one.step))
+    return Ending(one.number, str(outcome.get("outcome", "")), str(outcome.get("reason", "")), count_of(one.pace.steps))
 
 
 def _end(newest: _Attempt | None, committed: int) -> tuple[State, str]:

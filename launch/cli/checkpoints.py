@@ -103,7 +103,7 @@ def _table(rows: "list[Row]") -> str:
             continue
         lines.append(
             (
-                str(row.step),
+                f"{row.step} best" if row.best else str(row.step),
                 show_duration(row.age_s or 0.0),
                 show_size(row.bytes or 0),
                 str(row.attempt),

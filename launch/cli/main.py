@@ -81,12 +81,14 @@ def status(run: str, as_json: bool) -> None:
 @click.argument("run", type=RUN)
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on, across attempts, until the run is over.")
 @click.option("--attempt", type=int, metavar="N", help="Only the log of attempt N.")
-def logs(run: str, following: bool, attempt: int | None) -> None:
+@click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines; of each point of a sweep.")
+def logs(run: str, following: bool, attempt: int | None, tail: int | None) -> None:
     """Print what RUN printed, attempt by attempt.
 
     \b
     Examples:
       jobkit logs -f runs/mnist
+      jobkit logs --tail 20 -f runs/mnist
       jobkit logs --attempt 2 runs/mnist
     """
     from jobkit import contract
@@ -101,7 +103,7 @@ def logs(run: str, following: bool, attempt: int | None) -> None:
         have = f"it has {', '.join(map(str, numbers))}" if numbers else "it has none yet"
         raise ConfigError(f"run {store.url} has no attempt {attempt}; {have}")
     try:
-        follow.copy_logs(store, sys.stdout, attempt=attempt, following=following)
+        follow.copy_logs(store, sys.stdout, attempt=attempt, tail=tail, following=following)
         if not store.numbers(contract.ATTEMPTS):  # it never came up: the service may know why
             follow.print_service_log(store, sys.stdout)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobkit import contract
 from jobkit.contract import Outcome
@@ -93,6 +93,54 @@ def drawn(names: Collection[str]) -> tuple[str, ...]:
     """Choose the metric that is drawn, and its namesake of the validation data; none of none."""
     name = "loss" if "loss" in names else min(names, default=None)
     return () if name is None else (name, f"val_{name}")
+
+
+class Pace(NamedTuple):
+    """How far an attempt has come, as its ledger tells.
+
+    Args:
+        total: Where the loop ends that it is in; None where nobody said, as in a loop of the program's own.
+        first, last: Time (epoch, s) and completed steps after its first step, and at the end of what was read.
+    """
+
+    total: int | None
+    first: tuple[float, int] | None
+    last: tuple[float, int] | None
+
+    @property
+    def steps(self) -> int:
+        """Completed steps; -1 if none is known."""
+        return self.last[1] if self.last is not None else -1
+
+    def left_s(self, step: int | None, now: float) -> float | None:
+        """Return for how long it will train on, at the pace that it had from its first step until now."""
+        if self.total is None or self.first is None or step is None or step <= self.first[1]:
+            return None
+        return max(0, self.total - step) * max(0.0, now - self.first[0]) / (step - self.first[1])
+
+
+def pace(head: Sequence[Event], tail: Sequence[Event]) -> Pace:
+    """Read how far an attempt has come.
+
+    Args:
+        head: The first events that its program wrote.
+        tail: The newest ones.
+    """
+    loops = [event for event in (*head, *tail) if event["event"] == "loop"]
+    known = [
+        (time_s, step)
+        for event in tail
+        if (step := count_of(event.get("step"))) is not None and (time_s := number_of(event["t"])) is not None
+    ]
+    first = next((event for event in head if event["event"] == "first_step"), {"t": None})
+    begun, step = number_of(first["t"]), count_of(first.get("step"))
+    last = max(known, key=lambda one: one[1], default=None)
+    total = count_of(loops[-1].get("total")) if loops else None
+    return Pace(
+        total=total if total is not None and (last is None or total >= last[1]) else None,
+        first=None if begun is None or step is None else (begun, step),
+        last=last,
+    )
 
 
 def by_hand_outcome(events: Sequence[Event], *, over: bool = False) -> dict[str, Any]:

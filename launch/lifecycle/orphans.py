@@ -162,13 +162,16 @@ def of_all_processes(store: Store, attempt: int) -> dict[str, Any] | None:
     return first | newest | {"reason": f"process {first['process']} on {first['node']}: {first['reason']}"}
 
 
+def supervisor_of(store: Store, attempt: int) -> dict[str, Any]:
+    """Return what an attempt's supervisor said of itself when it began; empty if it has not, or that is damaged."""
+    with contextlib.suppress(JobkitError):
+        return read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json") or {}
+    return {}
+
+
 def heartbeat_directory(store: Store, attempt: int) -> Path | None:
     """Return the node-local directory that an attempt's supervisor shares with its program, None if there is none."""
-    try:
-        link = read_json(store, f"{contract.attempt_dir(attempt)}/supervisor.json") or {}
-    except JobkitError:
-        return None
-    directory = Path(str(link.get("heartbeat", "")))
+    directory = Path(str(supervisor_of(store, attempt).get("heartbeat", "")))
     return directory if belongs(directory, store.path, attempt) else None
 
 

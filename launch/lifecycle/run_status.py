@@ -18,7 +18,8 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
 from launch.lifecycle import lease, orphans
-from launch.lifecycle.history import count_of
+from launch.lifecycle.history import Pace, count_of
+from launch.lifecycle.history import pace as pace_in
 from launch.lifecycle.lease import Holder
 from launch.lifecycle.lock import held
 from launch.lifecycle.troubles import Trouble, standing, unsaved
@@ -75,6 +76,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         reason: Why the run is in this state, one clause.
         submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s); of a
             run that was started by hand the first is when its first attempt began.
+        total_steps: Steps at which the loop that runs, or ran last, ends; null for a loop of the program's own.
+        left_s: Seconds until then, at the pace of this attempt so far.
+        elapsed_s: Seconds from the submit until the end, or now.
+        node, partition: Where the newest attempt runs, as far as it is known.
         notices: Preemption notices of the newest 100 attempts: attempt, t, source.
         endings: How the newest 100 attempts ended, oldest first.
         job: Number of the run's job, for a scheduler.
@@ -104,6 +109,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     submitted: float | None = None
     started: float | None = None
     updated: float | None = None
+    total_steps: int | None = None
+    left_s: float | None = None
+    elapsed_s: float | None = None
+    node: str = ""
+    partition: str = ""
     notices: list[dict[str, Any]] = []
     endings: list[Ending] = []
     job: str | None = None
@@ -192,6 +202,9 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
     beat = _beat_of(store, newest) if running and newest is not None and away is None else None
     if beat is None and state is State.RUNNING and not reason and away is None:
         reason = "starting"
+    pace = pace_of(store, newest)
+    step = _last_step(beat, endings, max(committed, pace.steps if running else -1))
+    made = orphans.supervisor_of(store, newest) if running and newest is not None else {}
     return Status(
         run=store.url,
         name=file.spec.name,
@@ -199,7 +212,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         state=state,
         attempt=newest,
         attempts=len(attempts),
-        step=_last_step(beat, endings, committed),
+        step=step,
         committed_step=count_of(committed),
         phase=beat.phase.name.lower() if beat is not None else None,
         metrics=newest_metrics(store, recent),
@@ -208,6 +221,11 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         submitted=file.created,
         started=_started_at(store, newest) if newest is not None else None,
         updated=last_change(store, newest),
+        total_steps=pace.total,
+        left_s=pace.left_s(step, time.time()) if running else None,
+        elapsed_s=elapsed_s(store, file.created),
+        node=str(made.get("node", "")),
+        partition=str(made.get("partition") or file.spec.sbatch.get("partition", "")),
         notices=noted(store, recent, "supervisor", "notice", last_bytes=TAIL_BYTES),
         # They are found before the first step.
         set_aside=noted(store, recent, 0, "set_aside", first_bytes=TAIL_BYTES),
@@ -376,6 +394,19 @@ def noted(store: Store, attempts: list[int], writer: int | str, name: str, **som
         for event in lines(store, contract.events_file(attempt, writer), **some)
         if event["event"] == name
     ]
+
+
+def pace_of(store: Store, attempt: int | None) -> Pace:
+    """Read how far an attempt has come, from the ends of its ledger."""
+    name = contract.events_file(0 if attempt is None else attempt, 0)
+    return pace_in(list(lines(store, name, first_bytes=TAIL_BYTES)), list(lines(store, name, last_bytes=TAIL_BYTES)))
+
+
+def elapsed_s(store: Store, since: float | None) -> float | None:
+    """Return how long a run has gone on since a moment, until its end or now."""
+    last = last_life_event(store)
+    end = float(last["t"]) if last.get("event") == "ended" else time.time()
+    return None if since is None else max(0.0, end - since)
 
 
 def _troubles(store: Store, attempt: int) -> list[Trouble]:

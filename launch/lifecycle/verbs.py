@@ -288,6 +288,7 @@ def _of_sweep(store: Store, points: list[Status]) -> Status:
         command=file.spec.command,
         submitted=file.created,
         updated=max((point.updated for point in points if point.updated is not None), default=None),
+        elapsed_s=run_status.elapsed_s(store, file.created),
         job=next(reversed(run_status.jobs(store, file.backend)), None),
         runner=next((runner for runner in ("alive", "gone") if runner in runners), "ended"),
         troubles=[

@@ -1,6 +1,7 @@
 """Following a run until it is over: a live view on a terminal, a line per change elsewhere; and its log."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +16,14 @@ from jobkit.printable import printable
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import counted, show_duration
-from launch.backends import registry
+from launch.backends import by_hand, registry
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
 from launch.printing import dash, unguarded
 from launch.spec import jobspec as specs
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 EXIT_CODES = {State.DONE: 0, State.FAILED: 1, State.CANCELLED: 3}
 _POLL_S = 0.25
@@ -135,7 +136,11 @@ def _change_line(status: Status) -> str:
 
 def _moving(status: Status) -> str:
     """Say what changes all the time, for a line that is printed for another reason."""
-    step = f"; at step {status.step}" if status.step is not None and status.state is State.RUNNING else ""
+    step = (
+        f"; at step {status.step}{_of_total(status)}"
+        if status.step is not None and status.state is State.RUNNING
+        else ""
+    )
     loss = status.metrics.get("loss")
     step += f", loss {loss:.6g}" if step and loss is not None else ""
     return "; ".join([step, *(trouble.text for trouble in status.troubles)])
@@ -152,14 +157,16 @@ def _ending_line(status: Status) -> str:
     return f"{status.state}{after}{step}{reason}{why}"
 
 
-def _card(status: Status) -> "Table":
-    """Lay a status out for a terminal."""
+def _card(status: Status) -> "RenderableType":
+    """Lay a status out for a terminal; of a sweep, a table of its points too."""
+    from rich.console import Group
     from rich.text import Text
 
-    from launch.report.terminal import in_pairs
+    from launch.report.terminal import in_pairs, points_table
 
     style = _STYLES.get(str(status.state), "")
-    return in_pairs((name, Text(value, style=style if name == "state" else "")) for name, value in rows(status))
+    card = in_pairs((name, Text(value, style=style if name == "state" else "")) for name, value in rows(status))
+    return Group(card, Text(), points_table(point_table(status), _STYLES)) if status.points else card
 
 
 _STYLES = {"running": "green", "done": "bold green", "failed": "bold red", "cancelled": "yellow", "requeued": "cyan"}
@@ -169,13 +176,16 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
     """Yield a status as pairs of words for a person."""
     yield "run", status.run
     yield "state", f"{status.state}{status.place}"
+    yield "backend", _where(status)
     if status.reason:
         yield "reason", status.reason
     if status.attempt is not None:
         phase = f", {status.phase.replace('_', ' ')}" if status.phase else ""
         yield "attempt", f"{status.attempt}{phase}"
     if status.step is not None:
-        yield "step", str(status.step)
+        yield "step", f"{status.step}{_of_total(status)}"
+    if status.elapsed_s is not None:
+        yield "elapsed", show_duration(status.elapsed_s)
     if not status.points:
         yield "committed step", "none" if status.committed_step is None else str(status.committed_step)
     if status.metrics:
@@ -200,8 +210,36 @@ def rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "ended", f"attempt {ending.attempt}: {ending.outcome}{step}: {ending.reason}"
 
 
+def _where(status: Status) -> str:
+    """Say what runs it, and where."""
+    if status.backend == by_hand.NAME:
+        return "none: it was started by hand and not submitted" + (f", on {status.node}" if status.node else "")
+    job = f"job {status.job}" if status.job else ""
+    words = [
+        status.backend,
+        job,
+        status.partition and f"partition {status.partition}",
+        status.node and f"on {status.node}",
+    ]
+    return ", ".join(filter(None, words))
+
+
+def _of_total(status: Status) -> str:
+    """Write of how many steps, and how long the rest will take: ' of 2,000 (5 %), about 3 min left'."""
+    if status.total_steps is None or status.step is None:
+        return ""
+    share = 100 * status.step // max(1, status.total_steps)
+    left = f", about {show_duration(status.left_s)} left" if status.left_s is not None and not status.state.over else ""
+    return f" of {status.total_steps} ({share} %){left}"
+
+
 def _metrics(metrics: Mapping[str, float | None], between: str) -> list[str]:
     return [f"{name}{between}{'nan' if value is None else f'{value:.6g}'}" for name, value in metrics.items()]
+
+
+def step_of(status: Status) -> str:
+    """Write the completed steps, and of how many where that is known: '120/2000'."""
+    return dash(status.step) + (f"/{status.total_steps}" if status.total_steps is not None else "")
 
 
 def point_table(status: Status) -> list[tuple[str, ...]]:
@@ -209,26 +247,31 @@ def point_table(status: Status) -> list[tuple[str, ...]]:
     names = list(status.points[0].values)
     lines: list[tuple[str, ...]] = [("POINT", *names, "STATE", "ATTEMPT", "STEP", "COMMITTED", "METRICS", "REASON")]
     for number, point in enumerate(status.points):
-        counts = map(dash, (point.attempt, point.step, point.committed_step))
+        counts = (dash(point.attempt), step_of(point), dash(point.committed_step))
         values = (point.values[name] for name in names)
         metrics = " ".join(_metrics(point.metrics, "=")) or "-"
         lines.append((str(number), *values, str(point.state), *counts, metrics, point.reason))
     return lines
 
 
-def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, following: bool = False) -> None:
+def copy_logs(
+    store: Store, out: TextIO, *, attempt: int | None = None, tail: int | None = None, following: bool = False
+) -> None:
     """Write the log of every attempt, each under a line that names it.
 
     Args:
         store: The run.
         out: Where it goes.
         attempt: Only this one.
+        tail: Only so many of the last lines, of each point of a sweep.
         following: Go on until the run is over.
     """
     store = store.patient(Patience()) if following else store
     members = specs.points(store, specs.read(store))
     offsets: dict[tuple[str, int], int] = {}
     mirror.fetch_logs(store, attempt)
+    for one in members if tail is not None else ():
+        offsets |= _last_lines(one, attempt, tail or 0) | {("", -1): 0}  # none was written last
     look = _looker(store, lambda: mirror.fetch_logs(store, attempt))
     while True:
         look()
@@ -247,6 +290,32 @@ def copy_logs(store: Store, out: TextIO, *, attempt: int | None = None, followin
         if over:
             return
         time.sleep(_POLL_JOB_S if status is not None and status.host else _POLL_S)
+
+
+def _last_lines(store: Store, attempt: int | None, count: int) -> dict[tuple[str, int], int]:
+    """Return from where on each log of a run is to be copied for the last lines of all, by its attempt."""
+    offsets = {}
+    for number in reversed(store.numbers(contract.ATTEMPTS)):
+        if attempt in (None, number):
+            offset, lines = _tail_of(store.file(contract.log_file(number)), count)
+            offsets[store.url, number], count = offset, count - lines
+    return offsets
+
+
+def _tail_of(path: Path, count: int) -> tuple[int, int]:
+    """Return where the last lines of a file begin, at most `count`, and how many they are; it is read from its end."""
+    lines, text = 0, b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=names.opener) as log:
+        begin = end = log.seek(0, os.SEEK_END)
+        while begin and text.count(b"\n", 0, -1) < count:
+            begin = log.seek(max(0, begin - _BLOCK_BYTES))
+            text = log.read(end - begin)
+        last = text.splitlines(keepends=True)[-count:] if count else []
+        return end - sum(map(len, last)), len(last)
+    return 0, lines
+
+
+_BLOCK_BYTES = 1 << 16
 
 
 def _copy_log(store: Store, attempt: int, offsets: dict[tuple[str, int], int], out: TextIO, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from rich.console import Group, RenderableType
@@ -88,6 +88,21 @@ def _table(rows: Sequence[Sequence[str]], *, left: Collection[str], folds: str) 
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for row in rows[1:]:
         table.add_row(*map(Text, row))
+    return table
+
+
+def points_table(rows: Sequence[Sequence[str]], styles: Mapping[str, str]) -> Table:
+    """Make a table of a sweep's points: rows below a head, one line each, the state in its colour.
+
+    Args:
+        rows: The head and the rows.
+        styles: By state.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in rows[0]:
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "REASON" else None)
+    for row in rows[1:]:
+        table.add_row(*(Text(word, style=styles.get(word, "")) for word in row))
     return table
 
 

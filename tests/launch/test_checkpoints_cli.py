@@ -55,6 +55,19 @@ def test_list(run: Path) -> None:
     assert "val_loss 14" in printed
 
 
+def test_the_best_is_marked(run: Path) -> None:
+    """The best step by the metric that the program keeps the best of is marked, and no other."""
+    store = Store(run)
+    strategy = store.read(contract.STRATEGY)
+    store.write(contract.STRATEGY, json.dumps(json.loads(strategy) | {"keep_best": ["val_loss", "min"]}))
+    try:
+        assert [row["step"] for row in json.loads(jobkit(run, "--json")[1]) if row["best"]] == [20]
+        assert [line.split()[0] for line in jobkit(run)[1].splitlines() if " best " in line] == ["20"]
+    finally:
+        store.write(contract.STRATEGY, strategy)
+    assert not any(row["best"] for row in json.loads(jobkit(run, "--json")[1]))
+
+
 def test_verify_finds_one_flipped_bit(run: Path) -> None:
     """`verify --all` says every step is whole; with one bit flipped it names the file and exits 1."""
     assert jobkit(run, "verify", "--all")[:2] == (0, "step 0: whole\nstep 20: whole\nstep 40: whole\nstep 60: whole\n")

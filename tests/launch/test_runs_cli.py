@@ -1,20 +1,29 @@
 """Seeing and managing runs at the command line: names, runs that were started by hand, help."""
 
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from jobkit import contract
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
 from launch.cli.main import cli
+from launch.console import Console
+from launch.lifecycle import run_status
+from launch.lifecycle.run_status import Status
+from launch.report import follow
+from launch.spec import jobspec as specs
 from tests.harness import jobs
 from tests.harness.jobs import Project, until, until_over
 
@@ -100,6 +109,10 @@ def test_a_run_that_was_started_by_hand(project: Project) -> None:
     with by_hand(project, 100_000, 0.02) as program:
         until(lambda: any(event["event"] == "saved" and event["step"] for event in attempt_events(store, 0)), "saved")
         assert seen() == {"state": "running", "attempts": 1, "reason": ""}
+        shown = call(project, "status", "hand").stdout
+        assert re.search(r"^step +\d+ of 100000 \(0 %\), about \d+ min", shown, re.MULTILINE), shown
+        assert re.search(r"^elapsed +\d", shown, re.MULTILINE)
+        assert f"none: it was started by hand and not submitted, on {os.uname().nodename}" in shown
         os.kill(program.pid, signal.SIGKILL)
     killed = seen()
     assert killed["state"] == "failed"
@@ -115,3 +128,94 @@ def test_a_run_that_was_started_by_hand(project: Project) -> None:
     assert json.loads(call(project, "report", "hand", "--json").stdout)["attempts"][1]["outcome"] == "done"
     logs = project.cli("logs", "hand")
     assert (logs.returncode, "was started by hand and not submitted" in logs.stderr) == (2, True)
+
+
+def fabricate(project: Project, name: str, **options: Any) -> Store:
+    """Write down a run that has been submitted and no more."""
+    store = Store(project.runs / name)
+    store.make(shared=False)
+    assert specs.create(store, project.spec("exit:0", run=name, **options), "local")
+    return store
+
+
+NAMES = ["a", "train-20261129-101010", "group/train-20261129-101010", "demo-20261129-101010/undisturbed", "n" * 70]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_ls_fits_the_terminal(project: Project, width: int) -> None:
+    """No line is wider than the terminal, no name is cut, and every word that there is to say is there."""
+    for name in NAMES:
+        fabricate(project, name)
+    lines = call(project, "ls", COLUMNS=str(width)).stdout.splitlines()
+    heads = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert sorted(heads) == sorted(["RUN", *NAMES])
+    assert all(len(line) <= width for line in lines if str(project.runs) not in line), lines
+    whole = " ".join(" ".join(lines).split())
+    for name in NAMES:
+        assert f"the local runner is gone; continue with: jobkit resume {project.runs / name}" in whole
+    assert re.search(r"^ *\S* +failed +\d+ s +local +- +-$", "\n".join(lines), re.MULTILINE)
+
+
+def test_ls_folds_kept_drills(project: Project) -> None:
+    """The runs of a kept drill are one line, which says how to list them; as JSON all are there."""
+    for name in ("drill-1/reference", "drill-1/kill", "train"):
+        fabricate(project, name)
+    shown = call(project, "ls").stdout
+    assert [line.split()[0] for line in shown.splitlines() if line[0] != " "] == ["RUN", "train", "drill-1:"]
+    assert shown.endswith("drill-1: 2 runs of a kept drill; jobkit ls runs/drill-1\n")
+    names = [line.split()[0] for line in call(project, "ls", "runs/drill-1").stdout.splitlines() if line[0] != " "]
+    assert sorted(names) == ["RUN", "runs/drill-1/kill", "runs/drill-1/reference"]
+    assert "runs/drill-1/kill" in call(project, "status", "runs/drill-1/kill").stdout
+    assert len(json.loads(call(project, "ls", "--json").stdout)) == 3
+
+
+LOGS = {0: "".join(f"line {number}\n" for number in range(20_000)), 1: "", 2: "one\ntwo\nthree"}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 9_000, 20_002, 20_003, 30_000])
+def test_the_last_lines_of_logs(project: Project, count: int) -> None:
+    """--tail prints the last lines of all attempts, each under its attempt, as if the log were one."""
+    store = fabricate(project, "r")
+    for number, text in LOGS.items():
+        store.write(contract.log_file(number), text)
+    shown = call(project, "logs", "--tail", str(count), "r").stdout
+    lines = [line for line in shown.splitlines() if not line.startswith("==> ")]
+    assert lines == "".join(LOGS.values()).splitlines()[max(0, 20_003 - count) :]
+    assert ("==> attempt 0 <==" in shown, "==> attempt 2 <==" in shown) == (count > 3, count > 0)
+    one = call(project, "logs", "--tail", str(count), "--attempt", "0", "r").stdout
+    assert one.splitlines() == LOGS[0].splitlines()[max(0, 20_000 - count) :]
+
+
+def test_where_a_run_is(project: Project) -> None:
+    """Status names backend and machine while a run goes on, and of SLURM job and partition."""
+    store = project.submit("hold")
+    jobs.until_stepping(store)
+    shown = call(project, "status", "r").stdout
+    assert re.search(rf"^backend +local, on {os.uname().nodename}$", shown, re.MULTILINE), shown
+    assert call(project, "cancel", "r").exit_code == 0
+    slurm = Status(
+        run="/r", name="r", backend="slurm", state=contract.State.RUNNING, job="12", partition="low", node="n1"
+    )
+    assert dict(follow.rows(slurm))["backend"] == "slurm, job 12, partition low, on n1"
+
+
+def test_the_live_view_of_a_sweep(project: Project) -> None:
+    """Who waits for a sweep sees each point in a line: its values, state, steps of how many, metrics."""
+    points = [
+        Status(
+            run=f"/s/points/{number}", name=f"s-{number}", backend="local", state=state, values={"lr": f"1e-{number}"},
+            attempt=0, attempts=1, step=5 * number, total_steps=40, metrics={"loss": 0.5},
+        )
+        for number, state in enumerate(2 * [contract.State.RUNNING, contract.State.DONE])
+    ]  # fmt: skip
+    status = Status(run="/s", name="s", backend="local", state=contract.State.RUNNING, points=points)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(follow._card(status))
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    head = next(index for index, line in enumerate(lines) if line.startswith("POINT"))
+    assert [line.split()[:5] for line in lines[head + 1 :]] == [
+        [str(number), f"1e-{number}", state, "0", f"{5 * number}/40"]
+        for number, state in enumerate(2 * ["running", "done"])
+    ]
+    assert run_status.to_json(status)
