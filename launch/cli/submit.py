@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--on", type=BACKEND, help="Backend: local, slurm, gcp, aws. [default: local]")
 @click.option("--run", metavar="URL", help="Run directory. [default: runs/<name>-<time>]")
 @click.option("--name", help="Name of the run. [default: that of the run directory]")
-@click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
+@click.option("--profile", metavar="NAME", help="Options from [profile.NAME] of jobkit.toml, above [profile.default].")
 @click.option("--no-snapshot", is_flag=True, help="Run in this directory itself, not in a copy of the code as it is.")
 @click.option("--shared", is_flag=True, help="Let others read the new run directory, as your umask has it.")
 @click.option("--grace", metavar="DURATION", help="From asking an attempt to stop to killing it. [default: 30s]")
@@ -109,9 +109,9 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     from launch.spec import sweep
     from launch.spec.cloud_options import Cloud
     from launch.spec.jobspec import JobSpec
-    from launch.spec.profiles import read_profile
+    from launch.spec.profiles import options_of
 
-    options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
+    options = options_of(profile, on=given["on"], cwd=Path.cwd(), home=Path.home())
     if given["run"] == "":
         raise ConfigError("--run is empty (of a variable that is not set?): name the run directory, or leave --run out")
     flags = given | {"snapshot": False if given["no_snapshot"] else None, "shared": given["shared"] or None}
@@ -156,7 +156,7 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     import shlex
 
     from launch.lifecycle import run_status, submission
-    from launch.spec import sweep
+    from launch.spec import changes, sweep
     from launch.spec.command import shown_in_container
 
     for line in submission.remarks(plan):
@@ -176,7 +176,7 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
     print(f"would run    {shlex.join(spec.command)}\nin           {spec.cwd}")
     print(f"run          {spec.run}\nsnapshot     {files}")
     if plan.tree and plan.tree.links:
-        print(f"linked       {', '.join(plan.tree.links)}")
+        print(f"linked       {changes.shown(plan.tree.links)}")
     sent = backend.preview(plan)
     if sent:
         print(f"\n{sent}", end="")

@@ -52,7 +52,7 @@ def write_figure(path: Path, draw: Callable[[Any], Any]) -> Path:
         figure = draw(plt)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=110, format="png")
+            figure.savefig(path, dpi=110, format="png", metadata={"Software": "jobkit"})
         except OSError as error:
             raise ConfigError(str(explain(error, f"cannot write {path}"))) from None
         finally:

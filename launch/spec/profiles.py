@@ -75,6 +75,40 @@ def read_profile(name: str, *, cwd: Path, home: Path) -> dict[str, Any]:
     raise ConfigError(f"no profile {name!r}; {have}. Write a table [profile.{name}] into {where}")
 
 
+DEFAULT = "default"
+"""The profile that applies by itself."""
+_ANYWHERE = frozenset({
+    "name", "run", "grace", "max-failures", "stall", "snapshot", "shared", "notify", "array-parallelism", "image",
+    "mount",
+})  # fmt: skip
+"""Options that mean the same on every backend."""
+
+
+def options_of(profile: str | None, *, on: str | None, cwd: Path, home: Path) -> dict[str, Any]:
+    """Return the options that apply where the command line says nothing: a profile's, above those of `default`.
+
+    Where the run goes to another backend than `default` names, what `default` says of its own backend is left out.
+
+    Args:
+        profile: Its name; None for `default` alone, if a file has it.
+        on: The backend that the command line names.
+        cwd, home: As in `read_profile`.
+
+    Raises:
+        ConfigError: As `read_profile`.
+    """
+    files = (cwd / "jobkit.toml", home / ".config" / "jobkit" / "jobkit.toml")
+    default = read_profile(DEFAULT, cwd=cwd, home=home) if any(DEFAULT in _profiles(path) for path in files) else {}
+    above = read_profile(profile, cwd=cwd, home=home) if profile is not None else {}
+    backend = on or above.get("on") or default.get("on", "local")
+    if backend != default.get("on", "local"):
+        default = {name: value for name, value in default.items() if name in _ANYWHERE}
+    tables = {
+        name: default[name] | above[name] for name in default if isinstance(default[name], dict) and name in above
+    }
+    return default | above | tables
+
+
 def _profiles(path: Path) -> Mapping[str, Any]:
     try:
         profiles = tomllib.loads(path.read_text(encoding="utf-8")).get("profile", {})

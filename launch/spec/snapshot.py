@@ -11,13 +11,14 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import secrets
 import stat
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from jobkit import contract, names
@@ -77,13 +78,17 @@ def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES, secret: Iterab
     top = _git_top(cwd)
     tracked, untracked, ignored = _git_files(top) if top else ([], *_all_files(cwd))
     root = top or cwd
-    private = {path.resolve() for path in secret}
+    private, known = {path.resolve() for path in secret}, set(tracked)
     kept: set[str] = set()
-    others, runs = set(ignored), {run: True}
+    others, runs = set(ignored), {run: True} | _holding(root, run, tracked)
     secrets = {name for name in untracked if _looks_secret(name)}
     secrets |= {name for name in [*tracked, *untracked] if private and (root / name).resolve() in private}
     for name in [*tracked, *untracked]:
         linked = _apart_above(root, name, runs) or (name if name in secrets else None)
+        if linked is None and _is_output(root / name, tracked=name in known):
+            continue
+        if linked is not None and root / linked in run.parents:  # a link there would lead around in a circle
+            continue
         (kept if linked is None else others).add(linked or name)
     files = names.sift(sorted(kept), where=str(root))
     links = tuple(_topmost(name for name in names.sift(sorted(others), where=str(root)) if _linkable(root, name, run)))
@@ -200,12 +205,61 @@ def _archivable(path: Path) -> bool:
     return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
+_MADE_BY_US = (b'<meta name="generator" content="jobkit">', b"Software\0jobkit")
+"""How a page and a picture begin that a report or a drill wrote."""
+_OF_SLURM = re.compile(r"slurm-\d+(_\d+)?\.(out|err)")
+
+
+def _is_output(path: Path, *, tracked: bool) -> bool:
+    """Tell what a run's own tools wrote from code: a report, a card, what SLURM has a job print into."""
+    if path.suffix not in (".html", ".png", ".out", ".err") or path.is_symlink():
+        return False
+    if _OF_SLURM.fullmatch(path.name):
+        return not tracked
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError:
+        return False
+    return any(mark in head for mark in _MADE_BY_US)
+
+
+def _holding(root: Path, run: Path, tracked: Iterable[str]) -> dict[Path, bool]:
+    """Return which of the directories called `runs`, where runs go by default, hold nothing but runs.
+
+    What lies there and is no run, the caches of a drill say, is no code either.
+    """
+    code = {root / above for name in tracked for above in PurePosixPath(name).parents if above.name == _RUNS}
+    holding: dict[Path, bool] = {}
+    for path in {root / _RUNS, *run.parents}:
+        if path.name == _RUNS and path != root and path.is_relative_to(root) and path not in code:
+            below = (one for one in _directories(path) for one in (one, *_directories(one)))
+            if run.is_relative_to(path) or any(_is_run(one) for one in below):
+                holding |= dict.fromkeys(_directories(path), True)
+    return holding
+
+
+_RUNS = "runs"
+
+
+def _directories(path: Path) -> list[Path]:
+    try:
+        return [path / entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
 def _stands_apart(path: Path) -> bool:
     """Tell whether a directory is linked, never copied: a run directory or a virtual environment."""
+    return _is_run(path) or (path / "pyvenv.cfg").is_file()
+
+
+def _is_run(path: Path) -> bool:
+    """Tell whether a directory is that of a run, submitted or begun by hand."""
     made = (path / contract.RUN_JSON).is_file() or (path / contract.CODE).is_dir()
     submitted = made and (path / contract.LOCK).is_file()
     by_hand = (path / contract.STRATEGY).is_file() and (path / contract.ATTEMPTS).is_dir()
-    return submitted or by_hand or (path / "pyvenv.cfg").is_file()
+    return submitted or by_hand
 
 
 def _apart_above(root: Path, name: str, runs: dict[Path, bool]) -> str | None:

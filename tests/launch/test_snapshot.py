@@ -330,3 +330,39 @@ def test_a_large_directory_is_told_of(tmp_path: Path) -> None:
         os.truncate(tmp_path / "data.bin", size)
         lines = list(snapshot.remarks(snapshot.find(tmp_path, tmp_path / "run"), sent=False))
         assert [("takes all 1 files" in line and "data.bin (50.0 MB)" in line) for line in lines] == [True] * told
+
+
+@pytest.mark.parametrize("repository", [True, False])
+def test_what_our_own_tools_wrote_is_no_code(tmp_path: Path, repository: bool) -> None:
+    """Reports, SLURM's output and all of runs/ are no code; what only looks like them is."""
+    top, run = tmp_path / "work", tmp_path / "work" / "runs" / "drill-1" / "reference"
+    tool = '<head><meta charset="utf-8"><meta name="generator" content="jobkit">'
+    files = {
+        "train.py": "", "report.html": tool, "card.html": tool, "site/index.html": "<head>",
+        "loss.png": "PNG Software\0jobkit", "logo.png": "PNG", "slurm-12.out": "", "slurm-12_3.out": "",
+        "my.out": "", "runs/drill-1/cache/x": "x", "exp/a.py": "",
+        "runs/other/code/1.tar.gz": "", "runs/other/lock": "", "pkg/runs/table.py": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(text)
+    if repository:
+        git(top, "init", "-q")
+    code = ("exp/a.py", "logo.png", "my.out", "pkg/runs/table.py", "site/index.html", "train.py")
+    assert snapshot.find(top, run).files == code
+    assert snapshot.find(top, tmp_path / "elsewhere").files == code
+    assert snapshot.find(top, run).links == ("runs/other",)
+    if repository:
+        (top / "runs" / "mine.py").write_text("")
+        git(top, "add", "runs/mine.py")
+        assert "runs/mine.py" in snapshot.find(top, run).files
+
+
+@pytest.mark.slow
+def test_a_report_changes_no_code(project: Project) -> None:
+    """Page and picture of a report beside the code are not told of as changes."""
+    store = project.submit("exit:0")
+    until_over(store)
+    for option in ("--html", "--png"):
+        assert project.cli("report", store.url, option, f"loss{option.replace('--', '.')}").returncode == 0
+    assert len(snapshot.find(project.path, store.path).files) == 1

@@ -1,6 +1,9 @@
 """run.json and profiles: round trips, other versions, damage, and every mistake a person can make in a profile."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from launch.spec import profiles
 from launch.spec.cloud_options import Cloud
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
+from tests.harness import jobs
 from tests.harness.jobs import Project, until_over
 from tests.harness.jobs import project as make_project
 
@@ -177,3 +181,33 @@ def test_a_line_break_in_the_command_reaches_the_program(project: Project) -> No
     store = project.submit("read:a\nb ';\"\u202e")
     until_over(store)
     assert store.read("attempts/0/log-0.txt").decode().startswith("attempt 0: read:a\nb ';\"\u202e\n")
+
+
+def test_the_default_profile(tmp_path: Path) -> None:
+    """It applies by itself, a named one lies above it, and on another backend only what means the same there stays."""
+    cwd, home = tmp_path, tmp_path / "nobody"
+    assert profiles.options_of(None, on=None, cwd=cwd, home=home) == {}
+    (cwd / "jobkit.toml").write_text(
+        '[profile.default]\non = "slurm"\npartition = "low"\ngrace = "1m"\n'
+        'sbatch = {mail-type = "END", gres = "gpu:1"}\n'
+        '[profile.big]\npartition = "high"\nsbatch = {gres = "gpu:8"}\n'
+    )
+
+    def options(profile: str | None = None, on: str | None = None) -> dict[str, object]:
+        return profiles.options_of(profile, on=on, cwd=cwd, home=home)
+
+    default = {"on": "slurm", "partition": "low", "grace": "1m", "sbatch": {"mail-type": "END", "gres": "gpu:1"}}
+    assert options() == options("default") == options(on="slurm") == default
+    assert options("big") == default | {"partition": "high", "sbatch": {"mail-type": "END", "gres": "gpu:8"}}
+    assert options(on="local") == {"grace": "1m"}
+
+
+def test_the_default_profile_is_read_by_submit(tmp_path: Path) -> None:
+    """What it says goes for a submit that says nothing, and gives way to one that does."""
+    (tmp_path / "jobkit.toml").write_text('[profile.default]\nname = "mine"\nrun = "runs/x"\n')
+    for words, name in (((), "mine"), (("--name", "other"), "other")):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "submit", "--dry-run", "--json", *words, "--", "true"],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(jobs.ROOT)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert (json.loads(done.stdout)["name"], json.loads(done.stdout)["run"]) == (name, str(tmp_path / "runs/x"))
