@@ -77,7 +77,8 @@ def resume(
 
 def _merged(spec: JobSpec, place: Placement, *, same: bool) -> JobSpec:
     """Return what is asked for: on the backend that the run had, what is not said stays."""
-    price = spec.price_per_hour if place.price_per_hour is None else place.price_per_hour
+    kept = {name: getattr(place, name) for name in ("price_per_hour", "max_time_s", "max_cost")}
+    kept = {name: value for name, value in kept.items() if value is not None}
     sbatch = (spec.sbatch if same else {}) | place.sbatch
     tasks = spec.sbatch.get("ntasks-per-node")
     if tasks is not None:
@@ -86,4 +87,4 @@ def _merged(spec: JobSpec, place: Placement, *, same: bool) -> JobSpec:
     if place.cloud is not None:
         cloud = msgspec.structs.replace((spec.cloud if same else None) or Cloud(), **place.cloud)
     container = place.container or (spec.container if same else None)
-    return msgspec.structs.replace(spec, sbatch=sbatch, cloud=cloud, container=container, price_per_hour=price)
+    return msgspec.structs.replace(spec, sbatch=sbatch, cloud=cloud, container=container, **kept)

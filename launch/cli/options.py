@@ -48,6 +48,8 @@ _OPTIONS = (
     click.option("--cpus", type=int, help="aws: vCPUs of the container. [default: 4]"),
     click.option("--memory", metavar="SIZE", help="aws: memory of the container. [default: 14GiB]"),
     click.option("--price-per-hour", type=float, metavar="PRICE", help="What an hour costs, for the ledger."),
+    click.option("--max-time", metavar="DURATION", help="Commit and stop after so long in attempts, all together."),
+    click.option("--max-cost", type=float, metavar="MONEY", help="The same in money, by --price-per-hour."),
 )  # fmt: skip
 
 
@@ -112,6 +114,7 @@ def placement(options: dict[str, Any], given: dict[str, Any]) -> "Placement":
     Raises:
         ConfigError: If an option is of another backend than the one that is asked for.
     """
+    from jobkit.units import duration_s
     from launch.backends import registry
     from launch.spec import cloud_options as cloud
     from launch.spec.profiles import SBATCH, Placement
@@ -136,7 +139,16 @@ def placement(options: dict[str, Any], given: dict[str, Any]) -> "Placement":
     if asked and not managed:
         raise ConfigError(_foreign(next(iter(asked)), "cloud", name))
     fields = cloud.fields_of(asked, time=time) if managed else None
-    return Placement(name, sbatch, fields, container, _choose("price-per-hour", options, given))
+    max_time = _choose("max-time", options, given)
+    return Placement(
+        name,
+        sbatch,
+        fields,
+        container,
+        price_per_hour=_choose("price-per-hour", options, given),
+        max_time_s=None if max_time is None else duration_s(max_time),
+        max_cost=_choose("max-cost", options, given),
+    )
 
 
 def _foreign(option: str, field: str, name: str) -> str:

@@ -131,6 +131,8 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         cloud=None if place.cloud is None else Cloud(**place.cloud),
         container=place.container,
         price_per_hour=place.price_per_hour,
+        max_time_s=place.max_time_s,
+        max_cost=place.max_cost,
         **{field: options[name] for name, field in _SAME.items() if name in options},
     )
     return spec, place.backend

@@ -74,6 +74,8 @@ class Runner(ABC):
         self._history: list[restart.Ended] = []
         self._newest_attempt = -1
         """The newest attempt that this process knows to be its own, or an earlier one's."""
+        self._spent_s, self._attempt_since = 0.0, float("inf")
+        """How long attempts that are over have taken, and since when one runs, on the clock of `time.monotonic`."""
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Run until the run has ended or goes on elsewhere; return the exit code that says so.
@@ -115,6 +117,9 @@ class Runner(ABC):
         skip, committed = restart.budget_from(run_status.events(self._store))
         attempts = [number for number in self._store.numbers(contract.ATTEMPTS) if number >= skip]
         self._history = [self._ended(attempt) for attempt in attempts]
+        if self._spec.max_time_s is not None or self._spec.max_cost is not None:
+            before = map(self._ended, self._store.numbers(contract.ATTEMPTS))
+            self._spent_s = sum(ended.duration_s for ended in before)
         return restart.Policy(max_failures=self._spec.max_failures, committed_at_start=committed)
 
     def _decide(self, policy: restart.Policy, why: Cause, *, before: bool = False) -> int | None:
@@ -203,7 +208,14 @@ class Runner(ABC):
 
     def _over(self) -> tuple[State, str] | None:
         """Tell how the run ends if no further attempt may start; REQUEUED where it goes on elsewhere."""
-        return (State.CANCELLED, run_status.cancel_reason(self._quick)) if self._cancelled() else None
+        if self._cancelled():
+            return State.CANCELLED, run_status.cancel_reason(self._quick)
+        running_s = max(0.0, time.monotonic() - self._attempt_since)
+        # Another attempt has no use for less than it is given to stop.
+        spare_s = self._spec.grace_s if self._spent_s and self._attempt_since == float("inf") else 0.0
+        used_up = self._spec.used_up(self._spent_s + running_s + spare_s)
+        more = f"continue with: jobkit resume {self._store.url}, and a higher one"
+        return (State.CANCELLED, f"stopped: {used_up}; {more}") if used_up else None
 
     def _over_anywhere(self) -> tuple[State, str] | None:
         """Like `_over`, and look on the run's URL too: before each attempt, not ten times a second."""
@@ -231,9 +243,11 @@ class Runner(ABC):
         command, environ = self._store.insist(lambda: self.prepare(dict(os.environ)))
         attempt = self._store.insist(lambda: mirror.claim(self._quick.with_deadline(_CLAIM_S)))
         self._newest_attempt = attempt
+        begun = self._attempt_since = time.monotonic()
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
         self._close(attempt, code)
+        self._spent_s, self._attempt_since = self._spent_s + time.monotonic() - begun, float("inf")
         return self._ended(attempt, code)
 
     def prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from jobkit.contract import Outcome
+from jobkit.contract import Outcome, State
 from jobkit.rundir.ledger import Event
 from jobkit.supervise.unsaved import nothing_new
 from jobkit.units import counted, show_duration
@@ -240,4 +240,6 @@ def _end(goodput: Goodput) -> Iterator[Sentence]:
     verb = "is" if goodput.ended is None else "ended as"
     so_far = f"after {counted(len(goodput.attempts), 'attempt')} and {show_duration(time.total_s)}"
     text = f"The run {verb} {state}{at} {so_far}: goodput {percent(time.goodput)}{money}."
+    if goodput.state == State.CANCELLED and goodput.reason:
+        text += f" It was {goodput.reason}."
     yield Sentence(goodput.intervals[-1].end, "end", None, text)

@@ -16,7 +16,7 @@ import jobkit
 from jobkit import contract, names, versions
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
-from jobkit.units import duration_s
+from jobkit.units import duration_s, show_duration
 from launch.spec import container, sweep
 from launch.spec.cloud_options import Cloud
 from launch.spec.container import Container
@@ -49,6 +49,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         sweep_url: Set for a point of a sweep: URL of the sweep, where the snapshot is.
         cloud: For the backends of managed services.
         price_per_hour: What an hour of the run's machines costs, in any currency; for the ledger's money.
+        max_time_s: Seconds in attempts, all together, after which the run commits and stops for good; None: no limit.
+        max_cost: The same in money, by `price_per_hour`.
         root: Set by submit: top of the tree that the snapshot was taken of.
         code: Set by submit: digest of the snapshot, None without one.
         links: Set by submit: paths below root that are no part of the snapshot but are linked into it (data).
@@ -73,6 +75,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     sweep_url: str = ""
     cloud: Cloud | None = None
     price_per_hour: float | None = None
+    max_time_s: float | None = None
+    max_cost: float | None = None
     root: str = ""
     code: str | None = None
     links: tuple[str, ...] = ()
@@ -82,6 +86,18 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     def tasks_per_node(self) -> int:
         """Processes of an attempt on each node."""
         return int(self.sbatch.get("ntasks-per-node") or 1)
+
+    def used_up(self, spent_s: float) -> str:
+        """Say which limit of the run is used up; '' while none is.
+
+        Args:
+            spent_s: Seconds in attempts, all together.
+        """
+        if self.max_time_s is not None and spent_s >= self.max_time_s:
+            return f"its {show_duration(self.max_time_s)} (--max-time) are used up"
+        if self.max_cost is not None and (self.price_per_hour or 0.0) * spent_s / 3600 >= self.max_cost:
+            return f"its {self.max_cost:g} of money (--max-cost) are used up"
+        return ""
 
     def point(self, number: int) -> "JobSpec":
         """Return the specification of one point of a sweep."""
@@ -157,6 +173,11 @@ def check(spec: JobSpec) -> None:
         sweep.refuse_names(spec.command)
     if spec.price_per_hour is not None and not 0 <= spec.price_per_hour < float("inf"):
         raise ConfigError(f"price-per-hour is {spec.price_per_hour}; give 0 or more")
+    for name, limit in (("max-time", spec.max_time_s), ("max-cost", spec.max_cost)):
+        if limit is not None and not 0 < limit < float("inf"):
+            raise ConfigError(f"{name} is {limit:g}; give more than 0")
+    if spec.max_cost is not None and not spec.price_per_hour:
+        raise ConfigError("--max-cost needs to know what an hour costs: give --price-per-hour too")
 
 
 def check_line(name: str, value: str) -> None:

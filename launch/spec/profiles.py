@@ -18,7 +18,7 @@ class Placement:
 
     Args:
         backend: Its name.
-        sbatch, container, price_per_hour: As in `JobSpec`.
+        sbatch, container, price_per_hour, max_time_s, max_cost: As in `JobSpec`.
         cloud: The fields of `Cloud` that were given; None where there is no managed service.
     """
 
@@ -27,6 +27,8 @@ class Placement:
     cloud: dict[str, Any] | None
     container: Container | None
     price_per_hour: float | None
+    max_time_s: float | None = None
+    max_cost: float | None = None
 
 
 SBATCH = (
@@ -48,6 +50,8 @@ _OPTIONS: dict[str, Any] = (
         "sbatch": dict,
         "array-parallelism": int,
         "price-per-hour": (int, float),
+        "max-time": (str, int, float),
+        "max-cost": (int, float),
         "container-runtime": str,
         "mount": list,
     }
@@ -79,7 +83,7 @@ DEFAULT = "default"
 """The profile that applies by itself."""
 _ANYWHERE = frozenset({
     "name", "run", "grace", "max-failures", "stall", "snapshot", "shared", "notify", "array-parallelism", "image",
-    "mount",
+    "mount", "max-time", "max-cost",
 })  # fmt: skip
 """Options that mean the same on every backend."""
 
