@@ -50,9 +50,9 @@ class Local(Backend):
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self._environ = dict(environ or {})
 
-    def check(self, spec: JobSpec) -> Plan:
+    def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """See `Backend`. In an image nothing here is looked for."""
-        plan = submission.prepare(spec, elsewhere=spec.container is not None)
+        plan = submission.prepare(spec, elsewhere=spec.container is not None, look=look)
         if spec.container is not None:
             container.refuse_foreign(spec.container, self.name, self.runtimes)
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})

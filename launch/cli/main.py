@@ -149,6 +149,7 @@ cli.add_command(checkpoints.checkpoints)
 
 
 cli.add_command(places.doctor)
+cli.add_command(places.emulate)
 
 
 cli.add_command(report.report)

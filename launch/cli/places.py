@@ -1,7 +1,13 @@
 # ruff: noqa: D301  (click wants the character \\b itself)
-"""`jobkit doctor`: what the places are like where runs may go."""
+"""`jobkit doctor` and `jobkit emulate`: what places are like where runs may go, and a place to try things."""
 
+import json
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +75,62 @@ def doctor(profile: str | None, probe: bool, as_json: bool, **given: Any) -> Non
         for line, one in zip(aligned(lines).splitlines(), findings, strict=True):
             print(line + (f"\n    {one.mend}" if one.mend else ""))
     sys.exit(1 if any(one.verdict == "fail" for one in findings) else 0)
+
+
+@click.command(
+    context_settings={"allow_interspersed_args": False}, short_help="Start a bucket on this machine, to try it offline."
+)
+@click.option("--bucket", "buckets", multiple=True, metavar="NAME", help="Name of a bucket. [default: bucket]")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Where it listens. [default: a free one]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, on one line.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def emulate(buckets: tuple[str, ...], port: int, as_json: bool, command: tuple[str, ...]) -> None:
+    """Start a bucket on this machine, to try gs:// URLs without an account and without a network.
+
+    It is there until Ctrl-C, or with COMMAND until that ends, which finds the bucket by its environment; then what it
+    holds is gone. It listens on 127.0.0.1 alone, where every user of this machine reaches it.
+
+    \b
+    Examples:
+      jobkit emulate
+      jobkit emulate -- jobkit submit --wait --run gs://bucket/r1 -- python train.py
+      jobkit emulate -- bash
+    """
+    from launch.emulate.objects import RefusedError
+    from launch.emulate.server import Server
+
+    try:
+        server = Server(port=port, buckets=())
+        for name in dict.fromkeys(buckets or ("bucket",)):
+            server.storage.make(name)
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {error.strerror or error}; leave it out for a free one") from None
+    except RefusedError as error:
+        raise ConfigError(f"{error}: 3 to 63 lower-case letters, digits, '-', '_' and '.'") from None
+    if as_json:
+        told = {"url": server.url, "buckets": sorted(server.storage.buckets), "environment": server.environment()}
+        print(json.dumps(told), flush=True)
+    if command:
+        sys.exit(_with(server.environment(), command))
+    if not as_json:
+        urls = ", ".join(f"gs://{name}" for name in sorted(server.storage.buckets))
+        exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in server.environment().items())
+        print(f"# {urls} until Ctrl-C; in another terminal:\n{exports}", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        server.close()
+
+
+def _with(environment: dict[str, str], command: tuple[str, ...]) -> int:
+    """Run a command that Ctrl-C reaches by itself; return its exit code, as a shell has it."""
+    try:
+        process = subprocess.Popen(command, env=os.environ | environment)
+    except OSError as error:
+        raise ConfigError(f"cannot start {command[0]}: {error.strerror}") from None
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return code if code >= 0 else 128 - code

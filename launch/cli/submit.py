@@ -10,7 +10,7 @@ import click
 from jobkit.errors import ConfigError, say
 from launch.cli.names import BACKEND
 from launch.cli.options import Launching, placement, placement_options
-from launch.cli.output import follow, print_status
+from launch.cli.output import follow, print_status, unanswered
 
 if TYPE_CHECKING:
     from launch.backends.begin_from import Beginning
@@ -73,7 +73,8 @@ def submit(
     backend = registry.named(name)
     beginning = _beginning(begin, spec, reset_step=reset_step)
     if dry_run:
-        _show_plan(backend, backend.check(spec), as_json)
+        silent = unanswered(spec.run)
+        _show_plan(backend, backend.check(spec, look=not silent), as_json, silent)
         return
     store = verbs.submit(backend, spec, begin=None if beginning is None else beginning.copy)
     if not as_json:
@@ -154,7 +155,7 @@ def _stall_s(given: str | float | None) -> float | None:
     return stall_s
 
 
-def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
+def _show_plan(backend: "Backend", plan: "Plan", as_json: bool, silent: str) -> None:
     import shlex
 
     from launch.lifecycle import run_status, submission
@@ -163,7 +164,10 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool) -> None:
 
     for line in submission.remarks(plan):
         say(line)
-    backend.refuse_taken(plan)
+    if silent:
+        say(f"not checked: whether {plan.spec.run} may be written to and holds no run yet: {silent}")
+    else:
+        backend.refuse_taken(plan)
     if plan.spec.cloud is not None:  # the request says all there is, and is one document
         print(backend.preview(plan))
         return

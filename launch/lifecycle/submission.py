@@ -75,12 +75,13 @@ class Plan:
         return msgspec.structs.replace(self.spec, code=code)
 
 
-def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
+def prepare(spec: JobSpec, *, elsewhere: bool = False, look: bool = True) -> Plan:
     """Check a specification against this machine and fill in what it leaves open; writes nothing.
 
     Args:
         spec: What to run.
         elsewhere: Whether it runs in an image of its own, whose programs and paths are not this machine's.
+        look: Whether a bucket is asked what it has of the run.
 
     Raises:
         ConfigError: If it cannot work.
@@ -102,7 +103,8 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False) -> Plan:
         check_command(first, cwd, os.environ)
     if is_remote(spec.run):
         names.check_place(spec.run)  # before it is asked for
-    store = open_run(spec.run or specs.fresh_place(spec.name or specs.script_name(spec)))
+    url = spec.run or specs.fresh_place(spec.name or specs.script_name(spec))
+    store = open_run(url) if look else Store(url)
     names.check_place(store.url)
     _check_place(store)
     spec = msgspec.structs.replace(spec, run=store.url, cwd=str(cwd), name=spec.name or store.url.rpartition("/")[2])

@@ -104,8 +104,12 @@ class Backend(ABC):
     processes_here: ClassVar[bool] = False
 
     @abstractmethod
-    def check(self, spec: JobSpec) -> Plan:
+    def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """Check what is to be submitted and fill in what it leaves open; writes nothing that lasts.
+
+        Args:
+            spec: What is to be submitted.
+            look: Whether a bucket is asked what it has of the run.
 
         Raises:
             ConfigError: If it cannot work here, with the remedy.

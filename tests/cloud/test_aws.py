@@ -9,9 +9,11 @@ from typing import Any
 
 import boto3
 import fsspec
+import msgspec
 import pytest
 
 from jobkit import contract
+from jobkit.errors import ConfigError
 from launch.backends.cloud import aws
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
@@ -143,6 +145,19 @@ def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: 
     assert len(said.strip().splitlines()) == 1, said
     assert fsspec.filesystem("s3").find(url.rpartition("/")[0]) == []
     assert not jobs(queue)
+
+
+def test_the_bucket_that_a_job_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """A directory of this machine is refused, Google's bucket is remarked upon; both with s3:// as the remedy."""
+    monkeypatch.setenv("JOBKIT_HOME", str(tmp_path / "homes"))
+    (tmp_path / "train.py").touch()
+    spec = JobSpec(command=("python", "train.py"), cwd=str(tmp_path), cloud=Cloud(image="train:1", queue="spot"))
+    with pytest.raises(ConfigError, match=r"a VM does not see runs/one: .* such as --run s3://BUCKET/run"):
+        aws.Aws().check(msgspec.structs.replace(spec, run="runs/one"))
+    aws.Aws().check(msgspec.structs.replace(spec, run="gs://bucket/one"), look=False)
+    assert "jobs on aws are not signed in where gs://bucket/one is: give --run s3://BUCKET" in capfd.readouterr().err
+    aws.Aws().check(msgspec.structs.replace(spec, run="s3://bucket/one"), look=False)
+    assert not capfd.readouterr().err
 
 
 def test_credentials_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

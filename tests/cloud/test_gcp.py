@@ -1,5 +1,6 @@
 """Runs on Google Batch: our backend and Google's own client against a service that executes, with VMs that vanish."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from google.api_core.client_options import ClientOptions
 from google.api_core.exceptions import Conflict
@@ -345,6 +347,20 @@ def test_ls(desk: Desk, batch: BatchServer) -> None:
         assert (told["run"], told["state"], told["backend"]) == (URL, "done", "gcp")
         assert "done" in desk.jobkit(*words)
     assert json.loads(desk.jobkit("ls", "gs://bucket/nothing", "--json")) == []
+
+
+@pytest.mark.slow
+def test_dry_run_without_a_network(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be sent is printed all the same, and what the bucket was not asked is said, within seconds."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
+    errors = io.StringIO()
+    begun = time.monotonic()
+    with contextlib.redirect_stderr(errors):
+        told = desk.jobkit(*GCP, "--project", "test-project", "--dry-run", "--", "python", "train.py", errors=False)
+    assert "not checked: whether gs://bucket/runs/" in errors.getvalue()
+    assert json.loads(told)["taskGroups"]
+    assert time.monotonic() - begun < 20
 
 
 def test_dry_run(desk: Desk, batch: BatchServer) -> None:

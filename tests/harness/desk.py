@@ -63,16 +63,23 @@ class Desk:
         (self.home / "code" / name).write_text(script)
 
     def jobkit(self, *words: str, code: int = 0, errors: bool = True) -> str:
-        """Run the command line; return what it printed, or its errors where it is to fail and they are wanted."""
-        out, err = io.StringIO(), io.StringIO()
+        """Run the command line; return what it printed, or its errors where it is to fail.
+
+        Args:
+            words: The command line.
+            code: Its exit code.
+            errors: Whether to catch what goes to standard error; else what was printed is returned.
+        """
+        out, err = io.StringIO(), io.StringIO() if errors else sys.stderr
         before, sys.argv = sys.argv, ["jobkit", *words]
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
                 main.main()
         finally:
             sys.argv = before
-        assert (left.value.code or 0) == code, out.getvalue() + err.getvalue()
-        return err.getvalue() if code and errors else out.getvalue()
+        said = err.getvalue() if isinstance(err, io.StringIO) else ""
+        assert (left.value.code or 0) == code, out.getvalue() + said
+        return said if code and errors else out.getvalue()
 
     def status(self, url: str = URL) -> dict[str, Any]:
         """Return a run's status."""

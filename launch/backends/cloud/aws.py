@@ -46,6 +46,7 @@ class Aws(Managed):
     """The AWS Batch backend."""
 
     name = "aws"
+    scheme = "s3"
 
     def complete(self, spec: JobSpec) -> JobSpec:
         """See `Managed`."""

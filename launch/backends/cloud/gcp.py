@@ -34,6 +34,7 @@ class Gcp(Managed):
     """The Google Batch backend."""
 
     name = "gcp"
+    scheme = "gs"
 
     def __init__(self, cloud: Cloud | None = None) -> None:
         super().__init__(cloud)

@@ -12,12 +12,12 @@ import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from jobkit import contract, faults
-from jobkit.errors import ConfigError, JobkitError
+from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
@@ -36,6 +36,9 @@ _HEARD_S = 15.0
 """How long a VM may take to hear of a cancel in the bucket, on top of the grace, before the service is told."""
 
 
+_SCHEMES = ("gs", "gcs", "s3", "s3a")
+
+
 class Managed(Backend):
     """A batch service as a backend; what differs between services is abstract here.
 
@@ -44,6 +47,8 @@ class Managed(Backend):
     """
 
     reads = frozenset({"cloud"})
+    scheme: ClassVar[str]
+    """Of the URLs of the buckets that its jobs are signed in to."""
 
     def __init__(self, cloud: Cloud | None = None) -> None:
         self._cloud = cloud
@@ -92,18 +97,28 @@ class Managed(Backend):
         """Return the request that a submit would send."""
         return json.dumps(self.request(plan.store, plan.spec, f"{name_of(plan.spec)}-0"), indent=2)
 
-    def check(self, spec: JobSpec) -> Plan:
+    def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """See `Backend`."""
         if self._cloud is not None:
             spec = msgspec.structs.replace(spec, cloud=self._cloud)
         if not is_remote(spec.run):
-            raise _unseen(spec.run or "a directory on this machine")
-        return prepare(self._completed(spec), elsewhere=True)
+            raise self._unseen(spec.run or "a directory on this machine")
+        if (scheme := spec.run.partition("://")[0]) != self.scheme and scheme in _SCHEMES:
+            say(
+                f"jobs on {self.name} are not signed in where {spec.run} is: give --run {self.scheme}://BUCKET/run, or "
+                "have --secret sign them in"
+            )
+        return prepare(self._completed(spec), elsewhere=True, look=look)
+
+    def _unseen(self, url: str) -> ConfigError:
+        return ConfigError(
+            f"a VM does not see {url}: give a run directory in a bucket, such as --run {self.scheme}://BUCKET/run"
+        )
 
     def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`."""
         if store.remote is None:
-            raise _unseen(store.url)
+            raise self._unseen(store.url)
         return self._completed(spec)
 
     def _completed(self, spec: JobSpec) -> JobSpec:
@@ -208,10 +223,6 @@ class Managed(Backend):
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
         submission.end_cancelled(store, cancelled.cancels[store])
-
-
-def _unseen(url: str) -> ConfigError:
-    return ConfigError(f"a VM does not see {url}: give a run directory in a bucket, such as --run gs://BUCKET/run")
 
 
 def job_id(store: Store, spec: JobSpec, number: int) -> str:

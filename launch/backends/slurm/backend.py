@@ -42,12 +42,13 @@ class Slurm(Backend):
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         self._options = options
 
-    def check(self, spec: JobSpec) -> Plan:
+    def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """See `Backend`. In an image nothing here is looked for."""
         if self._options is not None:
             spec = msgspec.structs.replace(spec, sbatch=dict(self._options))
         check_options(spec.sbatch, grace_s=spec.grace_s)
-        plan = prepare(self._with_image(spec, spec.cwd or os.getcwd()), elsewhere=spec.container is not None)
+        spec = self._with_image(spec, spec.cwd or os.getcwd())
+        plan = prepare(spec, elsewhere=spec.container is not None, look=look)
         if plan.spec.container is not None:
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
         return plan
