@@ -17,17 +17,22 @@ from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
 
 if TYPE_CHECKING:
     from jobkit.checkpoint.restore import export_params, load
+    from jobkit.data.batches import Batches
     from jobkit.group import initialize
     from jobkit.preemption.notice import Notice
+    from jobkit.run.early_stopping import EarlyStopping
     from jobkit.run.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
-    "ConfigError", "JobkitError", "Notice", "Preempted", "Run", "StorageError", "export_params", "initialize", "load",
+    "Batches", "ConfigError", "EarlyStopping", "JobkitError", "Notice", "Preempted", "Run", "StorageError",
+    "export_params", "initialize", "load",
 ]  # fmt: skip
 
 _HOMES = {
     "Run": "jobkit.run.run",
+    "Batches": "jobkit.data.batches",
+    "EarlyStopping": "jobkit.run.early_stopping",
     "Notice": "jobkit.preemption.notice",
     "initialize": "jobkit.group",
     "load": "jobkit.checkpoint.restore",

@@ -50,6 +50,10 @@ class Probe:
     def begin_loop(self, total: int) -> int:
         """Begin a `steps()` loop of `total` steps, of the whole run; return at which step it ends in this drill."""
         self._ledger.append("loop", total=total)
+        return self.ends(total)
+
+    def ends(self, total: int) -> int:
+        """Return at which step a loop of `total` steps, of the whole run, ends in this drill."""
         return self._drill.ends(total)
 
     def saved(self, step: int) -> None:

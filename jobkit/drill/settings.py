@@ -8,6 +8,9 @@ import msgspec
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import ENV_DRILL
 
+OPEN = 1 << 48
+"""The total of a loop that learns from its data alone which step is the last one."""
+
 
 class Drill(msgspec.Struct, frozen=True):
     """How a run goes while it is drilled.

@@ -135,7 +135,7 @@ class Ending:
         """Begin a loop; return whether an earlier attempt has left it early, so that nothing of it is left.
 
         Args:
-            kind: 'steps' or 'through'.
+            kind: 'steps', 'epochs' or 'through'.
             total: Where it ends.
         """
         stop = self._session.checkpoints.loops.begin(kind, total)

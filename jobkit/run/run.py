@@ -1,12 +1,11 @@
 """Run: the front door of the training side.
 
 The loop stays the user's. `steps()` is where everything happens, between two steps: look at the notice, save when due,
-and on a notice commit and leave. What is open lies in session.py, what is due in boundary.py, how it is saved in
-saving.py, and how a training ends in ending.py.
+and on a notice commit and leave. It lies in stepping.py, epochs in epochs.py, what is open in session.py, what is due
+in boundary.py, how it is saved in saving.py, and how a training ends in ending.py.
 """
 
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,10 +17,10 @@ from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.drill.settings import drill_from
 from jobkit.errors import ConfigError, say
 from jobkit.preemption.notice import Notice
-from jobkit.preemption.stop_step import STOP
-from jobkit.run import resuming
+from jobkit.run import resuming, stepping
 from jobkit.run.boundary import Boundary, Loop
 from jobkit.run.ending import Ending
+from jobkit.run.epochs import Epoch, epochs
 from jobkit.run.leaving import by_break
 from jobkit.run.saving import Saving
 from jobkit.run.session import Session, store_of
@@ -249,59 +248,38 @@ class Run:
             DonatedError: If the program gave the state away in the first step, or in the one after which it stops.
             StorageError: If the state could not be committed on notice or at the end.
         """
-        session, boundary, ending, parts = self._session, self._boundary, self._ending, self._saving.parts
-        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
-            raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
-        ending.leaving.settle(another=True)
-        if boundary.loop is Loop.OURS:
-            raise ConfigError("steps() is already running: one loop at a time")
-        step, probe = session.step, session.probe
-        if step < total and ending.stopped_early("steps", total):
-            total = step
-        elif probe is not None:
-            total = probe.begin_loop(total)
-        look, heartbeat, strategy, checkpoints = session.look, session.heartbeat, self._strategy, session.checkpoints
-        if step < total and (
-            boundary.stopping or (look.noticed and (session.agreement is None or STOP in session.barrier()))
-        ):
-            ending.stop()
-        again = boundary.loop is Loop.DONE and step >= total
-        boundary.loop = Loop.OURS
-        if not again:
-            ending.take_back()
-        boundary.look_at_signals()
-        session.deadline_saver.enter(step, parts)
-        session.ledger.append("loop", step=step, total=total)
-        hand, given = session.deadline_saver.boundaries, self._saving.given
-        try:
-            while step < total:
-                if probe is not None:
-                    probe.begin_step(step, parts, given)
-                yield step
-                if probe is not None:
-                    probe.end_step()
-                # The work per step when nothing is due: keep it under a microsecond or two.
-                step = heartbeat.step = step + 1
-                heartbeat.beat()
-                now = time.monotonic()
-                if (
-                    look.noticed
-                    or boundary.asked is not None
-                    or step >= strategy.next_step
-                    or now >= strategy.next_s
-                    or now >= boundary.next_look_s
-                    or checkpoints.failed
-                    or not boundary.stepped
-                ):
-                    boundary.come(last=step >= total, stop=ending.stop)
-                if not step & hand.between or now - hand.held_s >= hand.from_s:
-                    hand.hold(step, parts)
-                else:
-                    hand.skip()
-        except GeneratorExit:
-            ending.leaving.leave(ending.left_steps, sure=by_break())
-            raise
-        ending.finish()
+        return stepping.steps(self._session, self._saving, self._boundary, self._ending, total)
+
+    def epochs(self, count: int, data: Any = None, *, steps_per_epoch: int | None = None) -> Iterator[Epoch]:
+        """Count the run's epochs, and their steps or batches: a loop in a loop, with room for a validation between.
+
+            for epoch in run.epochs(10, batches):  # or run.epochs(10, steps_per_epoch=100)
+                for batch in epoch:  # then: for step in epoch
+                    train_step(model, optimizer, batch)
+                run.save(val_loss=evaluate(model))
+
+        An epoch is an integer, its number. Between two steps, inside of an epoch or not, happens what `steps` says: the
+        next attempt goes on in the middle of the epoch. What follows the last step of an epoch belongs to that step:
+        `save` saves when it is through, and where it was interrupted it is done again. Leaving the outer loop with
+        `break` ends the training.
+
+        Args:
+            count: Epochs of the whole run, over all attempts.
+            data: A part of the run to go through: `jobkit.Batches`, whose epochs end where they do, also where the
+                inner loop is left with `break`; a loader with a length and `state_dict`; or, with `steps_per_epoch`, an
+                iterator.
+            steps_per_epoch: Steps of an epoch, where the data does not tell.
+
+        Raises:
+            Preempted: On a notice, once the state is committed: SystemExit with code 75.
+            ConfigError: As in `steps`; if the end of an epoch is not known, the data is no part of the run, or an epoch
+                was not gone through.
+            DonatedError: As in `steps`.
+            StorageError: As in `steps`.
+        """
+        return epochs(
+            self._session, self._saving, self._boundary, self._ending, count, data, steps_per_epoch
+        )  # fmt: skip
 
     def through(self, items: Iterable[_Item]) -> Iterator[_Item]:
         """Go through a loop of one's own, which saves by itself: `for epoch in run.through(range(state.epoch, 40))`.

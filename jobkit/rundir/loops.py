@@ -9,7 +9,7 @@ class EarlyStop(msgspec.Struct, frozen=True, kw_only=True):
     """A loop that the program left before its end (see leaving.py).
 
     Args:
-        kind: 'steps' or 'through'.
+        kind: 'steps', 'epochs' or 'through'.
         total: What it was to reach.
         step: Completed steps when it was left.
         again: Whether the program has entered it again: leaving it is no end of the training.
@@ -44,7 +44,7 @@ class Loops:
         """Begin a loop; return what changes by it.
 
         Args:
-            kind: 'steps' or 'through'.
+            kind: 'steps', 'epochs' or 'through'.
             total: What it is to reach.
 
         Returns:

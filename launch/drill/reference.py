@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jobkit import contract
 from jobkit.contract import State
-from jobkit.drill.settings import Drill
+from jobkit.drill.settings import OPEN, Drill
 from jobkit.errors import ConfigError
 from jobkit.rundir import commits, ledger
 from jobkit.rundir.store import Store
@@ -204,7 +204,7 @@ def read(store: Store, at: int | None = None) -> Reference:
         save_s=save_s,
         save_every=max(1, (at or steps) // 4),
         pace_s=max(0.0, max(_SHORTEST_S, (start - begun) / 2) / steps - step_s),
-        total=max((event["total"] for event in events if event["event"] == "loop"), default=None),
+        total=max((e["total"] for e in events if e["event"] == "loop" and e["total"] < OPEN), default=None),
         at=at,
         loops=len(finished),
         tail_s=max(0.0, float(ended) - finished[-1]) if ended and finished else 0.0,

@@ -35,6 +35,7 @@ RIGHT = {
     "rl_sound": Right(),
     "gan_sound": Right(),
     "early_stop": Right(),
+    "epochs_sound": Right(),
     "files_sound": Right(("losses.csv: ",), ("times.log",)),
     "thread_sound": Right(),
     "best_model": Right(),

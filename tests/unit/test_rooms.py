@@ -22,6 +22,7 @@ JOBKIT = [
     ("rundir",),
     ("compilecache", "group"),
     ("tracking",),
+    ("data",),
     ("supervise",),
     ("checkpoint",),
     ("preemption",),
@@ -46,7 +47,7 @@ LIGHT = {"rundir", "supervise", *BASE}
 ALSO = {"jobkit.drill.settings", "jobkit.drill.looks", "jobkit.checkpoint.interval", "jobkit.compilecache"}
 """Light modules of other rooms, which launch takes too."""
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "numpy", "tensorstore", "ml_dtypes"}
-NAMES_JAX = {"checkpoint", "run", "drill", "group", "compilecache", "compare", "export"}
+NAMES_JAX = {"checkpoint", "run", "data", "drill", "group", "compilecache", "compare", "export"}
 """The only rooms that may name jax and its family."""
 MOST_MODULES, MOST_LINES, MOST_ATTRIBUTES = 14, 450, 20
 

@@ -1,0 +1,1 @@
+"""Data with a position: batches in epochs, over what people have."""
