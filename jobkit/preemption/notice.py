@@ -25,10 +25,15 @@ from jobkit import contract
 from jobkit.errors import say
 from jobkit.preemption import os_handlers
 from jobkit.preemption.os_handlers import CHandler
+from jobkit.preemption.terminal import Output
 from jobkit.supervise.heartbeat import open_alive, read_notice
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""
+TERMINAL = signal.SIGHUP
+"""The terminal was closed: a notice for a program that was started by hand, unless it was to ignore that (nohup)."""
+_GONE_S = 0.2
+"""How often to look, once the terminal was closed, what has gone with it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Notice:
     """A word that this attempt has to end soon.
 
     Args:
-        source: 'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGINT', 'supervisor', or what the supervisor heard of.
+        source: 'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGINT', 'SIGHUP', 'supervisor', or what the supervisor heard of.
         reason: What is known of the cause, for a person.
         at_s: When it came, on the clock of `time.monotonic`.
         deadline_s: Seconds from `at_s` until the process is killed, None where nobody said.
@@ -98,6 +103,7 @@ class Listener:
         self._ours: dict[int, int] = {}
         self._others: dict[int, Any] = {}
         self._calling = False
+        self._output = Output()
         self._alive: int | None = None
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
@@ -127,12 +133,20 @@ class Listener:
             self._alive = open_alive(self._supervisor)
         if threading.current_thread() is threading.main_thread():
             self._wake_up()
-            for number in SIGNALS:
+            wanted = self._wanted()
+            if TERMINAL in wanted:
+                self._output.open()
+            for number in wanted:
                 self._earlier[number] = signal.signal(number, self._handle)
                 self._ours[number] = os_handlers.address(os_handlers.installed(number))
         self._thread = threading.Thread(target=self._watch, name="jobkit-notice", daemon=True)
         self._thread.start()
         _listening.add(self)
+
+    def _wanted(self) -> tuple[signal.Signals, ...]:
+        """Return the signals that are notices to this program."""
+        by_hand = self._supervisor is None and signal.getsignal(TERMINAL) != signal.SIG_IGN
+        return (*SIGNALS, TERMINAL) if by_hand else SIGNALS
 
     def hear_earlier(self) -> None:
         """Take the notice that the supervisor has given already: whoever it signalled then may have kept it to itself,
@@ -149,6 +163,7 @@ class Listener:
             return
         _listening.discard(self)
         self.let_go()
+        self._output.close()
         reader, writer = self._pipe
         self._pipe = None
         os.write(writer, b"\0")  # no signal has number 0: ends the thread
@@ -255,8 +270,9 @@ class Listener:
         poll.register(reader, select.POLLIN)
         if self._alive is not None:
             poll.register(self._alive, 0)  # POLLHUP is always reported
+        closed = False
         while True:
-            for descriptor, _ in poll.poll():
+            for descriptor, _ in poll.poll(_GONE_S * 1000 if closed else None):
                 if descriptor == self._alive:
                     poll.unregister(descriptor)
                     gone = "the supervisor of this attempt is gone"
@@ -267,7 +283,8 @@ class Listener:
                 if 0 in numbers:
                     return
                 for number in numbers:
-                    if number in SIGNALS:
+                    if number in self._ours:
+                        closed |= number == TERMINAL
                         self._note_signal(number)
                         self._pass_on()
                 earlier, identity = self._earlier_wakeup
@@ -275,6 +292,8 @@ class Listener:
                 if identity is not None and _identity(earlier) == identity:
                     with contextlib.suppress(OSError):
                         os.write(earlier, numbers)
+            if closed:
+                self._output.drop()
 
     def _pass_on(self) -> None:
         """Tell the notice once; here, since a handler may not talk to anybody."""

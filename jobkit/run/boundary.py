@@ -19,6 +19,13 @@ from jobkit.supervise.heartbeat import Phase
 
 _LOOK_S = 2.0
 """How often an attempt looks whether a newer one has taken over, and whether somebody asks something of it."""
+_LOGS, _LOGS_S = 3, 10.0
+"""A program trains past the run that has logged so often, in so long a time, before any step of the run."""
+NO_STEPS = (
+    "the program logs, and the run has seen no step of it: what it trains is not saved, and is lost when it is "
+    "interrupted. Loop with 'for step in run.steps(n)' or 'for epoch in run.epochs(n, batches)', or call "
+    "run.save(step) with the number of completed steps"
+)
 
 
 class Loop(enum.Enum):
@@ -56,8 +63,12 @@ class Boundary:
         self.next_look_s = time.monotonic() + _LOOK_S
         self.started_with: FirstStep | None = None
         """What the run resumed with, where the first step is to change something of it."""
+        self.unsaved_step: int | None = None
+        """The step that `should_save` has not wanted saved last, in a loop of the program's own."""
         self._save_wanted = self._own = False
-        self._rounds = 0
+        self._rounds = self._logs = self._asks = 0
+        self._warned = False
+        self._first_log_s = 0.0
 
     def come(self, *, last: bool, stop: Callable[[], NoReturn]) -> None:
         """Come to the end of a step in `steps()` where something may be due, and do it.
@@ -92,6 +103,7 @@ class Boundary:
 
     def _first_step(self) -> None:
         session, self.stepped = self._session, True
+        self._take_back_warning()
         session.deadline_saver.boundaries.measure_room()
         session.heartbeat.enter(Phase.STEPPING)
         session.ledger.append("first_step", step=session.step)
@@ -171,6 +183,48 @@ class Boundary:
         if self._rounds == 2:
             self.note_own_loop()
         self._session.heartbeat.beat()
+
+    def should_save(self, step: int, *, stop: bool) -> bool:
+        """Tell, in a loop of the program's own, whether to save; the same in all processes.
+
+        Args:
+            step: Completed steps.
+            stop: Whether to stop.
+        """
+        session = self._session
+        self.unsaved_step = step
+        if stop:
+            return True
+        due = self._save_wanted or self._saving.strategy.due(step, time.monotonic())
+        if session.group.count == 1:
+            due &= not session.checkpoints.saving
+        else:
+            self._asks += 1
+            due = bool(session.group.share(f"should_save/{self._asks}", lambda: due))
+        return due
+
+    def saved_by_hand(self) -> None:
+        """Come to a save of a loop of the program's own."""
+        self._save_wanted, self.unsaved_step = False, None
+        self._take_back_warning()
+
+    def note_log(self) -> None:
+        """Hear that the program logs while nobody counts the steps of the run; say so if it goes on like that."""
+        self._logs, now = self._logs + 1, time.monotonic()
+        self._first_log_s = self._first_log_s or now
+        if self._warned or self._logs < _LOGS or now - self._first_log_s < _LOGS_S or not self._session.group.first:
+            return
+        self._warned = True
+        fields = {"step": self._session.step, "reason": NO_STEPS, "seconds": round(now - self._first_log_s, 1)}
+        self._session.ledger.append("no_steps", durable=True, **fields)
+        self._session.heartbeat.show_unsaved({"t": time.time(), "event": "no_steps", **fields})
+        say(f"warning: {NO_STEPS}")
+
+    def _take_back_warning(self) -> None:
+        if self._warned:
+            self._warned, self._logs = False, 0
+            self._session.ledger.append("steps_seen", step=self._session.step)
+            self._session.heartbeat.show_unsaved(None)
 
     def note_own_loop(self) -> None:
         """Write down, once, that the program trains in a loop of its own, whose steps only its saves tell."""

@@ -27,7 +27,7 @@ from jobkit.run.session import Session, store_of
 from jobkit.run.state_view import Values
 from jobkit.rundir.retention import Keep
 from jobkit.supervise.heartbeat import Phase
-from jobkit.tracking import adapters
+from jobkit.tracking import adapters, log_buffer
 from jobkit.tracking.trackers import Tracker
 
 _Item = TypeVar("_Item")
@@ -52,8 +52,9 @@ class Run:
     Raises:
         ConfigError: If an argument makes no sense or the run directory cannot be used.
 
-    Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices; earlier handlers come back.
-        Where a library takes one later, the loop sees and says so within 2 s, and both hear of it from then on.
+    Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices, and SIGHUP, a closed terminal,
+        where the program was started by hand and not with nohup; earlier handlers come back. Where a library takes one
+        later, the loop sees and says so within 2 s, and both hear of it from then on.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Run:
         alone = error is not None and not isinstance(error, SystemExit)
         try:
             if error is None:
+                self._ending.leaving.settle()
+                self._save_rounds()
                 self._ending.settle()
         except BaseException as raised:
             error = raised
@@ -179,6 +182,7 @@ class Run:
         """
         session, parts = self._session, self._saving.parts
         self._ending.leaving.settle()
+        self._save_rounds()
         if self._boundary.loop is Loop.OURS:
             raise ConfigError(
                 "restore() would change the state under the loop: call it after steps() has ended; where a variable or "
@@ -218,6 +222,23 @@ class Run:
                 session.probe.begin_round(session.step, saving.parts, saving.given)
             self._boundary.begin_round()
         return stop
+
+    def should_save(self, step: int) -> bool:
+        """Tell, in a loop of one's own, whether to save now, by `save_every`: `if run.should_save(n): run.save(n)`.
+
+        It is True as well on a notice and after `jobkit save`. What a loop ends with is saved in any case. In a run of
+        several processes the answer is the same in all; all have to ask.
+
+        Args:
+            step: Completed steps.
+
+        Raises:
+            ConfigError: If `resume` was not called, or inside `steps()`, which saves by itself.
+        """
+        self._saving.parts  # noqa: B018  (there are any)
+        if self._boundary.loop is Loop.OURS:
+            raise ConfigError("should_save() inside steps() or epochs(), which save by themselves; to save now: save()")
+        return self._boundary.should_save(step, stop=self.should_stop)
 
     def beat(self) -> None:
         """Say that the loop is alive, inside what takes long between two steps: an evaluation, a download.
@@ -285,11 +306,12 @@ class Run:
         """Go through a loop of one's own, which saves by itself: `for epoch in run.through(range(state.epoch, 40))`.
 
         Before each item it looks whether to stop, and then leaves with `Preempted`; so does `save`, after its commit:
-        end each round with `run.save(epoch + 1)`. After the last item what is being saved is committed.
+        end each round with `run.save(epoch + 1)`, or a short one with `if run.should_save(n + 1): run.save(n + 1)`,
+        which on a notice is asked once more before it leaves. After the last item what is being saved is committed.
 
-        Leaving a `range` with `break` ends the training, as in `steps`, with what was saved last; to train on, give one
-        that ends elsewhere. Inside another `through`, of batches in epochs, it ends nothing. What was not saved when
-        it stops is done again.
+        Leaving a `range` with `break` ends the training, as in `steps`, with what was saved last, or with what it is
+        then where `should_save` is asked; to train on, give one that ends elsewhere. Inside another `through`, of
+        batches in epochs, it ends nothing. What was not saved when it stops is done again.
 
         Args:
             items: What to go through: what is left of the run's epochs, say.
@@ -311,7 +333,7 @@ class Run:
         self._depth += 1
         try:
             for item in items:
-                if self.should_stop:
+                if self.should_stop and boundary.unsaved_step is None:
                     ending.stop()
                 if session.probe is not None:
                     session.probe.begin_round(session.step, parts, self._saving.given)
@@ -321,13 +343,25 @@ class Run:
                     ending.take_back()
                 yield item
         except GeneratorExit:
-            if training and isinstance(items, range) and self._saved_by_hand > saved:
-                ending.leaving.leave(ending.left_rounds, sure=by_break())
+            told = self._saved_by_hand > saved or boundary.unsaved_step is not None
+            if training and isinstance(items, range) and told:
+                ending.leaving.leave(self._left_rounds, sure=by_break())
             raise
         finally:
             self._depth -= 1
-        if training and (none or self._saved_by_hand > saved):
-            ending.finish_rounds()
+        if training:
+            self._save_rounds()
+            if none or self._saved_by_hand > saved:
+                ending.finish_rounds()
+
+    def _left_rounds(self, another: bool) -> None:
+        self._save_rounds()
+        self._ending.left_rounds(another)
+
+    def _save_rounds(self) -> None:
+        """Save what a loop of the program's own has ended with, where `should_save` has not wanted it saved before."""
+        if (step := self._boundary.unsaved_step) is not None and not self._strategy.only_best:
+            self.save(step)
 
     def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
         """Save now, whatever `save_every` says.
@@ -350,7 +384,7 @@ class Run:
         """
         session, boundary, ending, saving = self._session, self._boundary, self._ending, self._saving
         saving.parts  # noqa: B018  (there are any)
-        values = {name: _number(name, value) for name, value in metrics.items()}
+        values = {name: log_buffer.number(name, value) for name, value in metrics.items()}
         best = self._keep.best
         if self._strategy.only_best and best is not None and best[0] not in values:
             given = f"it was given {', '.join(values)}" if values else "it was given none"
@@ -368,6 +402,7 @@ class Run:
             boundary.loop = Loop.THEIRS
             self._saved_by_hand += 1
             boundary.note_own_loop()
+            boundary.saved_by_hand()
             ending.take_back()
             session.heartbeat.enter(Phase.STEPPING)
         elif boundary.loop is Loop.NONE:
@@ -398,22 +433,12 @@ class Run:
         session = self._session
         for name, value in list(values.items()):
             if not hasattr(type(value), "__float__") or getattr(value, "shape", ()) != ():
-                wrong = f"log({name}=...) takes a number or a 0-d array, not {_kind(value)}"
+                wrong = f"log({name}=...) takes a number or a 0-d array, not {log_buffer.kind_of(value)}"
                 if not session.listener.noticed:
                     raise ConfigError(wrong)
                 say(wrong)
                 del values[name]
+        if self._boundary.loop is Loop.NONE:
+            self._boundary.note_log()
         if session.group.first and session.log_buffer.add(session.step, values):
             session.log_buffer.flush(session.ledger)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name}={_kind(value)} is not a number") from None
-
-
-def _kind(value: Any) -> str:
-    shape = value.shape if hasattr(type(value), "shape") else None
-    return f"an array of shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"

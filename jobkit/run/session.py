@@ -59,7 +59,8 @@ class Session:
     Raises:
         ConfigError: If the run directory cannot be used, or the processes of the attempt do not find each other.
 
-    Signals: from here to `close`, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices.
+    Signals: from here to `close`, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices; SIGHUP in a program that
+        was started by hand.
     """
 
     opened_here = 0

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+from jobkit.errors import ConfigError
 from jobkit.rundir.ledger import Ledger
 
 _FLUSH_S = 0.5
@@ -63,3 +64,21 @@ def _numbers(logged: dict[str, Any]) -> dict[str, float]:
 
 EVERYTHING = math.inf
 """Below it are all steps."""
+
+
+def number(name: str, value: Any) -> float:
+    """Return a value as a number.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={kind_of(value)} is not a number") from None
+
+
+def kind_of(value: Any) -> str:
+    """Say in words what a value is."""
+    shape = value.shape if hasattr(type(value), "shape") else None
+    return f"an array of shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"

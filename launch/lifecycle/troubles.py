@@ -115,8 +115,9 @@ KINDS = {
     "silent": _Kind("no step", ("heard_again", "exited"), _silent),
     "save_failed": _Kind("not saved", ("saved", "skipped"), _unsaved),
     "unchanged": _Kind("nothing new is saved", ("changed",), _unchanged),
+    "no_steps": _Kind("no step is counted", ("steps_seen",), lambda event: str(event.get("reason"))),
     "upload_failed": _Kind("uploads fail", ("uploaded", "upload_back"), lambda event: str(event.get("reason")), False),
 }
 """The events that tell of trouble."""
 
-_OF_SAVES = frozenset(name for kind in ("save_failed", "unchanged") for name in (kind, *KINDS[kind].ends))
+_OF_SAVES = frozenset(name for kind in ("save_failed", "unchanged", "no_steps") for name in (kind, *KINDS[kind].ends))

@@ -192,6 +192,9 @@ def _troubles_of(life: Life) -> Iterator[tuple[Event, str, str]]:
         yield failed[0], "saves", text
     if idle := named(life.program, "unchanged"):
         yield idle[0], "saves", f"Attempt {life.number} saved {nothing_new(idle[-1])}{reason_of(idle[-1])}."
+    if blind := named(life.program, "no_steps"):
+        later = " Later it did." if named(life.program, "steps_seen") else ""
+        yield blind[0], "saves", f"Attempt {life.number} trained past the run{reason_of(blind[0])}.{later}"
     if again := named(life.supervisor, "heard_again"):
         waited = show_duration(seconds_of(again, "after_s"))
         times = "" if len(again) == 1 else f" in all, {len(again)} times,"

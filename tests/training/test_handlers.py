@@ -16,9 +16,11 @@ import pytest
 
 from jobkit import contract
 from jobkit.preemption import os_handlers
-from jobkit.preemption.notice import SIGNALS, Listener
+from jobkit.preemption.notice import SIGNALS, TERMINAL, Listener
 from jobkit.rundir import commits
+from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
+from jobkit.supervise import heartbeat
 from tests.harness import training
 
 CALLED: list[int] = []
@@ -193,3 +195,58 @@ def test_a_run_takes_its_signal_back(tmp_path: Path, how: str) -> None:
     assert "has taken SIGTERM from the run: taken back" in printed
     code, printed = training.attempt(url, function=_library_takes_sigterm, how=how)
     assert (code, commits.steps(Store(url))[-1]) == (0, 100), printed
+
+
+def _hears_of_terminals(supervisor: Path | None = None) -> bool:
+    made = Listener(supervisor)
+    made.open()
+    try:
+        heard = signal.getsignal(TERMINAL) == made._handle
+        return heard and raised(TERMINAL, made) and made.notice is not None and made.notice.source == "SIGHUP"
+    finally:
+        made.close()
+
+
+def test_a_closed_terminal_is_a_notice_to_who_was_started_by_hand(tmp_path: Path) -> None:
+    """SIGHUP is one, unless it was ignored when the program started, as nohup does; a supervisor hears of it itself."""
+    earlier = signal.getsignal(TERMINAL)
+    try:
+        signal.signal(TERMINAL, signal.SIG_DFL)
+        assert _hears_of_terminals()
+        link = heartbeat.Link(tmp_path, 0)
+        try:
+            assert not _hears_of_terminals(link.directory)
+        finally:
+            link.close()
+        signal.signal(TERMINAL, signal.SIG_IGN)
+        assert not _hears_of_terminals()
+        assert signal.getsignal(TERMINAL) == signal.SIG_IGN
+    finally:
+        signal.signal(TERMINAL, earlier)
+
+
+def _on_a_terminal(url: str, terminal: str) -> None:
+    """Train at a terminal of one's own, to which each step prints."""
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(descriptor, standard)
+    signal.signal(TERMINAL, signal.SIG_DFL)
+    training.train(url, steps=100_000, save_every=None, hook=lambda point, run: print(point, run.step, flush=True))
+
+
+@pytest.mark.slow
+def test_the_terminal_is_closed(tmp_path: Path) -> None:
+    """A program that prints to a terminal which is closed commits its step and exits with 75, for all its printing."""
+    ours, theirs = os.openpty()
+    process = training.start(_on_a_terminal, str(tmp_path / "run"), os.ttyname(theirs), log=tmp_path / "log")
+    seen = b""
+    while b"step 5" not in seen:
+        seen += os.read(ours, 1000)
+    os.close(theirs)
+    os.close(ours)
+    process.join(60)
+    assert process.exitcode == contract.Exit.PREEMPTED
+    assert commits.steps(Store(tmp_path / "run"))[-1] >= 5
+    (stopped,) = [event for event in read_events(Store(tmp_path / "run")) if event["event"] == "stopped"]
+    assert not stopped.get("lost_steps")

@@ -1,20 +1,26 @@
 """Loops of one's own in reports: what they trained, compiled and lost, though only their saves tell of steps."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 import jobkit
 from jobkit import contract
+from jobkit.compare import compare
 from jobkit.contract import State
+from jobkit.run import boundary
+from jobkit.rundir import commits
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from launch.backends.local import Local
-from launch.lifecycle import run_status, verbs
+from launch.lifecycle import run_status, troubles, verbs
 from launch.lifecycle.history import read_history
 from launch.report.explain import explain
 from launch.report.goodput import Goodput, lost_of, measure
@@ -174,3 +180,120 @@ def test_a_real_loop_of_ones_own(project: Project, how: str) -> None:
     (own,) = [event for event in read_events(store) if event["event"] == "own_loop" and event["attempt"] == 0]
     assert own["step"] == 10
     assert run_status.status(store).step == 50
+
+
+def _train_blind(url: Path, *, loop: str) -> list[troubles.Trouble]:
+    """Log thrice before any step of the run, then loop in some way; return what a status says at both times."""
+    with jobkit.Run(url, trackers=()) as run:
+        run.resume(w=0.0, optimizer=None)
+        for number in range(3):
+            run.log(loss=number)
+        store = Store(url)
+        found = troubles.standing([troubles.unsaved(store, run.attempt)])
+        if loop == "steps":
+            for _ in run.steps(2):
+                run.state.w += 1
+        else:
+            run.save(1)
+        found += troubles.standing([troubles.unsaved(store, run.attempt)])
+    return found
+
+
+@pytest.mark.parametrize("loop", ["steps", "own"])
+def test_a_program_that_trains_past_its_run_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """One that logs while the run sees no step hears so on stderr, once; status and explain say it while it lasts."""
+    assert boundary._LOGS_S <= 30
+    monkeypatch.setattr(boundary, "_LOGS_S", 0.0)
+    (trouble,) = _train_blind(tmp_path / "r", loop=loop)
+    assert trouble.short == "no step is counted"
+    assert "run.steps(n)" in trouble.text
+    assert capfd.readouterr().err.count("warning: the program logs, and the run has seen no step of it") == 1
+    history = read_history(Store(tmp_path / "r"))
+    (told,) = [one.text for one in explain(measure(history), history).story if "trained past the run" in one.text]
+    assert told.startswith("Attempt 0 trained past the run: the program logs,")
+    assert told.endswith("Later it did.")
+
+
+def test_logging_before_a_loop_is_nothing_to_be_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A few values that are logged at the start, and any in a loop of the run, are as they should be."""
+    with jobkit.Run(tmp_path / "r", trackers=()) as run:
+        run.resume(w=0.0, optimizer=None)
+        for _ in range(20):
+            run.log(parameters=100)
+        for _ in run.steps(2):
+            run.log(loss=1.0)
+    assert "the program logs" not in capfd.readouterr().err
+
+
+def _rounds(url: Path, save_every: Any, *, shape: str = "range", hit: int = -1, between: bool = False) -> None:
+    """Train for ten rounds in a loop of its own that saves when that is due; a signal comes in one, or between two."""
+
+    def numbers(run: jobkit.Run) -> Iterator[int]:
+        for number in range(run.step, 10):
+            if between and number == hit:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield number
+
+    with jobkit.Run(url, save_every=save_every, keep=100, trackers=()) as run:
+        state = run.resume(w=1.0, optimizer=None)
+        loops = {
+            "range": lambda: run.through(range(run.step, 10)),
+            "items": lambda: run.through(numbers(run)),
+            "break": lambda: run.through(range(run.step, 20)),
+            "plain": lambda: range(run.step, 10),
+        }
+        for number in loops[shape]():
+            state.w = 0.5 * state.w + number
+            if number == hit and not between:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if run.should_save(number + 1):
+                run.save(number + 1)
+            if shape == "break" and number == 9:
+                break
+
+
+@pytest.mark.parametrize("save_every", ["4 steps", None])
+@pytest.mark.parametrize("shape", ["range", "items", "break", "plain"])
+def test_rounds_that_are_saved_when_that_is_due(tmp_path: Path, shape: str, save_every: str | None) -> None:
+    """On a notice, in a round or between two of them, the newest round is committed, and so is what the loop ends with,
+    however that is.
+    """
+    _rounds(tmp_path / "whole", save_every, shape=shape)
+    assert commits.steps(Store(tmp_path / "whole"))[-1] == 10
+    with pytest.raises(jobkit.Preempted):
+        _rounds(tmp_path / "run", save_every, shape=shape, hit=3)
+    assert commits.steps(Store(tmp_path / "run"))[-1] == 4
+    if shape == "items":
+        with pytest.raises(jobkit.Preempted):
+            _rounds(tmp_path / "run", save_every, shape=shape, hit=7, between=True)
+        assert commits.steps(Store(tmp_path / "run"))[-1] == 8
+    for _ in range(2):
+        _rounds(tmp_path / "run", save_every, shape=shape)
+        assert compare(tmp_path / "whole", tmp_path / "run").equal
+
+
+def test_a_save_is_due_by_the_interval(tmp_path: Path) -> None:
+    """Between, rounds are saved as `save_every` says."""
+    with jobkit.Run(tmp_path / "r", save_every=4, trackers=()) as run:
+        run.resume(w=0.0, optimizer=None)
+        due = []
+        while run.committed_step < 0:  # the start is on its way
+            time.sleep(0.01)
+        for number in run.through(range(10)):
+            run.state.w += 1
+            if run.should_save(number + 1):
+                due.append(number + 1)
+                run.save(number + 1, wait=True)
+    assert (due, run.committed_step) == ([4, 8], 10)
+
+
+def test_should_save_inside_steps(tmp_path: Path) -> None:
+    """There the run saves by itself, and says so."""
+    with jobkit.Run(tmp_path / "r", trackers=()) as run:
+        run.resume(w=0.0, optimizer=None)
+        for step in run.steps(1):
+            run.state.w += 1
+            with pytest.raises(jobkit.ConfigError, match="save by themselves"):
+                run.should_save(step)
