@@ -156,6 +156,8 @@ def test_a_notice_in_the_middle_of_an_epoch(tmp_path: Path, kind: str) -> None:
     assert len(metrics(tmp_path / "run")) == EPOCHS
     stopped = [event["step"] for event in read_events(Store(tmp_path / "run")) if event["event"] == "stopped"]
     assert stopped == ([2, 8, 13] if kind == "generator" else [2, 9, 15])
+    ends = {event["total"] for event in read_events(Store(tmp_path / "run")) if event["event"] == "loop"}
+    assert ends == (set() if kind == "generator" else {EPOCHS * SIZE})
     # Nothing is left to do, and nothing is done again.
     assert train(tmp_path / "run", kind) == []
 
