@@ -76,6 +76,25 @@ def acquire(store: Store, *, wait_s: float = PROBE_S) -> RunLock | None:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def acquired(store: Store, *, wait_s: float) -> Iterator[RunLock]:
+    """Take the lock, after whoever starts the run this very moment; on an error inside it is free again.
+
+    Raises:
+        ConfigError: If it stays held for `wait_s`.
+    """
+    lock = acquire(store, wait_s=wait_s)
+    if lock is None:
+        by = f"pid {holder(store).get('pid', 'unknown')}"
+        raise ConfigError(f"run {store.url} is being started this very moment ({by}): 'jobkit status {store.url}'")
+    try:
+        lock.sign(os.getpid())
+        yield lock
+    except BaseException:
+        lock.close()
+        raise
+
+
 def held(store: Store) -> bool:
     """Tell whether a runner or supervisor of the run lives.
 

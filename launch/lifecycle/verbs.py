@@ -18,7 +18,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.lifecycle import lease, run_status, submission
-from launch.lifecycle.lock import RunLock
+from launch.lifecycle.lock import RunLock, acquired
 from launch.lifecycle.run_status import Job, Status
 from launch.lifecycle.submission import Plan
 from launch.spec import jobspec as specs
@@ -26,6 +26,8 @@ from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
 _POLL_S = 1.0
+_STARTING_S = 30.0
+"""How long somebody else may take to have a scheduler start a run."""
 Progress = Callable[[str], None]
 """Called with a line for a person when a waiting begins."""
 
@@ -169,8 +171,9 @@ class Backend(ABC):
         Raises:
             ConfigError: If it is alive.
         """
-        refuse_alive(self, store)
-        yield Claim()
+        with acquired(store, wait_s=_STARTING_S) as lock:  # of two resumes the second comes upon the first one's job
+            refuse_alive(self, store)
+            yield Claim(lock)
 
     @abstractmethod
     def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
