@@ -1,7 +1,9 @@
 """The program of one attempt: CMD and all that it starts, from the start to the last of them that is reaped."""
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +62,13 @@ class Attempt:
     def writer(self) -> str:
         """Name of this supervisor's ledger."""
         return "supervisor" if self.process[0] == 0 else f"supervisor-{self.process[0]}"
+
+
+_OF_ERRORS = (1, 2, 126)
+"""Exit codes of Python after a traceback, and without its script; of a shell that cannot run a program."""
+_GONE = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN)
+"""What a shared file system says while its server is away: NFS the first two, Lustre the third."""
+_AWAY = re.compile(rf"\[Errno (?:{'|'.join(map(str, _GONE))})\]|: (?:{'|'.join(map(os.strerror, _GONE))})(?:$|:)")
 
 
 class Program:
@@ -136,6 +145,8 @@ class Program:
                 f"the command {attempt.command[0]!r} was not found: give its path, or install it where the job runs"
             ) from error
         except OSError as error:
+            if error.errno in _GONE:
+                raise explain(error, f"cannot start {attempt.command[0]!r}") from error
             raise ConfigError(f"the command {attempt.command[0]!r} cannot be started: {error.strerror}") from error
         process.returncode = 0  # reaped by our own waitpid: keeps Popen's destructor from looking for it
         self.pid = process.pid
@@ -186,6 +197,11 @@ class Program:
                 self._copied_bytes += len(chunk)
                 sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
+
+    @property
+    def lost_its_disk(self) -> bool:
+        """Whether CMD ended itself because a file that it read, its code say, was not to be had just then."""
+        return self.codes.get(self.pid) in _OF_ERRORS and _AWAY.search(self.last_line()) is not None
 
     def last_line(self) -> str:
         """Return the last line of the log, which knows best why the program ended itself."""

@@ -280,6 +280,8 @@ class Supervisor:
         if asked and beat.phase == Phase.STARTING:
             self._notices.source = self._notices.source or signal.Signals(-code).name
             return int(Exit.PREEMPTED)
+        if code > 0 and self._program.lost_its_disk:
+            return int(Exit.STORAGE)
         return 128 - code if code < 0 else code
 
     def _upload(self, code: int) -> int:

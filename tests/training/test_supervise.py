@@ -120,6 +120,24 @@ def test_exit_codes(command: list[str], code: int, outcome: str, tmp_path: Path)
         )
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "outcome"),
+    [
+        ("OSError(errno.ESTALE, 'Stale file handle', '/shared/lab/model.py')", 74, "storage"),
+        ("ImportError('libops.so: cannot read file data: Input/output error')", 74, "storage"),
+        ("OSError(errno.ENOSPC, 'No space left on device')", 1, "failed"),
+        ("ValueError('an Input/output error was seen')", 1, "failed"),
+    ],
+)
+def test_a_program_whose_files_are_away_has_not_failed(raised: str, code: int, outcome: str, tmp_path: Path) -> None:
+    """An import from a shared disk that is away just then is the storage's failure, which is tried again."""
+    (tmp_path / "away.py").write_text(f"import errno\nraise {raised}\n")
+    words = (sys.executable, "-c", "import away")
+    ended, _, told = Supervised(tmp_path / "run", *words, environment={"PYTHONPATH": str(tmp_path)}).end()
+    assert (ended, told["outcome"]) == (code, outcome), told
+    assert raised.split("'")[1] in told["reason"]
+
+
 def test_the_reason_of_a_jax_program_is_its_error(tmp_path: Path) -> None:
     """What JAX says of its own frames behind an error in a jitted function is not why the program failed."""
     code = "import jax; jax.jit(lambda x: x @ x.reshape(2, 3))(jax.numpy.ones((6, 1)))"
