@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
 
 if TYPE_CHECKING:
-    from jobkit.checkpoint.restore import export_params, load
+    from jobkit.checkpoint.restore import export_params
+    from jobkit.checkpoint.weights.parts_alone import load, save
     from jobkit.data.batches import Batches
     from jobkit.group import initialize
     from jobkit.preemption.notice import Notice
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Batches", "ConfigError", "EarlyStopping", "JobkitError", "Notice", "Preempted", "Run", "StorageError",
-    "export_params", "initialize", "load",
+    "export_params", "initialize", "load", "save",
 ]  # fmt: skip
 
 _HOMES = {
@@ -35,7 +36,8 @@ _HOMES = {
     "EarlyStopping": "jobkit.run.early_stopping",
     "Notice": "jobkit.preemption.notice",
     "initialize": "jobkit.group",
-    "load": "jobkit.checkpoint.restore",
+    "load": "jobkit.checkpoint.weights.parts_alone",
+    "save": "jobkit.checkpoint.weights.parts_alone",
     "export_params": "jobkit.checkpoint.restore",
 }
 

@@ -33,13 +33,14 @@ class Start:
     unused: tuple[str, ...] = ()
 
 
-def start(url: str | os.PathLike[str], parts: Mapping[str, Part]) -> Start:
+def start(url: str | os.PathLike[str], parts: Mapping[str, Part], *, every: bool = False) -> Start:
     """Put a checkpoint into a program's parts.
 
     Args:
         url: A checkpoint's directory, or a CheckpointManager's or a run's, of which the newest step is taken.
         parts: The program's parts. What has a part's name there is that part; where nothing has, what has a part's
             leaves. None is changed unless all fit.
+        every: Whether every part has to be there.
 
     Raises:
         ConfigError: If there is no such checkpoint, no part is in it, or leaves differ; names them.
@@ -66,8 +67,9 @@ def start(url: str | os.PathLike[str], parts: Mapping[str, Part]) -> Start:
             else:
                 arrays[(*quoted(name, ()), *path)] = value
         table[name] = entry
-    if not table:
-        raise ConfigError(f"none of the parts {', '.join(parts)} is in the checkpoint to start from, {os.fspath(url)}")
+    if absent := [name for name in parts if name not in table and (every or not table)]:
+        has = ", ".join(matching.top_of(found.items))
+        raise ConfigError(f"{os.fspath(url)} has no part {absent[0]!r}; it has {has}")
     state.give_back({name: part for name, part in parts.items() if name in table}, table, arrays)
     whole = all(name in table for name, part in parts.items() if part.kind != "object")
     labels = [fit.node.label for fit in fits.values()]

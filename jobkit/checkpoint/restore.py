@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from jobkit import contract, faults
 from jobkit.checkpoint import orbax_io, state
-from jobkit.checkpoint.kinds import Part, ValuePart, part_of
+from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.leaves import Record, quoted
 from jobkit.errors import ConfigError, PackageError, StorageError, end_in_words
 from jobkit.rundir import commits, mirror, remote_steps, retention
@@ -114,35 +114,11 @@ def _own(store: Store, step: int, parts: Iterable[str] | None) -> dict[str, Any]
     return table
 
 
-def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts: Any) -> Any:
-    """Restore parts of a run without taking part in it: for evaluation, inference, a notebook.
-
-    Args:
-        url: The run directory.
-        step: A committed step, 'latest', or 'best' (by the metric given to the run's `keep_best`).
-        parts: As for `Run.resume`, any subset; NNX objects and iterators are changed in place.
-
-    Returns:
-        A namespace holding the value parts by name.
-
-    Raises:
-        ConfigError: If there is no such step or part, or shapes differ.
-        StorageError: If the step is damaged.
-    """
-    store = Store(url)
-    fetch(store, step)
-    number = find_step(store, step)
-    made = {name: part_of(name, value) for name, value in parts.items()}
-    restore(store, number, made, partial=True)
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**{name: part.value for name, part in made.items() if isinstance(part, ValuePart)})
-
-
 def fetch(store: Store, step: int | str) -> None:
     """Bring a step of a run on an object store into its home, unless it is there."""
     if store.remote is None:
         return
+    mirror.set_other_aside(store)
     mirror.refresh(store)
     scores = store.remote.find(contract.SCORES)
     known = {at: remote_steps.metrics_of(store.remote, at, scores) for at in remote_steps.steps(store.remote)}

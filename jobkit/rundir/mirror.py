@@ -174,11 +174,23 @@ def claim(store: Store) -> int:
 
 
 def _identify(store: Store) -> None:
-    """Set aside what a home holds of another run that was once at the same URL."""
-    remote = store.bucket
+    """Set aside what a home holds of another run of the same URL, which has an identity from then on."""
+    mark(store.bucket)
+    set_other_aside(store)
+
+
+def mark(remote: Remote) -> None:
+    """Give a URL an identity, unless it has one: a home tells by it what was once at the same URL."""
     if not remote.find(contract.ID):
         remote.create(contract.ID, secrets.token_hex(16).encode())
-    identity = remote.read(contract.ID)
+
+
+def set_other_aside(store: Store) -> None:
+    """Set aside what a home holds of another run that was once at the same URL, if that has an identity."""
+    try:
+        identity = store.bucket.read(contract.ID)
+    except FileNotFoundError:
+        return
     if (known := store.get(contract.ID)) == identity:
         return
     if known is not None or store.names(contract.CHECKPOINTS):

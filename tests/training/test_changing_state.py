@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 import jobkit
 from jobkit.checkpoint import state
-from jobkit.checkpoint.restore import load, restore
+from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.state import table_of
+from jobkit.checkpoint.weights.parts_alone import load
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from tests.harness import training

@@ -391,7 +391,8 @@ def test_any_state_may_stand_in_a_step(trained: Path, tmp_path: Path, many: int)
     import jax.numpy as jnp
     import numpy as np
 
-    from jobkit.checkpoint.restore import export_params, load
+    from jobkit.checkpoint.restore import export_params
+    from jobkit.checkpoint.weights.parts_alone import load
 
     run = tmp_path / "bad"
     shutil.copytree(trained, run)

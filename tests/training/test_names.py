@@ -171,7 +171,7 @@ def test_a_commit_that_lists_a_file_of_yours_reaches_it_not(gcs: GcsServer, tmp_
     for name, data in files.items():
         gcs.write(f"{run}/checkpoints/100/{name}", data)
     if how == "load":
-        from jobkit.checkpoint.restore import load  # brings jax in
+        from jobkit.checkpoint.weights.parts_alone import load  # brings jax in
 
         with pytest.raises(JobkitError, match="no file of its step"):
             load(url, model=0)

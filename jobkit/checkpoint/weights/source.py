@@ -83,6 +83,20 @@ def read(url: str | os.PathLike[str]) -> Source:
         return Source({name: _load(root / prefix / item) for name, item in items.items()}, _step(f"{text}/{prefix}"))
 
 
+def is_foreign(url: str | os.PathLike[str]) -> bool:
+    """Tell whether plain Orbax wrote what lies at a URL, and jobkit did not."""
+    text = os.fspath(url).rstrip("/")
+    if is_remote(text):
+        remote = Remote(text)
+        found = [] if remote.find(contract.CHECKPOINTS) else list(remote.find())
+    else:
+        root = local_path(text)
+        foreign = root.is_dir() and not (root / contract.CHECKPOINTS).exists()
+        found = list(files_below(root)) if foreign else []
+    own = contract.RUN_JSON in found or contract.COMMIT in found
+    return not own and any(name.rpartition("/")[2] == _MARK for name in found)
+
+
 def _own(text: str, found: Mapping[str, int]) -> tuple[str, int | str] | None:
     """Return the run and the step of a place that jobkit wrote, None if it did not."""
     url, inside, number = text.partition(f"/{contract.CHECKPOINTS}/")
