@@ -154,3 +154,35 @@ def test_a_live_run_survives_an_upgrade_of_the_login_node(tmp_path: Path) -> Non
 def opened(store: Store) -> list[Event]:
     """Return how each attempt of a run began."""
     return sorted((event for event in read_events(store) if event["event"] == "opened"), key=lambda event: event["t"])
+
+
+WAYS = {
+    "pip install .": ["-m", "pip", "--python", "{python}", "install", "-q", "--no-deps", "{tree}"],
+    "pip install -e .": ["-m", "pip", "--python", "{python}", "install", "-q", "--no-deps", "-e", "{tree}"],
+    "uv sync": ["-m", "uv", "sync", "-q", "--project", "{tree}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checker_sees_the_types(way: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """However it is installed, in an empty environment: the README's train.py is clean, and a slip in it is found."""
+    tree, python = tmp_path / "tree", tmp_path / "tree" / ".venv" / "bin" / "python"
+    for path in tracked():
+        (tree / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tree / path.relative_to(ROOT))
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "MYPYPATH")}
+    subprocess.run([UV, "venv", "-q", "-p", sys.executable, tree / ".venv"], check=True)
+    words = [word.format(python=python, tree=tree) for word in WAYS[way]]
+    subprocess.run([sys.executable, *words], cwd=tmp_path, env=kept, check=True)
+    code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "train.py").write_text(code)
+    (tmp_path / "slip.py").write_text(code.replace("run.resume(", "run.resumed("))
+    cache = tmp_path_factory.getbasetemp() / "mypy"  # Python's own types are the same each time
+    check = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", cache, "--python-executable", python]
+    done = subprocess.run(
+        [*check, "train.py", "slip.py"], cwd=tmp_path, env=kept, capture_output=True, text=True, check=False
+    )
+    found = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(found) == 1, done.stdout
+    assert 'slip.py:7: error: "Run" has no attribute "resumed"' in found[0]
