@@ -71,6 +71,8 @@ class Variable(NamedTuple):
     ends_here: bool = False
 
 
+ENV_SETUP = "JOBKIT_SETUP"
+"""Lines of `--setup`, as JSON, that a SLURM job gives its successor."""
 VARIABLES = (
     Variable(ENV_RUN),
     Variable(ENV_ATTEMPT),
@@ -84,6 +86,7 @@ VARIABLES = (
     Variable(ENV_WARNED),
     Variable(ENV_ENDS_AT),
     Variable(ENV_STALL, crosses=False),
+    Variable(ENV_SETUP, crosses=False),
     Variable(ENV_METADATA, of_attempt=False, crosses=False),
     Variable(ENV_AZURE_METADATA, of_attempt=False, crosses=False),
     Variable(ENV_FAULT, of_attempt=False, crosses=False),

@@ -54,6 +54,7 @@ def resume(
     take_over: bool = False,
     new_code: bool = False,
     command: Sequence[str] = (),
+    setup: Sequence[str] | None = None,
 ) -> Status:
     """Continue a run that is not done and not alive, from its newest committed step; takes back a cancel.
 
@@ -65,13 +66,14 @@ def resume(
         new_code: Whether it goes on with the code as it is now, in the directory that it was submitted from; it does so
             too if it is done.
         command: With `new_code`, its command from now on; empty for the one that it has.
+        setup: Lines of `--setup`, which no run directory has; empty to go on without.
 
     Raises:
         ConfigError: If the run is alive, or nothing has changed.
     """
     if command and not new_code:
         raise ConfigError("a run goes on with the command that it has; with another one: new_code=True")
-    state = move_run.resume(run, command=command if new_code else None, take_over=take_over)
+    state = move_run.resume(run, command=command if new_code else None, setup=setup, take_over=take_over)
     if wait and state is not State.DONE:
         from launch.report import follow
 

@@ -52,6 +52,8 @@ class Local(Backend):
 
     def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """See `Backend`. In an image nothing here is looked for."""
+        if spec.setup:
+            raise ConfigError("--setup is for jobs; on this machine set up the shell that you submit from")
         plan = submission.prepare(spec, elsewhere=spec.container is not None, look=look)
         if spec.container is not None:
             container.refuse_foreign(spec.container, self.name, self.runtimes)

@@ -16,6 +16,7 @@ from launch.backends import new_code, registry
 from launch.lifecycle import submission, verbs
 from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
+from launch.spec.command import with_setup
 from launch.spec.jobspec import JobSpec
 from launch.spec.profiles import Placement
 
@@ -25,6 +26,7 @@ def resume(
     place: Placement | None = None,
     *,
     command: Sequence[str] | None = None,
+    setup: Sequence[str] | None = None,
     take_over: bool = False,
 ) -> State:
     """Continue a run on a backend, or with other options on the one it had, or with other code.
@@ -34,6 +36,7 @@ def resume(
         place: Where it is to go on; None for where it was.
         command: Given, it goes on with the code as it is now and with this command, empty for the one that it has, and
             does so too if it is done.
+        setup: Lines of `--setup` from now on, none where it is empty; None for nothing said.
         take_over: Whether to take it from the local runner of another machine that gives signs of life.
 
     Durability: on return run.json is on storage, on the run's URL too, and the new backend has the run.
@@ -54,9 +57,17 @@ def resume(
         raise ConfigError(f"{store.url} belongs to a sweep, which goes on where it was submitted: --on {name}")
     verbs.refuse_alive(old, store, take_over=take_over)
     change = new_code.write_down if command is None else new_code.prepare(store, command)
+    if place is None and setup is not None:  # their digest is written down
+        place = Placement(name, {}, None if spec.cloud is None else {}, None, None)
     if place is None:
         return verbs.resume(old, store, take_over=take_over, cancels=cancels, change=change, again=again)
     merged = _merged(spec, place, same=not moves)
+    merged = msgspec.structs.replace(
+        merged,
+        setup=tuple(setup or ()),
+        setup_digest=spec.setup_digest if setup is None and "setup" in new.reads else "",
+    )
+    with_setup(store, merged, setup)  # before anything is changed
     specs.check(merged)
     merged = new.fit(store, merged, moved=True)
     if moves and not new.processes_here:  # it is asked before anything is changed
@@ -67,7 +78,7 @@ def resume(
     specs.rewrite(store, merged, place.backend, created)
     try:
         over = take_over and new.processes_here
-        return verbs.resume(new, store, take_over=over, cancels=cancels, change=change, again=again)
+        return verbs.resume(new, store, take_over=over, cancels=cancels, change=change, again=again, setup=setup)
     except ConfigError:
         specs.rewrite(store, spec, name, created)
         if moves:

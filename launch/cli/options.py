@@ -151,6 +151,20 @@ def placement(options: dict[str, Any], given: dict[str, Any]) -> "Placement":
     )
 
 
+def setup_lines(options: Mapping[str, Any], given: Iterable[str], name: str) -> tuple[str, ...]:
+    """Return the lines of a profile's `setup` and of `--setup`, in this order.
+
+    Raises:
+        ConfigError: If the backend has no use for them.
+    """
+    from launch.backends import registry
+
+    lines = (*map(str, options.get("setup", ())), *given)
+    if lines and "setup" not in registry.named(name).reads:
+        raise ConfigError(_foreign("setup", "setup", name))
+    return lines
+
+
 def _foreign(option: str, field: str, name: str) -> str:
     from launch.backends import registry
 

@@ -18,6 +18,8 @@ from launch.cli.output import follow, print_status
 @click.argument("run", type=RUN)
 @click.option("--on", type=BACKEND, help="Go on there: local, slurm, gcp, aws. [default: where it was]")
 @click.option("--profile", metavar="NAME", help="Options from [profile.NAME] in jobkit.toml or ~/.config/jobkit/.")
+@click.option("--setup", multiple=True, metavar="LINE", help="SLURM, gcp, aws: as of submit; no run directory has it.")
+@click.option("--no-setup", is_flag=True, help="SLURM, gcp, aws: go on without the lines of --setup that it had.")
 @placement_options
 @click.option("--new-code", is_flag=True, help="With the code as it is now, and COMMAND; of a finished run too.")
 @click.option("--take-over", is_flag=True, help="Though another machine's runner gave a sign less than 10 min ago.")
@@ -28,6 +30,8 @@ def resume(
     run: str,
     profile: str | None,
     new_code: bool,
+    setup: tuple[str, ...],
+    no_setup: bool,
     take_over: bool,
     wait: bool,
     as_json: bool,
@@ -56,7 +60,7 @@ def resume(
     from launch.backends import move_run
     from launch.lifecycle import submission
     from launch.spec import jobspec as specs
-    from launch.spec.profiles import read_profile
+    from launch.spec.profiles import options_of, read_profile
 
     if command and not new_code:
         raise ConfigError("a run goes on with the command that it has; with another one: give --new-code too")
@@ -65,7 +69,14 @@ def resume(
         old = specs.read_file(submission.open_run(run)).backend
         options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
         place = placement({"on": old} | options, given)
-    state = move_run.resume(run, place, command=command if new_code else None, take_over=take_over)
+    lines: tuple[str, ...] | None = setup or (() if no_setup else None)
+    if lines is None:  # a profile of the person's own may have them
+        file = specs.read_file(submission.open_run(run))
+        on = place.backend if place is not None else file.backend
+        mine = tuple(map(str, options_of(profile, on=on, cwd=Path.cwd(), home=Path.home()).get("setup", ())))
+        wanted = profile is not None or specs.setup_digest(mine) == file.spec.setup_digest
+        lines = mine if mine and wanted else None
+    state = move_run.resume(run, place, command=command if new_code else None, setup=lines, take_over=take_over)
     if state is State.DONE:
         again = f"; with more steps: jobkit resume {run} --new-code -- COMMAND"
         print(f"{run} is already done; nothing to resume{again}", file=sys.stderr if as_json else sys.stdout)

@@ -9,7 +9,7 @@ import click
 
 from jobkit.errors import ConfigError, say
 from launch.cli.names import BACKEND
-from launch.cli.options import Launching, placement, placement_options
+from launch.cli.options import Launching, placement, placement_options, setup_lines
 from launch.cli.output import follow, print_status, unanswered
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option("--from", "begin", metavar="RUN[@STEP|best]", help="Begin with that step, by default the newest, of RUN.")
 @click.option("--reset-step", is_flag=True, help="Of --from: count the steps from 0 again.")
+@click.option("--setup", multiple=True, metavar="LINE", help="SLURM, gcp, aws: bash before each job, verbatim.")
 @placement_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
 @click.option("--wait", is_flag=True, help="Follow the run; exit 0 done, 1 failed, 3 cancelled. Ctrl-C only detaches.")
@@ -134,6 +135,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         price_per_hour=place.price_per_hour,
         max_time_s=place.max_time_s,
         max_cost=place.max_cost,
+        setup=setup_lines(options, given["setup"], place.backend),
         **{field: options[name] for name, field in _SAME.items() if name in options},
     )
     return spec, place.backend

@@ -22,6 +22,7 @@ from launch.lifecycle.lock import RunLock, acquired
 from launch.lifecycle.run_status import Job, Status
 from launch.lifecycle.submission import Plan
 from launch.spec import jobspec as specs
+from launch.spec.command import with_setup
 from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
 
@@ -94,7 +95,7 @@ class Backend(ABC):
 
     Attributes:
         name: As `--on` and run.json have it.
-        reads: Fields of `JobSpec` that are for some backends alone, and are for this one: sbatch, cloud, container.
+        reads: Fields of `JobSpec` for some backends alone that are for this one: sbatch, cloud, container, setup.
         runtimes: Runtimes of containers that it knows, its default first.
         processes_here: Whether its runs are processes of the machine that submits: those can be watched, signalled and
             taken over.
@@ -326,6 +327,7 @@ def resume(
     cancels: Mapping[str, bytes | None] | None = None,
     change: Change = lambda store, spec: spec,
     again: bool = False,
+    setup: Sequence[str] | None = None,
 ) -> State:
     """Have a run, or the points of a sweep that are not done, go on from what is committed.
 
@@ -337,6 +339,7 @@ def resume(
         cancels: Those that are taken back, as `cancels_of` returned them; by default the ones that there are now.
         change: Called with the run and what it is to go on with, before anything is started.
         again: Whether a run that is done goes on too.
+        setup: Lines of `--setup`, which no run directory has.
 
     Returns:
         Its state then; DONE, and nothing started, if it is done.
@@ -357,7 +360,7 @@ def resume(
         if claim.lock is not None and not again:  # its runner may have written the end until it was free
             left = not_done(backend, members)
         if left:
-            spec = change(store, backend.fit(store, spec, moved=False))
+            spec = change(store, backend.fit(store, with_setup(store, spec, setup), moved=False))
             if not spec.sweep:
                 submission.make_point(store)
             for one in filter(specs.exists, dict.fromkeys((store, *left))):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
@@ -82,6 +84,27 @@ def check_code(url: str, spec: JobSpec) -> None:
     """
     if spec.code is None and not os.path.isdir(spec.root):
         raise ConfigError(f"{spec.root} does not exist here, and run {url} has no snapshot of its code")
+
+
+def with_setup(store: Store, spec: JobSpec, lines: Sequence[str] | None) -> JobSpec:
+    """Give a run that goes on the lines of `--setup`, which its directory does not have.
+
+    Args:
+        store: The run.
+        spec: What was submitted.
+        lines: What a person has given now; None for nothing.
+
+    Raises:
+        ConfigError: If it had some, and was given none now.
+    """
+    if lines:
+        return msgspec.structs.replace(spec, setup=tuple(lines))
+    if spec.setup_digest:
+        raise ConfigError(
+            f"{store.url} was submitted with lines of --setup, which are never taken from a run directory: give them "
+            "again (--setup LINE, or `setup` in [profile.default] of jobkit.toml), or --no-setup to go on without"
+        )
+    return spec
 
 
 def command_in(spec: JobSpec, top: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What is submitted: the job's specification, its durable form in run.json."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import platform
@@ -48,6 +49,9 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         values: Set for a point of a sweep: what each name is there.
         sweep_url: Set for a point of a sweep: URL of the sweep, where the snapshot is.
         cloud: For the backends of managed services.
+        setup: Lines of bash that run before ours in each job, verbatim: `module load`, `conda activate`. They are never
+            written to run.json and never read from there: whoever may write to a run directory gives no job a line.
+        setup_digest: Their digest, by which a resume knows that there were any; '' for none.
         price_per_hour: What an hour of the run's machines costs, in any currency; for the ledger's money.
         max_time_s: Seconds in attempts, all together, after which the run commits and stops for good; None: no limit.
         max_cost: The same in money, by `price_per_hour`.
@@ -77,6 +81,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     price_per_hour: float | None = None
     max_time_s: float | None = None
     max_cost: float | None = None
+    setup: tuple[str, ...] = ()
+    setup_digest: str = ""
     root: str = ""
     code: str | None = None
     links: tuple[str, ...] = ()
@@ -219,7 +225,9 @@ def _lines_of(spec: JobSpec) -> Iterator[tuple[str, str]]:
 
 
 def encode(spec: JobSpec, backend: str, created: float | None = None) -> bytes:
-    """Return run.json's content."""
+    """Return run.json's content: all but the lines of `setup`."""
+    digest = setup_digest(spec.setup) if spec.setup else spec.setup_digest
+    spec = msgspec.structs.replace(spec, setup=(), setup_digest=digest)
     created = time.time() if created is None else created
     file = RunFile(
         version=contract.RUN_VERSION,
@@ -230,6 +238,11 @@ def encode(spec: JobSpec, backend: str, created: float | None = None) -> bytes:
         spec=spec,
     )
     return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
+
+
+def setup_digest(lines: Sequence[str]) -> str:
+    """Return the digest of lines of `--setup`, as run.json has it."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def create(store: Store, spec: JobSpec, backend: str) -> bool:
@@ -336,7 +349,7 @@ def _read_own(store: Store) -> RunFile:
         versions.check_run(content, path)
         file = msgspec.json.decode(content, type=RunFile)
         check_places(file.spec)
-        return file
+        return msgspec.structs.replace(file, spec=msgspec.structs.replace(file.spec, setup=()))
     except (ValueError, RecursionError) as error:  # msgspec's and Unicode's among them
         raise JobkitError(
             f"{path} is damaged ({error}); put it back from a copy, or submit to a new run directory: the "

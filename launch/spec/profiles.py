@@ -54,6 +54,7 @@ _OPTIONS: dict[str, Any] = (
         "max-cost": (int, float),
         "container-runtime": str,
         "mount": list,
+        "setup": list,
     }
     | {name: option.kinds for name, option in OPTIONS.items()}
     | dict.fromkeys(SBATCH, (str, int))

@@ -274,6 +274,29 @@ def test_a_cancel_in_the_queue(place: Place) -> None:
 
 
 @pytest.mark.slow
+def test_setup_lines(place: Place) -> None:
+    """Lines of --setup go before each job, a successor too; a resume asks for them, as no run directory has them."""
+    line = "export WORD='from  setup'"
+    if place.hold is None:  # no jobs
+        assert "--setup is for --on slurm or gcp or aws" in place.submit("exit:0", options=("--setup", line), code=2)
+        assert not place.exists()
+        return
+    place.desk.write('import os; print(os.environ.get("WORD"), flush=True)\n' + PROGRAM, "job.py")
+    assert line in place.submit("exit:0", options=("--setup", line, "--dry-run")).replace("\\n", "\n")
+    begun = place.marker("begun")
+    place.submit(f"touch:{begun},hold", "exit:3", "exit:0", options=("--setup", line, "--max-failures", "0"))
+    place.until_there(begun)
+    place.preempt()
+    assert place.until_over()["attempts"] == 2
+    assert "from  setup" not in fsspec.open(f"{place.url}/{contract.RUN_JSON}").open().read().decode()
+    assert "never taken from a run directory" in place.jobkit("resume", code=2)
+    place.jobkit("resume", "--setup", line)
+    assert place.watch(lambda told: told["state"] == "done")["attempts"] == 3
+    for attempt in "012":
+        assert "from  setup\n" in place.jobkit("logs", "--attempt", attempt)
+
+
+@pytest.mark.slow
 def test_sweep(place: Place) -> None:
     """Each point is a run; where sweeps are not offered it is said so, and nothing is left."""
     words = ("--sweep", "code=0,3", "--max-failures", "0")

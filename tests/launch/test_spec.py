@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.backends.slurm import doctor
+from launch.lifecycle import notify, troubles
 from launch.spec import jobspec as specs
 from launch.spec import profiles
 from launch.spec.cloud_options import Cloud
+from launch.spec.command import with_setup
 from launch.spec.container import Container
 from launch.spec.jobspec import JobSpec
 from tests.harness import jobs
@@ -211,3 +213,37 @@ def test_the_default_profile_is_read_by_submit(tmp_path: Path) -> None:
             cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(jobs.ROOT)}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert (json.loads(done.stdout)["name"], json.loads(done.stdout)["run"]) == (name, str(tmp_path / "runs/x"))
+
+
+def test_no_line_of_setup_comes_out_of_a_run_directory(tmp_path: Path) -> None:
+    """run.json gets their digest alone, and lines that somebody writes into it are passed over."""
+    store = Store(tmp_path / "r")
+    store.path.mkdir()
+    specs.create(store, JobSpec(command=("true",), setup=("module load cuda", "secret")), "slurm")
+    text = store.read("run.json").decode()
+    assert "module load" not in text
+    assert "secret" not in text
+    hostile = json.loads(text)
+    hostile["spec"]["setup"] = ["touch /tmp/owned"]
+    store.write("run.json", json.dumps(hostile))
+    spec = specs.read(store)
+    assert spec.setup == ()
+    assert spec.setup_digest == specs.setup_digest(["module load cuda", "secret"])
+    with pytest.raises(ConfigError, match="never taken from a run directory"):
+        with_setup(store, spec, None)
+    assert with_setup(store, spec, ["other"]).setup == ("other",)
+
+
+@pytest.mark.parametrize("line", ["a\nb", "a\x1b[2J"])
+def test_a_line_of_setup_is_one_line(line: str) -> None:
+    """What would be two lines in a script is refused."""
+    with pytest.raises(ConfigError, match="setup"):
+        specs.check(JobSpec(command=("true",), setup=(line,)))
+
+
+def test_the_manual_has_every_option_of_a_profile_and_every_field_of_a_message(tmp_path: Path) -> None:
+    """What may stand in jobkit.toml, and what --notify sends, is in docs/configuration.md."""
+    page = (jobs.ROOT / "docs" / "configuration.md").read_text()
+    fields = notify.message_of(Store(tmp_path), {"event": "ended", "state": "done", "reason": ""})
+    assert fields is not None
+    assert [name for name in [*profiles._OPTIONS, *fields, *troubles.KINDS] if f"`{name}`" not in page] == []

@@ -75,7 +75,7 @@ class Aws(Managed):
         variables = cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: self.name}
         container: dict[str, Any] = {
             "image": cloud.image,
-            "command": [*vm_job.COMMAND, store.url],
+            "command": vm_job.command(store, spec),
             "environment": [{"name": name, "value": value} for name, value in variables.items()],
             "resourceRequirements": [{"type": kind, "value": value} for kind, value in needs.items()],
             "linuxParameters": {"sharedMemorySize": 8192},

@@ -6,7 +6,7 @@ from typing import Any
 from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch.backends.cloud.vm_job import COMMAND
+from launch.backends.cloud.vm_job import command
 from launch.spec.cloud_options import RETRIED, STOP_S, Cloud
 from launch.spec.jobspec import JobSpec
 
@@ -86,11 +86,12 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
     cloud = spec.cloud
     assert cloud is not None
     has_gpu = cloud.gpu is not None or cloud.machine_type.split("-")[0] in ("a2", "a3", "a4", "g2")
+    words = command(store, spec)
     options = f"--network host --stop-timeout {STOP_S:.0f} --shm-size 8g"
     container = {
         "imageUri": cloud.image,
-        "entrypoint": COMMAND[0],
-        "commands": [*COMMAND[1:], store.url],
+        "entrypoint": words[0],
+        "commands": words[1:],
         "options": options + (" --gpus all" if has_gpu else ""),
     }
     environment: dict[str, Any] = {"variables": cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: "gcp"}}

@@ -46,7 +46,7 @@ class Managed(Backend):
         cloud: What its jobs ask for; by default what the specification has.
     """
 
-    reads = frozenset({"cloud"})
+    reads = frozenset({"cloud", "setup"})
     scheme: ClassVar[str]
     """Of the URLs of the buckets that its jobs are signed in to."""
 

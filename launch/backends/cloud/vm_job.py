@@ -32,6 +32,16 @@ from launch.spec.jobspec import JobSpec
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
 """What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
+
+
+def command(store: Store, spec: JobSpec) -> list[str]:
+    """Return what the container runs: behind the lines of `--setup`, which are bash, where there are any."""
+    if not spec.setup:
+        return [*COMMAND, store.url]
+    script = "\n".join([*spec.setup, 'exec "$@"'])
+    return [*COMMAND[:2], "bash", "-c", script, "setup", *COMMAND[2:], store.url]
+
+
 _PATIENCE_S = 300.0
 """How long a bucket may take to answer when the VM comes up."""
 CANCELLED = 3

@@ -36,7 +36,7 @@ class Slurm(Backend):
     """
 
     name = batch_script.BACKEND
-    reads = frozenset({"sbatch", "container"})
+    reads = frozenset({"sbatch", "container", "setup"})
     runtimes = ("apptainer", "singularity", container.PYXIS)
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:

@@ -5,11 +5,12 @@ What the job then does, requeues included, is in job.py.
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def _executor(spec: JobSpec, store: Store, points: Iterable[int]) -> Any:
         options["array"] = sweep.compact(points) + (f"%{spec.parallel}" if spec.parallel else "")
     executor.update_parameters(
         job_name=spec.name,
+        setup=_setup(spec.setup) or None,
         use_srun=False,  # the runner starts each attempt as a step of its own
         stderr_to_stdout=True,
         signal_delay_s=int(spec.grace_s + WARNING_S),
@@ -77,6 +79,12 @@ def _executor(spec: JobSpec, store: Store, points: Iterable[int]) -> Any:
     # The cluster's own defaults, not submitit's five minutes and its name.
     executor.parameters |= {"time": None, "wckey": None}
     return executor
+
+
+def _setup(lines: Sequence[str]) -> list[str]:
+    """Return what a script begins with: the lines as they are, and word of them for a successor's script."""
+    told = [f"export {contract.ENV_SETUP}={shlex.quote(json.dumps(lines))}"] if lines else []
+    return [*lines, *told]
 
 
 def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points: Iterable[int] = ()) -> str:

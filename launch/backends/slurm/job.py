@@ -7,10 +7,13 @@ again, or leave it be. A person's cancel is never undone.
 """
 
 import contextlib
+import json
 import os
 import signal
 import time
 from typing import Any
+
+import msgspec
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
@@ -308,6 +311,8 @@ def main(arguments: list[str]) -> int:
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)  # meant for the step, which gets it too
+    # Of what the job itself was given, not of the run directory: others may write there.
+    lines = tuple(map(str, json.loads(os.environ.get(contract.ENV_SETUP) or "[]")))
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
         del os.environ[name]
     job = os.environ.get("SLURM_JOB_ID")
@@ -324,7 +329,8 @@ def main(arguments: list[str]) -> int:
             say("the sweep was cancelled")
             return int(Exit.DONE)
         store = point
-    return SlurmRunner(store, specs.read(store), job, int(restarts) if restarts.isdecimal() else 0).run()
+    spec = msgspec.structs.replace(specs.read(store), setup=lines)
+    return SlurmRunner(store, spec, job, int(restarts) if restarts.isdecimal() else 0).run()
 
 
 if __name__ == "__main__":
