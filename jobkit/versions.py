@@ -68,10 +68,12 @@ class _Header(msgspec.Struct, frozen=True):
 
     version: int
     jobkit: str = ""
+    removing: bool = False
+    """Whether the run is being removed: nothing else stands in the file then."""
 
 
 def check_run(content: bytes, where: object) -> None:
-    """Refuse a run that a newer jobkit began, by its run.json.
+    """Refuse a run that a newer jobkit began, or that is being removed, by its run.json.
 
     Args:
         content: The file's.
@@ -85,7 +87,17 @@ def check_run(content: bytes, where: object) -> None:
         header = msgspec.json.decode(content, type=_Header)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if header.removing:
+        raise ConfigError(f"{where} says that this run is being removed: repeat 'jobkit rm' of it to remove the rest")
     check_format(header.version, where, writer=header.jobkit)
+
+
+def is_removing(content: bytes) -> bool:
+    """Tell whether a run.json says that the run is being removed."""
+    try:
+        return msgspec.json.decode(content, type=_Header).removing
+    except (ValueError, RecursionError):
+        return False
 
 
 def check_format(version: int, where: object, *, writer: str = "") -> None:

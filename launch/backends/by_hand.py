@@ -46,9 +46,9 @@ class _Attempt:
     @property
     def alive(self) -> bool | None:
         """Whether its program lives; None where this machine cannot tell."""
-        if self.outcome:
+        if self.outcome or self.began is None:
             return False
-        if self.host != os.uname().nodename or self.began is None:
+        if self.host != os.uname().nodename:
             return None
         since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else float("inf")
         return self.began > time.time() - since_boot_s - _CLOCK_S and processes.alive(self.pid)
@@ -86,6 +86,7 @@ def status(store: Store) -> Status:
         started=newest.began if newest is not None else None,
         updated=updated,
         total_steps=newest.pace.total if newest is not None else None,
+        stepped=newest.pace.at(None) if newest is not None else None,
         left_s=newest.pace.left_s(step, time.time()) if newest is not None and running else None,
         elapsed_s=max(0.0, ended - begun) if ended is not None and begun is not None else None,
         node=newest.host if newest is not None and running else "",

@@ -1,5 +1,5 @@
 # ruff: noqa: D301  (click wants the character \\b itself)
-"""`jobkit save` and `jobkit stop`: what a person asks of a run that trains, wherever it does."""
+"""`jobkit save`, `stop` and `rm`: what a person does to a run, wherever it is."""
 
 import sys
 
@@ -77,3 +77,36 @@ def stop(run: str, no_wait: bool, timeout: str, as_json: bool) -> None:
         return
     newest = "nothing is committed" if answer.committed_step is None else f"committed step {answer.committed_step}"
     print(f"{run} is stopped, {newest}" if answer.done else f"{run} is stopping")
+
+
+@click.command(short_help="Remove RUN, with its checkpoints; asks first.")
+@click.argument("run", type=RUN)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document; with --yes.")
+def rm(run: str, yes: bool, as_json: bool) -> None:
+    """Remove RUN with all its checkpoints, logs and code, from its directory or its URL.
+
+    One that is alive is refused. What lies in its directory and is not jobkit's stays. A removal that was interrupted
+    can be repeated; what it left is no run any more.
+
+    \b
+    Examples:
+      jobkit rm runs/mnist
+      jobkit rm --yes gs://bucket/mnist
+    """
+    from jobkit.errors import ConfigError
+    from launch.backends import remove_run
+    from launch.lifecycle import run_status, submission
+
+    store = submission.open_run(run)
+    if not yes:
+        removal = remove_run.check(store)
+        if as_json or not sys.stdin.isatty():
+            raise ConfigError(f"removing {run} ({removal.what}) asks first: give --yes")
+        click.confirm(f"remove {store.url} ({removal.what})?", abort=True)
+    removal = remove_run.remove(store)
+    if as_json:
+        print(run_status.to_json(removal))
+        return
+    kept = f"; not jobkit's, and kept: {', '.join(removal.kept)}" if removal.kept else ""
+    print(f"removed {run} ({removal.what}){kept}")

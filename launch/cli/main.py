@@ -10,7 +10,7 @@ from jobkit.contract import Exit, State
 from jobkit.errors import ConfigError, JobkitError, say
 from launch.cli import checkpoints, control, drill, ls, places, report, resume, submit
 from launch.cli.names import RUN
-from launch.cli.output import print_status
+from launch.cli.output import follow, print_metrics, print_status
 from launch.printing import aligned, guard
 
 _EPILOG = (
@@ -54,8 +54,9 @@ cli.add_command(submit.submit)
 
 @cli.command()
 @click.argument("run", type=RUN)
+@click.option("--prometheus", is_flag=True, help="Print steps and attempts in Prometheus' text format.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def status(run: str, as_json: bool) -> None:
+def status(run: str, prometheus: bool, as_json: bool) -> None:
     """Say what RUN is doing.
 
     \b
@@ -63,7 +64,13 @@ def status(run: str, as_json: bool) -> None:
       jobkit status runs/mnist
       jobkit status runs/mnist --json | python -m json.tool
       jobkit status runs/sweep/points/3
+      jobkit status runs/mnist --prometheus | sponge /var/lib/node_exporter/mnist.prom
     """
+    if prometheus and as_json:
+        raise ConfigError("--prometheus and --json: give one of them")
+    if prometheus:
+        print_metrics(run)
+        return
     if as_json:
         print_status(run)
         return
@@ -110,6 +117,21 @@ def logs(run: str, following: bool, attempt: int | None, tail: int | None) -> No
         sys.exit(130)
 
 
+@cli.command(short_help="Wait until RUN is over; exit 0 done, 1 failed, 3 cancelled.")
+@click.argument("run", type=RUN)
+@click.option("--json", "as_json", is_flag=True, help="Print nothing but one JSON document, at the end.")
+def wait(run: str, as_json: bool) -> None:
+    """Follow RUN until it is over, as `jobkit submit --wait` does; exit 0 done, 1 failed, 3 cancelled.
+
+    Ctrl-C ends the waiting alone, and exits 130.
+
+    \b
+    Examples:
+      jobkit wait runs/mnist && jobkit report runs/mnist
+    """
+    sys.exit(follow(run, as_json))
+
+
 cli.add_command(control.save)
 cli.add_command(control.stop)
 
@@ -146,6 +168,7 @@ cli.add_command(ls.ls)
 
 
 cli.add_command(checkpoints.checkpoints)
+cli.add_command(control.rm)
 
 
 cli.add_command(places.doctor)
@@ -175,6 +198,28 @@ def demo(run: str | None, seed: int | None, steps: int, as_json: bool) -> None:
 
 
 cli.add_command(drill.drill)
+
+
+@cli.command(short_help="Print what has a shell complete commands and runs.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what has SHELL complete commands, options, backends and the names of runs.
+
+    \b
+    In its own file it is read at every start:
+      bash, ~/.bashrc:                   eval "$(jobkit completion bash)"
+      zsh, ~/.zshrc:                     eval "$(jobkit completion zsh)"
+      fish, ~/.config/fish/config.fish:  jobkit completion fish | source
+
+    \b
+    Examples:
+      jobkit completion bash
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    print(kind(cli, {}, "jobkit", "_JOBKIT_COMPLETE").source())
 
 
 def main() -> None:

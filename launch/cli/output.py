@@ -23,6 +23,57 @@ def follow(url: str, as_json: bool) -> int:
     return code
 
 
+_METRICS = {
+    "step": "Completed steps.",
+    "committed_step": "Newest committed step, -1 if there is none.",
+    "total_steps": "Steps at which the loop ends.",
+    "last_step_age_seconds": "Seconds since the newest completed step.",
+    "attempts": "Attempts so far.",
+    "lost_steps": "Steps that interruptions took back, to be trained again.",
+    "running": "Whether an attempt runs.",
+    "over": "Whether nothing happens to the run any more by itself.",
+}
+
+
+def print_metrics(url: str) -> None:
+    """Print a run's status, or that of each point of a sweep, in Prometheus' text format."""
+    import launch
+    from jobkit.contract import State
+    from launch.cli.report import read_histories
+    from launch.lifecycle import run_status, submission
+    from launch.report.goodput import measure
+
+    status = launch.status(url)
+    lost = {
+        one.run: measure(one).progress.lost_steps for one in read_histories([submission.open_run(url)], curves=False)
+    }
+    samples: dict[str, list[str]] = {name: [] for name in _METRICS}
+    for one in status.points or [status]:
+        values = {
+            "step": one.step,
+            "committed_step": -1 if one.committed_step is None else one.committed_step,
+            "total_steps": one.total_steps,
+            "last_step_age_seconds": run_status.age(one.stepped),
+            "attempts": one.attempts,
+            "lost_steps": lost.get(one.run),
+            "running": int(one.state is State.RUNNING),
+            "over": int(one.state.over),
+        }
+        labels = ",".join(f'{name}="{_escaped(text)}"' for name, text in {"run": one.run, "name": one.name}.items())
+        for name, value in values.items():
+            if value is not None:
+                samples[name].append(f"jobkit_run_{name}{{{labels}}} {value}")
+    for name, lines in samples.items():
+        if lines:
+            head = (f"# HELP jobkit_run_{name} {_METRICS[name]}", f"# TYPE jobkit_run_{name} gauge")
+            print("\n".join((*head, *lines)))
+
+
+def _escaped(text: str) -> str:
+    """Write a text as the value of a label."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
 def print_status(url: str) -> None:
     """Print a run's status as one JSON document."""
     import launch

@@ -51,7 +51,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
     if live:
         _watch(stores)
         return
-    histories = _read(stores, curves=html is not None or png is not None)
+    histories = read_histories(stores, curves=html is not None or png is not None)
     beside = sys.stderr if as_json else sys.stdout
     if html is not None:
         from launch.report.html import write_html
@@ -86,7 +86,7 @@ def explain(run: str, as_json: bool) -> None:
     from launch.report.goodput import measure
     from launch.report.terminal import clock
 
-    histories = _read(_stores([run]), curves=False)
+    histories = read_histories(_stores([run]), curves=False)
     if len(histories) > 1:
         raise ConfigError(f"{run} holds {len(histories)} runs; explain one of them, such as {histories[0].run}")
     explanation = explain(measure(histories[0]), histories[0])
@@ -119,7 +119,7 @@ def _watch(stores: "Sequence[Store]") -> None:
     console, view = _terminal()
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            histories = _read(stores, curves=False)
+            histories = read_histories(stores, curves=False)
             live.update(view(histories), refresh=True)
             if all(history.now is None for history in histories):
                 return
@@ -170,7 +170,7 @@ def _below(run: str) -> "Iterator[Store]":
         yield store
 
 
-def _read(stores: "Sequence[Store]", *, curves: bool) -> "list[History]":
+def read_histories(stores: "Sequence[Store]", *, curves: bool) -> "list[History]":
     """Read the history of each run, and of each point of a sweep; whether they are alive their backends say.
 
     Each scheduler is asked once. Where one cannot be asked, as on a machine that it does not know, the ledgers tell.

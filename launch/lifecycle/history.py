@@ -112,6 +112,10 @@ class Pace(NamedTuple):
         """Completed steps; -1 if none is known."""
         return self.last[1] if self.last is not None else -1
 
+    def at(self, beat_age_s: float | None) -> float | None:
+        """Return when the last step was completed (epoch, s), by its heartbeat if there is one; None: unknown."""
+        return time.time() - beat_age_s if beat_age_s is not None else self.last[0] if self.last is not None else None
+
     def left_s(self, step: int | None, now: float) -> float | None:
         """Return for how long it will train on, at the pace that it had from its first step until now."""
         if self.total is None or self.first is None or step is None or step <= self.first[1]:

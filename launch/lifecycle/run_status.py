@@ -77,6 +77,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s); of a
             run that was started by hand the first is when its first attempt began.
         total_steps: Steps at which the loop that runs, or ran last, ends; null for a loop of the program's own.
+        stepped: When the newest completed step was, as far as it is known (epoch, s).
         left_s: Seconds until then, at the pace of this attempt so far.
         elapsed_s: Seconds from the submit until the end, or now.
         node, partition: Where the newest attempt runs, as far as it is known.
@@ -110,6 +111,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     started: float | None = None
     updated: float | None = None
     total_steps: int | None = None
+    stepped: float | None = None
     left_s: float | None = None
     elapsed_s: float | None = None
     node: str = ""
@@ -222,6 +224,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         started=_started_at(store, newest) if newest is not None else None,
         updated=last_change(store, newest),
         total_steps=pace.total,
+        stepped=pace.at(time.monotonic() - beat.at_s if beat is not None and beat.step >= 0 else None),
         left_s=pace.left_s(step, time.time()) if running else None,
         elapsed_s=elapsed_s(store, file.created),
         node=str(made.get("node", "")),

@@ -20,7 +20,7 @@ from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
 from launch.cli.main import cli
 from launch.console import Console
-from launch.lifecycle import run_status
+from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
 from launch.report import follow
 from launch.spec import jobspec as specs
@@ -113,6 +113,8 @@ def test_a_run_that_was_started_by_hand(project: Project) -> None:
         assert re.search(r"^step +\d+ of 100000 \(0 %\), about \d+ min", shown, re.MULTILINE), shown
         assert re.search(r"^elapsed +\d", shown, re.MULTILINE)
         assert f"none: it was started by hand and not submitted, on {os.uname().nodename}" in shown
+        refused = call(project, "rm", "hand", "--yes").exception
+        assert "is running: end it first with 'jobkit stop " in str(refused)
         os.kill(program.pid, signal.SIGKILL)
     killed = seen()
     assert killed["state"] == "failed"
@@ -219,3 +221,84 @@ def test_the_live_view_of_a_sweep(project: Project) -> None:
         for number, state in enumerate(2 * ["running", "done"])
     ]
     assert run_status.to_json(status)
+
+
+@pytest.mark.parametrize(("state", "code"), [("done", 0), ("failed", 1), ("cancelled", 3)])
+def test_wait_exits_as_submit_does(project: Project, state: str, code: int) -> None:
+    """`jobkit wait` exits 0 for done, 1 for failed, 3 for cancelled, and says how the run ended."""
+    store = fabricate(project, "r")
+    submission.record(store, "ended", state=state, reason="so it was")
+    done = call(project, "wait", "r")
+    assert (done.exit_code, done.stdout) == (code, f"{state}: so it was\n")
+    told = call(project, "wait", "r", "--json")
+    assert (told.exit_code, json.loads(told.stdout)["state"]) == (code, state)
+
+
+def test_wait_for_a_run_that_goes_on(project: Project) -> None:
+    """`jobkit wait` returns when the run is over, and not before."""
+    store = project.submit("sleep:1,commit:2,exit:0")
+    done = call(project, "wait", "r")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-1].startswith("done after 1 attempt, committed step 2")
+    until_over(store)
+
+
+SAMPLE = re.compile(r'(jobkit_run_[a-z_]+)\{run="((?:[^"\\\n]|\\.)*)",name="((?:[^"\\\n]|\\.)*)"\} (-?[0-9.e+-]+)')
+
+
+def test_prometheus(project: Project) -> None:
+    """Every line is what Prometheus reads, each metric with help and type, and the values are those of the status."""
+    store = fabricate(project, 'a"b\\c')
+    store.write(
+        contract.events_file(0, 0),
+        '{"t":1.0,"event":"opened"}\n{"t":2.0,"event":"fresh","step":0}\n{"t":3.0,"event":"loop","step":0,"total":40}\n'
+        '{"t":4.0,"event":"first_step","step":1}\n{"t":5.0,"event":"metrics","step":9,"values":{"loss":1}}\n',
+    )
+    store.write(contract.events_file(1, 0), '{"t":6.0,"event":"opened"}\n{"t":7.0,"event":"fresh","step":0}\n')
+    store.write(f"{contract.attempt_dir(0)}/{contract.OUTCOME}", '{"outcome":"killed","reason":"SIGKILL"}')
+    lines = call(project, "status", 'a"b\\c', "--prometheus").stdout.splitlines()
+    values = {}
+    for line in lines:
+        if not line.startswith("#"):
+            sample = SAMPLE.fullmatch(line)
+            assert sample, line
+            assert re.sub(r"\\(.)", r"\1", sample[2]) == store.url
+            values[sample[1].removeprefix("jobkit_run_")] = float(sample[4])
+    for name in values:
+        assert f"# TYPE jobkit_run_{name} gauge" in lines
+        assert any(line.startswith(f"# HELP jobkit_run_{name} ") for line in lines)
+    assert {"attempts": 2, "lost_steps": 9, "committed_step": -1, "running": 0, "over": 1}.items() <= values.items()
+    assert call(project, "status", 'a"b\\c', "--prometheus", "--json").exit_code != 0
+
+
+def complete(project: Project, words: str) -> list[str]:
+    """Have a real bash complete the last of some words, with what `jobkit completion bash` prints."""
+    script = f"""eval "$(jobkit completion bash)"
+COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _jobkit_completion jobkit
+printf '%s\\n' "${{COMPREPLY[@]}}" """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=project.path, env=os.environ | {"PATH": path}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_bash_completes(project: Project) -> None:
+    """Commands, options, the names of runs and backends are completed in a real bash."""
+    fabricate(project, "mnist/first")
+    fabricate(project, "other")
+    assert {"checkpoints", "completion"} <= set(complete(project, "jobkit c"))
+    assert complete(project, "jobkit submit --spo") == ["--spot"]
+    assert complete(project, "jobkit status mn") == ["mnist/first"]
+    assert complete(project, "jobkit submit --on sl") == ["slurm"]
+
+
+def test_completion_for_every_shell(project: Project) -> None:
+    """Each shell gets a script of its own, and the help says where to put it."""
+    told = call(project, "completion", "--help").stdout
+    for shell in ("bash", "zsh", "fish"):
+        script = call(project, "completion", shell).stdout
+        assert f"_JOBKIT_COMPLETE={shell}_complete" in script
+        assert f"jobkit completion {shell}" in told
