@@ -5,6 +5,7 @@ machines too. Its handler is C: it runs between two instructions of whatever thr
 so that it works while C code holds the interpreter, where no Python handler and no thread of ours would ever run.
 """
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -18,7 +19,8 @@ from pathlib import Path
 SIGNAL = signal.SIGQUIT
 _FILE = "stacks"
 """In the directory that the supervisor shares with its program."""
-_ANSWER_S, _QUIET_S = 2.0, 0.1
+_ANSWER_S, _WHOLE_S = 2.0, 10.0
+"""How long a program may take to begin to answer, and to be through with it, on a busy machine."""
 _MAIN = "main thread"
 _THREAD = re.compile(r"(?:Current thread|Thread) (0x[0-9a-f]+)")
 _FRAME = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
@@ -60,21 +62,35 @@ def take(directory: Path, pid: int) -> str:
     path = directory / _FILE
     if not path.exists():
         return ""  # SIGQUIT would kill it
-    before = size = path.stat().st_size
+    before, blocked = path.stat().st_size, _blocking(pid)
     for number in (SIGNAL, signal.SIGCONT):
         try:
             os.kill(pid, number)
         except ProcessLookupError:
             return ""
-    deadline = time.monotonic() + _ANSWER_S
-    grown_at = deadline
-    while time.monotonic() < min(deadline, grown_at + _QUIET_S):
+    begun = time.monotonic()
+    while (waited_s := time.monotonic() - begun) < _WHOLE_S:
         time.sleep(0.01)
-        if (now := path.stat().st_size) != size:
-            size, grown_at = now, time.monotonic()
+        begins = path.stat().st_size > before
+        # A handler that runs has its signal blocked: where no thread has any more, the last line is written.
+        if (begins and not _blocking(pid) - blocked) or (not begins and waited_s > _ANSWER_S):
+            break
     content = path.read_bytes()
     heading = content.partition(b"\n")[0] + b"\n"
-    return (heading + content[before:]).decode(errors="replace") if size > before else ""
+    return (heading + content[before:]).decode(errors="replace") if len(content) > before else ""
+
+
+def _blocking(pid: int) -> set[str]:
+    """Return the threads of a process in which our signal is blocked."""
+    threads = set()
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/task/{task}/status").read_text()
+                mask = re.search(r"^SigBlk:\s*([0-9a-f]+)", status, re.MULTILINE)
+                if mask is not None and int(mask[1], 16) >> (SIGNAL - 1) & 1:
+                    threads.add(task)
+    return threads
 
 
 def innermost(text: str) -> str:

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,54 @@ def test_a_stall_is_told_exactly_when_the_loop_is_silent(ticks: list[tuple[bool,
         lived = 0.0 if beat else lived + min(passed, 1.0)
         stall = dog.look(Beat(7, Phase.STEPPING, 0, 0, beats), now)
         assert (stall is not None) == (lived > 3.0 + 1e-9) or abs(lived - 3.0) < 1e-6
+
+
+DEEP = """
+import pathlib, sys, threading
+from jobkit.supervise import stacks
+stacks.answer(pathlib.Path(sys.argv[1]))
+ready = threading.Barrier(41)
+
+def down(levels):
+    if levels:
+        return down(levels - 1)
+    ready.wait()
+    threading.Event().wait()
+
+for _ in range(40):
+    threading.Thread(target=down, args=(90,), daemon=True).start()
+ready.wait()
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+def test_stacks_are_waited_for_to_their_last_line(tmp_path: Path) -> None:
+    """A program that gets no processor while it writes its stacks is waited for; what is read is all of it."""
+    program = subprocess.Popen([sys.executable, "-c", DEEP, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        size = (tmp_path / "stacks").stat().st_size
+
+        def starve() -> None:
+            while (tmp_path / "stacks").stat().st_size == size:
+                pass
+            for _ in range(3):
+                program.send_signal(signal.SIGSTOP)
+                time.sleep(0.25)
+                program.send_signal(signal.SIGCONT)
+
+        starving = threading.Thread(target=starve)
+        starving.start()
+        text = stacks.take(tmp_path, program.pid)
+        starving.join()
+        assert text.endswith("\n")
+        assert text.count("  File ") == stacks.take(tmp_path, program.pid).count("  File ") > 40 * 90
+        assert stacks.innermost(text)
+    finally:
+        program.kill()
+        program.wait()
 
 
 def test_earlier_attempts_are_learned_from(tmp_path: Path) -> None:
