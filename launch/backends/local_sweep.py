@@ -8,6 +8,7 @@ import contextlib
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from jobkit import contract
 from jobkit.contract import State
@@ -17,7 +18,6 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import local
 from launch.lifecycle import lease, run_status, verbs
-from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import acquire, held, holder
 from launch.lifecycle.submission import begin_point, cancel_content, open_run, run_as_program
 from launch.lifecycle.verbs import Claim
@@ -30,41 +30,48 @@ _MAX_RESUMES = 3
 """How often a point whose runner was killed is taken up again."""
 
 
-class _StopError(Exception):
-    """A signal told this process to stop, or another machine has taken the sweep over."""
+def run(store: Store, spec: JobSpec, stops: Callable[[], bool]) -> None:
+    """Run the points of a sweep that are not done, until all are over, or it is cancelled or stopped.
 
-
-def run(store: Store, spec: JobSpec, held_lease: Lease) -> None:
-    """Run the points of a sweep that are not done, until all are over, or it is cancelled or taken over.
-
-    Signals: main thread only; SIGTERM, SIGINT, SIGHUP are passed on to the points that run.
+    Args:
+        store: The sweep.
+        spec: What was submitted.
+        stops: Whether this process has to stop; the points that run are asked to, then. It is looked at between two
+            starts alone: a point that is being started is one that runs when it is asked next.
     """
-    left = [point for point in specs.points(store, spec) if run_status.status(point).state is not State.DONE]
     running: list[Store] = []
-    resumes: Counter[str] = Counter()
     try:
-        while left or running:
-            while left and len(running) < (spec.parallel or 1):
-                point = left.pop(0)
-                if _start(store, point):
-                    running.append(point)
-            time.sleep(_POLL_S)
-            if held_lease.lost:
-                raise _StopError
-            for point in list(running):
-                # That we would take it up again is no sign of life.
-                status = run_status.status(point, assume_held=held(point) or lease.elsewhere(point) is not None)
-                if status.runner == "gone" and status.state is State.FAILED and resumes[point.url] < _MAX_RESUMES:
-                    resumes[point.url] += 1
-                    _start(store, point)
-                elif status.state.over:
-                    running.remove(point)
-                    if status.runner == "gone" and status.state is State.FAILED:
-                        _give_up(point, spec)
-    except _StopError:
-        for point in running:
-            if pid := holder(point).get("pid") if held(point) else None:
-                processes.send(int(pid), signal.SIGTERM)
+        _run_points(store, spec, running, stops)
+    except JobkitError:  # the storage is away, and there is no time to wait for it
+        if not stops():
+            raise
+    for point in running if stops() else ():
+        if pid := holder(point).get("pid") if held(point) else None:
+            processes.send(int(pid), signal.SIGTERM)
+
+
+def _run_points(store: Store, spec: JobSpec, running: list[Store], stops: Callable[[], bool]) -> None:
+    """Start the points and see to them; `running` has those that are not over."""
+    left = [point for point in specs.points(store, spec) if run_status.status(point).state is not State.DONE]
+    resumes: Counter[str] = Counter()
+    while (left or running) and not stops():
+        while left and len(running) < (spec.parallel or 1) and not stops():
+            point = left.pop(0)
+            if _start(store, point):
+                running.append(point)
+        time.sleep(_POLL_S)
+        for point in list(running):
+            # That we would take it up again is no sign of life.
+            status = run_status.status(point, assume_held=held(point) or lease.elsewhere(point) is not None)
+            if status.runner == "gone" and status.state is State.FAILED and resumes[point.url] < _MAX_RESUMES:
+                if stops():
+                    break
+                resumes[point.url] += 1
+                _start(store, point)
+            elif status.state.over:
+                running.remove(point)
+                if status.runner == "gone" and status.state is State.FAILED:
+                    _give_up(point, spec)
 
 
 def _start(store: Store, point: Store) -> bool:
@@ -96,17 +103,16 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: The sweep, and what `local.detached` takes.
+
+    Signals: main thread only; SIGTERM, SIGINT, SIGHUP are passed on to the points that run.
     """
-
-    def stop(*_: object) -> None:
-        raise _StopError
-
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
-    store = open_run(arguments[0]).patient(Patience())
+        signal.signal(number, lambda number, _: signals.append(number))
+    store = open_run(arguments[0]).patient(Patience(over=lambda: bool(signals)))
     with local.detached(store, arguments[1:]) as (_, held_lease, ready):
         ready()
-        run(store, specs.read(store), held_lease)
+        run(store, specs.read(store), lambda: bool(signals or held_lease.lost))
     return 0
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.backends import local_sweep, registry
 from launch.backends.local import Local
-from launch.lifecycle import lock, run_status, submission
+from launch.lifecycle import lease, lock, run_status, submission, verbs
 from launch.lifecycle.submission import make_point, new_run
 from launch.spec import jobspec as specs
 from launch.spec import sweep
@@ -181,6 +181,43 @@ def test_a_cancel_between_a_point_and_its_runner(project: jobs.Project, monkeypa
         local_sweep._start(store, first)
         assert jobs.until_over(first, seconds=15).state is State.CANCELLED
         assert not local_sweep._start(store, second)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Put the handlers of signals back that a test has changed."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_stop_the_moment_a_point_has_started(
+    project: jobs.Project, monkeypatch: pytest.MonkeyPatch, handlers: None
+) -> None:
+    """SIGTERM when a point's runner is up and the sweep's process has not noted it: the point is asked to stop, too."""
+    spec = project.spec("{a}", sweep={"a": ("hold", "commit:1")})
+    with new_run(Local().check(spec), Local.name) as (store, spec, runner):
+        pass
+    first, second = specs.points(store, spec)
+    hand_over = local_sweep._LOCAL.hand_over
+
+    @contextlib.contextmanager
+    def here(store: Store, given: list[str]) -> Iterator[tuple[lock.RunLock, lease.Lease, Callable[[], None]]]:
+        yield runner, lease.Lease(store, 0), lambda: None
+
+    def hand_over_and_stop(point: Store, claim: verbs.Claim) -> State:
+        try:
+            return hand_over(point, claim)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(local_sweep.local, "detached", here)
+    monkeypatch.setattr(local_sweep._LOCAL, "hand_over", hand_over_and_stop)
+    with contextlib.closing(runner), contextlib.suppress(Exception):
+        local_sweep.main([store.url])
+    until(lambda: not lock.held(first), "the point has stopped", seconds=20)
+    assert not specs.exists(second)
 
 
 def test_a_point_whose_runner_is_killed_again_and_again(project: jobs.Project) -> None:
