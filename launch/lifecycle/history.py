@@ -139,7 +139,7 @@ def pace(head: Sequence[Event], tail: Sequence[Event]) -> Pace:
     first = next((event for event in head if event["event"] == "first_step"), {"t": None})
     begun, step = number_of(first["t"]), count_of(first.get("step"))
     last = max(known, key=lambda one: one[1], default=None)
-    total = count_of(loops[-1].get("total")) if loops else None
+    total = count_of(loops[-1].get("total")) if loops and number_of(loops[-1].get("total")) is not None else None
     return Pace(
         total=total if total is not None and (last is None or total >= last[1]) else None,
         first=None if begun is None or step is None else (begun, step),
