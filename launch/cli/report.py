@@ -177,7 +177,7 @@ def read_histories(stores: "Sequence[Store]", *, curves: bool) -> "list[History]
     """
     from launch.backends import registry
     from launch.lifecycle import run_status, submission
-    from launch.lifecycle.history import read_history
+    from launch.lifecycle.history import best_score, read_history
 
     try:
         statuses = registry.listed(stores, say)
@@ -198,5 +198,6 @@ def read_histories(stores: "Sequence[Store]", *, curves: bool) -> "list[History]
             history = read_history(place, state=str(one.state), reason=one.reason, over=over, curves=curves)
             if status.points:
                 history.name = " ".join(f"{name}={value}" for name, value in one.values.items()) or history.name
+                history.values, history.best = dict(one.values), best_score(place) if curves else None
             histories.append(history)
     return histories

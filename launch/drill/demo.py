@@ -43,7 +43,7 @@ from launch.lifecycle import run_status
 from launch.lifecycle.history import History, read_history
 from launch.lifecycle.run_status import Status
 from launch.report.goodput import measure
-from launch.report.html import write_html
+from launch.report.html import Verdict, write_html
 from launch.report.loss_curve import curve_of
 from launch.report.png import draw_curve, write_figure
 from launch.spec.jobspec import JobSpec, fresh_place
@@ -95,6 +95,9 @@ class Interruption:
         ending: dict[str, Any] = document.pop("ending")
         del ending["reason"]
         return document | ending | {"lost_steps": self.ending.lost_steps, "as_promised": self.as_promised}
+
+
+_QUESTION = "final state and every loss bit-identical"
 
 
 @dataclass
@@ -245,8 +248,17 @@ def _train_twice(
         undisturbed_s=seconds[0],
         disturbed_s=seconds[1],
         plot=str(draw_losses(place / contract.REPORT / "loss.png", undisturbed, disturbed)),
-        report=str(write_html(place / contract.REPORT / "report.html", [disturbed, undisturbed])),
+        report=str(
+            write_html(place / contract.REPORT / "report.html", [disturbed, undisturbed], _page_verdict(comparison))
+        ),
     )
+
+
+def _page_verdict(comparison: Comparison) -> Verdict:
+    """Say on the page what the demo found, and name it after that."""
+    equal = bool(comparison["equal"])
+    answer = "yes" if equal else "no"
+    return Verdict(f"jobkit demo, bit-identical: {answer}", f"{_QUESTION}: {answer}", equal)
 
 
 def _interrupt(run: Watched, plan: Sequence[Interruption]) -> None:
@@ -352,7 +364,7 @@ def _card(result: DemoResult) -> Panel:
 
 def _verdict(result: DemoResult) -> Iterator[str]:
     answer = "[bold green]yes[/bold green]" if result.identical else "[bold red]no[/bold red]"
-    yield f"final state and every loss bit-identical: {answer}"
+    yield f"{_QUESTION}: {answer}"
     compared = result.comparison
     yield (
         f"[dim]{compared['leaves']} leaves of step {compared['step']} and {compared['values']} logged values compared, "

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from jobkit import contract
 from jobkit.contract import Outcome
 from jobkit.errors import JobkitError
+from jobkit.rundir import commits
 from jobkit.rundir.ledger import Event, Series, last_word, read_json, read_lines, read_metrics
+from jobkit.rundir.retention import keep_of
 from jobkit.rundir.store import Store
 from launch.lifecycle import orphans
 
@@ -43,6 +45,8 @@ class History:
         by_hand: Whether it was started by hand and not submitted.
         price_per_hour: Of everything an attempt runs on; None where no price is given.
         series: What the program logged and a curve shows; None where it was not read.
+        values: Of a point of a sweep: what each swept name is there.
+        best: Its best committed step by the program's `keep_best`: metric, 'min' or 'max', value.
     """
 
     run: str = ""
@@ -56,6 +60,15 @@ class History:
     price_per_hour: float | None = None
     grace_s: float | None = None
     series: Series | None = None
+    values: dict[str, str] = field(default_factory=dict)
+    best: tuple[str, str, float] | None = None
+
+
+def best_score(store: Store) -> tuple[str, str, float] | None:
+    """Return by what the program's `keep_best` measures, and the best committed value of it; None without either."""
+    keep, known = keep_of(store), commits.metrics(store)
+    step = keep.best_of(known)
+    return None if keep.best is None or step is None else (*keep.best, known[step][keep.best[0]])
 
 
 def read_history(store: Store, *, state: str = "", reason: str = "", over: bool = True, curves: bool = True) -> History:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,34 @@ from launch.report.goodput import Goodput, by_share, lost_of, measure
 from launch.report.lives import named
 from launch.report.loss_curve import Curve, Point, curve_of, nice_steps
 from launch.report.phases import RunPhase, percent
+from launch.report.sweep_page import sweep_of
 from launch.report.template import render
 from launch.report.terminal import attempts_table, clock, figures, overview
 from launch.report.timeline import lanes, time_axis
 
 
-def write_html(path: Path, histories: Sequence[History]) -> Path:
-    """Write the page of some runs.
+@dataclass(frozen=True)
+class Verdict:
+    """What a page is about, and what came of it.
+
+    Args:
+        title: Of the page.
+        text: The answer, in a sentence.
+        good: Whether it is the one that was hoped for.
+    """
+
+    title: str
+    text: str
+    good: bool
+
+
+def write_html(path: Path, histories: Sequence[History], verdict: Verdict | None = None) -> Path:
+    """Write the page of some runs, of which there may be a verdict.
 
     Raises:
         ConfigError: If it cannot be written there.
     """
-    text = html_of(histories)
+    text = html_of(histories, verdict)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -37,14 +54,21 @@ def write_html(path: Path, histories: Sequence[History]) -> Path:
     return path
 
 
-def html_of(histories: Sequence[History]) -> str:
+def html_of(histories: Sequence[History], verdict: Verdict | None = None) -> str:
     """Return the page of some runs, as text."""
     goodputs = [measure(history) for history in histories]
     head, *rows = overview(goodputs)
+    sweep = sweep_of(histories, goodputs)
+    if sweep is not None:
+        verdict = Verdict(sweep["title"], sweep["verdict"], True)
+        sweep["plot"] = _joint(*sweep["curves"]) if sweep["curves"] else None
+    title = goodputs[0].name if len(goodputs) == 1 else f"{len(goodputs)} runs"
     return render(
         "report.html",
         version=jobkit.__version__,
-        title=goodputs[0].name if len(goodputs) == 1 else f"{len(goodputs)} runs",
+        title=verdict.title if verdict is not None else title,
+        verdict=verdict,
+        sweep=sweep,
         gutter=34,
         label_share=0.16,  # a part of the bar that is wide enough for its own name
         colors={str(phase): phase.color for phase in RunPhase},
@@ -141,27 +165,39 @@ def _ticks(goodput: Goodput) -> list[tuple[float, str]]:
 # The loss curve.
 
 
+def _spot(curve: Curve, point: Point) -> str:
+    x, y = curve.place(point)
+    return f"{1000 * x:.1f} {1000 * (1 - y):.1f}"
+
+
+def _axes(curve: Curve) -> dict[str, Any]:
+    steps, values = nice_steps(*curve.x, 8), nice_steps(*curve.y, 5)
+    return {
+        "x": [(round(100 * curve.place((step, 0.0))[0], 3), f"{step:,.0f}" if step else "step 0") for step in steps],
+        "y": [(round(100 * curve.place((0.0, value))[1], 3), f"{value:.6g}") for value in values],
+    }
+
+
+def _joint(metric: str, curves: Sequence[tuple[str, Curve, bool]]) -> dict[str, Any]:
+    lines = [(name, "M" + "L".join(_spot(curve, one) for one in curve.line), best) for name, curve, best in curves]
+    return {"title": f"{metric} by step, every point", "lines": lines, **_axes(curves[0][1])}
+
+
 def _curve(curve: Curve) -> dict[str, Any]:
     def across(step: float) -> float:
         return 100 * curve.place((step, 0.0))[0]
 
-    def spot(point: Point) -> str:
-        x, y = curve.place(point)
-        return f"{1000 * x:.1f} {1000 * (1 - y):.1f}"
-
     def path(points: Sequence[Point]) -> str:
-        return "M" + "L".join(map(spot, points))
+        return "M" + "L".join(_spot(curve, point) for point in points)
 
-    steps, values = nice_steps(*curve.x, 8), nice_steps(*curve.y, 5)
     return {
         "title": f"{curve.name} by step, with every interruption" if curve.cuts else f"{curve.name} by step",
         "name": curve.name,
         "line": path(curve.line),
         "again": [path(points) for points in curve.again],
-        "dots": "".join(f"M{spot(point)}h0" for point in curve.dots),
+        "dots": "".join(f"M{_spot(curve, point)}h0" for point in curve.dots),
         "dots_name": curve.dots_name,
-        "x": [(round(across(step), 3), f"{step:,.0f}" if step else "step 0") for step in steps],
-        "y": [(round(100 * curve.place((0.0, value))[1], 3), f"{value:.6g}") for value in values],
+        **_axes(curve),
         "cuts": [
             {
                 "at": across(cut.step),

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.backends import registry
+from launch.drill import demo
 from launch.lifecycle import run_status
 from launch.lifecycle.history import read_history
 from launch.report import loss_curve, png
@@ -273,3 +274,62 @@ def test_labels_do_not_run_into_each_other(ends: list[tuple[int, str, int]]) -> 
         assert not cut.label or begin >= end
         end = begin + width if cut.label else end
     assert not drawn or drawn[0].label
+
+
+def a_sweep(path: Path) -> list[Any]:
+    """Write six points of a sweep, of which the third is the best; one has logged nothing yet."""
+    histories = []
+    for number, (rate, seed) in enumerate((rate, seed) for rate in ("1e-3", "0.01", "1e-1") for seed in ("0", "1")):
+        run = ledgers.Written(path / "grid" / "points" / str(number))
+        run.launcher(0, "submitted")
+        run.supervisor(0, 1, "started", pid=1)
+        run.program(0, 2, "first_step", step=1)
+        for step in range(0, 60, 3) if number < 5 else ():
+            values = {"loss": (2 + abs(number - 2)) / (1 + step), "val_loss": (3 + abs(number - 2)) / (1 + step)}
+            run.program(0, 2 + step, "metrics", step=step, values=values)
+        run.outcome(0, outcome="done", reason="finished", step=60, committed_step=60, ended=70.0)
+        history = read_history(run.store, state="done", reason="finished")
+        history.values, history.name = {"lr": rate, "seed": seed}, f"lr={rate} seed={seed}"
+        histories.append(history)
+    return histories
+
+
+@pytest.mark.slow
+def test_a_sweep_s_page(chromium: browser.Browser, tmp_path: Path) -> None:
+    """Swept values and metrics are columns that sort by a click, the best point is marked, one plot has all curves."""
+    path = tmp_path / "sweep.html"
+    path.write_text(html_of(a_sweep(tmp_path)))
+    browser.look(chromium, path, Path(os.environ.get("SCREENSHOTS") or tmp_path / "shots"))
+    chromium.open(path, width=1100)
+    assert chromium.evaluate("document.title") == "sweep grid: 6 points"
+    assert chromium.evaluate("document.querySelector('.verdict').textContent").startswith(
+        "best: lr=0.01 seed=0, val_loss"
+    )
+    assert chromium.evaluate("document.querySelectorAll('.every').length") == 5
+    assert chromium.evaluate("document.querySelector('.points .best').textContent").startswith("2 ★")
+    names = chromium.evaluate("[...document.querySelectorAll('.points th')].map(one => one.textContent.split(' ')[0])")
+    assert names == ["point", "lr", "seed", "loss", "val_loss", "state", "step", "goodput"]
+    rows = "[...document.querySelectorAll('.points tbody tr')]"
+    top = "one.getBoundingClientRect().top"
+    seen = (
+        f"{rows}.map(one => [{top}, one.cells[0].textContent[0]]).sort((a, b) => a[0] - b[0]).map(a => a[1]).join('')"
+    )
+    assert chromium.evaluate(seen) == "012345"
+    for label, order in (("down-0", "452301"), ("up-3", "213045"), ("down-3", "041325")):
+        chromium.evaluate(f"document.querySelector('label[for={label}]').click()")
+        assert chromium.evaluate(seen) == order, label
+
+
+def test_runs_that_are_no_sweep(tmp_path: Path) -> None:
+    """Runs side by side, and one point alone, have no columns of a sweep."""
+    assert 'class="points"' not in html(*three(tmp_path))
+    assert 'class="points"' not in html_of(a_sweep(tmp_path)[:1])
+
+
+@pytest.mark.parametrize(("equal", "answer", "tone"), [(True, "yes", "verdict good"), (False, "no", "verdict")])
+def test_the_demo_s_page(equal: bool, answer: str, tone: str, tmp_path: Path) -> None:
+    """It says whether the bits are the same, and is titled after that."""
+    histories = [read_history(run.store, state="done") for run in three(tmp_path)[:2]]
+    text = html_of(histories, demo._page_verdict({"equal": equal}))
+    assert f"<title>jobkit demo, bit-identical: {answer}</title>" in text
+    assert f'<p class="{tone}">final state and every loss bit-identical: {answer}</p>' in text
