@@ -166,6 +166,20 @@ class Local(Backend):
         if problems:
             raise problems[0]
 
+    def beside(self, store: Store, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """See `Backend`: in the attempt's container; else with its environment, in the copy of the code."""
+        if (away := lease.elsewhere(store)) is not None:
+            raise ConfigError(f"{store.url} runs on {away.place}: attach there")
+        if specs.read(store).container is not None:
+            return container.beside(store.url, command), {}
+        attempt = max(store.numbers(contract.ATTEMPTS), default=-1)
+        pid = max(orphans.program_pids(store, attempt)[-1:], default=0)
+        environ = orphans.environments_of(store).get(pid)
+        if environ is None:
+            raise ConfigError(f"nothing of {store.url} runs just now: 'jobkit status {store.url}'")
+        # Whoever looks for what is left of an attempt must not take a person's shell for a part of it.
+        return ["env", f"--chdir=/proc/{pid}/cwd", "--", *command], contract.handed_on(environ)
+
     def leave(self, store: Store, *, take_over: bool) -> None:
         """See `Backend`: a runner that lives all the same stops."""
         lease.release(store, lease.claim(store, take_over=take_over))

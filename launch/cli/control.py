@@ -5,6 +5,7 @@ import sys
 
 import click
 
+from jobkit.errors import ConfigError
 from launch.cli.names import RUN
 
 
@@ -13,7 +14,6 @@ def _progress(line: str) -> None:
 
 
 def _seconds(given: str) -> float:
-    from jobkit.errors import ConfigError
     from jobkit.units import duration_s
 
     if (seconds := duration_s(given)) <= 0:
@@ -110,3 +110,33 @@ def rm(run: str, yes: bool, as_json: bool) -> None:
         return
     kept = f"; not jobkit's, and kept: {', '.join(removal.kept)}" if removal.kept else ""
     print(f"removed {run} ({removal.what}){kept}")
+
+
+@click.command(short_help="Open a shell beside the live attempt of RUN.")
+@click.argument("run", type=RUN)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def attach(run: str, command: tuple[str, ...]) -> None:
+    """Open a shell beside the live attempt of RUN, or run COMMAND there.
+
+    On this machine it has the environment of the attempt and its directory, with Docker it is in its container, on
+    SLURM it is a step of the job. Leaving it ends nothing of the run; with the job or the container it ends itself.
+
+    \b
+    Examples:
+      jobkit attach runs/mnist
+      jobkit attach runs/mnist -- nvidia-smi
+    """
+    import os
+
+    from launch.backends import registry
+    from launch.lifecycle import submission
+    from launch.spec import jobspec as specs
+
+    store = submission.open_run(run)
+    if specs.read(store).sweep:
+        raise ConfigError(f"{run} is a sweep: name one of its points, {run}/points/0")
+    words, more = registry.of(store).beside(store, command or (os.environ.get("SHELL") or "/bin/sh",))
+    try:
+        os.execvpe(words[0], words, os.environ | more)
+    except OSError as error:
+        raise ConfigError(f"cannot run {words[0]}: {error.strerror}") from None

@@ -134,6 +134,7 @@ def wait(run: str, as_json: bool) -> None:
 
 cli.add_command(control.save)
 cli.add_command(control.stop)
+cli.add_command(control.attach)
 
 
 @cli.command(short_help="End RUN for good: it saves, and never comes back by itself.")

@@ -29,10 +29,16 @@ _ENOUGH = 100
 
 def processes_of(store: Store) -> list[int]:
     """Return the live supervisors, programs and their children of a run, wherever in the family tree they are now."""
+    return list(environments_of(store))
+
+
+def environments_of(store: Store) -> dict[int, dict[str, str]]:
+    """Return the same, each with the environment that it was started with."""
     marks = (contract.ENV_ATTEMPT, contract.ENV_SUPERVISOR, contract.ENV_RUNNER)
     # A person's shell may have JOBKIT_RUN exported; what we started has more than that.
     found = processes.with_environment(contract.ENV_RUN, store.url)
-    return [pid for pid, environ in found.items() if pid != os.getpid() and not environ.keys().isdisjoint(marks)]
+    found.pop(os.getpid(), None)
+    return {pid: environ for pid, environ in found.items() if not environ.keys().isdisjoint(marks)}
 
 
 class Clearing:

@@ -204,6 +204,10 @@ class Backend(ABC):
     def leave(self, store: Store, *, take_over: bool) -> None:  # noqa: B027  (nothing to let go of is the rule)
         """Let go of a run that moves to another backend."""
 
+    def beside(self, store: Store, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Return how a command is run beside a live attempt: its words, and what the environment gains."""
+        raise ConfigError(f"--on {self.name} offers no shell beside a run; its own console may")
+
     def service_log(self, store: Store) -> list[str]:
         """Return what the service's own log has of a run's newest job, oldest first."""
         return []

@@ -128,6 +128,18 @@ def remove(url: str) -> None:
             _run_docker("rm", "--force", *ids, timeout_s=_ANSWER_S)
 
 
+def beside(url: str, command: Sequence[str]) -> list[str]:
+    """Return the words that run a command in the container of a run's live attempt.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = _run_docker("ps", "--quiet", "--no-trunc", "--filter", f"label={_LABEL}={url}").stdout.split()
+    if not found:
+        raise ConfigError(f"no container of {url} runs just now: 'jobkit status {url}'")
+    return [DOCKER, "exec", "--interactive", *(["--tty"] if sys.stdin.isatty() else []), found[0], *command]
+
+
 def refuse_foreign(container: Container, backend: str, known: Sequence[str]) -> None:
     """Raise ConfigError if a backend does not know a runtime."""
     if container.runtime not in known:

@@ -6,6 +6,7 @@ batch_script.py, and what they do, requeues included, in job.py.
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,6 +91,14 @@ class Slurm(Backend):
         spec = specs.read(store)
         members = specs.points(store, spec)
         queue.refuse_alive([one for one in members if not spec.sweep or not run_status.has_ended(one, State.DONE)])
+
+    def beside(self, store: Store, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """See `Backend`: a step of its own in the job, that shares what the attempt has."""
+        job = queue.jobs_of([store]).get(store.url)
+        if job is None or not job.active or job.pending:
+            raise ConfigError(f"no job of {store.url} runs just now: 'jobkit status {store.url}'")
+        step = ["srun", f"--jobid={job.id}", "--overlap", "--nodes=1", "--ntasks=1", "--immediate=60"]
+        return [*step, *(["--pty"] if sys.stdin.isatty() else []), "--", *command], {}
 
     def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: they get their grace, then SLURM is told to insist."""
