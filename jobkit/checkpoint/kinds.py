@@ -411,16 +411,22 @@ def refusal(where: str, value: Any) -> str:
     if is_iterator(value):
         return (
             f"{where!r} is {what}, which cannot be rewound: iterate a Grain dataset "
-            "(iter(grain.MapDataset.source(...).shuffle(seed=0).batch(32).to_iter_dataset())), or give it "
-            "state_dict() and load_state_dict()"
+            "(iter(grain.MapDataset.source(...).shuffle(seed=0).batch(32).to_iter_dataset())), make "
+            "jobkit.Batches(lambda seed, epoch: ...) of what makes it, or give it state_dict() and load_state_dict()"
         )
     if what == "a torch.utils.data.dataloader.DataLoader":
         return (
             f"{where!r} is {what}, which has no position: make a "
-            "torchdata.stateful_dataloader.StatefulDataLoader of the same arguments, which has one"
+            "torchdata.stateful_dataloader.StatefulDataLoader of the same arguments, which has one, or "
+            "jobkit.Batches(lambda seed, epoch: DataLoader(..., generator=torch.Generator().manual_seed(seed)))"
         )
     if hasattr(type(value), "__iter__"):
-        return f"{where!r} is {what}, which has no position: make its iterator first and pass that, iter(...)"
+        if type(value).__module__.startswith("grain."):
+            return f"{where!r} is {what}, which has no position: make its iterator first and pass that, iter(...)"
+        return (
+            f"{where!r} is {what}, which has no position: make jobkit.Batches of what makes it anew for each epoch, "
+            "jobkit.Batches(lambda seed, epoch: ...)"
+        )
     return (
         f"{where!r} is {what}, which jobkit cannot save: pass NNX objects, pytrees of arrays and numbers, "
         "or objects with state_dict() and load_state_dict()"

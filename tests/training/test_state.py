@@ -658,7 +658,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"'x' is a grain\..*, which has no position: make its iterator first and pass that, iter",
     ),
     "loader": (_loader, "which has no position: make its iterator first"),
-    "range": (lambda: {"r": range(3)}, "'x/r' is a range, which has no position"),
+    "range": (lambda: {"r": range(3)}, r"'x/r' is a range, which has no position: make jobkit\.Batches of what"),
     "set": (lambda: {1, 2}, "'x' is a set, which has no order that a restart"),
     "function": (lambda: lambda: 1, r"'x' is a function, which jobkit cannot save: pass NNX objects, pytrees"),
     "dataclass": (Unregistered, "which jobkit cannot save: pass NNX objects"),
