@@ -11,7 +11,7 @@ from jobkit import contract, versions
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
-from launch.backends import remove_run
+from launch.backends import registry, remove_run
 from launch.cli.main import cli
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
@@ -138,3 +138,20 @@ def test_what_a_removal_leaves_is_no_run(
     assert store.remote is None or store.remote.find() == {}
     with pytest.raises(JobkitError, match="is not a run"):
         specs.read(store)
+
+
+def test_runs_begun_by_hand_in_a_bucket(project: Project) -> None:
+    """Below a URL runs without a submit are listed, what lies in a run is none, and they are removed as any."""
+    remote = Remote("memory://bucket/runs")
+    for name in ("hand/strategy.json", "sent/strategy.json", "sent/run.json", "sent/code/x/strategy.json", "y/words"):
+        remote.write(name, b"{}")
+    assert registry.runs_below("memory://bucket/runs")[1] == [
+        f"memory://bucket/runs/{name}" for name in ("hand", "sent")
+    ]
+    assert registry.runs_below("memory://bucket/runs/hand")[1] == ["memory://bucket/runs/hand"]
+    row = json.loads(call("status", "memory://bucket/runs/hand", "--json").stdout)
+    assert (row["backend"], row["state"]) == ("by hand", "failed")
+    assert call("rm", "memory://bucket/runs/hand", "--yes").exit_code == 0
+    assert remote.find("hand") == {}
+    assert remote.find("y")
+    remote.remove(remote.find())

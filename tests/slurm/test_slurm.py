@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -274,6 +275,10 @@ def test_a_cancel_is_for_good(when: Callable[[Login], None], how: str, login: Lo
 def test_resume_after_a_cancel(login: Login, undisturbed: str) -> None:
     """A cancelled run is resumed in a new job and ends bit-equal; a second resume meanwhile is refused."""
     in_training(login)
+    told = login.status()
+    assert f"{told['partition']}|{told['node']}" in login.cluster.run("squeue", "--noheader", "--me", "--format=%P|%N")
+    where = f"slurm, job {told['job']}, partition {told['partition']}, on {told['node']}"
+    assert re.search(rf"{where}\n.*step +\d+ of {told['total_steps']} \(", login.jobkit("status", "run"), re.DOTALL)
     login.jobkit("cancel", "run")
     committed = commits.steps(login.store)[-1]
     login.jobkit("resume", "run")
