@@ -90,8 +90,13 @@ def _endings(goodput: Goodput, history: History) -> Iterator[Sentence]:
     costliest = sorted(ended, key=lambda one: -one.ending_s)[:_MOST]
     stalls = {life.number: event for life in history.lives for event in named(life.supervisor, "stalled")}
     following = dict(zip([one.attempt for one in goodput.attempts], goodput.attempts[1:], strict=False))
+    first: dict[str, int] = {}
     for one in sorted(costliest, key=lambda one: one.attempt):
-        text = f"{_what(one, stalls.get(one.attempt))} {_cost(one, following.get(one.attempt))}"
+        what = _what(one, stalls.get(one.attempt))
+        earlier = first.setdefault(what, one.attempt)
+        if one.reason and earlier != one.attempt:  # the same end for the same reason is not told again
+            what = f"ended as attempt {earlier} did."
+        text = f"Attempt {one.attempt} {what} {_cost(one, following.get(one.attempt))}"
         yield Sentence(one.ended or one.started, one.outcome or "unknown", one.attempt, text, one.ending_s)
     left = [one for one in ended if one not in costliest]
     if left:
@@ -109,7 +114,7 @@ _ENDED = {
 
 
 def _what(one: AttemptFigures, stall: Event | None) -> str:
-    """Say how an attempt ended, and why."""
+    """Say how an attempt ended, and why: what follows its number."""
     at = f" at step {one.to_step:,}" if one.to_step is not None else " before it had a step"
     late = f" after a notice ({one.notice}) that it could not serve in time" if one.saved_on_notice is False else ""
     if one.outcome == Outcome.PREEMPTED:
@@ -127,7 +132,7 @@ def _what(one: AttemptFigures, stall: Event | None) -> str:
         what = f"was {how}{at}{node}{late}{clause(more)}"
     else:
         what = f"{_ENDED.get(one.outcome, 'ended')}{at}{late}{clause(one.reason)}"  # type: ignore[call-overload]
-    return f"Attempt {one.attempt} {what}."
+    return f"{what}."
 
 
 def _stopped(one: AttemptFigures, at: str) -> str:

@@ -465,3 +465,16 @@ def test_command(tmp_path: Path) -> None:
     two = project.cli("explain", str(project.runs))
     assert two.returncode == 2
     assert "holds 2 runs; explain one of them" in two.stderr
+
+
+def test_nothing_is_told_twice(run: ledgers.Written) -> None:
+    """Attempts that end alike for the same reason: it is told once, and each later one refers to the first."""
+    run.launcher(0, "submitted")
+    for number in range(3):
+        life(run, number, 10.0 * number, 10.0 * number + 5, "failed", "ValueError: boom (exit code 1)")
+    told = texts(story(run, state="failed"))
+    assert sum("boom" in text for text in told) == 1
+    assert [text.partition(". ")[0] for text in told if text.startswith(("Attempt 1", "Attempt 2"))] == [
+        "Attempt 1 ended as attempt 0 did",
+        "Attempt 2 ended as attempt 0 did",
+    ]
