@@ -4,7 +4,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from html import escape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -333,3 +336,21 @@ def test_the_demo_s_page(equal: bool, answer: str, tone: str, tmp_path: Path) ->
     text = html_of(histories, demo._page_verdict({"equal": equal}))
     assert f"<title>jobkit demo, bit-identical: {answer}</title>" in text
     assert f'<p class="{tone}">final state and every loss bit-identical: {answer}</p>' in text
+
+
+@pytest.mark.slow
+def test_what_a_terminal_shows(chromium: browser.Browser, tmp_path: Path) -> None:
+    """`ls` and `status` fit 80 columns; pictures of them stay beside those of the pages, to be looked at."""
+    three(tmp_path / "runs")
+    kept = Path(os.environ.get("SCREENSHOTS") or tmp_path / "shots")
+    environ = os.environ | {"COLUMNS": "80", "PYTHONPATH": str(ROOT)}
+    for name, words in (("ls", ["ls", "runs"]), ("status", ["status", "runs/interrupted"])):
+        command = [sys.executable, "-m", "launch", *words]
+        done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "interrupted" in done.stdout
+        # A path in a command is one word, to be copied; this one is long.
+        assert max(len(line) for line in done.stdout.splitlines() if str(tmp_path) not in line) <= 80
+        (tmp_path / f"{name}.html").write_text(f"<meta charset=utf-8><pre>{escape(done.stdout)}</pre>")
+        chromium.open(tmp_path / f"{name}.html", width=800)
+        chromium.screenshot(kept / f"{name}.png")
+        assert (kept / f"{name}.png").stat().st_size > 1000
