@@ -11,7 +11,7 @@ from typing import Any
 
 from jobkit import contract, decode, names
 from jobkit.contract import Exit, Outcome
-from jobkit.errors import DamagedError, JobkitError
+from jobkit.errors import ConfigError, DamagedError, JobkitError
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json, writer_events
@@ -295,8 +295,22 @@ def remove_copies(store: Store) -> None:
     if store.exists(contract.RUN_JSON) or store.numbers(contract.ATTEMPTS):
         return
     for step in commits.steps(store):
-        if commits.read(store, step).reason == COPIED:
-            commits.remove(store, step)
-    for step in [] if store.remote is None else remote_steps.steps(store.remote):
-        if store.remote is not None and remote_steps.read(store.remote, step).reason == COPIED:
-            remote_steps.remove(store.remote, step)
+        with contextlib.suppress(DamagedError):
+            if commits.read(store, step).reason == COPIED:
+                commits.remove(store, step)
+    if store.remote is None or store.remote.find(contract.RUN_JSON):
+        return
+    for step in remote_steps.steps(store.remote):
+        with contextlib.suppress(DamagedError):
+            if remote_steps.read(store.remote, step).reason == COPIED:
+                remote_steps.remove(store.remote, step)
+
+
+def check_copy(store: Store, step: int) -> None:
+    """Refuse a new run whose beginning another machine's submit to the same URL has taken away as left over.
+
+    Raises:
+        ConfigError: If it is not there.
+    """
+    if store.remote is not None and step not in remote_steps.steps(store.remote):
+        raise ConfigError(f"another submit to {store.url} got in between: submit again")

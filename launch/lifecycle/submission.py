@@ -195,6 +195,8 @@ def new_run(
         try:
             mirror.publish(store)
             published = True
+            if begun is not None:
+                orphans.check_copy(store, begun["begins"])
             _record_submitted(store, spec, by_hand=by_hand, begun=begun)
             yield store, spec, lock
         except BaseException:

@@ -208,3 +208,14 @@ def test_from_one_bucket_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         desk.jobkit("submit", "--from", "gs://bucket/one@5", *words)
         assert "attempt 0 resumes at step 5" in desk.jobkit("logs", "gs://bucket/two")
         assert "ends with 15" in desk.jobkit("logs", "gs://bucket/two")
+
+
+def test_a_beginning_that_another_submit_took_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on a URL whose copy is gone when it would begin is refused, and is not there."""
+    with GcsServer() as gcs:
+        desk = Desk(tmp_path, gcs)
+        desk.use(monkeypatch, gcs.environment())
+        store = open_run("gs://bucket/new")
+        with pytest.raises(ConfigError, match="got in between: submit again"):
+            verbs.submit(Local(), JobSpec(command=("true",), run=store.url), begin=lambda store: {"begins": 3})
+        assert not [name for name in gcs.names() if name.endswith("run.json")]
