@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jobkit.errors import ConfigError, JobkitError, Preempted, StorageError
 
 if TYPE_CHECKING:
+    from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectRestore, DirectSave
     from jobkit.checkpoint.restore import export_params
     from jobkit.checkpoint.weights.parts_alone import load, save
     from jobkit.data.batches import Batches
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Batches", "ConfigError", "EarlyStopping", "JobkitError", "Notice", "Preempted", "Run", "StorageError",
-    "export_params", "initialize", "load", "save",
+    "Batches", "ConfigError", "DirectCheckpointHandler", "DirectRestore", "DirectSave", "EarlyStopping", "JobkitError",
+    "Notice", "Preempted", "Run", "StorageError", "export_params", "initialize", "load", "save",
 ]  # fmt: skip
 
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "load": "jobkit.checkpoint.weights.parts_alone",
     "save": "jobkit.checkpoint.weights.parts_alone",
     "export_params": "jobkit.checkpoint.restore",
+    **dict.fromkeys(("DirectCheckpointHandler", "DirectSave", "DirectRestore"), "jobkit.checkpoint.layout.handler"),
 }
 
 

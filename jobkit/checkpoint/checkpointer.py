@@ -7,6 +7,7 @@ order.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,10 +17,10 @@ from jobkit import contract, faults, versions
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.first_step_check import FirstStepCheck
 from jobkit.checkpoint.kinds import Part
-from jobkit.checkpoint.restore import read_back, restore
+from jobkit.checkpoint.restore import read, read_back
 from jobkit.checkpoint.saving import Save, SaveState
 from jobkit.checkpoint.schedule import Rates
-from jobkit.errors import ConfigError, JobkitError, StorageError, SupersededError, say
+from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError, say
 from jobkit.group import Group
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit
@@ -46,6 +47,7 @@ class Checkpoints:
         before_commit: Called with the step on the saving thread before each commit, so that what was logged up to the
             step is safe when the step is.
         group: The processes that save together.
+        stock: Whether stock Orbax shall write.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Checkpoints:
         busy: Callable[[], bool] = lambda: False,
         before_commit: Callable[[int], None] = lambda step: None,
         group: Group | None = None,
+        stock: bool = False,
     ) -> None:
         self._store, self._attempt, self._keep, self._ledger = store, attempt, keep, ledger
         self._unsaved = unsaved or Unsaved(ledger, Heartbeat(None))
         self._busy, self._before_commit = busy, before_commit
         self._group = group or Group("")
         self._count = 0
-        self._writer = orbax_io.Writer()
+        self._writer = orbax_io.Writer(stock=stock)
         self._spent: list[tuple[orbax_io.Writer, Save]] = []
         """Writers of saves that failed, which would raise what is left of that at the next."""
         self._save: Save | None = None
@@ -239,7 +242,7 @@ class Checkpoints:
         """Write the next save with another writer; several processes do not go on after a save that failed."""
         if self._group.count == 1:
             self._spent.append((self._writer, save))
-            self._writer = orbax_io.Writer()
+            self._writer = self._writer.another()
 
     def abandon(self, nbytes: int = 0) -> bool:
         """Break the save in flight off, to make way for a newer one, and wait for that; tell whether it was possible.
@@ -251,7 +254,7 @@ class Checkpoints:
         Args:
             nbytes: What is to be written next: without room for both, what was written goes first.
         """
-        if self._save is None or not self._save.running or not self._save.abandon():
+        if self._save is None or not self._save.running or not self._save.abandon(self._writer):
             return False
         self.wait()
         with contextlib.suppress(OSError):
@@ -346,22 +349,55 @@ class Checkpoints:
             ConfigError: If the program's state differs from the checkpoint's, or every checkpoint is damaged.
             StorageError: If reading fails.
         """
+        damaged: list[int] = []
+        known: list[str] = []
 
         def find() -> int | None:
-            prepare()
-            return self._newest_whole()
+            if not damaged:
+                prepare()
+            return self._newest_whole(damaged, known)
 
-        step: int | None = self._group.share("restore", find)
-        if step is not None:
-            restore(self._store, step, parts)
-            self.committed_step = step
-        return step
+        for time_ in itertools.count():
+            step: int | None = self._group.share(f"restore/{time_}", find)
+            if step is None:
+                return None
+            give_back, wrong = self._read(step, parts)
+            # Some of its values may be damaged for one process alone: all restore the same step, or none does.
+            known = self._together(f"damaged/{time_}", wrong)
+            if not known:
+                assert give_back is not None
+                give_back()
+                self.committed_step = step
+                return step
+        raise AssertionError
 
-    def _newest_whole(self) -> int | None:
-        damaged = []
+    def _together(self, key: str, mine: list[str]) -> list[str]:
+        """Return what all processes say, in all of them."""
+        said = self._group.gather(f"{key}/of", mine)
+        together: list[str] = self._group.share(key, lambda: list(itertools.chain(*said)))
+        return together
+
+    def _read(self, step: int, parts: Mapping[str, Part]) -> tuple[Callable[[], None] | None, list[str]]:
+        """Read a step; return what puts its values into the parts, and what is damaged."""
+        try:
+            return read(self._store, step, parts), []
+        except DamagedError as error:
+            return None, [str(error)]
+        except StorageError:
+            if not (wrong := commits.problems(self._store, step)):  # else it is no passing failure: a bad sector
+                raise
+            return None, wrong
+
+    def _newest_whole(self, damaged: list[int], known: list[str]) -> int | None:
+        """Return the newest step whose files are as committed, but for chunks: those are checked as they are read.
+
+        Args:
+            damaged: Steps that were set aside, to which more are added.
+            known: What was found wrong with the newest step.
+        """
         # Every numbered directory: one without commit.json was committed by a rename and has lost it since.
         for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
-            wrong = commits.problems(self._store, step)
+            wrong, known = known or commits.problems(self._store, step, values=False), []
             if not wrong:
                 return step
             commits.check_newest(self._store, self._attempt, f"set step {step} aside")

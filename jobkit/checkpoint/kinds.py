@@ -14,6 +14,7 @@ gives `resume` its first value again, so each part knows what it was given as.
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import jax
@@ -338,9 +339,15 @@ def part_of(name: str, value: Any) -> Part:
     return ValuePart(name, jax.tree.map(lambda leaf: leaf, value) if any(map(_is_state, nodes)) else value)
 
 
+@lru_cache(1 << 10)
+def _of_nnx(kind: Any) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
+
+
 def _is_nnx(value: Any) -> bool:
     # Compared by module name first: a program that never imports NNX must not pay for importing it here.
-    if not any(base.__module__.startswith("flax.nnx") for base in type(value).__mro__):
+    kind: Any = type(value)
+    if not _of_nnx(kind):
         return False
     from flax import nnx
 

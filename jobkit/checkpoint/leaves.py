@@ -7,7 +7,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
@@ -64,12 +64,22 @@ def _written(dtype: str) -> bool:
     return False
 
 
+@cache
+def _name(dtype: Any) -> str:
+    return str(dtype.name)
+
+
+@cache
+def _is_key(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
 def is_leaf(value: Any) -> bool:
     """Tell what can be written down: an array of a usual dtype, a typed key, a plain number, text, bytes."""
     if isinstance(value, jax.Array):
-        return jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or _written(value.dtype.name)
+        return _is_key(value.dtype) or _written(_name(value.dtype))
     if isinstance(value, np.ndarray | np.generic):
-        return _written(value.dtype.name) and not isinstance(value, np.ma.MaskedArray)
+        return _written(_name(value.dtype)) and not isinstance(value, np.ma.MaskedArray)
     return type(value) in (*NUMBERS, str, bytes)  # not their subclasses (an enum): another type would come back
 
 
@@ -91,14 +101,14 @@ def kind_of(value: Any) -> str:
 def outline_of(value: Any) -> Record:
     """Say what a leaf is, without its content."""
     if isinstance(value, jax.Array):
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if _is_key(value.dtype):
             return {"is": "key", "impl": str(jax.random.key_impl(value)), "shape": list(value.shape)}
         weak = {"weak": True} if value.weak_type else {}
-        return {"is": "jax", "shape": list(value.shape), "dtype": value.dtype.name} | weak
+        return {"is": "jax", "shape": list(value.shape), "dtype": _name(value.dtype)} | weak
     if isinstance(value, np.ndarray | np.generic):
         kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
         swapped = {} if value.dtype.isnative else {"swapped": True}
-        return {"is": kind, "shape": list(value.shape), "dtype": value.dtype.name} | swapped
+        return {"is": kind, "shape": list(value.shape), "dtype": _name(value.dtype)} | swapped
     if callable(value):
         return {"is": "scalar", "type": "function", "value": function_name(value)}
     return {"is": "scalar", "type": type(value).__name__}
@@ -230,12 +240,16 @@ def dtype_of(record: Record) -> np.dtype[Any]:
     return np.dtype(record["dtype"])
 
 
+def placement(record: Record, live: Any) -> Any:
+    """Return how an array shall be spread over devices as it is read; None if it is to be read as numpy's."""
+    return _sharding(live, record) if record["is"] == "jax" else None
+
+
 def stored_args(record: Record, live: Any) -> Any:
     """Say how Orbax shall read one array: sharded like the live leaf where that is placed on purpose, else as numpy."""
     import orbax.checkpoint as ocp
 
-    sharding = _sharding(live, record)
-    if record["is"] == "jax" and sharding is not None:
+    if (sharding := placement(record, live)) is not None:
         return ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype_of(record), strict=True)
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
@@ -280,6 +294,7 @@ def names(path: Iterable[Any]) -> Path:
     return tuple(str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name))) for key in path)
 
 
+@lru_cache(1 << 16)
 def quote(name: str) -> str:
     """Escape what separates names: '/' in our paths; '.' in Orbax's, where {'a.b'} and {'a': {'b'}} would collide.
 

@@ -1,4 +1,7 @@
-"""Orbax writes and reads the arrays of a run's own checkpoints, the way it is told to here.
+"""The arrays of a run's own checkpoints, written and read: through our handler for Orbax, or through stock Orbax.
+
+Both write the same layout. Our handler (`layout/`) does it without Orbax's work per leaf; stock Orbax writes where
+several processes save together, where the program asked for it, and where the installed Orbax reads our files no more.
 
 Three other modules import it, none of which writes into a run: restore.py exports parameters, weights/source.py reads
 what plain Orbax wrote, and leaves.py says how one array is to be read.
@@ -24,24 +27,33 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jobkit import contract
-from jobkit.checkpoint.leaves import Record, stored_args
+from jobkit.checkpoint.layout import reading
+from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave, nested
+from jobkit.checkpoint.layout.probe import stock_reads_ours
+from jobkit.checkpoint.layout.writing import FILE_BYTES, Cancel
+from jobkit.checkpoint.leaves import Record, placement, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise.oom import Memory
 
 # Measured at 1 GB (zstd costs 60 % of the time and a copy of the state in memory, and saves 7 % of weights).
 _HANDLER_OPTIONS: dict[str, Any] = {"use_ocdbt": True, "use_zarr3": True, "use_compression": False}
-_DATA_FILE_BYTES = 64 << 20
 _BATCH_BYTES = 256 << 20
 _BARRIER_S = 600
 """How long Orbax waits for the other processes."""
 
 
 class Writer:
-    """Writes the arrays of one checkpoint after another, in the background."""
+    """Writes the arrays of one checkpoint after another, in the background.
 
-    def __init__(self) -> None:
+    Args:
+        stock: Whether stock Orbax shall write them.
+    """
+
+    def __init__(self, *, stock: bool = False) -> None:
+        self._stock = stock or jax.process_count() > 1
         self._orbax: ocp.AsyncCheckpointer | None = None
+        self._cancel = Cancel()
 
     def start(self, stage: Path, arrays: Mapping[tuple[str, ...], Any], nbytes: int, *, for_upload: bool) -> None:
         """Take copies off the devices and begin writing to `stage`, which must not exist.
@@ -56,23 +68,44 @@ class Writer:
             return
         if self._orbax is None:
             everyone = _everyone()
-            item = ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS, multiprocessing_options=everyone)
+            self._stock = self._stock or not stock_reads_ours()
+            item = (
+                ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS, multiprocessing_options=everyone)
+                if self._stock
+                else DirectCheckpointHandler()
+            )
             options = ocp.CompositeOptions(multiprocessing_options=everyone)
             handler = ocp.CompositeCheckpointHandler(composite_options=options, **{contract.ORBAX_ITEM: item})
-            self._orbax = ocp.AsyncCheckpointer(handler, timeout_secs=_BARRIER_S, multiprocessing_options=everyone)
+            # A thread that waits for a directory which could not be made would keep the process from ending.
+            at_once = ocp.AsyncOptions(timeout_secs=_BARRIER_S, create_directories_asynchronously=self._stock)
+            self._orbax = ocp.AsyncCheckpointer(handler, async_options=at_once, multiprocessing_options=everyone)
+        if not self._stock:
+            size = _upload_bytes(nbytes) if for_upload else FILE_BYTES
+            direct = DirectSave(arrays=arrays, file_bytes=size, cancel=self._cancel)
+            self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: direct}))
+            return
         tree = nested(arrays)
         if for_upload:
             size = _upload_bytes(nbytes)
             chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=size), tree)
             args = ocp.args.PyTreeSave(tree, chunked, ocdbt_target_data_file_size=size)
         else:
-            args = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_DATA_FILE_BYTES)
+            args = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)
         self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: args}))
 
     def wait(self) -> None:
         """Wait until what was started is written; raises what Orbax raises."""
         if self._orbax is not None:
             self._orbax.wait_until_finished()
+
+    def another(self) -> "Writer":
+        """Return a writer of the same kind, which knows of no save."""
+        return Writer(stock=self._stock)
+
+    def cancel(self) -> bool:
+        """Have what was started fail before its next chunk, and tell whether it will: stock Orbax cannot be stopped."""
+        self._cancel.set()
+        return not self._stock
 
     def close(self) -> None:
         """End Orbax's threads."""
@@ -125,6 +158,10 @@ def read(
     """
     if not wanted:
         return {}
+    item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
+    if (table := reading.table_of(item)) is not None:
+        placed = {path: placement(records[path], live) if records else None for path, live in wanted.items()}
+        return reading.read(item, table, placed)
     args = {
         path: stored_args(records[path], live) if records else ocp.RestoreArgs(restore_type=np.ndarray)
         for path, live in wanted.items()
@@ -133,23 +170,12 @@ def read(
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=readers)
     with ocp.Checkpointer(handler, multiprocessing_options=readers) as reader:
         tree = reader.restore(
-            store.file(contract.step_dir(step)) / contract.ORBAX_ITEM,
+            item,
             args=ocp.args.PyTreeRestore(
                 item=nested(dict.fromkeys(wanted, 0)), restore_args=nested(args), partial_restore=True
             ),
         )
     return {path: reduce(getitem, path, tree) for path in wanted}
-
-
-def nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Make nested dicts of what is named by paths."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree
 
 
 def batches(

@@ -12,25 +12,39 @@ import orbax.checkpoint as ocp
 from jobkit import contract, faults
 from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.kinds import Part
+from jobkit.checkpoint.layout.handler import nested
 from jobkit.checkpoint.leaves import Record, quoted
-from jobkit.errors import ConfigError, PackageError, StorageError, end_in_words
+from jobkit.errors import ConfigError, DamagedError, PackageError, StorageError, end_in_words
 from jobkit.rundir import commits, mirror, remote_steps, retention
 from jobkit.rundir.store import Store
 
 
 def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False) -> None:
-    """Put a committed, verified step into a program's parts.
+    """Put a committed step into a program's parts; as `read`.
 
     Args:
         store: The run directory.
-        step: A step for which `commits.problems` is empty.
+        step: A step for which `commits.problems` finds nothing, be it without its values.
         parts: The program's parts. None is changed unless every value could be read; an object whose own loading
             fails leaves those before it changed.
+        partial: Take only those of the checkpoint's parts that are given.
+    """
+    read(store, step, parts, partial=partial)()
+
+
+def read(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False) -> Callable[[], None]:
+    """Read a committed step, and return what puts its values into the parts.
+
+    Args:
+        store: The run directory.
+        step: As for `restore`.
+        parts: The program's parts, which stay as they are.
         partial: Take only those of the checkpoint's parts that are given.
 
     Raises:
         ConfigError: If shapes, dtypes or structure differ; names the leaf.
-        StorageError: If Orbax cannot read it although its bytes are as committed.
+        DamagedError: If a chunk is not what was committed.
+        StorageError: If it cannot be read although its bytes are as committed.
     """
     table = _own(store, step, parts if partial else None)
     state.check(parts, table, where=f"from the checkpoint of step {step}")
@@ -42,9 +56,11 @@ def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool
     try:
         arrays |= orbax_io.read(store, step, {path: live.get(path) for path in stored}, records=stored)
     except Exception as error:
+        if isinstance(error, DamagedError):
+            raise
         raise orbax_io.failure(error, f"cannot read step {step} of {store.url}") from error
     faults.reach("during_restore")
-    state.give_back(parts, table, arrays)
+    return lambda: state.give_back(parts, table, arrays)
 
 
 def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str] | None:
@@ -72,9 +88,11 @@ def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str]
             if stop():
                 return None
             for path, array in orbax_io.read(store, step, dict.fromkeys(batch), alone=True).items():
-                kept, read = (batch[path]["shape"], batch[path].get("dtype")), (list(array.shape), array.dtype.name)
-                if batch[path]["is"] != "key" and read != kept:
+                kept, now = (batch[path]["shape"], batch[path].get("dtype")), (list(array.shape), array.dtype.name)
+                if batch[path]["is"] != "key" and now != kept:
                     wrong.append(f"{'/'.join(path)} reads as {array.dtype} {array.shape}")
+    except DamagedError as error:
+        wrong.append(str(error))
     except Exception as error:
         said = orbax_io.failure(error, f"cannot read step {step} of {store.url} back")
         if isinstance(said, PackageError) or orbax_io.system_error(error) is not None:
@@ -168,7 +186,7 @@ def find_step(store: Store, step: int | str) -> int:
         raise ConfigError(f"step {step!r} is neither a whole number nor 'latest' nor 'best'; write step={meant}")
     if number not in known:
         raise ConfigError(f"step {number} of {store.url} is not committed; committed are {', '.join(map(str, known))}")
-    wrong = commits.problems(store, number)
+    wrong = commits.problems(store, number, values=False)  # those are checked as they are read
     if wrong:
         raise StorageError(f"step {number} of {store.url} is damaged: {wrong[0]}; choose another step")
     return number
@@ -214,7 +232,7 @@ def export_params(
     try:
         # Not the asynchronous one: when that fails, its threads keep the process from ever ending.
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(target, args=ocp.args.StandardSave(orbax_io.nested(params)))
+            checkpointer.save(target, args=ocp.args.StandardSave(nested(params)))
     except Exception as error:
         raise orbax_io.failure(error, f"cannot write {target}") from error
     return ["/".join(path) for path in wanted]

@@ -166,17 +166,18 @@ class Save:
                 self.state, self.durable_s = state, time.monotonic() - self.begun
             return self.state
 
-    def abandon(self) -> bool:
+    def abandon(self, writer: Writer) -> bool:
         """Break it off, if that is still possible, and tell whether it was; the thread ends soon.
 
-        Orbax cannot be told to stop, so its directory is taken away: with a file in its place, the next write fails.
+        Stock Orbax cannot be stopped, so its directory is taken away: with a file in its place, the next write fails.
         """
         with self._gate:
             if self._group.count > 1 or self.state is not SaveState.WRITING:
                 return False
             self.state = SaveState.ABANDONED
         silence()
-        _take_away(self.stage)
+        if not writer.cancel():
+            _take_away(self.stage)
         return True
 
     def discard(self) -> None:

@@ -8,7 +8,7 @@ in boundary.py, how it is saved in saving.py, and how a training ends in ending.
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from jobkit import faults
 from jobkit.checkpoint.kinds import ValuePart
@@ -48,6 +48,7 @@ class Run:
             Orbax writes, or another run; of several steps the newest.
         trackers: Where `log` goes besides the ledger, as one run over all attempts: 'tensorboard', 'wandb', 'mlflow',
             or objects like jobkit.tracking.trackers.Tracker. By default TensorBoard, where tensorboardX is installed.
+        writer: 'jobkit', or 'orbax' to have stock Orbax write the checkpoints, which takes longer; both restore.
 
     Raises:
         ConfigError: If an argument makes no sense or the run directory cannot be used.
@@ -66,6 +67,7 @@ class Run:
         keep_best: tuple[str, str] | None = None,
         start_from: str | os.PathLike[str] | None = None,
         trackers: Sequence[str | Tracker] | None = None,
+        writer: Literal["jobkit", "orbax"] = "jobkit",
     ) -> None:
         self._store = store_of(url)
         self._strategy = SaveEvery.parse(save_every, keep_best=keep_best)
@@ -74,7 +76,9 @@ class Run:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ConfigError(f"keep={keep!r} is not a number of checkpoints; at least 1 always stays")
         self._keep = Keep(keep, keep_best)
-        self._start_from = start_from
+        if writer not in ("jobkit", "orbax"):
+            raise ConfigError(f"writer={writer!r} is neither 'jobkit' nor 'orbax'")
+        self._start_from, self._stock = start_from, writer == "orbax"
         self._trackers = adapters.resolve(trackers)
         self._open: Session | None = None
         self._depth = self._saved_by_hand = self._asks = 0
@@ -87,7 +91,7 @@ class Run:
         """Open the run: claim an attempt, listen for notices."""
         if self._open is not None:
             raise ConfigError("this Run was opened before: make a new one")
-        self._open = session = Session(self._store, self._strategy, self._keep, self._trackers)
+        self._open = session = Session(self._store, self._strategy, self._keep, self._trackers, stock=self._stock)
         self._saving = Saving(session, self._strategy)
         self._boundary = Boundary(session, self._saving)
         self._ending = Ending(session, self._saving, self._boundary)

@@ -55,6 +55,7 @@ class Session:
         strategy: When to save.
         keep: What stays.
         trackers: Where logged values go.
+        stock: Whether stock Orbax writes the checkpoints.
 
     Raises:
         ConfigError: If the run directory cannot be used, or the processes of the attempt do not find each other.
@@ -68,7 +69,9 @@ class Session:
     left_alone = False
     """Whether this one of several processes has failed, and must not wait for others that may be dead."""
 
-    def __init__(self, store: Store, strategy: SaveEvery, keep: Keep, trackers: Sequence[Tracker]) -> None:
+    def __init__(
+        self, store: Store, strategy: SaveEvery, keep: Keep, trackers: Sequence[Tracker], *, stock: bool = False
+    ) -> None:
         Session.opened_here += 1
         silence_jax(said=jax.distributed.is_initialized())
         self.store, self.group = store, open_group(Session.opened_here)
@@ -108,6 +111,7 @@ class Session:
                 busy=lambda: self.listener.noticed,
                 before_commit=lambda step: self.log_buffer.flush(self.ledger, below=step),
                 group=self.group,
+                stock=stock,
             )
             self.tracker_feed = TrackerFeed(store, self.attempt, trackers)
             self.looks = 0

@@ -1,0 +1,253 @@
+"""Orbax's layout written by our handler: stock Orbax reads it bit for bit, and no flipped bit reaches a program."""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jobkit
+from jobkit import contract
+from jobkit.checkpoint import state
+from jobkit.checkpoint.layout import probe, reading, texts, writing
+from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectRestore, DirectSave
+from jobkit.checkpoint.layout.table import Chunked, cut
+from jobkit.checkpoint.leaves import DTYPES
+from jobkit.checkpoint.restore import restore
+from jobkit.errors import ConfigError, DamagedError
+from jobkit.rundir import commits
+from jobkit.rundir.store import Store
+from tests.training.test_checkpoint import ROOT, Life
+from tests.training.test_state import parts_of
+
+
+def _bits(tree: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return [(array.dtype.name, array.shape, array.tobytes()) for array in arrays]
+
+
+@st.composite
+def _arrays(draw: st.DrawFn) -> np.ndarray:
+    shape = draw(st.lists(st.integers(1, 5), max_size=3))
+    dtype = draw(st.sampled_from(sorted(DTYPES - {"int2", "uint2"})))
+    count = int(np.prod(shape, dtype=int))
+    numbers = draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
+    return np.array(numbers).reshape(shape).astype(jnp.dtype(dtype) if dtype != "bool" else bool)
+
+
+_NAMES = st.text(st.characters(exclude_characters="./", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=5)
+_TREES = st.dictionaries(_NAMES, st.one_of(_arrays(), st.dictionaries(_NAMES, _arrays(), min_size=1)), min_size=1)
+
+
+@pytest.mark.slow
+@given(tree=_TREES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_reader_of_orbax_reads_it(tree: dict[str, Any], tmp_path: Path) -> None:
+    """A tree of any dtypes, shapes and names, through a manager: all readers of stock Orbax get the same bits."""
+    place = Path(tempfile.mkdtemp(dir=tmp_path))
+    with ocp.CheckpointManager(place, item_handlers=DirectCheckpointHandler()) as manager:
+        manager.save(1, args=DirectSave(tree))
+        manager.wait_until_finished()
+        assert _bits(manager.restore(1, args=DirectRestore(tree))) == _bits(tree)
+    like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+    with ocp.CheckpointManager(place) as stock:
+        assert _bits(stock.restore(1, args=ocp.args.StandardRestore(like))) == _bits(tree)
+        assert _bits(stock.restore(1, args=ocp.args.StandardRestore())) == _bits(tree)
+    item = place / "1" / "default"
+    with ocp.PyTreeCheckpointer() as one, ocp.StandardCheckpointer() as other:
+        assert _bits(one.restore(item)) == _bits(tree)
+        assert _bits(other.restore(item, like)) == _bits(tree)
+
+
+def _spread(array: np.ndarray, *axes: str | None) -> jax.Array:
+    mesh = jax.make_mesh((jax.device_count() // 2, 2), ("x", "y"))
+    return jax.device_put(jnp.asarray(array), NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+@pytest.mark.slow
+def test_shards_are_chunks_and_go_anywhere(tmp_path: Path) -> None:
+    """Sharded and partly replicated arrays are written shard by shard, and read into every other sharding."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    code = f"import pathlib, tests.training.test_layout as it; it.check_shards(pathlib.Path({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def check_shards(tmp_path: Path) -> None:
+    """Do what the test above says, on eight devices."""
+    assert jax.device_count() == 8
+    values = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
+    tree = {"both": _spread(values, "x", "y"), "one": _spread(values, None, "y"), "none": _spread(values)}
+    DirectCheckpointHandler().save(tmp_path, DirectSave(tree))
+    table = reading.table_of(tmp_path)
+    assert table is not None
+    shards = {name: array.addressable_shards[0].data.shape for name, array in tree.items()}
+    assert {name: tuple(array.chunk) for name, array in table.items()} == shards
+    others = [_spread(values, "y", "x"), _spread(values, "y"), _spread(values), jnp.asarray(values)]
+    for other in others:
+        for name in tree:
+            got = reading.read(tmp_path, table, {(name,): other.sharding})[(name,)]
+            assert got.sharding == other.sharding
+            assert np.array_equal(got, values), name
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=others[0].sharding), tree)
+    with ocp.StandardCheckpointer() as stock:
+        assert _bits(stock.restore(tmp_path, like)) == _bits(tree)
+
+
+@given(shape=st.lists(st.integers(1, 400), max_size=3), most=st.integers(1, 4000))
+def test_chunks_fill_an_array(shape: list[int], most: int) -> None:
+    """An array is cut into chunks that fill it without rest and are small enough, or not at all."""
+    chunk = cut(tuple(shape), 4, most)
+    assert all(size % step == 0 for size, step in zip(shape, chunk, strict=True))
+    assert chunk == tuple(shape) or int(np.prod(chunk)) * 4 <= most < int(np.prod(shape)) * 4
+    assert len(list(Chunked("int32", shape, list(chunk)).indices)) == int(np.prod(shape)) // int(np.prod(chunk))
+
+
+def test_large_arrays_are_cut(tmp_path: Path) -> None:
+    """An array above the size of a file lies in several files of about that size, and comes back."""
+    values = np.random.default_rng(0).random((1024, 512))
+    DirectCheckpointHandler().save(tmp_path, DirectSave({"a": values}, file_bytes=1 << 20))
+    sizes = [file.stat().st_size for file in (tmp_path / contract.VALUES).iterdir()]
+    assert len(sizes) >= 4
+    assert max(sizes) <= 1.5 * (1 << 20)
+    assert np.array_equal(DirectCheckpointHandler().restore(tmp_path)["a"], values)
+    assert np.array_equal(ocp.PyTreeCheckpointHandler().restore(tmp_path)["a"], values)
+
+
+FLIPS = 150
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_reaches_a_program(tmp_path: Path) -> None:
+    """One bit flipped anywhere in a step: a check finds it; what a restore reads is refused, or has the same values."""
+    life = Life(tmp_path / "run")
+    life.parts = parts_of(x={"a": np.random.default_rng(0).random((3, 400_000)), "b": jnp.arange(7.0), "n": 0})
+    life.checkpoints.save(state.take(life.parts), 1, reason="asked", metrics={})
+    life.checkpoints.close()
+    expected = _bits(life.parts["x"].value)  # type: ignore[attr-defined]
+    root = life.store.file(contract.step_dir(1))
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) > 1 << 22, "a file of values that is not read twice"
+    choose, refused = random.Random(0), 0
+    for _ in range(FLIPS):
+        path = choose.choice(files)
+        at, bit = choose.randrange(path.stat().st_size), 1 << choose.randrange(8)
+        _flip(path, at, bit)
+        assert commits.problems(life.store, 1), f"bit {bit} of byte {at} of {path.name}"
+        if commits.problems(life.store, 1, values=False):
+            refused += 1
+        else:
+            try:
+                restore(life.store, 1, life.parts)
+                assert _bits(life.parts["x"].value) == expected, f"bit {bit} of byte {at} of {path.name}"  # type: ignore[attr-defined]
+            except DamagedError:
+                refused += 1
+        _flip(path, at, bit)
+    assert refused > 0.9 * FLIPS
+    restore(life.store, 1, life.parts)
+
+
+def _flip(path: Path, at: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        old = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([old ^ bit]))
+
+
+def test_a_damaged_chunk_falls_back_to_the_older_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit that only the restore itself meets: the step is set aside and said, the older one restored."""
+    life = Life(tmp_path / "run")
+    big = np.random.default_rng(0).random(1 << 20)
+    for step in (1, 2):
+        life.parts = parts_of(x={"big": big + step})
+        life.checkpoints.save(state.take(life.parts), step, reason="asked", metrics={})
+        life.checkpoints.wait()
+    life.checkpoints.close()
+    values = life.store.file(contract.step_dir(2)) / contract.ORBAX_ITEM / contract.VALUES
+    largest = max(values.iterdir(), key=lambda path: path.stat().st_size)
+    _flip(largest, largest.stat().st_size // 2, 1)
+    assert commits.problems(life.store, 2, values=False) == []
+    again = Life(tmp_path / "run", attempt=1)
+    again.parts = parts_of(x={"big": big})
+    assert again.checkpoints.restore_newest(again.parts) == 1
+    assert np.array_equal(again.parts["x"].value["big"], big + 1)  # type: ignore[attr-defined]
+    assert "x.big/c/0 has crc32c" in capsys.readouterr().err
+    assert [event["step"] for event in again.events("set_aside")] == [2]
+    assert commits.steps(again.store) == [1]
+
+
+def test_a_cancelled_save_stops_at_a_chunk(tmp_path: Path) -> None:
+    """A save that is cancelled writes no further chunk, and leaves nothing that could be taken for an item."""
+    cancel = writing.Cancel()
+    cancel.set()
+    with pytest.raises(writing.CancelledError):
+        DirectCheckpointHandler().save(tmp_path, DirectSave({"a": np.ones(4)}, cancel=cancel))
+    assert not (tmp_path / contract.CHUNKS).exists()
+
+
+def test_an_orbax_that_cannot_read_it_writes_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where stock Orbax fails to read what we write, it writes the checkpoints, a line says so, and nothing is lost."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    probe.stock_reads_ours.cache_clear()
+    with monkeypatch.context() as planted:
+        planted.setattr(texts, "tree_text", lambda paths: "{}")
+        with jobkit.Run(tmp_path / "run") as run:
+            run.resume(x={"w": jnp.ones(3)}, optimizer=None)
+    probe.stock_reads_ours.cache_clear()
+    assert "does not read what jobkit writes by itself" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints/0/default" / contract.CHUNKS).exists()
+    assert jobkit.load(tmp_path / "run", x={"w": jnp.zeros(3)}).x["w"].tolist() == [1, 1, 1]
+    assert probe.stock_reads_ours()
+    assert (tmp_path / "cache/jobkit/layout.json").exists()
+    probe.stock_reads_ours.cache_clear()
+    with monkeypatch.context() as planted:
+        planted.setattr(probe, "_wrong", lambda: "tried again")
+        assert probe.stock_reads_ours(), "it is remembered"
+
+
+def test_both_writers_in_one_run(tmp_path: Path) -> None:
+    """Steps of stock Orbax and of our own, in turn in one run, restore and check out; a third writer is refused."""
+    for total, writer in enumerate(("orbax", "jobkit", "orbax", "jobkit"), 1):
+        with jobkit.Run(tmp_path / "run", save_every=1, keep=10, writer=writer) as run:  # type: ignore[arg-type]
+            run.resume(x={"w": jnp.zeros(3)}, optimizer=None)
+            assert run.step == total - 1
+            assert run.state.x["w"].tolist() == [total - 1] * 3
+            for _ in run.steps(total):
+                run.state.x = {"w": run.state.x["w"] + 1}
+    store = Store(tmp_path / "run")
+    written = {step: (tmp_path / f"run/checkpoints/{step}/default" / contract.CHUNKS).exists() for step in range(5)}
+    assert written == {0: False, 1: False, 2: True, 3: False, 4: True}
+    assert [commits.problems(store, step) for step in range(5)] == [[]] * 5
+    with pytest.raises(ConfigError, match="writer='fast' is neither"):
+        jobkit.Run(tmp_path / "run", writer="fast")  # type: ignore[arg-type]
+
+
+def test_what_no_array_is_is_refused(tmp_path: Path) -> None:
+    """A tree for a plain manager: names with dots, and leaves that are no arrays, are refused with the remedy."""
+    for tree, said in (({"a.b": np.ones(1)}, "rename it"), ({"a": object()}, "no array")):
+        with pytest.raises(ConfigError, match=said):
+            DirectCheckpointHandler().save(tmp_path, DirectSave(tree))
+    with ocp.StandardCheckpointer() as stock:
+        stock.save(tmp_path / "stock", {"a": np.ones(1)})
+    with pytest.raises(ConfigError, match="not written by jobkit"):
+        DirectCheckpointHandler().restore(tmp_path / "stock")
+    DirectCheckpointHandler().save(tmp_path, DirectSave({"a": [np.ones(1), 2]}))
+    assert DirectCheckpointHandler().restore(tmp_path, DirectRestore({"a": [np.zeros(1), 0]}))["a"][1] == 2
+    with pytest.raises(ConfigError, match="has no b"):
+        DirectCheckpointHandler().restore(tmp_path, DirectRestore({"b": 0}))
