@@ -45,6 +45,7 @@ def train(
     seed: int = 0,
     hook: Any = None,
     trackers: Any = (),
+    writer: Any = "jobkit",
 ) -> None:
     """Train, and send this process signals at given steps.
 
@@ -87,7 +88,7 @@ def train(
     optimizer = nnx.Optimizer(model, optax.adamw(optax.cosine_decay_schedule(1e-2, steps)), wrt=nnx.Param)
     noise = np.random.default_rng(seed)
     hook = hook or (lambda point, run: None)
-    with jobkit.Run(url, save_every=save_every, keep=keep, trackers=trackers) as run:
+    with jobkit.Run(url, save_every=save_every, keep=keep, trackers=trackers, writer=writer) as run:
         hook("opened", run)
         run.resume(model=model, optimizer=optimizer, data=data, noise=noise, seen=0)
         hook("resumed", run)

@@ -71,7 +71,7 @@ def _with_old_orbax(url: str, **options: Any) -> None:
             super().__init__(use_ocdbt=use_ocdbt, use_zarr3=use_zarr3, multiprocessing_options=multiprocessing_options)
 
     ocp.PyTreeCheckpointHandler = Old
-    training.train(url, **options)
+    training.train(url, writer="orbax", **options)
 
 
 def test_an_orbax_of_another_version(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def _with_no_reader(url: str, **options: Any) -> None:
         raise TypeError("an argument that this version does not know")
 
     ocp.Checkpointer.restore = restore
-    training.train(url, **options)
+    training.train(url, writer="orbax", **options)
 
 
 def test_a_step_that_the_package_cannot_read_is_whole(tmp_path: Path) -> None:
