@@ -509,6 +509,28 @@ def test_a_run_in_a_bucket(login: Login, undisturbed: str, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+def test_a_job_that_waits_for_its_bucket_until_its_time_is_up(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket that is down from a job's start to its time limit: the job has itself requeued."""
+    (login.home / "train.py").write_text("print('trained')")
+    monkeypatch.setenv("HOME", str(login.home))
+    monkeypatch.setenv(contract.ENV_HOME, str(login.home / "disk-of-login"))
+    with GcsServer() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        url = "gs://bucket/waits"
+        elsewhere = f"export=ALL,{contract.ENV_HOME}={login.home / 'disk-of-nodes'}"
+        options = ("-p", "requeue5", "--run", url, "--sbatch", elsewhere, "--sbatch", "hold")
+        login.jobkit("submit", "--on", "slurm", *options, "--", "python", "train.py")
+        job = str(json.loads(login.jobkit("status", url, "--json"))["job"])
+        server.faults.down = "closed"
+        login.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # less than a submit would take
+        login.cluster.run("scontrol", "release", job)
+        shown = ("show", "job", job)
+        jobs.until(lambda: "Restarts=1" in login.cluster.run("scontrol", *shown), "it is requeued", seconds=80)
+        login.cluster.run("scancel", job)
+
+
+@pytest.mark.slow
 def test_an_srun_that_loses_its_step_is_not_the_end(
     login: Login, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,8 @@ from launch.spec.jobspec import JobSpec
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""
 _LOOK_S = 2.0
+_WAITING_END_S = 90.0
+"""How long before its end a job that waits for its run's storage has itself requeued: a try may take half a minute."""
 
 
 class SlurmRunner(JobRunner):
@@ -303,6 +305,32 @@ def _nodes() -> str:
     return os.environ.get("SLURM_JOB_NODELIST", "")
 
 
+class _Waiting:
+    """A job whose run cannot be read yet, because its storage does not answer.
+
+    Of such a run no successor can be submitted, since nobody knows how; SLURM can start this very job again.
+
+    Args:
+        job: SLURM_JOB_ID.
+        restarts: SLURM_RESTART_COUNT.
+    """
+
+    def __init__(self, job: str, restarts: int) -> None:
+        self._job, self._restarts = job, restarts
+
+    def nap(self, seconds: float) -> None:
+        """Wait; where SLURM lets the job run and is about to end it, have it requeued, which ends this process."""
+        time.sleep(seconds)
+        try:
+            job = scontrol.show_job(self._job)
+            why = scontrol.cause(job, restarts=self._restarts, now=time.time(), warned_s=_WAITING_END_S)
+            if why in (Cause.PREEMPTED, Cause.TIME_LIMIT) and job.get("JobState") == "RUNNING":
+                say(f"the run's storage does not answer, and {_WORDS[why]}: requeues the job")
+                scontrol.requeue(self._job)
+        except JobkitError as error:
+            say(str(error))
+
+
 def main(arguments: list[str]) -> int:
     """Run a run's attempts in this job.
 
@@ -318,8 +346,9 @@ def main(arguments: list[str]) -> int:
     job = os.environ.get("SLURM_JOB_ID")
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a SLURM job: use jobkit submit --on slurm")
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    patience = Patience()
+    told = os.environ.get("SLURM_RESTART_COUNT", "0")
+    restarts = int(told) if told.isdecimal() else 0
+    patience = Patience(nap=_Waiting(job, restarts).nap)
     store = patience(lambda: open_run(arguments[0])).patient(patience)
     if specs.read(store).sweep:
         task = os.environ["SLURM_ARRAY_TASK_ID"]
@@ -330,7 +359,7 @@ def main(arguments: list[str]) -> int:
             return int(Exit.DONE)
         store = point
     spec = msgspec.structs.replace(specs.read(store), setup=lines)
-    return SlurmRunner(store, spec, job, int(restarts) if restarts.isdecimal() else 0).run()
+    return SlurmRunner(store, spec, job, restarts).run()
 
 
 if __name__ == "__main__":
