@@ -13,7 +13,7 @@ from jobkit.contract import Outcome, State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.lifecycle import orphans, run_status
-from launch.lifecycle.history import Pace, by_hand_outcome, count_of, pace
+from launch.lifecycle.history import Pace, by_hand_outcome, count_of, number_of, pace
 from launch.lifecycle.run_status import Ending, Status
 
 NAME = "by hand"
@@ -104,8 +104,8 @@ def _read(store: Store, number: int) -> _Attempt:
     tail = list(run_status.lines(store, name, last_bytes=run_status.TAIL_BYTES))
     opened = next((event for event in head if event["event"] == "opened"), {})
     outcome = orphans.read_outcome(store, number) or by_hand_outcome(tail)
-    pid = count_of(opened.get("pid")) or 0
-    began = opened.get("t") if isinstance(opened.get("t"), int | float) else None
+    pid = min(count_of(opened.get("pid")) or 0, (1 << 31) - 1)
+    began = number_of(opened.get("t"))
     return _Attempt(number, began, str(opened.get("host", "")), pid, pace(head, tail), outcome)
 
 

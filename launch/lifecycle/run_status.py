@@ -18,7 +18,7 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
 from launch.lifecycle import lease, orphans
-from launch.lifecycle.history import Pace, count_of
+from launch.lifecycle.history import Pace, count_of, number_of
 from launch.lifecycle.history import pace as pace_in
 from launch.lifecycle.lease import Holder
 from launch.lifecycle.lock import held
@@ -408,8 +408,8 @@ def pace_of(store: Store, attempt: int | None) -> Pace:
 def elapsed_s(store: Store, since: float | None) -> float | None:
     """Return how long a run has gone on since a moment, until its end or now."""
     last = last_life_event(store)
-    end = float(last["t"]) if last.get("event") == "ended" else time.time()
-    return None if since is None else max(0.0, end - since)
+    end = number_of(last["t"]) if last.get("event") == "ended" else time.time()
+    return None if since is None or end is None else min(1e12, max(0.0, end - since))
 
 
 def _troubles(store: Store, attempt: int) -> list[Trouble]:
