@@ -10,7 +10,7 @@ import click
 from jobkit.contract import State
 from jobkit.errors import ConfigError, say
 from launch.cli.names import BACKEND, RUN
-from launch.cli.options import Launching, placement, placement_options
+from launch.cli.options import Launching, placement, placement_options, setup_lines
 from launch.cli.output import follow, print_status
 
 
@@ -70,12 +70,14 @@ def resume(
         options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
         place = placement({"on": old} | options, given)
     lines: tuple[str, ...] | None = setup or (() if no_setup else None)
-    if lines is None:  # a profile of the person's own may have them
-        file = specs.read_file(submission.open_run(run))
-        on = place.backend if place is not None else file.backend
-        mine = tuple(map(str, options_of(profile, on=on, cwd=Path.cwd(), home=Path.home()).get("setup", ())))
+    file = specs.read_file(submission.open_run(run))
+    on = place.backend if place is not None else file.backend
+    if lines is None and (profile is not None or file.spec.setup_digest):  # a profile of the person's own may have them
+        options = options_of(profile, on=on, cwd=Path.cwd(), home=Path.home())
+        mine = tuple(map(str, options.get("setup", ())))
         wanted = profile is not None or specs.setup_digest(mine) == file.spec.setup_digest
         lines = mine if mine and wanted else None
+    setup_lines({}, lines or (), on)
     state = move_run.resume(run, place, command=command if new_code else None, setup=lines, take_over=take_over)
     if state is State.DONE:
         again = f"; with more steps: jobkit resume {run} --new-code -- COMMAND"

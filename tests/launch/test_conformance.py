@@ -280,6 +280,9 @@ def test_setup_lines(place: Place) -> None:
     if place.hold is None:  # no jobs
         assert "--setup is for --on slurm or gcp or aws" in place.submit("exit:0", options=("--setup", line), code=2)
         assert not place.exists()
+        place.submit("exit:1")
+        place.until_over()
+        assert "--setup is for --on slurm or gcp or aws" in place.jobkit("resume", "--setup", line, code=2)
         return
     place.desk.write('import os; print(os.environ.get("WORD"), flush=True)\n' + PROGRAM, "job.py")
     assert line in place.submit("exit:0", options=("--setup", line, "--dry-run")).replace("\\n", "\n")
