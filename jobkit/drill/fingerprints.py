@@ -21,7 +21,7 @@ import numpy as np
 from jobkit import contract, faults
 from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part
-from jobkit.drill.held import LIBRARIES, Outside, crc_of, kind_of, leaves, own
+from jobkit.drill.held import LIBRARIES, Outside, crc_of, kind_of, leaves, of_torch, own
 from jobkit.drill.looks import Kind, Look
 from jobkit.drill.settings import Drill
 from jobkit.rundir.ledger import Ledger
@@ -130,6 +130,7 @@ class Probe:
             rngs=[name for name, part in parts.items() if kind_of(name, given.get(name), part) is Kind.RNG],
             random=crc_of(repr(random.getstate())),
             numpy=crc_of(repr(np.random.get_state())),
+            torch=of_torch(getattr(sys.modules.get("torch"), "default_generator", None)) or "",
             drawn=_drawn_from(),
             files=self._files.used() if self._files is not None else {},
             threads=_threads(),

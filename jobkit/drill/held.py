@@ -4,7 +4,9 @@ Outside are the variables of the frame that iterates over `steps()` and of those
 own modules, and what its classes, functions and objects hold.
 """
 
+import argparse
 import collections
+import io
 import random
 import sys
 import types
@@ -30,6 +32,11 @@ _LARGE = 1 << 28
 _MAX_ITEMS = 10_000
 _FEW = 100
 """Of a longer list so many items at each end are looked at."""
+_DEEPEST = 100
+"""Containers deeper than that are taken to hold themselves."""
+_GENERATORS = (np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+_BAGS = (types.SimpleNamespace, argparse.Namespace)
+"""What the standard library has for a program's own names."""
 LIBRARIES = ("site-packages", "dist-packages")
 _HERE = Path(__file__).parent.parent
 
@@ -83,9 +90,11 @@ class Outside:
             self._look_at(word, place, value, line_of(word), live is None or word in live)
 
     def _look_at(self, word: str, place: str, value: Any, line: int | None, live: bool, depth: int = _DEPTH) -> None:
+        if isinstance(value, types.MethodType | types.BuiltinFunctionType):
+            value = value.__self__  # draw = generator.normal, and nothing else may hold the generator
         if word.startswith("__") or word == "_" or id(value) in self._seen or depth == 0:
             return
-        if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        if isinstance(value, types.ModuleType):
             return
         if isinstance(value, type | types.FunctionType) or (callable(value) and hasattr(value, "__wrapped__")):
             for key, item in _held_by(value):
@@ -93,21 +102,22 @@ class Outside:
             return
         module = type(value).__module__
         ours = module.startswith("jobkit.") and not module.startswith("jobkit.examples")
-        if ours or isinstance(value, types.MethodType):
+        if ours:
             return
         name = f"{word} in {place}"
         if (fingerprint := _fingerprint(word, value)) is not None:
             kind, crc, arrays = fingerprint
+            live = live or isinstance(value, _GENERATORS) or of_torch(value) is not None  # a loader may draw from it
             self.variables[name] = Variable(kind, crc, line, live, bool(arrays) and arrays <= self._saved)
             return
         self._seen.add(id(value))
         if is_iterator(value):
             if (position := _position(value, depth)) is not None:
                 self.variables[name] = Variable(Kind.ITERATOR, position, line, live)
-        elif isinstance(getattr(value, "__dict__", None), dict) and own(file := _file_of(type(value))):
-            for key, item in list(vars(value).items()):
-                line = _line_in(file, key, attribute=True)
-                self._look_at(f"{word}.{key}", place, item, line, live, depth - 1)
+        elif isinstance(value, _BAGS) or own(_file_of(type(value))):
+            for key, item in _attributes(value):
+                written = _line_in(_file_of(type(value)), key, attribute=True) or line
+                self._look_at(f"{word}.{key}", place, item, written, live, depth - 1)
 
 
 def _at_top(frame: types.FrameType) -> bool:
@@ -159,6 +169,15 @@ def _held_by(value: Any) -> list[tuple[str, Any]]:
     return [(key, item) for key, item in held if not isinstance(item, types.FunctionType | type)]
 
 
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """Return what an object holds by name, slots among it."""
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
+    held = [(name, getattr(value, name)) for name in names if not name.startswith("__") and hasattr(value, name)]
+    more = getattr(value, "__dict__", None)
+    return [*held, *(more.items() if isinstance(more, dict) else ())]
+
+
 def _file_of(kind: type) -> str:
     return getattr(sys.modules.get(kind.__module__), "__file__", None) or "<none>"
 
@@ -199,6 +218,8 @@ def _of_leaf(value: Any) -> str:
 def _fingerprint(word: str, value: Any) -> tuple[Kind, str, frozenset[str]] | None:
     """Return (kind, fingerprint, those of the arrays in it) of what could have been a part; None for anything else."""
     none: frozenset[str] = frozenset()
+    if (crc := of_torch(value)) is not None:
+        return Kind.RNG, crc, none
     if value is None:  # a best model before there is one
         return Kind.NUMBER, "none", none
     if isinstance(value, collections.deque):
@@ -210,6 +231,8 @@ def _fingerprint(word: str, value: Any) -> tuple[Kind, str, frozenset[str]] | No
             value = [len(value), *value[:_FEW], *value[-_FEW:]]
         elif len(value) > _MAX_ITEMS:
             return None
+    if _holds_itself(value):
+        return None
     if isinstance(value, set | frozenset):
         return Kind.NUMBER, crc_of(repr(sorted(map(repr, value)))), none
     try:
@@ -217,11 +240,43 @@ def _fingerprint(word: str, value: Any) -> tuple[Kind, str, frozenset[str]] | No
         each = list(leaves(part))
         slots = part.slots()[0]
     except (ConfigError, TypeError, ValueError, RuntimeError):
-        return (Kind.NUMBER, _of_items(value, _DEPTH), none) if isinstance(value, list | tuple | dict) else None
+        if isinstance(value, list | tuple | dict):
+            return Kind.NUMBER, _of_items(value, _DEPTH), none
+        array = _as_array(value)
+        return _fingerprint(word, array) if array is not value else None
     if not each:
         return None
     arrays = (crc for slot, (_, crc) in zip(slots, each, strict=False) if getattr(slot.value, "ndim", 0))
     return kind_of(word, value, part), crc_of(repr(each)), frozenset(arrays)
+
+
+def _as_array(value: Any) -> Any:
+    """Return a tensor of another library's as numpy's, where it lets itself be read; anything else as it is."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array) or not hasattr(type(value), "__array__"):
+        return value
+    try:
+        return np.asarray(value)
+    except Exception:
+        return value
+
+
+def _holds_itself(value: Any, above: tuple[Any, ...] = ()) -> bool:
+    """Tell whether a container is in itself, as `names = globals()`: JAX would follow it until Python's stack is used
+    up, and leave a program that cannot call anything any more.
+    """
+    if not isinstance(value, list | tuple | dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return len(above) > _DEEPEST or any(
+        any(item is one for one in (*above, value)) or _holds_itself(item, (*above, value)) for item in items
+    )
+
+
+def of_torch(value: Any) -> str | None:
+    """Return the fingerprint of a generator of PyTorch's, None of anything else; whoever has one has imported torch."""
+    kind = getattr(sys.modules.get("torch"), "Generator", None)
+    state = getattr(value, "get_state", None) if isinstance(kind, type) and isinstance(value, kind) else None
+    return crc_of(bytes(state().tolist())) if state is not None else None
 
 
 def kind_of(word: str, value: Any, part: Part) -> Kind:
@@ -231,7 +286,7 @@ def kind_of(word: str, value: Any, part: Part) -> Kind:
     keys = [isinstance(one, jax.Array) and jnp.issubdtype(one.dtype, jax.dtypes.prng_key) for one in held]
     arrays = [one for one in held if isinstance(one, jax.Array | np.ndarray)]
     if (
-        isinstance(value, np.random.Generator | np.random.BitGenerator | np.random.RandomState | random.Random)
+        isinstance(value, _GENERATORS)
         or (slots and (all(keys) or all(slot.role.startswith("Rng") for slot in slots)))
         or (len(arrays) == 1 and arrays[0].dtype == np.uint32 and any(map(word.lower().__contains__, _KEYS)))
     ):
@@ -267,8 +322,12 @@ def _position(value: Any, depth: int) -> str | None:
         frame, file = value.gi_frame, value.gi_code.co_filename
         if frame is None or (Path(file).is_relative_to(_HERE) and not own(file)):
             return None
-        return crc_of(repr((frame.f_lasti, [_of_any(item, depth - 1) for item in frame.f_locals.values()])))
+        inner = _position(value.gi_yieldfrom, depth - 1) if value.gi_yieldfrom is not None and depth > 1 else None
+        return crc_of(repr((frame.f_lasti, inner, [_of_any(item, depth - 1) for item in frame.f_locals.values()])))
     try:
         return crc_of(_of_any(value.__reduce__(), depth - 1))
-    except Exception:
-        return None  # what it yields will tell
+    except Exception:  # what it counts may tell, as of PyTorch's loaders
+        if isinstance(value, io.IOBase):
+            return None
+        counts = {key: item for key, item in getattr(value, "__dict__", {}).items() if type(item) is int}
+        return crc_of(repr(counts))

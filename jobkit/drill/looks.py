@@ -44,7 +44,8 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
         rngs: The parts that are generators.
         random: Of Python's global generator.
         numpy: Of numpy's.
-        drawn: Which of these two have been drawn from.
+        torch: Of PyTorch's, where the program has imported it.
+        drawn: Which of the first two have been drawn from.
         files: How each file was opened so far: 'r', 'w' or 'rw'.
         threads: The program's own functions that run in threads.
     """
@@ -54,6 +55,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     outside: dict[str, Variable]
     random: str
     numpy: str
+    torch: str = ""
     rngs: list[str] = []
     drawn: list[str] = []
     files: dict[str, str] = {}
@@ -62,7 +64,8 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     def fingerprint(self, name: str) -> str | None:
         """Return that of a variable, or of a global generator; None if there is none."""
         variable = self.outside.get(name)
-        return variable.crc if variable is not None else {"random": self.random, "numpy": self.numpy}.get(name)
+        generators = {"random": self.random, "numpy": self.numpy, "torch": self.torch}
+        return variable.crc if variable is not None else generators.get(name)
 
     def to_event(self) -> dict[str, Any]:
         """Return the fields of its `probed` event."""

@@ -87,7 +87,7 @@ def diagnose(run: str, reference: Reference, compare: Compare, finish: Finish) -
         except UnfinishedError as error:
             evidence.append(f"{_UNCLEAR}: {error}")
     if diagnosis is None:
-        diagnosis = Diagnosis("unknown", "", ["nothing that the drill can see differs when the run resumes"])
+        diagnosis = suspects.unknown(restart)
     diagnosis.evidence[:0] = evidence
     diagnosis.step, diagnosis.tensor = suspects.first_tensor(restart.uninterrupted, restart.after)
     return diagnosis
@@ -180,6 +180,7 @@ def warnings(interrupted: Store, reference: Store) -> list[str]:
         f"{one.what}{f', line {one.line}' if one.line else ''}: changes from step to step, is no part, and is another "
         f"after the restart"
         for one in suspects.carried(restart)
+        if one.cause != "data"  # made anew from the step, it has yielded the same
     ]
 
 

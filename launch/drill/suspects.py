@@ -43,7 +43,11 @@ _REMEDIES = {
     "failed": "run the drill again with --keep and compare the runs: jobkit.compare",
 }
 _KINDS = {Kind.RNG: "rng", Kind.ITERATOR: "data", Kind.ARRAY: "part", Kind.NUMBER: "counter"}
-_GLOBALS = {"random": "Python's global generator (random)", "numpy": "numpy's global generator (np.random)"}
+_GLOBALS = {
+    "random": "Python's global generator (random)",
+    "numpy": "numpy's global generator (np.random)",
+    "torch": "PyTorch's global generator (torch)",
+}
 
 
 @dataclass
@@ -189,7 +193,8 @@ def carried(restart: Restart) -> list[Diagnosis]:
 
 
 def _likeliest(suspect: Diagnosis) -> int:
-    return list(CAUSES).index(suspect.cause)
+    # PyTorch's loaders draw from its global generator at each epoch, whether or not they shuffle.
+    return list(CAUSES).index("data" if suspect.what == _GLOBALS["torch"] else suspect.cause)
 
 
 def lost(restart: Restart) -> Diagnosis | None:
@@ -209,6 +214,7 @@ def lost(restart: Restart) -> Diagnosis | None:
     if diagnosis is None or diagnosis.cause == "counter":
         diagnosis = in_file(restart, diagnosis) or diagnosis
     diagnosis = diagnosis or _each_attempt(restart, then, now)
+    diagnosis = diagnosis or _drawn_ahead(restart, then, now) or _hidden(restart, then)
     others = [one.what for one in likely if diagnosis is not None and one.what != diagnosis.what]
     if diagnosis is not None and others:
         diagnosis.evidence.append(f"also another after the restart: {', '.join(others[:5])}")
@@ -223,7 +229,8 @@ def _globals(restart: Restart, then: Look, now: Look) -> Iterator[Diagnosis]:
             observation = (
                 f"the training moves {title}, and after the restart it is in another state at step {then.step}"
             )
-            remedy = "draw from a generator of your own and give that to resume(): np.random.default_rng(seed)"
+            own = "torch.Generator().manual_seed(seed)" if name == "torch" else "np.random.default_rng(seed)"
+            remedy = f"draw from a generator of your own and give that to resume(): {own}"
             yield Diagnosis("rng", title, [observation], remedy=remedy)
 
 
@@ -262,6 +269,36 @@ def _each_attempt(restart: Restart, then: Look, now: Look) -> Diagnosis | None:
     return None
 
 
+def _drawn_ahead(restart: Restart, then: Look, now: Look) -> Diagnosis | None:
+    """Look for what a thread draws from ahead of the steps: where it stands is another place in each run."""
+    threads = _threads(restart.before)
+    for name, variable in _others(then, now) if threads else ():
+        if variable.kind in (Kind.RNG, Kind.ITERATOR) and _moves(restart.before, name):
+            observation = f"{_placed(name, variable)} is drawn from ahead of the steps, by a thread: {threads[0]}"
+            return Diagnosis(_KINDS[variable.kind], name, [observation], line=variable.line)
+    return None
+
+
+def _hidden(restart: Restart, then: Look) -> Diagnosis | None:
+    """Look for an iterator that hides where it stands, once nothing else differs."""
+    for name, variable in then.outside.items():
+        if variable.live and variable.kind is Kind.ITERATOR and not _moves(restart.before, name):
+            hides = f"nothing that the drill can see differs, and {_placed(name, variable)} hides where it stands"
+            return Diagnosis("data", name, [hides], line=variable.line)
+    return None
+
+
+def unknown(restart: Restart) -> Diagnosis:
+    """Say that nothing was found, and what there is that could not be looked into."""
+    threads = _threads(restart.before)
+    evidence = [f"what its threads hold it cannot see: {', '.join(threads[:3])}"] if threads else []
+    return Diagnosis("unknown", "", ["nothing that the drill can see differs when the run resumes", *evidence])
+
+
+def _threads(seen: Looks) -> list[str]:
+    return sorted({name for look in seen.values() for name in look.threads})
+
+
 # No two runs are equal.
 
 
@@ -275,7 +312,7 @@ def by_chance(one: Looks, two: Looks) -> Diagnosis:
     )
     step, what = next(inputs, (0, ""))
     evidence = [f"the first variable that differs between them, at step {step}: {what}"] if what else []
-    threads = sorted({name for look in one.values() for name in look.threads})
+    threads = _threads(one)
     if threads:
         what = f"thread {threads[0]}"
         evidence.append(f"it has threads: {', '.join(threads[:3])}")

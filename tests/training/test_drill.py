@@ -1,5 +1,6 @@
 """jobkit drill: what it asks of a program, how it judges, what it shows; and that it finds each planted bug."""
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from jobkit.checkpoint.kinds import part_of
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.contract import Outcome, State
 from jobkit.drill import looks
+from jobkit.drill.held import Outside
 from jobkit.drill.looks import Kind, Look, Looks
 from jobkit.drill.settings import Drill, drill_from
 from jobkit.errors import ConfigError, JobkitError
@@ -194,6 +197,57 @@ def test_probe_sees_what_is_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert seen[1].random != seen[2].random
     assert seen[1].numpy == seen[2].numpy
     assert not [name for name in first if name.startswith(("run ", "pytest ", "pytest.", "sys ", "sys."))]
+
+
+class Slotted:
+    """An object without a __dict__."""
+
+    __slots__ = ("level",)
+
+    def __init__(self) -> None:
+        self.level = 0
+
+    def rise(self) -> int:
+        """Count."""
+        self.level += 1
+        return self.level
+
+
+def test_probe_sees_what_is_held_out_of_sight() -> None:
+    """Slots, namespaces, and what only a bound method holds: a counter of one's own, a generator, a list."""
+    slotted, options = Slotted(), types.SimpleNamespace(rate=1.0)
+    parsed = argparse.Namespace(decay=1.0)
+    rise, draw, keep = Slotted().rise, np.random.default_rng(0).normal, list[float]().append
+    handed_on = np.random.default_rng(1)
+    keep(handed_on.random())
+
+    def look() -> dict[str, Any]:
+        outside = Outside(set(), set())
+        outside.walk(sys._getframe(1))
+        here = " in test_drill.py:test_probe_sees_what_is_held_out_of_sight"
+        return {name.removesuffix(here): one for name, one in outside.variables.items() if name.endswith(here)}
+
+    looks = [look()]
+    slotted.rise(), rise(), draw(), keep(1.0)
+    options.rate, parsed.decay = 0.5, 0.5
+    before, after = looks[0], look()
+    names = {"slotted.level", "options.rate", "parsed.decay", "rise.level", "draw", "keep"}
+    assert {name for name in before if after[name].crc != before[name].crc} == names
+    assert after["draw"].kind is Kind.RNG
+    assert after["handed_on"].live  # though the function itself does not read it again
+
+
+def test_what_holds_itself_is_passed_over() -> None:
+    """A container that is in itself, as `names = globals()`, is not followed; what is beside it is seen."""
+    ring: dict[str, Any] = {"count": 1, "held": []}
+    ring["held"].append(ring)
+    beside = [ring["count"], {"twice": (1, 2), "thrice": (1, 2)}]
+    outside = Outside(set(), set())
+    outside.walk(sys._getframe())
+    here = "in test_drill.py:test_what_holds_itself_is_passed_over"
+    assert f"beside {here}" in outside.variables
+    assert f"ring {here}" not in outside.variables
+    assert len(beside) == 2
 
 
 def test_probe_sees_what_was_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +475,28 @@ def test_library_that_moves_a_generator_is_no_cause() -> None:
     assert found.name == "unsaved RNG: numpy's global generator (np.random)"
 
 
+def test_data_that_does_not_tell_where_it_stands_is_named() -> None:
+    """A thread draws from it ahead of the steps, elsewhere in each run, or it looks the same at every step: where
+    nothing else differs it is named. Of what other threads hold it is said that it cannot be seen.
+    """
+
+    def at(step: int, mark: str = "", threads: tuple[str, ...] = ()) -> Look:
+        outside = {"rows in a.py:main": ["rng", f"r{step}{mark}", 7]}
+        return seen(step, outside=outside, threads=list(threads))
+
+    for threads, name in (("ahead in a.py",), "unsaved RNG: rows in a.py:main"), ((), None):
+        one = {step: at(step, threads=threads) for step in (0, 1, 2, 30)}
+        usual = {step: at(step, "?") for step in (0, 1, 2)}
+        found = suspects.lost(Restart(one, {30: at(30, "!")}, usual))
+        assert (found.name if found is not None else None) == name
+    hidden = {step: seen(step, outside={"rows in a.py:main": ["iterator", "r", 7]}) for step in (0, 1, 2, 30)}
+    found = suspects.lost(Restart(hidden, {30: hidden[30]}, {}))
+    assert found is not None
+    assert (found.name, found.line) == ("unsaved data position: rows in a.py:main", 7)
+    blind = {0: seen(0, threads=["ahead in a.py"])}
+    assert "ahead in a.py" in suspects.unknown(Restart(blind, {}, {})).evidence[-1]
+
+
 def test_copy_of_a_part_is_no_cause() -> None:
     """A variable that is what a part is, at every look, is saved with it; one that differs from it once is not."""
 
@@ -435,8 +511,12 @@ def test_copy_of_a_part_is_no_cause() -> None:
 
 
 def test_warning_names_variable_and_line(tmp_path: Path) -> None:
-    """What changes, is no part and is another after the restart is warned of; what always differs is not."""
-    outside = {"ema in a.py:main": ["array", "e{}", 12, True], "began in a.py:main": ["number", "t{}", 3, True]}
+    """What changes, is no part and is another after the restart is warned of; not what always differs, nor data."""
+    outside = {
+        "ema in a.py:main": ["array", "e{}", 12, True],
+        "began in a.py:main": ["number", "t{}", 3, True],
+        "rows in a.py:main": ["iterator", "i{}", 5, True],
+    }
 
     def at(step: int, mark: str = "", **marks: str) -> Look:
         filled = {
