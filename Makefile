@@ -8,6 +8,7 @@ DEMO := .venv/.demo
 SLURM := .venv/.slurm
 LIBRARIES := lowest newest
 BROWSER := .venv/.browser
+LOADERS := .venv/.loaders
 # pytest's workers; each one starts trainings of its own. The slow tests mostly wait.
 WORKERS ?= $(if $(CI),3,2)
 TESTS := $(BIN)/python -m tests.harness.classify -n $(WORKERS) --dist worksteal
@@ -58,12 +59,12 @@ search: $(READY)
 
 # With a container engine: CI installs and starts one where none answers (tests/harness/engine.py). Tests about time come
 # first and alone, and what fails is run once more, to tell a race from a fault (tests/harness/classify.py).
-test-all: lint types $(SLURM) $(BROWSER) .venv/.slurm-26.05
+test-all: lint types $(SLURM) $(BROWSER) $(LOADERS) .venv/.slurm-26.05
 	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=30 @tests/apart.txt
 	$(MAKE) -s docs test-slurm-26.05 test-newest
 
 # What takes minutes and has a neighbour in test-all that differs in little, and the versions between: before a release.
-test-apart: $(READY) $(SLURM) $(BROWSER)
+test-apart: $(READY) $(SLURM) $(BROWSER) $(LOADERS)
 	mkdir -p .pytest_cache && sed 's/^--deselect=//' tests/apart.txt >.pytest_cache/apart.txt
 	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=30 @.pytest_cache/apart.txt
 	$(MAKE) -s test-slurm-24.11 test-lowest
@@ -124,6 +125,10 @@ $(SLURM): $(READY) tests/harness/slurm_packages.py tests/harness/debian.py
 # Chromium for the tests that look at the report; on CI it is installed where it is missing.
 $(BROWSER): $(READY) tests/harness/browser.py
 	@$(BIN)/python -m tests.harness.browser $@
+
+# tf.data and PyTorch's DataLoader for scripts that are drilled, below .venv and not in it: 400 MB to download.
+$(LOADERS): $(READY) tests/harness/loaders.py tests/harness/debian.py
+	@$(BIN)/python -m tests.harness.loaders $@
 
 # Debian and Ubuntu ship python3 without ensurepip; it comes with the package pythonX.Y-venv.
 .PHONY: .venv-make

@@ -105,6 +105,18 @@ def download(directory: Path, options: list[str], wanted: list[str], left_out: s
     apt(directory, *options, "-oAPT::Sandbox::User=", "download", *needed)
 
 
+def download_afresh(directory: Path, wanted: list[str], left_out: str = "$^") -> None:
+    """Download packages of this machine's Debian; where its lists are missing or old, by fresh ones for this once."""
+    try:
+        download(directory, [], wanted, left_out)
+    except OSError:
+        with tempfile.TemporaryDirectory(dir=directory.parent) as made:
+            (Path(made) / "lists/partial").mkdir(parents=True)
+            options = [f"-oDir::State::lists={made}/lists", f"-oDir::Cache={made}", "-oAPT::Sandbox::User="]
+            apt(directory, *options, "update")
+            download(directory, options, wanted, left_out)
+
+
 def extract(packages: Path, root: Path) -> None:
     """Unpack all packages of a directory into one tree."""
     for package in sorted(packages.glob("*.deb")):

@@ -103,14 +103,7 @@ def unpack(root: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="slurm-", dir=root.parent) as made:
         work = Path(made)
         new = work / "root"
-        try:
-            debian.download(work / "packages", [], [*PACKAGES, *ACCOUNTING_PACKAGES])
-        except OSError:  # the machine's package lists are missing or old: take fresh ones, for this once
-            lists = work / "lists"
-            (lists / "partial").mkdir(parents=True)
-            options = [f"-oDir::State::lists={lists}", f"-oDir::Cache={work}", "-oAPT::Sandbox::User="]
-            debian.apt(work, *options, "update")
-            debian.download(work / "packages", options, [*PACKAGES, *ACCOUNTING_PACKAGES])
+        debian.download_afresh(work / "packages", [*PACKAGES, *ACCOUNTING_PACKAGES])
         debian.extract(work / "packages", new)
         link(new)
         shutil.rmtree(root, ignore_errors=True)
