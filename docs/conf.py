@@ -51,7 +51,15 @@ def directive(name: str) -> str:
     return f"```{{eval-rst}}\n.. auto{kind}:: {name}\n" + ("   :members:\n" if kind == "class" else "") + "```"
 
 
+def examples(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Mark what a docstring sets off by a blank line and an indentation as code, as reStructuredText wants it."""
+    for i in range(len(lines) - 1, 1, -1):
+        if lines[i].startswith("    ") and not lines[i - 1].strip() and not lines[i - 2].startswith(" "):
+            lines[i:i] = ["::", ""]
+
+
 def setup(app: Sphinx) -> None:
-    """Have Sphinx pass every page through here."""
+    """Have Sphinx pass pages and docstrings through here."""
     app.connect("source-read", contents)
     app.connect("source-read", reference)
+    app.connect("autodoc-process-docstring", examples, priority=400)  # before napoleon

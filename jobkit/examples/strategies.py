@@ -64,14 +64,18 @@ class Training(NamedTuple):
         return float(loss_of(nnx.view(self.model, deterministic=True, use_running_average=True), self.held_out))
 
 
-def make() -> Training:
-    """Make a training from its seeds."""
+def make(learning_rate: float = 1e-2) -> Training:
+    """Make a training from its seeds.
+
+    Args:
+        learning_rate: Of AdamW.
+    """
     x = np.random.default_rng(0).normal(size=(16 * EPOCH + 64, 8)).astype(np.float32)
     y = np.sin(x).sum(axis=1)
     points = [{"x": x[i], "y": y[i]} for i in range(len(x) - 64)]
     batches = iter(grain.MapDataset.source(points).shuffle(seed=0).repeat().batch(16).to_iter_dataset())
     model = Model(rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, optax.adamw(learning_rate), wrt=nnx.Param)
     return Training(model, optimizer, batches, {"x": x[-64:], "y": y[-64:]})
 
 

@@ -48,9 +48,9 @@ def blocks(page: Path) -> list[Block]:
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     """Return one in which `jobkit` and `python` are this environment's."""
-    environ = os.environ | dict(more)
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(more)
     path = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
-    return environ | {"PATH": path, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return {"PYTHONPATH": str(ROOT)} | environ | {"PATH": path, "JAX_PLATFORMS": "cpu"}
 
 
 def shell(command: str, cwd: Path, more: Mapping[str, str] | None = None) -> str:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-ELSEWHERE = {"slurm.md", "gcp.md", "aws.md"}
-"""Pages whose commands need what stands for a cluster or a cloud."""
+ELSEWHERE = {"slurm.md", "gcp.md", "aws.md", "loops.md"}
+"""Pages whose commands need what stands for a cluster or a cloud; test_loops.py runs the programs of loops.md."""
 NOT_RUN = {"start.md": 2, "slurm.md": 1, "gcp.md": 4, "aws.md": 3, "containers.md": 1, "offline.md": 1}
 """How many blocks of a page cannot be run here; each says why."""
 

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -14,7 +15,10 @@ import pytest
 
 import jobkit
 import launch
+from jobkit.rundir.ledger import read_metrics
+from jobkit.rundir.store import Store
 from tests.docs.snippets import ROOT, shell
+from tests.unit.test_packaging import tracked
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -56,11 +60,14 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     assert "cancelled" in printed[3]
     listed = printed[6].splitlines()
     assert [line.split()[:2] for line in listed[1:]] == [["first", "done"], ["second", "done"]]
-    assert all(line.split()[3:5] == ["2000", "2000"] for line in listed[1:])
+    assert all("2000/2000  2000" in line for line in listed[1:])
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert "ended as done at step 2,000" in printed[8]
     assert "whole" in printed[-2]
     assert (tmp_path / "exported").is_dir()
+    points = [Store(tmp_path / "runs/sweep/points" / str(number)) for number in range(2)]
+    first, second = ([*read_metrics(point).values["loss"].values()][-1] for point in points)
+    assert abs(first - second) > 1e-3, "a sweep shows what its values do"
 
 
 @pytest.mark.slow
@@ -102,13 +109,26 @@ def test_make_targets_exist() -> None:
 
 def test_install_commands() -> None:
     """The install commands name what exists; the Makefile's own set-up runs the same."""
-    rest = [line for line in COMMANDS if not line.startswith(("jobkit ", "make "))]
-    assert rest[0] == "python3 -m venv .venv"
-    words = shlex.split(rest[1])
-    assert words[:3] == [".venv/bin/pip", "install", "-e"]
-    assert words[3] == ".[train,report]"
+    rest = [line for line in COMMANDS if not line.startswith(("jobkit ", "make ", "uv "))]
+    assert rest[:2] == ["python3 -m venv .venv", ". .venv/bin/activate"]
+    words = shlex.split(rest[2])
+    assert words[:4] == ["pip", "install", "-e", ".[train,report]"]
     assert (ROOT / words[5]).is_file()
-    assert len(rest) == 2
+    assert len(rest) == 3
+
+
+@pytest.mark.slow
+def test_uv_commands(tmp_path: Path) -> None:
+    """`uv sync` installs all that the demo needs, with pyproject.toml as it is."""
+    for path in tracked():
+        if path.relative_to(ROOT).parts[0] in ("jobkit", "launch", "pyproject.toml", "README.md"):
+            (there := tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, there)
+    sync, demo = [line for line in COMMANDS if line.startswith("uv ")]
+    outside = {"VIRTUAL_ENV": "", "PYTHONPATH": "", "UV_PYTHON": sys.executable}
+    shell(sync, tmp_path, outside)
+    assert "--steps" in shell(f"{demo} --help", tmp_path, outside)  # `make demo` is the demo itself
+    shell("uv run python -c 'import jobkit.examples.text, matplotlib'", tmp_path, outside)
 
 
 def test_readme_names_real_options() -> None:
@@ -134,7 +154,7 @@ HELP = [
 @pytest.mark.parametrize(("name", "line"), HELP, ids=[line for _, line in HELP])
 def test_help_examples_parse(name: str, line: str) -> None:
     """Each example in a command's help parses as that command."""
-    words = shlex.split(line.split("|")[0])[1:]
+    words = shlex.split(re.split(r"\||&&", line)[0])[1:]
     assert words[0] == name
     launch_commands()[name].make_context(name, words[1:])
 
