@@ -51,7 +51,7 @@ class Writer:
     """
 
     def __init__(self, *, stock: bool = False) -> None:
-        self._stock = stock or jax.process_count() > 1
+        self._stock = stock
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._cancel = Cancel()
 
@@ -68,7 +68,7 @@ class Writer:
             return
         if self._orbax is None:
             everyone = _everyone()
-            self._stock = self._stock or not stock_reads_ours()
+            self._stock = self._stock or jax.process_count() > 1 or not stock_reads_ours()
             item = (
                 ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS, multiprocessing_options=everyone)
                 if self._stock

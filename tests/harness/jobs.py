@@ -122,11 +122,12 @@ class Project:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def start(self, *arguments: str, cwd: Path | None = None, **environ: str) -> "subprocess.Popen[str]":
-        """Start `jobkit` from the project directory."""
+        """Start `jobkit` from the project directory, on no terminal; pytest's workers set the width of theirs."""
+        own = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
         return subprocess.Popen(
             [sys.executable, "-m", "launch", *arguments],
             cwd=cwd or self.path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+            env=own | {"PYTHONPATH": str(ROOT)} | environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -214,7 +214,7 @@ def test_everybody_says_the_same(tmp_path: Path) -> None:
     assert status.state is State.RUNNING
     assert [one.text for one in status.troubles] == [text]
     assert ("trouble", text) in list(follow.rows(status))
-    assert text in _table(str(tmp_path), [status])
+    assert text in _table([(str(tmp_path), status)])
     assert follow._change_line(status).endswith(", no step")
     assert text in follow._moving(status)
     assert json.loads(run_status.to_json(status))["troubles"] == [{"kind": "silent", "short": "no step", "text": text}]
