@@ -100,6 +100,7 @@ _KINDS: dict[str, type] = (
         (
             "t", "at", "since", "seconds", "blocking_s", "durable_s", "waited_s", "budget_s", "deadline_s", "age_s",
             "started", "ended", "silent_since", "notice_to_commit_s", "after_s", "compile_s", "usual_s",
+            "duration_s",
         ),
         float,
     )

@@ -39,6 +39,7 @@ class Attempt:
         command: CMD with its arguments.
         cwd: Where it runs; None for here.
         started: When, in seconds since the epoch.
+        started_at: The same on the clock of `time.monotonic`.
     """
 
     store: Store
@@ -47,6 +48,7 @@ class Attempt:
     command: Sequence[str]
     cwd: Path | None
     started: float = field(default_factory=time.time)
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def log(self) -> Path:

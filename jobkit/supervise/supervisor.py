@@ -314,6 +314,7 @@ class Supervisor:
             "committed_step": committed,
             "started": attempt.started,
             "ended": time.time(),
+            "duration_s": round(time.monotonic() - attempt.started_at, 3),  # whoever sets the clock meanwhile
             "notice": {"source": notices.source, "reason": notices.reason} if notices.source else None,
             "process": attempt.process[0],
             "processes": attempt.process[1],

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
-from jobkit.supervise.heartbeat import belongs, read_beat
+from jobkit.supervise.heartbeat import SHARED, belongs, read_beat
 
 NOTICE_S = 1.0
 """A program whose supervisor died notices by itself; only after this long it is told by SIGTERM."""
@@ -198,7 +198,7 @@ def write_outcome(
         program_code: Exit code of the program if it is known, 128+n for signal n.
         reason: What happened to the supervisor, and to the program.
         preempted: Whether a scheduler ended the attempt to start it again: nobody's failure.
-        ended: When it ended, epoch seconds; by default now.
+        ended: When it ended, epoch seconds; by default when it gave its last sign of life.
     """
     name = f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"
     together = of_all_processes(store, attempt)
@@ -215,6 +215,7 @@ def write_outcome(
     if program_code is not None:
         program_code = _inside(events, program_code)
     code = int(Exit.PREEMPTED) if preempted else 137 if program_code is None else program_code
+    started = events[0]["t"] if events else made.st_mtime if made else time.time()
     value = {
         "attempt": attempt,
         "exit_code": code,
@@ -222,8 +223,8 @@ def write_outcome(
         "reason": reason,
         "step": max(last_step(store, attempt), read_beat(link).step if link else -1),
         "committed_step": max(committed_step(store), _uploaded_step(store)),
-        "started": events[0]["t"] if events else made.st_mtime if made else time.time(),
-        "ended": time.time() if ended is None else ended,
+        "started": started,
+        "ended": max(started, _last_sign(store, attempt, events, link)) if ended is None else ended,
         "notice": None,
     }
     if store.create(name, _json(value)) and store.remote is not None:
@@ -232,6 +233,28 @@ def write_outcome(
             store.remote.create(name, _json(value).encode())
     if link is not None:
         remove_tree(link)  # the supervisor had no time to
+
+
+def _last_sign(store: Store, attempt: int, events: Sequence[Event], link: Path | None) -> float:
+    """Return when an attempt was last seen to live, epoch seconds: nobody runs it while its machine is off, or its job
+    waits to be started again.
+
+    Args:
+        store: The run.
+        attempt: Number of the attempt.
+        events: Of the attempt.
+        link: Its supervisor's directory, where that is left.
+    """
+    signs = [float(event["t"]) for event in events]
+    if store.remote is None:  # files of a home are as old as their download
+        place = contract.attempt_dir(attempt)
+        signs += [info.st_mtime for name in store.names(place) if (info := store.stat(f"{place}/{name}")) is not None]
+    # What lies elsewhere may be of before the machine was switched on.
+    beat = read_beat(link) if link is not None and link.is_relative_to(SHARED) else None
+    if beat is not None and beat.at_s > 0:
+        # A machine that has slept since is taken to have slept after it.
+        signs.append(time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - beat.at_s))
+    return min(time.time(), max(signs, default=0.0))
 
 
 def _inside(events: Sequence[Event], code: int) -> int | None:
@@ -255,7 +278,7 @@ def _json(outcome: dict[str, Any]) -> str:
 
 
 def close_attempts(store: Store, reason: str, *, preempted: bool = False) -> None:
-    """Write an outcome for every attempt that has none; no process of the run may be left."""
+    """Write an outcome for every attempt that has none, as of its last sign of life; no process of it may be left."""
     for attempt in store.numbers(contract.ATTEMPTS):
         if not store.exists(f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"):
             write_outcome(store, attempt, program_code=None, reason=reason, preempted=preempted)
@@ -269,6 +292,34 @@ def ended_by_itself(store: Store, attempt: int) -> bool:
     here = os.uname().nodename
     pids = [int(event.get("pid", 0)) for event in events if event["event"] == "opened" and event.get("host") == here]
     return bool(pids) and not any(map(processes.alive, pids))
+
+
+def opened_by(store: Store) -> int:
+    """Return the process on this machine that has a run open which was started by hand; 0 if none is seen.
+
+    It may be between two loops, or behind its last one, and have said that it is through.
+    """
+    here = os.uname().nodename
+    for attempt in store.numbers(contract.ATTEMPTS)[-1:]:
+        ledger = store.stat(contract.events_file(attempt, 0))
+        for event in writer_events(store, attempt, "0"):
+            pid = event.get("pid")
+            if event["event"] == "opened" and event.get("host") == here and isinstance(pid, int) and ledger is not None:
+                return pid if _has_open(pid, ledger) else 0
+    return 0
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Tell whether a process has a file open; one of somebody else's, or on a system that cannot tell, if it lives."""
+    try:
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except OSError as error:
+        return (isinstance(error, PermissionError) or not os.path.isdir("/proc/self/fd")) and processes.alive(pid)
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{descriptor}"), file):
+                return True
+    return False
 
 
 _CODES = {"finished": Exit.DONE, "stopped": Exit.PREEMPTED, "raised": Exit.FAILED}
@@ -304,6 +355,18 @@ def remove_copies(store: Store) -> None:
         with contextlib.suppress(DamagedError):
             if remote_steps.read(store.remote, step).reason == COPIED:
                 remote_steps.remove(store.remote, step)
+
+
+@contextlib.contextmanager
+def no_copies(store: Store) -> Iterator[None]:
+    """Remove such a step that is left over; on an error inside, one that was copied meanwhile too."""
+    remove_copies(store)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(JobkitError):
+            remove_copies(store)
+        raise
 
 
 def check_copy(store: Store, step: int) -> None:

@@ -76,6 +76,8 @@ class Runner(ABC):
         """The newest attempt that this process knows to be its own, or an earlier one's."""
         self._spent_s, self._attempt_since = 0.0, float("inf")
         """How long attempts that are over have taken, and since when one runs, on the clock of `time.monotonic`."""
+        self._asked = False
+        """Whether the newest attempt was asked to stop before anything of it had ended badly."""
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Run until the run has ended or goes on elsewhere; return the exit code that says so.
@@ -134,7 +136,10 @@ class Runner(ABC):
             return self._leave(f"{other} has taken over", self.superseded_code)
         decision = restart.decide(self._history, policy)
         done = decision.state is State.DONE  # whoever asked to stop it meanwhile
-        if not done and (over := self._over()) is not None and over[0] is not State.REQUEUED:
+        over = None if done else self._over()
+        if over == self._used_up() and not (decision.restart or self._asked or why is Cause.REQUEUED):
+            over = None  # no limit hides a failure that ends the run in any case
+        if over is not None and over[0] is not State.REQUEUED:
             return self._end(*over)
         if not done and why is Cause.CANCELLED:
             return self._end(State.CANCELLED, self._says_cancelled())
@@ -210,6 +215,9 @@ class Runner(ABC):
         """Tell how the run ends if no further attempt may start; REQUEUED where it goes on elsewhere."""
         if self._cancelled():
             return State.CANCELLED, run_status.cancel_reason(self._quick)
+        return self._used_up()
+
+    def _used_up(self) -> tuple[State, str] | None:
         running_s = max(0.0, time.monotonic() - self._attempt_since)
         # Another attempt has no use for less than it is given to stop.
         spare_s = self._spec.grace_s if self._spent_s and self._attempt_since == float("inf") else 0.0
@@ -243,7 +251,8 @@ class Runner(ABC):
         command, environ = self._store.insist(lambda: self.prepare(dict(os.environ)))
         attempt = self._store.insist(lambda: mirror.claim(self._quick.with_deadline(_CLAIM_S)))
         self._newest_attempt = attempt
-        begun = self._attempt_since = time.monotonic()
+        self._asked, begun = False, time.monotonic()
+        self._attempt_since = begun
         code = self._follow(self._start(command, environ | {contract.ENV_ATTEMPT: str(attempt)}))
         self._clear()
         self._close(attempt, code)
@@ -368,7 +377,7 @@ class Runner(ABC):
             if self._over() is None and not bad:
                 continue
             if asked is None:
-                asked = time.monotonic()
+                asked, self._asked = time.monotonic(), not bad
                 self._ask_to_stop(started)
             hang = bad not in (0, Exit.PREEMPTED)
             late = time.monotonic() - asked - (min(self._spec.grace_s, _FOLLOW_S) if hang else self._spec.grace_s)
@@ -407,7 +416,7 @@ class Runner(ABC):
             reason += f"; the program ended with {contract.describe_exit(program_code)}"
         if not programs:
             reason, program_code = self._not_started(code, reason, program_code)
-        orphans.write_outcome(self._store, attempt, program_code=program_code, reason=reason)
+        orphans.write_outcome(self._store, attempt, program_code=program_code, reason=reason, ended=time.time())
 
     def _not_started(self, code: int, reason: str, program_code: int | None) -> tuple[str, int | None]:
         """Say why a supervisor never started a program, where that is known."""
@@ -427,7 +436,7 @@ class Runner(ABC):
             exit_code=exit_code,
             committed_step=outcome.get("committed_step", -1) if code is None else orphans.committed_step(self._store),
             step=outcome.get("step", -1),
-            duration_s=max(0.0, outcome.get("ended", 0.0) - outcome.get("started", 0.0)),
+            duration_s=max(0.0, outcome.get("duration_s", outcome.get("ended", 0.0) - outcome.get("started", 0.0))),
             unsaved=any(event["event"] == "unsaved" for event in attempt_events(self._store, attempt)),
         )
 

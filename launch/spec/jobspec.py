@@ -182,8 +182,8 @@ def check(spec: JobSpec) -> None:
     for name, limit in (("max-time", spec.max_time_s), ("max-cost", spec.max_cost)):
         if limit is not None and not 0 < limit < float("inf"):
             raise ConfigError(f"{name} is {limit:g}; give more than 0")
-    if spec.max_cost is not None and not spec.price_per_hour:
-        raise ConfigError("--max-cost needs to know what an hour costs: give --price-per-hour too")
+    if spec.max_cost is not None and spec.price_per_hour is None:
+        raise ConfigError("--max-cost needs to know what an hour costs, if only 0: give --price-per-hour too")
 
 
 def check_line(name: str, value: str) -> None:
