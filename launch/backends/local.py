@@ -20,9 +20,9 @@ from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
 from launch.lifecycle import lease, orphans, run_status, submission
 from launch.lifecycle.lease import Lease
-from launch.lifecycle.lock import RunLock, acquire, held, runner_alive
+from launch.lifecycle.lock import Claim, RunLock, acquire, held, runner_alive
 from launch.lifecycle.submission import Plan
-from launch.lifecycle.verbs import Backend, Cancelled, Claim, Progress, not_done
+from launch.lifecycle.verbs import Backend, Cancelled, Progress, not_done
 from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container

@@ -18,9 +18,8 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import local
 from launch.lifecycle import lease, run_status, verbs
-from launch.lifecycle.lock import acquire, held, holder
+from launch.lifecycle.lock import Claim, acquire, held, holder
 from launch.lifecycle.submission import begin_point, cancel_content, open_run, run_as_program
-from launch.lifecycle.verbs import Claim
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 

@@ -5,13 +5,16 @@ Everything else is a resume like any other: attempts go on counting, and what an
 machine that nobody can see, is refused by its successor's claim.
 """
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError
+from jobkit.rundir.store import Store
 from launch.backends import new_code, registry
 from launch.lifecycle import submission, verbs
 from launch.spec import jobspec as specs
@@ -46,7 +49,7 @@ def resume(
     """
     store = submission.open_run(url)
     file = specs.read_file(store)
-    spec, name, created = file.spec, file.backend, file.created
+    spec, name = file.spec, file.backend
     old, new = registry.named(name), registry.named(name if place is None else place.backend)
     moves = new is not old
     cancels = verbs.cancels_of(store)
@@ -61,29 +64,59 @@ def resume(
         place = Placement(name, {}, None if spec.cloud is None else {}, None, None)
     if place is None:
         return verbs.resume(old, store, take_over=take_over, cancels=cancels, change=change, again=again)
-    merged = _merged(spec, place, same=not moves)
-    merged = msgspec.structs.replace(
-        merged,
-        setup=tuple(setup or ()),
-        setup_digest=spec.setup_digest if setup is None and "setup" in new.reads else "",
-    )
-    with_setup(store, merged, setup)  # before anything is changed
-    specs.check(merged)
-    merged = new.fit(store, merged, moved=True)
-    if moves and not new.processes_here:  # it is asked before anything is changed
-        new.refuse_alive(store)
-    if moves:
+    merge = functools.partial(_fitting, store, place, setup, moves=moves)
+    planned = merge(spec)  # before anything is claimed; again, should somebody have changed it until then
+
+    def merged(now: JobSpec) -> JobSpec:
+        return planned if now == spec else merge(now)
+
+    move = functools.partial(_moved, store, name, place.backend, merged, take_over=take_over)
+    over = take_over and new.processes_here
+    return verbs.resume(new, store, take_over=over, cancels=cancels, change=change, again=again, setup=setup, move=move)
+
+
+@contextlib.contextmanager
+def _moved(
+    store: Store, source: str, target: str, merge: Callable[[JobSpec], JobSpec], *, take_over: bool
+) -> Iterator[JobSpec]:
+    """Have run.json name the backend that a run goes on with, and what it is to have there; yield that.
+
+    The run is claimed. On an error inside run.json is what it was when it was claimed.
+
+    Args:
+        store: The run.
+        source, target: The backends that it had, and is to have.
+        merge: Returns what it is to have, of what it had.
+        take_over: As of `resume`.
+    """
+    file, old = verbs.unmoved(store, source), registry.named(source)
+    merged = merge(file.spec)
+    if source != target:
+        if not old.processes_here:  # those hold what is claimed; somebody else may have resumed it there
+            verbs.refuse_alive(old, store)
         old.leave(store, take_over=take_over)
-        submission.record(store, "moved", source=name, target=place.backend, by=submission.who())
-    specs.rewrite(store, merged, place.backend, created)
+        submission.record(store, "moved", source=source, target=target, by=submission.who())
+    specs.rewrite(store, merged, target, file.created)
     try:
-        over = take_over and new.processes_here
-        return verbs.resume(new, store, take_over=over, cancels=cancels, change=change, again=again, setup=setup)
+        yield merged
     except ConfigError:
-        specs.rewrite(store, spec, name, created)
-        if moves:
-            submission.record(store, "moved", source=place.backend, target=name, by=submission.who())
+        specs.rewrite(store, file.spec, source, file.created)
+        if source != target:
+            submission.record(store, "moved", source=target, target=source, by=submission.who())
         raise
+
+
+def _fitting(store: Store, place: Placement, setup: Sequence[str] | None, spec: JobSpec, *, moves: bool) -> JobSpec:
+    """Return what a run is to have on a backend; raises ConfigError if that cannot work there, writes nothing."""
+    backend = registry.named(place.backend)
+    merged = msgspec.structs.replace(
+        _merged(spec, place, same=not moves),
+        setup=tuple(setup or ()),
+        setup_digest=spec.setup_digest if setup is None and "setup" in backend.reads else "",
+    )
+    with_setup(store, merged, setup)
+    specs.check(merged)
+    return backend.fit(store, merged, moved=True)
 
 
 def _merged(spec: JobSpec, place: Placement, *, same: bool) -> JobSpec:

@@ -8,6 +8,7 @@ not know yet what run.json says, so that it is in the ledger before an attempt r
 
 import contextlib
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import msgspec
 
 from jobkit import contract
-from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.contract import State
+from jobkit.errors import ConfigError, JobkitError, StorageError, say
 from jobkit.rundir.ledger import Event
 from jobkit.rundir.store import Store
 from launch.lifecycle import orphans, run_status, submission, targets
@@ -47,12 +49,12 @@ def prepare(store: Store, command: Sequence[str]) -> Change:
     if not words[0].strip():
         raise ConfigError("the command is empty; write it after '--': jobkit resume RUN --new-code -- python train.py")
     sweep.refuse_names(words)
-    cwd = Path(spec.cwd) if os.path.isdir(spec.cwd) else Path.cwd()
+    cwd = _code_of(store, spec, named=bool(command))
     if spec.cloud is None and spec.container is None:
         check_command(words, cwd, os.environ)
     else:
         check_script(words, cwd, in_snapshot=spec.code is not None)
-    fields: dict[str, Any] = {"command": words}
+    fields: dict[str, Any] = {"command": words} if command else {}
     tree: snapshot.Tree | None = None
     if spec.code is not None:
         tree = snapshot.find(cwd, store.path, secret=targets.files(spec.notify))
@@ -60,7 +62,8 @@ def prepare(store: Store, command: Sequence[str]) -> Change:
         fields |= {"cwd": str(cwd.resolve()), "root": str(tree.root), "links": tree.links, "imports": imports}
         specs.check_places(msgspec.structs.replace(spec, **fields))
     same = words == spec.command and (tree is None or snapshot.digest(tree) == spec.code)
-    if same and not _pending(store, spec):
+    unseen = tree is None and run_status.has_ended(store, State.DONE)  # a directory itself, which may have changed
+    if same and not unseen and not _pending(store, spec):
         what = f"the code below {tree.root} is" if tree else f"it runs in {spec.root} itself (--no-snapshot), which is"
         raise ConfigError(
             f"{what} what {store.url} runs already, with the same command: leave --new-code out, or change them first"
@@ -79,6 +82,24 @@ def prepare(store: Store, command: Sequence[str]) -> Change:
         return write_down(store, msgspec.structs.replace(spec, **fields))
 
     return change
+
+
+def _code_of(store: Store, spec: JobSpec, *, named: bool) -> Path:
+    """Return the directory that the code is taken from; raises ConfigError if it is not the one that it was in, and no
+    command is named.
+    """
+    if os.path.isdir(spec.cwd):
+        return Path(spec.cwd)
+    here = Path.cwd()
+    if spec.code is not None and not named:
+        raise ConfigError(
+            f"{spec.cwd}, where {store.url} was submitted from, is not on this machine: change to the directory whose "
+            f"code it is to have, and name the command too: jobkit resume {store.url} --new-code -- "
+            f"{shlex.join(spec.command)}"
+        )
+    if spec.code is not None:
+        say(f"{spec.cwd} is not on this machine: {store.url} goes on with the code of {here}")
+    return here
 
 
 def write_down(store: Store, spec: JobSpec) -> JobSpec:

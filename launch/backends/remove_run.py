@@ -16,11 +16,11 @@ import msgspec
 import jobkit
 from jobkit import contract, versions
 from jobkit.errors import ConfigError
-from jobkit.rundir import commits, remote_steps
+from jobkit.rundir import commits, mirror, remote_steps
 from jobkit.rundir.store import Store, in_words
 from jobkit.units import counted, show_duration, show_size
 from launch.backends import by_hand, registry
-from launch.lifecycle import lock, submission, verbs
+from launch.lifecycle import lock, orphans, submission, verbs
 from launch.spec import jobspec as specs
 
 _SILENT_S = 3600.0
@@ -68,6 +68,8 @@ def check(store: Store) -> Removal:
         raise ConfigError(
             f"run {store.url} is {status.state}{status.place}: end it first with 'jobkit {verb} {store.url}'"
         )
+    if status.backend == by_hand.NAME and (pid := orphans.opened_by(store)):
+        raise ConfigError(f"run {store.url} was started by hand, and process {pid} has it open still: end that first")
     if specs.exists(store):
         backend = registry.of(store)
         for one in (store, *(specs.points(store, specs.read(store)) if backend.processes_here else ())):
@@ -98,7 +100,7 @@ def remove(store: Store) -> Removal:
     Durability: on return nothing of it is on storage, in its home on this machine neither.
 
     Raises:
-        ConfigError: As `check`.
+        ConfigError: As `check`, and if it was resumed since then.
         JobkitError: If something cannot be removed; the removal can be repeated.
     """
     removal = check(store)
@@ -106,6 +108,7 @@ def remove(store: Store) -> Removal:
     if held is None:
         raise ConfigError(submission.says_alive(store))
     try:
+        _refuse_resumed(store)
         mark = msgspec.json.encode({"version": contract.RUN_VERSION, "jobkit": jobkit.__version__, "removing": True})
         if store.remote is not None:
             if store.remote.find():
@@ -128,6 +131,15 @@ def remove(store: Store) -> Removal:
     finally:
         held.close()
     return removal
+
+
+def _refuse_resumed(store: Store) -> None:
+    """Raise ConfigError if a run has got a job since it was checked; the lock is ours, and nobody can start it now."""
+    mirror.refresh(store)  # a person may have taken long to say yes
+    if specs.exists(store) and not is_half_removed(store):
+        backend = registry.of(store)
+        if not backend.processes_here:  # those hold the lock
+            verbs.refuse_alive(backend, store)
 
 
 def is_half_removed(store: Store) -> bool:

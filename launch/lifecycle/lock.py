@@ -13,12 +13,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from jobkit import contract, decode, names
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
+from launch.lifecycle import lease
 
 PROBE_S = 0.3
 """How long to try against a lock that `held` may be probing right now; a probe takes microseconds."""
@@ -45,6 +47,28 @@ class RunLock:
     def close(self) -> None:
         """Give up this process's share; the lock is free when the last share is closed."""
         os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What keeps others from starting a run while somebody does: nothing, where the backend knows itself who runs it.
+
+    Args:
+        lock: The run's lock, which goes to the runner.
+        lease: The number of the lease that the runner is to hold; None to take one.
+    """
+
+    lock: RunLock | None = None
+    lease: int | None = None
+
+    def free(self, store: Store) -> None:
+        """Let others start the run."""
+        try:
+            if self.lease is not None:
+                lease.release(store, self.lease)
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
 
 def acquire(store: Store, *, wait_s: float = PROBE_S) -> RunLock | None:

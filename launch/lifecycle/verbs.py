@@ -9,6 +9,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,14 +18,14 @@ import msgspec
 from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
-from launch.lifecycle import lease, run_status, submission
-from launch.lifecycle.lock import RunLock, acquired
+from launch.lifecycle import run_status, submission
+from launch.lifecycle.lock import Claim, acquired
 from launch.lifecycle.run_status import Job, Status
 from launch.lifecycle.submission import Plan
 from launch.spec import jobspec as specs
 from launch.spec.command import with_setup
 from launch.spec.finding import Finding
-from launch.spec.jobspec import JobSpec
+from launch.spec.jobspec import JobSpec, RunFile
 
 _POLL_S = 1.0
 _STARTING_S = 30.0
@@ -47,28 +48,6 @@ def alive(store: Store, job: Job) -> ConfigError:
         f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
         f"'jobkit cancel {store.url}'"
     )
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What keeps others from starting a run while somebody does: nothing, where the backend knows itself who runs it.
-
-    Args:
-        lock: The run's lock, which goes to the runner.
-        lease: The number of the lease that the runner is to hold; None to take one.
-    """
-
-    lock: RunLock | None = None
-    lease: int | None = None
-
-    def free(self, store: Store) -> None:
-        """Let others start the run."""
-        try:
-            if self.lease is not None:
-                lease.release(store, self.lease)
-        finally:
-            if self.lock is not None:
-                self.lock.close()
 
 
 @dataclass(frozen=True)
@@ -332,6 +311,7 @@ def resume(
     change: Change = lambda store, spec: spec,
     again: bool = False,
     setup: Sequence[str] | None = None,
+    move: Callable[[], AbstractContextManager[JobSpec]] | None = None,
 ) -> State:
     """Have a run, or the points of a sweep that are not done, go on from what is committed.
 
@@ -344,6 +324,7 @@ def resume(
         change: Called with the run and what it is to go on with, before anything is started.
         again: Whether a run that is done goes on too.
         setup: Lines of `--setup`, which no run directory has.
+        move: Has run.json name this backend, and what the run is to have there; on an error inside it is as it was.
 
     Returns:
         Its state then; DONE, and nothing started, if it is done.
@@ -364,18 +345,31 @@ def resume(
         if claim.lock is not None and not again:  # its runner may have written the end until it was free
             left = not_done(backend, members)
         if left:
-            spec = change(store, backend.fit(store, with_setup(store, spec, setup), moved=False))
-            if not spec.sweep:
-                submission.make_point(store)
-            for one in filter(specs.exists, dict.fromkeys((store, *left))):
-                if clear_cancel:
-                    submission.take_back_cancel(one, cancels[one.url])
-            backend.record_resumed(store, left)
-            backend.enqueue(store, spec, [members.index(one) for one in left])
+            with contextlib.nullcontext(unmoved(store, backend.name).spec) if move is None else move() as spec:
+                spec = change(store, backend.fit(store, with_setup(store, spec, setup), moved=False))
+                if not spec.sweep:
+                    submission.make_point(store)
+                for one in filter(specs.exists, dict.fromkeys((store, *left))):
+                    if clear_cancel:
+                        submission.take_back_cancel(one, cancels[one.url])
+                backend.record_resumed(store, left)
+                backend.enqueue(store, spec, [members.index(one) for one in left])
     if left:
         return backend.hand_over(store, claim)
     claim.free(store)
     return State.DONE
+
+
+def unmoved(store: Store, name: str) -> RunFile:
+    """Read run.json again where a run is claimed: what was read before, others may have changed until then.
+
+    Raises:
+        ConfigError: If the run has moved to another backend than `name` meanwhile.
+    """
+    file = specs.read_file(store)
+    if file.backend != name:
+        raise ConfigError(f"run {store.url} has moved to {file.backend} this very moment: 'jobkit status {store.url}'")
+    return file
 
 
 def cancel(

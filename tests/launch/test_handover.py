@@ -11,6 +11,7 @@ import pytest
 from jobkit import contract
 from jobkit.contract import State
 from jobkit.rundir.ledger import read_events
+from jobkit.rundir.store import Store
 from launch.backends import move_run, registry
 from launch.lifecycle import submission
 from launch.spec import jobspec as specs
@@ -86,7 +87,7 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
     rewrite = specs.rewrite
 
     def rewrite_late(*arguments: Any) -> None:
-        registry.cancel(store.url)
+        registry.cancel(store.url, wait=False)  # for the lock that the move holds it would wait for ever
         rewrite(*arguments)
 
     monkeypatch.setattr(specs, "rewrite", rewrite_late)
@@ -97,6 +98,16 @@ def test_a_cancel_during_a_move_is_not_lost(project: Project, monkeypatch: pytes
     move_run.resume(store.url, Placement("local", {}, None, None, None))
     jobs.until_stepping(store, attempt=1)
     registry.cancel(store.url)
+
+
+@pytest.mark.parametrize("target", ["gcp", "aws"])
+def test_back_to_where_it_has_been(project: Project, target: str) -> None:
+    """What a run had on a service, before it moved away, was over then: nobody is asked where it was."""
+    store = Store(project.runs / "r")
+    store.make(shared=False)
+    assert specs.create(store, project.spec("exit:0"), "local")
+    submission.record(store, "job", id="r-0123456789-0", backend=target, by="me")
+    registry.named(target).refuse_alive(store)
 
 
 @pytest.mark.slow

@@ -183,3 +183,33 @@ def test_killed_between_two_writes(project: Project, where: str, new: bool, fini
 def test_options_that_differ_are_named(before: str, after: str, told: list[str]) -> None:
     """Two commands are compared option by option."""
     assert changes.of_commands(before.split(), after.split()) == told
+
+
+def test_what_is_no_list_of_changes_is_none() -> None:
+    """A ledger that somebody else has written to breaks no reader."""
+    event = {"event": "new_code", "t": 1.0, "changed": 5, "added": "a.py", "options": {"--lr": 1}}
+    assert changes.told(event) == "what differs is not known"
+
+
+def test_code_is_not_taken_from_wherever_one_is(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the directory of the submit is gone, the code of another one is taken only with a command for it."""
+    store = project.submit("exit:4", max_failures=0)
+    until_over(store)
+    before = store.read("run.json"), store.names("code")
+    project.path.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is not on this machine: change to the directory whose code"):
+        move_run.resume(store.url, command=())
+    assert (store.read("run.json"), store.names("code")) == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_without_a_snapshot_goes_on(project: Project) -> None:
+    """Whether the directory itself has changed nobody can tell: --new-code is taken at its word."""
+    store = project.submit("commit:3,exit:0", "commit:5,exit:0", snapshot=False)
+    until_over(store)
+    move_run.resume(store.url, command=())
+    over = until_over(store)
+    assert (over.state, over.attempts, over.committed_step) == (State.DONE, 2, 5)

@@ -18,7 +18,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from launch.backends import local_sweep, registry
 from launch.backends.local import Local
-from launch.lifecycle import lease, lock, run_status, submission, verbs
+from launch.lifecycle import lease, lock, run_status, submission
 from launch.lifecycle.submission import make_point, new_run
 from launch.spec import jobspec as specs
 from launch.spec import sweep
@@ -206,7 +206,7 @@ def test_a_stop_the_moment_a_point_has_started(
     def here(store: Store, given: list[str]) -> Iterator[tuple[lock.RunLock, lease.Lease, Callable[[], None]]]:
         yield runner, lease.Lease(store, 0), lambda: None
 
-    def hand_over_and_stop(point: Store, claim: verbs.Claim) -> State:
+    def hand_over_and_stop(point: Store, claim: lock.Claim) -> State:
         try:
             return hand_over(point, claim)
         finally:

@@ -1,20 +1,27 @@
-"""Two `jobkit resume` of one run at the same moment, where a scheduler says what is alive."""
+"""Two people who do something to one run at the same moment, where a scheduler says what is alive."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jobkit.contract import State
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch.lifecycle import submission, verbs
+from launch.backends import move_run, registry, remove_run
+from launch.lifecycle import lock, submission, verbs
+from launch.lifecycle.lock import RunLock
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, prepare
 from launch.lifecycle.verbs import Backend, Cancelled
+from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
+from launch.spec.profiles import Placement
 
 
 class Queue(Backend):
@@ -49,6 +56,35 @@ class Queue(Backend):
 
     def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`."""
+
+
+class Elsewhere(Queue):
+    """Another one, with a limit.
+
+    Args:
+        full: Whether it refuses what is submitted.
+    """
+
+    name = "gcp"
+
+    def __init__(self, *, full: bool = False) -> None:
+        super().__init__()
+        self.full = full
+
+    def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
+        """See `Backend`."""
+        if self.full:
+            raise ConfigError("the queue is full")
+        super().enqueue(store, spec, points)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, *backends: Backend) -> None:
+    """Have the registry know backends."""
+    for backend in backends:
+        monkeypatch.setitem(registry._BY_NAME, backend.name, backend)
+
+
+THERE = Placement(Elsewhere.name, {}, None, None, None)
 
 
 @pytest.fixture
@@ -89,3 +125,78 @@ def test_a_resume_that_is_refused_leaves_the_run_free(store: Store) -> None:
             verbs.resume(backend, store)
     backend.ids.clear()
     assert verbs.resume(backend, store) is State.QUEUED
+
+
+def test_a_move_comes_upon_a_job_that_has_been_started_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that one person resumes where it was while another one moves it is started once, and stays there."""
+    begun, asked = threading.Event(), threading.Event()
+
+    class Slow(Queue):
+        """Submits only when somebody else has seen that there is no job yet."""
+
+        def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
+            """See `Backend`."""
+            asked.clear()
+            begun.set()
+            assert asked.wait(20)
+            super().enqueue(store, spec, points)
+
+        def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
+            """See `Backend`."""
+            super().refuse_alive(store)
+            asked.set()
+
+    here, there = Slow(), Elsewhere()
+    use(monkeypatch, here, there)
+    with ThreadPoolExecutor(1) as pool:
+        resumed = pool.submit(verbs.resume, here, Store(store.url))
+        assert begun.wait(20)
+        with pytest.raises(ConfigError, match="job 1 is pending"):
+            move_run.resume(store.url, THERE)
+        assert resumed.result() is State.QUEUED
+    assert (here.ids, there.ids, specs.read_file(store).backend) == (["1"], [], "slurm")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_move_undoes_nothing_of_somebody_else(store: Store, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    """Another command that the run is given while a move is looking stays, whether the move is refused or not."""
+
+    class Changed(Queue):
+        """Somebody changes the run while it is asked what is alive."""
+
+        def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
+            """See `Backend`."""
+            file = specs.read_file(store)
+            changed = msgspec.structs.replace(file.spec, command=("python3", "mended.py"))
+            specs.rewrite(store, changed, file.backend, file.created)
+
+    use(monkeypatch, Changed(), Elsewhere(full=full))
+    with pytest.raises(ConfigError, match="the queue is full") if full else contextlib.nullcontext():
+        move_run.resume(store.url, THERE)
+    file = specs.read_file(store)
+    assert (file.backend, file.spec.command) == ("slurm" if full else "gcp", ("python3", "mended.py"))
+
+
+def test_a_run_that_has_moved_meanwhile_is_not_started_where_it_was(store: Store) -> None:
+    """Who resumes it on the backend that it had when he looked is told where it is now."""
+    backend, file = Queue(), specs.read_file(store)
+    specs.rewrite(store, file.spec, Elsewhere.name, file.created)
+    with pytest.raises(ConfigError, match="has moved to gcp"):
+        verbs.resume(backend, store)
+    assert backend.ids == []
+
+
+def test_a_run_that_was_resumed_before_its_removal_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that somebody submits between the look and the lock of `jobkit rm` keeps the run."""
+    backend, acquire = Queue(), lock.acquire
+    use(monkeypatch, backend)
+
+    def acquire_late(store: Store) -> RunLock | None:
+        submission.record_begun_afresh(store)
+        backend.ids.append("1")
+        return acquire(store)
+
+    monkeypatch.setattr(lock, "acquire", acquire_late)
+    with pytest.raises(ConfigError, match="job 1 is pending"):
+        remove_run.remove(store)
+    assert specs.read(store).command == ("python3", "train.py")

@@ -199,8 +199,9 @@ class Managed(Backend):
 
     def _asked(self, store: Store) -> Job | None:
         """Ask the service for a run's newest job; raises JobkitError if it does not say."""
-        jobs = run_status.jobs(store, self.name)
-        return self.find(specs.read(store), jobs[-1]) if jobs else None
+        jobs, file = run_status.jobs(store, self.name), specs.read_file(store)
+        # Where the run is on another backend what it had here was over when it moved, and nobody knows where it was.
+        return self.find(file.spec, jobs[-1]) if jobs and file.backend == self.name else None
 
     def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
