@@ -7,6 +7,7 @@ left counts as nothing: a copy is known by its reason, 'from', and the next subm
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from jobkit.rundir import commits, remote_steps, retention
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.store import Store, in_words
+from jobkit.rundir.store import Store, in_words, is_remote
 from launch.lifecycle import orphans, submission
 from launch.spec import jobspec as specs
 
@@ -100,13 +101,14 @@ def choose(text: str, *, reset_step: bool) -> Beginning:
     """Find the step that `--from` names; writes nothing but what a look at a bucket brings into its home.
 
     Args:
-        text: The run, with @STEP, @best or @latest behind it; by default the newest step.
+        text: The run, with @STEP, @best or @latest behind it; by default the newest step. A directory that is called so
+            as a whole is meant.
         reset_step: Whether the new run counts its steps from 0.
 
     Raises:
         ConfigError: If there is no such run or step.
     """
-    match = _STEP.fullmatch(text)
+    match = None if not is_remote(text) and os.path.isdir(text) else _STEP.fullmatch(text)
     url, which = (match[1], match[2]) if match else (text, "latest")
     if not url.strip():
         raise ConfigError("--from is empty: name a run, or RUN@STEP, RUN@best")

@@ -1,6 +1,7 @@
 """Names at the command line: of runs, as `jobkit ls` prints them, and of backends; a shell completes both."""
 
 import os
+import shlex
 from pathlib import Path
 
 import click
@@ -29,12 +30,26 @@ class RunName(click.ParamType):  # type: ignore[type-arg]
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the names of runs below runs/ that begin so; paths where none does."""
+        """Return the names of runs below runs/ that begin so; paths where none does.
+
+        The shell inserts a name as it is: one that it would take for more than a word is left out.
+        """
         from launch.backends import registry
 
         names = [os.path.relpath(path, RUNS) for path in reversed(registry.find_runs(Path(RUNS)))]
-        items = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        plain = (name for name in names if shlex.quote(name) == name)
+        items = [CompletionItem(name) for name in plain if name.startswith(incomplete)]
         return items or [CompletionItem(incomplete, type="dir")]
+
+
+class BeginningName(RunName):
+    """A run, with @STEP or @best behind it or not."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the same with the path of the run; what is called so as a whole comes first."""
+        whole = super().convert(value, param, ctx)
+        run, at, step = value.rpartition("@")
+        return whole if not at or os.path.isdir(whole) else f"{super().convert(run, param, ctx)}{at}{step}"
 
 
 def _is_run(place: str) -> bool:
@@ -58,4 +73,4 @@ class BackendName(click.ParamType):  # type: ignore[type-arg]
         return [CompletionItem(name) for name in registry.NAMES if name.startswith(incomplete)]
 
 
-RUN, BACKEND = RunName(), BackendName()
+RUN, BEGINNING, BACKEND = RunName(), BeginningName(), BackendName()

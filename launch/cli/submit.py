@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError, say
-from launch.cli.names import BACKEND
+from launch.cli.names import BACKEND, BEGINNING
 from launch.cli.options import Launching, placement, placement_options, setup_lines
 from launch.cli.output import follow, print_status, unanswered
 
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 @click.option(
     "--array-parallelism", type=int, metavar="N", help="Points of a sweep at once. [default: SLURM all, local 1]"
 )
-@click.option("--from", "begin", metavar="RUN[@STEP|best]", help="Begin with that step, by default the newest, of RUN.")
+@click.option(
+    "--from",
+    "begin",
+    type=BEGINNING,
+    metavar="RUN[@STEP|best]",
+    help="Begin with that step, by default the newest, of RUN.",
+)
 @click.option("--reset-step", is_flag=True, help="Of --from: count the steps from 0 again.")
 @click.option("--setup", multiple=True, metavar="LINE", help="SLURM, gcp, aws: bash before each job, verbatim.")
 @placement_options

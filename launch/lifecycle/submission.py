@@ -135,6 +135,8 @@ def _check_place(store: Store) -> None:
         raise ConfigError(f"the run directory {path} is a file; give another --run")
     strange = [name for name in store.names("") if name not in contract.LAYOUT and not name.startswith(".")]
     if specs.begun_by_hand(store):
+        if pid := orphans.opened_by(store):
+            raise ConfigError(f"{store.url} is open in process {pid}, by hand: 'jobkit stop {store.url}', or end that")
         for attempt in store.numbers(contract.ATTEMPTS)[-1:]:
             if not orphans.ended_by_itself(store, attempt):
                 raise ConfigError(f"{store.url} is trained by hand just now: 'jobkit stop {store.url}' first")
@@ -177,12 +179,12 @@ def new_run(
     """
     store = plan.store
     fresh = store.remote is not None and not store.names("")
-    with _new_directory(store, fresh=fresh, shared=plan.spec.shared) as lock:
+    with _new_directory(store, fresh=fresh, shared=plan.spec.shared) as lock, contextlib.ExitStack() as undone:
         mirror.set_deleted_aside(store)
         refuse_taken(plan)
         for line in remarks(plan):
             _say_once(line)
-        orphans.remove_copies(store)
+        undone.enter_context(orphans.no_copies(store))
         by_hand = specs.begun_by_hand(store)
         begun = None if begin is None else begin(store)
         code = snapshot.take(plan.tree, store) if plan.tree is not None else None
@@ -206,8 +208,6 @@ def new_run(
             if published and store.remote is not None:
                 with contextlib.suppress(JobkitError):
                     store.remote.remove(dict.fromkeys(names))
-            with contextlib.suppress(JobkitError):
-                orphans.remove_copies(store)
             raise
 
 

@@ -1,5 +1,6 @@
 """Runs that begin with what another training has committed: `--from RUN`, and a directory that was trained by hand."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from jobkit.rundir.files import checksum, files_below
 from jobkit.rundir.store import Store
 from launch.backends import begin_from
 from launch.backends.local import Local
+from launch.cli.names import BEGINNING
 from launch.lifecycle import run_status, verbs
 from launch.lifecycle.submission import open_run
 from launch.spec.jobspec import JobSpec
@@ -136,6 +138,34 @@ def test_what_is_not_there_is_refused(project: Project, text: str, said: str) ->
     """A run, a step or a best one that is not there: one sentence."""
     with pytest.raises(ConfigError, match=said):
         begin_from.choose(text.format(source(project, 3, 7).url), reset_step=False)
+
+
+def test_names_as_ls_prints_them(project: Project) -> None:
+    """--from takes them, with a step or without; a directory that is called so as a whole comes first."""
+    source(project, 3, 7)
+    (project.runs / "a@3").mkdir()
+    with contextlib.chdir(project.runs.parent):
+        texts = ("source", "source@3", "runs/source@best", "a@3", "gs://bucket/r@5", "none@5")
+        names = [BEGINNING.convert(text, None, None) for text in texts]
+    assert names == [
+        "runs/source", "runs/source@3", "runs/source@best", "runs/a@3", "gs://bucket/r@5", "none@5",
+    ]  # fmt: skip
+    whole = Store(project.runs / "source").path.rename(project.runs / "b@3")
+    assert begin_from.choose(str(whole), reset_step=False).step == 7
+
+
+def test_a_beginning_that_fails_late_leaves_nothing(project: Project) -> None:
+    """A step that is copied into a directory that was there is gone where the submit then fails."""
+    beginning = begin_from.choose(source(project, 3).url, reset_step=False)
+    (project.runs / "r").mkdir()
+
+    def fail(store: Store) -> dict[str, object]:
+        beginning.copy(store)
+        raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        verbs.submit(Local(), project.spec("exit:0"), begin=fail)
+    assert commits.steps(Store(project.runs / "r")) == []
 
 
 def test_a_damaged_step_is_no_beginning(project: Project) -> None:

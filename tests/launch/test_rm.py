@@ -1,6 +1,7 @@
 """`jobkit rm`: what it removes and what it keeps, what it refuses, and what is left where it was interrupted."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from jobkit import contract, versions
 from jobkit.errors import ConfigError, JobkitError
+from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from launch.backends import registry, remove_run
@@ -96,6 +98,22 @@ def test_one_that_is_alive_is_refused(project: Project) -> None:
     assert call("rm", "r", "--yes").exit_code == 0
     assert not store.path.exists()
     assert "is not a run" in str(call("rm", "r", "--yes").exception)
+
+
+def test_one_that_a_program_of_a_persons_own_has_open(project: Project) -> None:
+    """Between two loops, or behind its last one, it is neither removed nor submitted over; once it is closed it is."""
+    store = Store(project.runs / "hand")
+    store.write(contract.STRATEGY, "{}")
+    ledger = Ledger(store.file(contract.events_file(0, 0)))
+    ledger.append("opened", pid=os.getpid(), host=os.uname().nodename)
+    ledger.append("finished", step=3)
+    said = f"was started by hand, and process {os.getpid()} has it open still: end that first"
+    assert said in str(call("rm", "hand", "--yes").exception)
+    with pytest.raises(ConfigError, match=f"is open in process {os.getpid()}, by hand"):
+        project.submit("exit:0", run="hand")
+    ledger.close()
+    assert call("rm", "hand", "--yes").exit_code == 0
+    assert not store.path.exists()
 
 
 @pytest.mark.parametrize("url", ["", "memory://bucket/runs/r"])

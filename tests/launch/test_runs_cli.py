@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -19,6 +20,7 @@ from jobkit import contract
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
 from launch.cli.main import cli
+from launch.cli.names import RUN
 from launch.console import Console
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
@@ -293,6 +295,15 @@ def test_bash_completes(project: Project) -> None:
     assert complete(project, "jobkit submit --spo") == ["--spot"]
     assert complete(project, "jobkit status mn") == ["mnist/first"]
     assert complete(project, "jobkit submit --on sl") == ["slurm"]
+
+
+def test_a_name_that_is_more_than_a_word_is_not_completed(project: Project) -> None:
+    """What a shell would act on when it inserts it is left out."""
+    for name in ("plain", "x;touch y", "$(touch z)"):
+        fabricate(project, name)
+    with contextlib.chdir(project.path):
+        items = RUN.shell_complete(click.Context(cli), click.Argument(["run"]), "")
+    assert [item.value for item in items] == ["plain"]
 
 
 def test_completion_for_every_shell(project: Project) -> None:
