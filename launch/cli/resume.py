@@ -64,19 +64,19 @@ def resume(
 
     if command and not new_code:
         raise ConfigError("a run goes on with the command that it has; with another one: give --new-code too")
-    place = None
+    place, options = None, read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
     if profile or any(value not in (None, ()) for value in given.values()):
         old = specs.read_file(submission.open_run(run)).backend
-        options = read_profile(profile, cwd=Path.cwd(), home=Path.home()) if profile else {}
         place = placement({"on": old} | options, given)
     lines: tuple[str, ...] | None = setup or (() if no_setup else None)
     file = specs.read_file(submission.open_run(run))
     on = place.backend if place is not None else file.backend
-    if lines is None and (profile is not None or file.spec.setup_digest):  # a profile of the person's own may have them
-        options = options_of(profile, on=on, cwd=Path.cwd(), home=Path.home())
-        mine = tuple(map(str, options.get("setup", ())))
-        wanted = profile is not None or specs.setup_digest(mine) == file.spec.setup_digest
-        lines = mine if mine and wanted else None
+    if lines is None:
+        lines = tuple(map(str, options.get("setup", ()))) or None
+    if lines is None and file.spec.setup_digest:  # the person's own [profile.default] may have them
+        default = options_of(None, on=on, cwd=Path.cwd(), home=Path.home())
+        mine = tuple(map(str, default.get("setup", ())))
+        lines = mine if specs.setup_digest(mine) == file.spec.setup_digest else None
     setup_lines({}, lines or (), on)
     state = move_run.resume(run, place, command=command if new_code else None, setup=lines, take_over=take_over)
     if state is State.DONE:

@@ -98,6 +98,14 @@ def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points
     executor = _executor(spec, store, points)
     if dependency:
         executor.parameters["dependency"] = dependency
+    text = executor._make_submission_file_text
+
+    def for_owner_alone(line: str, name: str) -> str:
+        """Return the script, whose file submitit has just made, and that nothing is in yet."""
+        folder(store).joinpath(f".submission_file_{name}.sh").chmod(0o600)
+        return str(text(line, name))
+
+    executor._make_submission_file_text = for_owner_alone
     said = io.StringIO()
     with clean_environment(), contextlib.redirect_stderr(said):  # submitit prints what sbatch said, and raises less
         try:
@@ -108,12 +116,15 @@ def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             hint = "; scontrol show config | grep MaxArraySize tells how large an array may be" if spec.sweep else ""
             raise ConfigError(f"SLURM refused the job: {_said(said.getvalue() or str(error))}{hint}") from None
+        finally:
+            # SLURM has its own copy. Of a sweep of any size little is left, of lines of --setup nothing: they may hold
+            # a secret. submitit leaves a link under its temporary name.
+            with contextlib.suppress(OSError):
+                for path in folder(store).glob("*.sh" if spec.sweep or spec.setup else ".*.sh"):
+                    path.unlink(missing_ok=True)
     extra = {"array": sweep.compact(points)} if spec.sweep else {}
     try:
         record(store, "job", id=str(job), backend=BACKEND, by=who(), **extra)
-        # SLURM has its own copy; a sweep of any size is five files. submitit leaves a link under its temporary name.
-        for path in folder(store).glob("*.sh" if spec.sweep else ".*.sh"):
-            path.unlink(missing_ok=True)
         mirror.upload_described(store)
     except (JobkitError, OSError) as error:
         say(f"job {job} is submitted, and writes itself down when it starts: {error}")
