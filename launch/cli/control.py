@@ -133,9 +133,12 @@ def attach(run: str, command: tuple[str, ...]) -> None:
     from launch.spec import jobspec as specs
 
     store = submission.open_run(run)
-    if specs.read(store).sweep:
+    spec, backend = specs.read(store), registry.of(store)
+    if spec.sweep:
         raise ConfigError(f"{run} is a sweep: name one of its points, {run}/points/0")
-    words, more = registry.of(store).beside(store, command or (os.environ.get("SHELL") or "/bin/sh",))
+    inside = spec.container is not None and backend.processes_here  # an image has shells of its own
+    shell = "/bin/sh" if inside else os.environ.get("SHELL") or "/bin/sh"
+    words, more = backend.beside(store, command or (shell,))
     try:
         os.execvpe(words[0], words, os.environ | more)
     except OSError as error:

@@ -84,9 +84,10 @@ def of_commands(before: Sequence[str], after: Sequence[str]) -> list[str]:
 
 def told(event: Mapping[str, Any]) -> str:
     """Say what differs, as an event new_code has it: 'train.py changed; --steps 40 -> 80'."""
-    names = {kind: tuple(map(str, event.get(kind) or ())) for kind in ("changed", "added", "removed")}
+    lists = {kind: value for kind, value in event.items() if isinstance(value, list)}
+    names = {kind: tuple(map(str, lists.get(kind, ()))) for kind in ("changed", "added", "removed")}
     which = Changes(**names)
-    parts = [str(which) if which else "", *map(str, event.get("options") or ())]
+    parts = [str(which) if which else "", *map(str, lists.get("options", ()))]
     return "; ".join(filter(None, parts)) or "what differs is not known"
 
 

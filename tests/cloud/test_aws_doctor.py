@@ -10,6 +10,9 @@ from typing import Any
 import boto3
 import pytest
 
+from launch.backends.cloud.aws import Aws
+from launch.spec.cloud_options import Cloud
+from launch.spec.jobspec import JobSpec
 from tests.fakes.aws_account_server import AwsAccountServer
 from tests.fakes.gcs_server import GcsServer
 from tests.harness.desk import Desk
@@ -136,3 +139,14 @@ def test_credentials_and_network(desk: Desk, queue: str, monkeypatch: pytest.Mon
     first, *rest = ask(desk, queue, code=1)
     assert (first["topic"], first["verdict"], first["mend"]) == ("credentials", "fail", "aws configure")
     assert {one["verdict"] for one in rest} == {"not checked"}
+
+
+def test_a_profile_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AWS_PROFILE that no file has is a finding, as any other credentials that are none."""
+    monkeypatch.setenv("AWS_PROFILE", "nowhere")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    cloud = Cloud(queue="q", region="us-east-1")
+    first, *rest = Aws().diagnose(JobSpec(command=("true",), run="s3://bucket/run", cloud=cloud))
+    assert (first.topic, first.verdict, first.mend) == ("credentials", "fail", "aws configure")
+    assert "nowhere" in first.text
+    assert {one.verdict for one in rest} == {"not checked"}

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from jobkit import contract
+from jobkit.rundir.store import Store
 from launch.backends import registry
 from launch.lifecycle import orphans
+from launch.spec import jobspec as specs
+from launch.spec.container import Container
 from tests.harness import jobs
 from tests.harness.jobs import Project, until_over, until_stepping
 from tests.harness.login import Login
@@ -49,6 +52,19 @@ def test_what_is_no_run(project: Project) -> None:
     done = project.cli("attach", "nothing")
     assert (done.returncode, done.stdout) == (2, "")
     assert "is not a run" in done.stderr
+
+
+def test_the_shell_of_an_image(project: Project, tmp_path: Path) -> None:
+    """In a container it is one that every image has, not the one of the person's machine."""
+    store = Store(project.runs / "r")
+    store.make(shared=False)
+    assert specs.create(store, project.spec("exit:0", container=Container(image="train:1", runtime="docker")), "local")
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\n[ "$1" = ps ] && echo abc || echo "$@"\n')
+    docker.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = project.cli("attach", store.url, PATH=path, SHELL="/opt/fancy")
+    assert done.stdout.endswith(" abc /bin/sh\n"), done
 
 
 @pytest.mark.slow

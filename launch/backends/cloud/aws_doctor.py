@@ -69,12 +69,14 @@ def examine(spec: JobSpec, client: Callable[[str], Any]) -> list[Finding]:
         spec: With a cloud that has a queue; image and run may be empty.
         client: Makes a client of a service, whose requests are over soon.
     """
-    sts = client("sts")  # which says if a package is missing
-    import botocore.exceptions
-
+    try:
+        import botocore.exceptions
+    except ImportError:
+        client("sts")  # says which package is missing
+        raise
     assert spec.cloud is not None
     try:
-        who = sts.get_caller_identity()
+        who = client("sts").get_caller_identity()
     except botocore.exceptions.NoRegionError:
         return _nothing("region", "no AWS region: give --region, or set AWS_DEFAULT_REGION", "fail", "aws configure")
     except (botocore.exceptions.EndpointConnectionError, botocore.exceptions.HTTPClientError) as error:
