@@ -164,7 +164,7 @@ def _leaves(store: Store, step: int) -> dict[str, tuple[str, Any]]:
     """
     from jobkit.checkpoint import orbax_io, restore, state
 
-    restore.find_step(store, step)  # verifies every byte
+    restore.find_step(store, step)  # what that leaves out is verified as it is read
     table = state.table_of(store, step)
     found = orbax_io.read(store, step, dict.fromkeys(state.stored_paths(table)), alone=True)
     arrays = {"/".join(path): array for path, array in found.items()}

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -21,7 +22,7 @@ from jobkit.checkpoint.restore import read, read_back
 from jobkit.checkpoint.saving import Save, SaveState
 from jobkit.checkpoint.schedule import Rates
 from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError, say
-from jobkit.group import Group
+from jobkit.group import Group, raise_told, told_error
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.files import free_bytes
@@ -174,8 +175,9 @@ class Checkpoints:
             faults.reach("during_write")
             new = save.commit(self._writer, snapshot, commit, self._before_commit)
         except Exception as error:
+            ended = save.end(SaveState.FAILED)
             self._renew_writer(save)
-            if save.end(SaveState.FAILED) is SaveState.ABANDONED:  # then this is what was meant to happen
+            if ended is SaveState.ABANDONED:  # then this is what was meant to happen
                 self._ledger.append("abandoned", step=commit.step)
                 return
             if self._group.first:
@@ -340,7 +342,7 @@ class Checkpoints:
 
         Args:
             parts: The program's parts.
-            prepare: Called first, in process 0 alone.
+            prepare: Called before a step is chosen, in process 0 alone.
 
         Returns:
             The restored step, None if the run has no checkpoint yet.
@@ -349,70 +351,78 @@ class Checkpoints:
             ConfigError: If the program's state differs from the checkpoint's, or every checkpoint is damaged.
             StorageError: If reading fails.
         """
-        damaged: list[int] = []
-        known: list[str] = []
 
         def find() -> int | None:
-            if not damaged:
-                prepare()
-            return self._newest_whole(damaged, known)
+            prepare()
+            return self._newest_whole()
 
-        for time_ in itertools.count():
-            step: int | None = self._group.share(f"restore/{time_}", find)
+        for turn in itertools.count():
+            step: int | None = self._group.share(f"restore/{turn}", find)
             if step is None:
                 return None
-            give_back, wrong = self._read(step, parts)
-            # Some of its values may be damaged for one process alone: all restore the same step, or none does.
-            known = self._together(f"damaged/{time_}", wrong)
-            if not known:
-                assert give_back is not None
+            if (give_back := self._read(f"read/{turn}", step, parts)) is not None:
                 give_back()
                 self.committed_step = step
                 return step
         raise AssertionError
 
-    def _together(self, key: str, mine: list[str]) -> list[str]:
-        """Return what all processes say, in all of them."""
-        said = self._group.gather(f"{key}/of", mine)
-        together: list[str] = self._group.share(key, lambda: list(itertools.chain(*said)))
-        return together
+    def _read(self, key: str, step: int, parts: Mapping[str, Part]) -> Callable[[], None] | None:
+        """Read a step in all processes; return what puts its values into the parts.
 
-    def _read(self, step: int, parts: Mapping[str, Part]) -> tuple[Callable[[], None] | None, list[str]]:
-        """Read a step; return what puts its values into the parts, and what is damaged."""
-        try:
-            return read(self._store, step, parts), []
-        except DamagedError as error:
-            return None, [str(error)]
-        except StorageError:
-            if not (wrong := commits.problems(self._store, step)):  # else it is no passing failure: a bad sector
-                raise
-            return None, wrong
-
-    def _newest_whole(self, damaged: list[int], known: list[str]) -> int | None:
-        """Return the newest step whose files are as committed, but for chunks: those are checked as they are read.
-
-        Args:
-            damaged: Steps that were set aside, to which more are added.
-            known: What was found wrong with the newest step.
+        Some of it may be damaged for one process alone: then it is set aside for all, and None returned.
         """
+        give_back = None
+        mine: dict[str, Any] = {}
+        try:
+            give_back = read(self._store, step, parts)
+        except DamagedError as error:
+            mine = {"damaged": [str(error)]}
+        except JobkitError as error:
+            if not (wrong := self._lost(step)):
+                if self._group.count == 1:
+                    raise
+                mine = told_error(error)
+            else:
+                mine = {"damaged": wrong}
+        said = self._group.gather(f"{key}/of", mine)
+
+        def judge() -> bool:
+            for one in said:
+                raise_told(one)
+            if wrong := [text for one in said for text in one.get("damaged", [])]:
+                self._set_aside(step, wrong)
+            return not wrong
+
+        return give_back if self._group.share(key, judge) else None
+
+    def _lost(self, step: int) -> list[str]:
+        """Say what of a step that could not be read nobody can read: a bad sector, no passing failure."""
+        with contextlib.suppress(JobkitError):
+            return commits.problems(self._store, step)
+        return []
+
+    def _newest_whole(self) -> int | None:
+        """Return the newest step whose files are as committed, but for chunks: those are checked as they are read."""
         # Every numbered directory: one without commit.json was committed by a rename and has lost it since.
         for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
-            wrong, known = known or commits.problems(self._store, step, values=False), []
+            wrong = commits.problems(self._store, step, values=False)
             if not wrong:
                 return step
-            commits.check_newest(self._store, self._attempt, f"set step {step} aside")
-            moved = commits.set_aside(self._store, step, wrong)
-            damaged.append(step)
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            self._ledger.append("set_aside", step=step, reason=wrong[0] + more, moved_to=str(moved), durable=True)
-            say(f"checkpoint of step {step} is damaged: {wrong[0]}{more}; set aside as {moved}")
+            self._set_aside(step, wrong)
         remote = self._store.remote
-        if damaged or self._store.names(contract.SET_ASIDE) or (remote is not None and remote.find(contract.SET_ASIDE)):
+        if self._store.names(contract.SET_ASIDE) or (remote is not None and remote.find(contract.SET_ASIDE)):
             raise ConfigError(
                 f"every checkpoint of {self._store.url} is damaged and lies in {contract.SET_ASIDE}: "
                 "mend the storage, or start again in a new run directory"
             )
         return None
+
+    def _set_aside(self, step: int, wrong: list[str]) -> None:
+        commits.check_newest(self._store, self._attempt, f"set step {step} aside")
+        moved = commits.set_aside(self._store, step, wrong)
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        self._ledger.append("set_aside", step=step, reason=wrong[0] + more, moved_to=str(moved), durable=True)
+        say(f"checkpoint of step {step} is damaged: {wrong[0]}{more}; set aside as {moved}")
 
     def check_space(self, nbytes: int) -> None:
         """Refuse a run directory that cannot hold one more checkpoint, before anything is computed.

@@ -74,14 +74,15 @@ class Writer:
                 if self._stock
                 else DirectCheckpointHandler()
             )
-            options = ocp.CompositeOptions(multiprocessing_options=everyone)
-            handler = ocp.CompositeCheckpointHandler(composite_options=options, **{contract.ORBAX_ITEM: item})
-            # A thread that waits for a directory which could not be made would keep the process from ending.
+            # Else a thread that waits for a directory which could not be made would keep the process from ending.
             at_once = ocp.AsyncOptions(timeout_secs=_BARRIER_S, create_directories_asynchronously=self._stock)
+            options = ocp.CompositeOptions(multiprocessing_options=everyone, async_options=at_once)
+            handler = ocp.CompositeCheckpointHandler(composite_options=options, **{contract.ORBAX_ITEM: item})
             self._orbax = ocp.AsyncCheckpointer(handler, async_options=at_once, multiprocessing_options=everyone)
         if not self._stock:
             size = _upload_bytes(nbytes) if for_upload else FILE_BYTES
-            direct = DirectSave(arrays=arrays, file_bytes=size, cancel=self._cancel)
+            self._cancel = Cancel()
+            direct = DirectSave(arrays=arrays, file_bytes=size, cancel=self._cancel, sync=False)
             self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: direct}))
             return
         tree = nested(arrays)

@@ -27,7 +27,7 @@ def sync_tree(root: Path) -> None:
     paths = []
     for directory, _, files in os.walk(root, topdown=False, onerror=raise_unlisted):
         paths += [path for name in [*files, "."] if not (path := Path(directory, name)).is_symlink()]
-    with ThreadPoolExecutor(min(_SYNCS, len(paths)), thread_name_prefix="jobkit-sync") as pool:
+    with ThreadPoolExecutor(min(_SYNCS, len(paths) or 1), thread_name_prefix="jobkit-sync") as pool:
         list(pool.map(sync, paths))
 
 

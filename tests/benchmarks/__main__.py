@@ -2,11 +2,12 @@
 
 import sys
 
-from tests.benchmarks import attempts, drills, intervals, notices, saves, silence, steps, uploads
+from tests.benchmarks import attempts, drills, intervals, notices, restores, saves, silence, steps, uploads
 
 sys.exit(
     steps.main()
-    or saves.main()
+    or saves.main([])
+    or restores.main([])
     or notices.main()
     or uploads.main()
     or silence.main([])

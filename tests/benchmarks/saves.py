@@ -1,9 +1,18 @@
-"""What an async save costs the training thread and when it is durable, beside Orbax alone, on the local disk.
+"""What an async save costs: the training thread, the processor, and until it is durable; on the local disk.
 
-One process, interleaved rounds; default Orbax, tuned Orbax (as we set it), jobkit, and the floor of one flat write with
-fsync. Run: python -m tests.benchmarks.saves [MEGABYTES]
+    raw          one file written and synced: the floor
+    Orbax        the async CheckpointManager with its defaults
+    through Orbax  a run with `writer="orbax"`: what jobkit did before it wrote the layout itself
+    jobkit       a run
+
+One process, interleaved rounds, medians with quartiles; ratios are taken round by round. `blocking` is the time of the
+call, `CPU` that of the process until the step is durable. The first round is left out: it touches memory for the first
+time. A picture is written beside the table.
+
+Run: python -m tests.benchmarks.saves [--quick] [PICTURE.png]
 """
 
+import itertools
 import os
 import shutil
 import statistics
@@ -18,94 +27,172 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 import jobkit
 
-ROUNDS, LEAVES = 7, 64
+ROUNDS, QUICK = 7, 3
+SIZES = ((0.2, 16), (1.2, 50), (3, 122), (16, 1_000), (40, 4_000), (104, 64), (1_000, 64))
+"""Megabytes and leaves."""
+NNX = (40, 4_000)
+NAMES = ("raw", "Orbax", "through Orbax", "jobkit")
+
+Figures = tuple[float, float, float]
+"""Seconds: blocking, of the processor, until durable."""
 
 
-def _state(megabytes: int) -> dict[str, jax.Array]:
-    count = megabytes * 1_000_000 // 4 // LEAVES
+def _state(megabytes: float, leaves: int = 64) -> dict[str, jax.Array]:
+    count = max(1, int(megabytes * 1_000_000 / 4 / leaves))
     random = np.random.default_rng(0)
-    return {f"layer{index}": jnp.asarray(random.normal(size=count).astype(np.float32)) for index in range(LEAVES)}
+    return {f"layer{index}": jnp.asarray(random.normal(size=count).astype(np.float32)) for index in range(leaves)}
 
 
-def _flat(root: Path, state: dict[str, jax.Array], step: int) -> tuple[float, float]:
-    begun = time.perf_counter()
-    with open(root / f"flat-{step}", "wb") as file:
-        for leaf in state.values():
-            file.write(np.asarray(leaf).data)
-        file.flush()
-        os.fsync(file.fileno())
-    taken = time.perf_counter() - begun
-    (root / f"flat-{step}").unlink()
-    return taken, taken
-
-
-def _orbax(manager: ocp.CheckpointManager, args: Any, step: int) -> tuple[float, float]:
-    begun = time.perf_counter()
-    manager.save(step, args=args)
+def _measured(start: Callable[[], Any], wait: Callable[[], Any]) -> Figures:
+    begun, worked = time.perf_counter(), time.process_time()
+    start()
     blocking = time.perf_counter() - begun
-    manager.wait_until_finished()
-    return blocking, time.perf_counter() - begun
+    wait()
+    return blocking, time.process_time() - worked, time.perf_counter() - begun
 
 
-def _jobkit(run: jobkit.Run, step: int) -> tuple[float, float]:
-    begun = time.perf_counter()
-    run.save(step)
-    blocking = time.perf_counter() - begun
-    while run.committed_step < step:
-        time.sleep(0.0005)
-    durable = time.perf_counter() - begun
+def _raw(root: Path, state: dict[str, jax.Array], step: int) -> Figures:
+    def write() -> None:
+        with open(root / f"raw-{step}", "wb") as file:
+            for leaf in state.values():
+                file.write(np.asarray(leaf).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    figures = _measured(write, lambda: None)
+    (root / f"raw-{step}").unlink()
+    return figures
+
+
+def _orbax(manager: ocp.CheckpointManager, state: Any, step: int) -> Figures:
+    tree = nnx.state(state) if isinstance(state, nnx.Module) else state
+    args = ocp.args.StandardSave(tree)
+    return _measured(lambda: manager.save(step, args=args), manager.wait_until_finished)
+
+
+def _jobkit(run: jobkit.Run, step: int) -> Figures:
+    def wait() -> None:
+        while run.committed_step < step:
+            time.sleep(0.0005)
+
+    figures = _measured(lambda: run.save(step), wait)
     run._session.checkpoints.wait()  # retention and the rehearsal are no part of a save: not in the next round
-    return blocking, durable
+    return figures
 
 
-def main() -> int:
-    """Measure and print milliseconds, and ratios to default Orbax round by round."""
-    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 104
+class _Model(nnx.Module):
+    def __init__(self, state: dict[str, jax.Array]) -> None:
+        for name, value in state.items():
+            setattr(self, name, nnx.Param(value))
+
+
+def measure(megabytes: float, leaves: int, rounds: int, *, model: bool = False) -> dict[str, list[Figures]]:
+    """Return what each contender took in each round.
+
+    Args:
+        megabytes: Of the state.
+        leaves: So many arrays of one size.
+        rounds: How many.
+        model: Whether the state is an NNX model rather than a dict.
+    """
     root = Path(tempfile.mkdtemp())
-    state = _state(megabytes)
-    keep = ocp.CheckpointManagerOptions(max_to_keep=1)
-    tuned = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-    rows: dict[str, list[tuple[float, float]]] = {}
+    state = _state(megabytes, leaves)
+    tree: Any = _Model(state) if model else state
+    rows: dict[str, list[Figures]] = {name: [] for name in NAMES}
     with (
-        ocp.CheckpointManager(root / "default", options=keep) as default,
-        ocp.CheckpointManager(root / "tuned", item_handlers=tuned, options=keep) as tuned_manager,
+        ocp.CheckpointManager(root / "orbax", options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager,
+        jobkit.Run(root / "before", save_every=None, keep=1, writer="orbax") as before,
         jobkit.Run(root / "run", save_every=None, keep=1) as run,
     ):
-        run.resume(net=state, optimizer=None)
-        run._session.checkpoints.wait()
-        contenders: dict[str, Callable[[int], tuple[float, float]]] = {
-            "flat write + fsync (floor)": lambda step: _flat(root, state, step),
-            "Orbax default": lambda step: _orbax(default, ocp.args.StandardSave(state), step),
-            "Orbax tuned": lambda step: _orbax(
-                tuned_manager, ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=64 << 20), step
-            ),
+        for one in before, run:
+            one.resume(net=tree, optimizer=None)
+            one._session.checkpoints.wait()
+        contenders: dict[str, Callable[[int], Figures]] = {
+            "raw": lambda step: _raw(root, state, step),
+            "Orbax": lambda step: _orbax(manager, tree, step),
+            "through Orbax": lambda step: _jobkit(before, step),
             "jobkit": lambda step: _jobkit(run, step),
         }
-        for step in range(1, ROUNDS + 2):
-            for name, measure in contenders.items():
-                figures = measure(step)
-                if step > 1:  # the first of each touches memory and imports for the first time
-                    rows.setdefault(name, []).append(figures)
-    table = Table(
-        f"{megabytes} MB, {LEAVES} leaves",
-        "blocking ms",
-        "durable ms",
-        "durable / Orbax default",
-        title=f"{ROUNDS} interleaved rounds, medians",
-    )
-    for name, figures in rows.items():
-        ratio = statistics.median(
-            mine[1] / theirs[1] for mine, theirs in zip(figures, rows["Orbax default"], strict=True)
-        )
-        blocking, durable = (statistics.median(pair[index] for pair in figures) * 1e3 for index in (0, 1))
-        table.add_row(name, f"{blocking:.1f}", f"{durable:.0f}", f"{ratio:.2f}")
-    Console().print(table)
+        for step in range(1, rounds + 2):
+            for name, contender in contenders.items():
+                figures = contender(step)
+                if step > 1:
+                    rows[name].append(figures)
     shutil.rmtree(root)
+    return rows
+
+
+def _median(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def ratios(rows: dict[str, list[Figures]], name: str, other: str, place: int) -> list[float]:
+    """Return one figure of a contender as a multiple of another's, round by round."""
+    return [mine[place] / theirs[place] for mine, theirs in zip(rows[name], rows[other], strict=True)]
+
+
+def picture(table: dict[str, dict[str, list[Figures]]], path: Path) -> None:
+    """Draw blocking and durable time of every contender and size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
+    for axis, place, title in zip(axes, (0, 2), ("blocking", "until durable"), strict=True):
+        for shift, name in enumerate(NAMES if place else NAMES[1:]):
+            values = [statistics.median(row[place] for row in rows[name]) * 1e3 for rows in table.values()]
+            axis.bar(np.arange(len(table)) + shift * 0.2 - 0.3, values, 0.19, label=name)
+        axis.set(yscale="log", ylabel="ms", title=title)
+        axis.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and print the table."""
+    given = sys.argv[1:] if arguments is None else arguments
+    rounds = QUICK if "--quick" in given else ROUNDS
+    sizes = [size for size in SIZES if "--quick" not in given or size[0] < 1_000]
+    shown = Table(
+        "state",
+        "blocking ms",
+        "blocking / Orbax",
+        "before / Orbax",
+        "CPU / Orbax",
+        "durable ms",
+        "durable / raw",
+        "before / raw",
+        title=f"a save, {rounds} interleaved rounds: medians (quartiles)",
+    )
+    table: dict[str, dict[str, list[Figures]]] = {}
+    for (megabytes, leaves), model in [*zip(sizes, itertools.repeat(False)), (NNX, True)]:
+        label = f"{megabytes:g} MB, {leaves} leaves{' of a model' if model else ''}"
+        rows = table[label] = measure(megabytes, leaves, rounds, model=model)
+        shown.add_row(
+            label,
+            f"{statistics.median(row[0] for row in rows['jobkit']) * 1e3:.1f}",
+            _median(ratios(rows, "jobkit", "Orbax", 0)),
+            _median(ratios(rows, "through Orbax", "Orbax", 0)),
+            _median(ratios(rows, "jobkit", "Orbax", 1)),
+            f"{statistics.median(row[2] for row in rows['jobkit']) * 1e3:.0f}",
+            _median(ratios(rows, "jobkit", "raw", 2)),
+            _median(ratios(rows, "through Orbax", "raw", 2)),
+        )
+    Console(width=160).print(shown)
+    place = next((Path(word) for word in given if word.endswith(".png")), Path(tempfile.mkdtemp()) / "saves.png")
+    picture(table, place)
+    print(f"picture: {place}")
     return 0
 
 

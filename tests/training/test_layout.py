@@ -1,10 +1,13 @@
 """Orbax's layout written by our handler: stock Orbax reads it bit for bit, and no flipped bit reaches a program."""
 
+import errno
+import gc
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jobkit
 from jobkit import contract
-from jobkit.checkpoint import state
+from jobkit.checkpoint import orbax_io, state
 from jobkit.checkpoint.layout import probe, reading, texts, writing
 from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectRestore, DirectSave
 from jobkit.checkpoint.layout.table import Chunked, cut
@@ -238,9 +241,53 @@ def test_both_writers_in_one_run(tmp_path: Path) -> None:
         jobkit.Run(tmp_path / "run", writer="fast")  # type: ignore[arg-type]
 
 
+def test_a_failed_save_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a save that failed was to write is free at once, though Orbax keeps the error; the next writer goes on."""
+
+    def full(*_: Any) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer, array = orbax_io.Writer(), np.ones(1 << 16)
+    held = weakref.ref(array)
+    with monkeypatch.context() as planted:
+        planted.setattr(texts, "array_text", full)
+        writer.start(tmp_path / "stage", {("x", "a"): array}, array.nbytes, for_upload=False)
+        del array
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+    gc.collect()
+    assert held() is None
+    again = writer.another()
+    assert again.cancel(), "nothing runs yet: it cancels no later save"
+    again.start(tmp_path / "again", {("x", "a"): np.ones(3)}, 24, for_upload=False)
+    again.wait()
+    for one in (writer, again):
+        one.close()
+    assert reading.table_of(tmp_path / "again" / contract.ORBAX_ITEM)
+
+
+def test_a_tree_is_as_it_was_at_the_save(tmp_path: Path) -> None:
+    """Arrays of numpy's that the program writes into during a save are saved as they were; shapes are compared."""
+    tree = {"a": np.zeros(1 << 20)}
+    with ocp.CheckpointManager(tmp_path / "run", item_handlers=DirectCheckpointHandler()) as manager:
+        manager.save(1, args=DirectSave(tree))
+        tree["a"] += 1
+        manager.wait_until_finished()
+        like = {"a": jax.ShapeDtypeStruct((1 << 20,), np.float64)}
+        assert not manager.restore(1, args=DirectRestore(like))["a"].any()
+        with pytest.raises(ConfigError, match=r"a is float64 \(1048576,\) in .*, and float32 \(3,\) here"):
+            manager.restore(1, args=DirectRestore({"a": jax.ShapeDtypeStruct((3,), np.float32)}))
+
+
 def test_what_no_array_is_is_refused(tmp_path: Path) -> None:
     """A tree for a plain manager: names with dots, and leaves that are no arrays, are refused with the remedy."""
-    for tree, said in (({"a.b": np.ones(1)}, "rename it"), ({"a": object()}, "no array")):
+    for tree, said in (
+        ({"a.b": np.ones(1)}, "rename it"),
+        ({"a": object()}, "cannot be saved so"),
+        ({"a": "text"}, "cannot be saved so"),
+        ({"a": np.ones((0, 3))}, "cannot be saved so"),
+        ({"a": jax.random.key(0)}, "key_data"),
+    ):
         with pytest.raises(ConfigError, match=said):
             DirectCheckpointHandler().save(tmp_path, DirectSave(tree))
     with ocp.StandardCheckpointer() as stock:

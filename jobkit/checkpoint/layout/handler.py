@@ -3,20 +3,23 @@
 Whatever reads Orbax's checkpoints reads the result: `ocp.args.StandardRestore`, `ocp.args.PyTreeRestore`.
 """
 
-import asyncio
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as File
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from jobkit.checkpoint.layout import reading, writing
 from jobkit.checkpoint.layout.writing import Cancel, Path, Taken
+from jobkit.checkpoint.leaves import DTYPES, names
 from jobkit.errors import ConfigError
+from jobkit.rundir.files import sync_tree
 
 
 class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
@@ -34,12 +37,14 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         Raises:
             ConfigError: If the tree cannot be written so.
         """
-        taken = writing.take(args.leaves())
-        return [CommitFutureAwaitingContractedSignals(_write(directory, taken, args), name="jobkit-write")]
+        if jax.process_count() > 1:
+            raise ConfigError("DirectCheckpointHandler is for programs of one process: use ocp.args.StandardSave")
+        taken, work = writing.take(args.leaves()), _Work(args.file_bytes, args.cancel, args.sync)
+        return [CommitFutureAwaitingContractedSignals(_write(directory, taken, work), name="jobkit-write")]
 
     def save(self, directory: Any, args: "DirectSave") -> None:
         """Write a tree, and return when it is written."""
-        asyncio.run(_write(directory, writing.take(args.leaves()), args))
+        _Work(args.file_bytes, args.cancel, args.sync).write(directory, writing.take(args.leaves()))
 
     def restore(self, directory: Any, args: "DirectRestore | None" = None) -> Any:
         """Read a tree, every chunk checked against its crc32c.
@@ -58,17 +63,40 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
             raise ConfigError(f"{root} was not written by jobkit: restore it with ocp.args.StandardRestore()")
         if args is None or args.item is None:
             return nested(reading.read(root, table, {tuple(name.split(".")): None for name in table}))
-        leaves, structure = jax.tree.flatten(args.item)
-        paths = list(DirectSave(args.item).paths())
-        if lacking := [path for path in paths if ".".join(path) not in table]:
-            raise ConfigError(f"{root} has no {'/'.join(lacking[0])}; restore without an item to see what it has")
-        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-        found = reading.read(root, table, dict(zip(paths, shardings, strict=True)))
-        return jax.tree.unflatten(structure, [found[path] for path in paths])
+        wanted = _named(args.item)
+        for path, leaf in wanted.items():
+            if (array := table.get(".".join(path))) is None:
+                raise ConfigError(f"{root} has no {'/'.join(path)}; restore without an item to see what it has")
+            if (here := _outline(leaf)) != (there := (array.dtype, tuple(array.shape))):
+                raise ConfigError(f"{'/'.join(path)} is {there[0]} {there[1]} in {root}, and {here[0]} {here[1]} here")
+        found = reading.read(root, table, {path: getattr(leaf, "sharding", None) for path, leaf in wanted.items()})
+        return jax.tree.unflatten(jax.tree.structure(args.item), [found[path] for path in wanted])
 
 
-async def _write(directory: Any, taken: list[Taken], args: "DirectSave") -> None:
-    writing.write(File(directory), taken, file_bytes=args.file_bytes, cancel=args.cancel)
+class _Work(NamedTuple):
+    """How a tree is written; it holds nothing of the tree."""
+
+    file_bytes: int
+    cancel: Cancel
+    sync: bool
+
+    def write(self, directory: Any, taken: list[Taken]) -> None:
+        """Write what was taken."""
+        writing.write(File(directory), taken, file_bytes=self.file_bytes, cancel=self.cancel)
+        if self.sync:
+            sync_tree(File(directory))
+
+
+async def _write(directory: Any, taken: list[Taken], work: _Work) -> None:
+    try:
+        work.write(directory, taken)
+    except BaseException as error:
+        # Orbax keeps the error of a failed save, whose frames hold the arrays: a disk that is full for an hour would
+        # fill the memory, too.
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        taken.clear()
 
 
 @ocp.args.register_with_handler(DirectCheckpointHandler, for_save=True)
@@ -78,37 +106,37 @@ class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
 
     Args:
         item: A tree of arrays and numbers, whose names must have no '.' in them; or None.
-        arrays: Instead, path -> array.
+        arrays: Instead, path -> array, of which those of numpy's must not change until the save is done.
         file_bytes: Bytes at which a file of values ends, and an array is cut.
         cancel: Stops the save.
+        sync: Whether the files are made durable; not where somebody else does.
     """
 
     item: Any = None
     arrays: Mapping[Path, Any] | None = None
     file_bytes: int = writing.FILE_BYTES
     cancel: Cancel = field(default_factory=Cancel)
-
-    def paths(self) -> list[Path]:
-        """Return where the item's leaves lie, in their order."""
-        return [path for path, _ in self.leaves()]
+    sync: bool = True
 
     def leaves(self) -> list[tuple[Path, Any]]:
-        """Return the arrays with their paths.
+        """Return the arrays with their paths; those of numpy's are copies.
 
         Raises:
-            ConfigError: If two have the same name.
+            ConfigError: If a leaf cannot be written, or has a name that cannot.
         """
         if self.arrays is not None:
             return list(self.arrays.items())
-        found = [
-            (tuple(_name(key) for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.item)
-        ]
-        for path, leaf in found:
-            if any("." in name or "/" in name or not name for name in path):
-                raise ConfigError(f"{'/'.join(path)!a} has an empty name, or one with '.' or '/': rename it")
-            if np.asarray(leaf).dtype == object if not isinstance(leaf, jax.Array) else False:
-                raise ConfigError(f"{'/'.join(path)} is a {type(leaf).__name__}, which is no array: leave it out")
-        return found
+        named = _named(self.item)
+        for path, leaf in named.items():
+            name = "/".join(path)
+            if any("." in one or "/" in one or not one for one in path):
+                raise ConfigError(f"{name!a} has an empty name, or one with '.' or '/': rename it")
+            if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                raise ConfigError(f"{name} is a typed key: save jax.random.key_data of it")
+            dtype, shape = _outline(leaf)
+            if dtype not in DTYPES or 0 in shape:
+                raise ConfigError(f"{name} is a {type(leaf).__name__} of {dtype} {shape}, which cannot be saved so")
+        return [(path, leaf if isinstance(leaf, jax.Array) else np.array(leaf)) for path, leaf in named.items()]
 
 
 @ocp.args.register_with_handler(DirectCheckpointHandler, for_restore=True)
@@ -123,8 +151,19 @@ class DirectRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
     item: Any = None
 
 
-def _name(key: Any) -> str:
-    return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
+def _named(item: Any) -> dict[Path, Any]:
+    """Return the leaves of a tree by path, in their order."""
+    leaves = jax.tree_util.tree_leaves_with_path(item)
+    named = {names(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ConfigError("two leaves have the same name, such as 1 and '1': rename one")
+    return named
+
+
+def _outline(leaf: Any) -> tuple[str, tuple[int, ...]]:
+    """Return a leaf's dtype and shape; what is no array has those that numpy gives it."""
+    array = leaf if hasattr(leaf, "dtype") and hasattr(leaf, "shape") else np.asarray(leaf)
+    return np.dtype(array.dtype).name, tuple(array.shape)
 
 
 def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:

@@ -24,8 +24,9 @@ def stock_reads_ours() -> bool:
     """Tell whether checkpoints can be written without stock Orbax; says so if they cannot."""
     versions = f"layout {_LAYOUT}, orbax-checkpoint {version('orbax-checkpoint')}, tensorstore {version('tensorstore')}"
     known: dict[str, bool] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(_memory().read_text())
+    with suppress(OSError, ValueError, RuntimeError):  # the last of a user without a home
+        found = json.loads(_memory().read_text())
+        known = found if isinstance(found, dict) else {}
     if known.get(versions) is not True:  # what failed is tried again: it may have been the disk
         if (wrong := _wrong()) is not None:
             say(
@@ -33,7 +34,7 @@ def stock_reads_ours() -> bool:
                 "checkpoints are written through Orbax, which takes longer"
             )
             return False
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             _remember({**known, versions: True})
     return True
 
@@ -53,11 +54,11 @@ def _remember(known: dict[str, bool]) -> None:
 def _wrong() -> str | None:
     """Write a tiny tree and read it back through stock Orbax; say what is wrong, None if nothing is."""
     tree: dict[str, Any] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.array(7, np.int32)}}
-    with tempfile.TemporaryDirectory(prefix="jobkit-layout-") as directory:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="jobkit-layout-") as directory:
             DirectCheckpointHandler().save(directory, DirectSave(tree))
             found = ocp.PyTreeCheckpointHandler().restore(Path(directory))
-            same = np.array_equal(found["a"], tree["a"]) and np.array_equal(found["b"]["c"], tree["b"]["c"])
-        except Exception as error:  # whatever a version that nobody has seen yet may raise
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        same = np.array_equal(found["a"], tree["a"]) and np.array_equal(found["b"]["c"], tree["b"]["c"])
+    except Exception as error:  # whatever a version that nobody has seen yet may raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None if same else "other values came back"

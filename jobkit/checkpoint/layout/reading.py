@@ -109,8 +109,9 @@ class _Reading:
         if self._sharding is None:
             return self._region(self._regions[0], parts, own=True)
         made = {str(region): self._region(region, parts) for region in self._regions}
+        dtype = np.dtype(self._array.dtype)
         return jax.make_array_from_callback(
-            self._shape, self._sharding, lambda index: made[str(_bounded(index, self._shape))]
+            self._shape, self._sharding, lambda index: made[str(_bounded(index, self._shape))], dtype=dtype
         )
 
     def _checked(self, index: Index, future: Any) -> np.ndarray:

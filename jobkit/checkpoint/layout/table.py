@@ -7,6 +7,7 @@ Orbax.
 import itertools
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated
 
 import msgspec
@@ -66,6 +67,11 @@ def chunk_key(name: str, index: Index) -> str:
     return "/".join((name, "c", *map(str, index)))
 
 
+_TRIED = 16
+"""A chunk is not cut smaller than it could be by more than this."""
+
+
+@cache
 def cut(shape: Index, itemsize: int, most_bytes: int) -> Index:
     """Choose the shape of chunks of at most `most_bytes` bytes, which fill an array without rest.
 
@@ -82,8 +88,8 @@ def cut(shape: Index, itemsize: int, most_bytes: int) -> Index:
         return shape
     for axis, size in enumerate(shape):
         row = nbytes // size
-        rows = next((rows for rows in range(min(size, most_bytes // row), 0, -1) if size % rows == 0), 0)
-        if rows and rows * row * 16 >= most_bytes:
+        most = min(size, most_bytes // row)
+        if rows := next((rows for rows in range(most, most // _TRIED, -1) if size % rows == 0), 0):
             return (*shape[:axis], rows, *shape[axis + 1 :])
     return shape
 

@@ -1,5 +1,6 @@
 """Arrays taken off the devices, and written in one pass over their bytes."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path as File
 from typing import Any, NamedTuple
@@ -104,8 +105,17 @@ def write(directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cance
     """
     tree = texts.tree_text(array.path for array in taken)
     table: dict[str, Chunked] = {}
-    transactions = _Transactions(store.create(directory, file_bytes))
     taken.reverse()
+    with _Transactions(store.create(directory, file_bytes)) as transactions:
+        _write_all(taken, table, transactions, file_bytes, cancel)
+    cancel.check()
+    (directory / _METADATA).write_text(tree)
+    (directory / contract.CHUNKS).write_bytes(written(table))
+
+
+def _write_all(
+    taken: list[Taken], table: dict[str, Chunked], transactions: "_Transactions", file_bytes: int, cancel: Cancel
+) -> None:
     while taken:
         array = taken.pop()
         name = ".".join(array.path)
@@ -120,10 +130,6 @@ def write(directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cance
             transactions.write(chunk_key(name, index), content)
         entry.crc32c.extend(sums[index] for index in entry.indices)
         del array
-    transactions.commit()
-    cancel.check()
-    (directory / _METADATA).write_text(tree)
-    (directory / contract.CHUNKS).write_bytes(written(table))
 
 
 def _entry(array: Taken, most_bytes: int) -> Chunked:
@@ -164,10 +170,18 @@ class _Transactions:
             self._earlier = self._now.commit_async()
             self._begin()
 
-    def commit(self) -> None:
-        """Have all of it in the store's files."""
-        self._wait()
-        self._now.commit_async().result()
+    def __enter__(self) -> "_Transactions":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Have all of it in the store's files; of what failed, have nothing written on."""
+        if kind is None:
+            self._wait()
+            self._now.commit_async().result()
+            return
+        with contextlib.suppress(Exception):
+            self._wait()
+        self._now.abort()
 
     def _wait(self) -> None:
         if self._earlier is not None:
