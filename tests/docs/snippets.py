@@ -46,9 +46,13 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+_OURS = ("PYTHONPATH", "COLUMNS")
+"""What pytest and its workers set, and no shell of a reader's has."""
+
+
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     """Return one in which `jobkit` and `python` are this environment's."""
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | dict(more)
+    environ = {name: value for name, value in os.environ.items() if name not in _OURS} | dict(more)
     path = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     return {"PYTHONPATH": str(ROOT)} | environ | {"PATH": path, "JAX_PLATFORMS": "cpu"}
 
