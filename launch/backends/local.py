@@ -18,6 +18,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, explain
 from jobkit.units import show_duration
+from launch.backends import after
 from launch.lifecycle import lease, orphans, run_status, submission
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.lock import Claim, RunLock, acquire, held, runner_alive
@@ -43,7 +44,7 @@ class Local(Backend):
     """
 
     name = "local"
-    reads = frozenset({"container"})
+    reads = frozenset({"container", "after"})
     runtimes = (container.DOCKER,)
     processes_here = True
 
@@ -60,7 +61,7 @@ class Local(Backend):
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
             container.check_docker()
             container.check_image(spec.container)
-        return plan
+        return after.check(self, plan)
 
     def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`. What it had the runner sees to itself: it waits for a daemon that does not answer."""
@@ -70,6 +71,7 @@ class Local(Backend):
                 container.check_docker()
                 container.check_image(spec.container)
             check_code(store.url, spec)
+        after.check_resumed(self, store, spec)
         return spec
 
     def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:

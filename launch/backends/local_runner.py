@@ -13,6 +13,7 @@ from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
+from launch.backends import after
 from launch.lifecycle import orphans, restart
 from launch.lifecycle.lease import Lease
 from launch.lifecycle.runner import Runner
@@ -48,7 +49,19 @@ class LocalRunner(Runner):
     def _begin(self) -> int | None:
         self._clear()
         orphans.close_attempts(self._store, "the runner and the supervisor were killed")
-        return None
+        return self._wait_for_other() if after.due(self._store, self._spec) else None
+
+    def _wait_for_other(self) -> int | None:
+        """Wait until the run that this one starts after has finished well; return an exit code if it has not."""
+        watch = after.Watch(self._store, self._spec, lambda stores: {})
+        while (over := self._over_anywhere()) is None:
+            other = watch.look()
+            if other.state is State.DONE:
+                return None
+            if other.state.over:
+                return self._end(State.FAILED, other.reason)
+            self._wait(watch.pause_s)
+        return self._end(*over)
 
     def _remember(self) -> restart.Policy:
         """Take up the failures alone: who resumes a run that stood still for want of a machine wants it to go on."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobkit.errors import ConfigError, say
-from launch.cli.names import BACKEND, BEGINNING
+from launch.cli.names import BACKEND, BEGINNING, RUN
 from launch.cli.options import Launching, placement, placement_options, setup_lines
 from launch.cli.output import follow, print_status, unanswered
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     help="Begin with that step, by default the newest, of RUN.",
 )
 @click.option("--reset-step", is_flag=True, help="Of --from: count the steps from 0 again.")
+@click.option("--after", type=RUN, metavar="RUN", help="Start once RUN has finished well (local, SLURM); else fail.")
 @click.option("--setup", multiple=True, metavar="LINE", help="SLURM, gcp, aws: bash before each job, verbatim.")
 @placement_options
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, do nothing.")
@@ -70,6 +71,7 @@ def submit(
       jobkit submit --image train:1 -- python train.py
       jobkit submit --on slurm -p low --gpus-per-node 8 --time 12:00:00 --run /shared/r1 -- python train.py
       jobkit submit --sweep lr=1e-3,3e-4 --sweep seed=0..9 -- python train.py --lr {lr} --seed {seed}
+      jobkit submit --after runs/mnist -- python train.py --weights runs/mnist
       jobkit submit --from runs/mnist@best --reset-step --run runs/tuned -- python train.py --lr 1e-4
       jobkit submit --on gcp --region us-central1 --gpus L4:1 --image IMAGE --run gs://bucket/r1 -- python train.py
     """
@@ -122,6 +124,8 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
     options = options_of(profile, on=given["on"], cwd=Path.cwd(), home=Path.home())
     if given["run"] == "":
         raise ConfigError("--run is empty (of a variable that is not set?): name the run directory, or leave --run out")
+    if given["after"] == "":
+        raise ConfigError("--after is empty (of a variable that is not set?): name a run, or leave it out")
     flags = given | {"snapshot": False if given["no_snapshot"] else None, "shared": given["shared"] or None}
     for name in ("run", "name", "grace", "max-failures", "stall", "array-parallelism", "snapshot", "shared"):
         if (value := flags[name.replace("-", "_")]) is not None:
@@ -142,6 +146,7 @@ def _spec(profile: str | None, given: dict[str, Any]) -> "tuple[JobSpec, str]":
         max_time_s=place.max_time_s,
         max_cost=place.max_cost,
         setup=setup_lines(options, given["setup"], place.backend),
+        after=given["after"] or "",
         **{field: options[name] for name, field in _SAME.items() if name in options},
     )
     return spec, place.backend
@@ -189,6 +194,8 @@ def _show_plan(backend: "Backend", plan: "Plan", as_json: bool, silent: str) -> 
         print(f"sweep        {sweep.count(spec.sweep)} points: {shown[:200]}")
     print(f"would run    {shlex.join(spec.command)}\nin           {spec.cwd}")
     print(f"run          {spec.run}\nsnapshot     {files}")
+    if spec.after:
+        print(f"after        {spec.after} has finished well")
     if plan.tree and plan.tree.links:
         print(f"linked       {changes.shown(plan.tree.links)}")
     sent = backend.preview(plan)

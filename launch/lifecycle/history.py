@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jobkit import contract
-from jobkit.contract import Outcome
+from jobkit.contract import Outcome, State
 from jobkit.errors import JobkitError
 from jobkit.rundir import commits
 from jobkit.rundir.ledger import Event, Series, last_word, read_json, read_lines, read_metrics
@@ -203,6 +203,11 @@ _ALL, _MOST, _LEAST = 20_000, 2_000, 10
 
 def _finite(events: list[Event]) -> list[Event]:
     return [event for event in events if number_of(event["t"]) is not None]
+
+
+def state_of(value: object) -> State:
+    """Return a state that the ledger has; FAILED where that is none."""
+    return State(str(value)) if value in list(State) else State.FAILED
 
 
 def number_of(value: object) -> float | None:

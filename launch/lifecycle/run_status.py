@@ -18,7 +18,7 @@ from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Beat, read_beat
 from jobkit.units import show_duration
 from launch.lifecycle import lease, orphans
-from launch.lifecycle.history import Pace, count_of, number_of
+from launch.lifecycle.history import Pace, count_of, number_of, state_of
 from launch.lifecycle.history import pace as pace_in
 from launch.lifecycle.lease import Holder
 from launch.lifecycle.lock import held
@@ -204,6 +204,8 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
     beat = _beat_of(store, newest) if running and newest is not None and away is None else None
     if beat is None and state is State.RUNNING and not reason and away is None:
         reason = "starting"
+    if state is State.QUEUED and file.spec.after and _cancelled(store) is None:
+        reason = ", ".join(filter(None, [reason, f"starts once {file.spec.after} has finished well"]))
     pace = pace_of(store, newest)
     step = _last_step(beat, endings, max(committed, pace.steps if running else -1))
     made = orphans.supervisor_of(store, newest) if running and newest is not None else {}
@@ -248,7 +250,7 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
     last = last_life_event(store)
     cancelled = _cancelled(store) is not None
     if last.get("event") == "ended":
-        state, reason = _known_state(last.get("state")), str(last.get("reason", ""))
+        state, reason = state_of(last.get("state")), str(last.get("reason", ""))
         if cancelled and state is State.FAILED:
             return State.CANCELLED, cancel_reason(store), "ended"
         return state, reason, "ended"
@@ -279,10 +281,6 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
     else:
         gone = "its job was never submitted"
     return State.FAILED, f"{gone}; continue with: jobkit resume {store.url}", "gone"
-
-
-def _known_state(value: object) -> State:
-    return State(str(value)) if value in list(State) else State.FAILED
 
 
 def events(store: Store) -> list[Event]:

@@ -74,7 +74,7 @@ class Backend(ABC):
 
     Attributes:
         name: As `--on` and run.json have it.
-        reads: Fields of `JobSpec` for some backends alone that are for this one: sbatch, cloud, container, setup.
+        reads: Fields of `JobSpec` for some backends alone that are for it: sbatch, cloud, container, setup, after.
         runtimes: Runtimes of containers that it knows, its default first.
         processes_here: Whether its runs are processes of the machine that submits: those can be watched, signalled and
             taken over.

@@ -49,6 +49,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         values: Set for a point of a sweep: what each name is there.
         sweep_url: Set for a point of a sweep: URL of the sweep, where the snapshot is.
         cloud: For the backends of managed services.
+        after: URL of the run that has to finish well before the first attempt begins; empty for none. Submit puts the
+            whole URL in.
         setup: Lines of bash that run before ours in each job, verbatim: `module load`, `conda activate`. They are never
             written to run.json and never read from there: whoever may write to a run directory gives no job a line.
         setup_digest: Their digest, by which a resume knows that there were any; '' for none.
@@ -78,6 +80,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     values: dict[str, str] = {}
     sweep_url: str = ""
     cloud: Cloud | None = None
+    after: str = ""
     price_per_hour: float | None = None
     max_time_s: float | None = None
     max_cost: float | None = None
@@ -200,7 +203,9 @@ def check_line(name: str, value: str) -> None:
         raise ConfigError(f"{name} is {value!a}: no line break or other character that does not print may be in it")
 
 
-_FREE = frozenset({"command", "sweep", "values", "run", "sweep_url", "cwd", "root", "code", "links", "imports"})
+_FREE = frozenset(
+    {"command", "sweep", "values", "run", "after", "sweep_url", "cwd", "root", "code", "links", "imports"}
+)
 """Fields that may hold any letter: words of a command, which are quoted, and places, which have checks of their own."""
 
 

@@ -21,6 +21,7 @@ from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
+from launch.backends import after
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
@@ -99,6 +100,7 @@ class Managed(Backend):
 
     def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """See `Backend`."""
+        after.check_backend(self, spec)
         if self._cloud is not None:
             spec = msgspec.structs.replace(spec, cloud=self._cloud)
         if not is_remote(spec.run):
@@ -119,6 +121,7 @@ class Managed(Backend):
         """See `Backend`."""
         if store.remote is None:
             raise self._unseen(store.url)
+        after.check_resumed(self, store, spec)
         return self._completed(spec)
 
     def _completed(self, spec: JobSpec) -> JobSpec:

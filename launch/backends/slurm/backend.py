@@ -16,6 +16,7 @@ from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.units import parse_limit, show_duration
+from launch.backends import after
 from launch.backends.slurm import batch_script, doctor, queue
 from launch.lifecycle import run_status
 from launch.lifecycle.run_status import Job
@@ -37,7 +38,7 @@ class Slurm(Backend):
     """
 
     name = batch_script.BACKEND
-    reads = frozenset({"sbatch", "container", "setup"})
+    reads = frozenset({"sbatch", "container", "setup", "after"})
     runtimes = ("apptainer", "singularity", container.PYXIS)
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -48,15 +49,18 @@ class Slurm(Backend):
         if self._options is not None:
             spec = msgspec.structs.replace(spec, sbatch=dict(self._options))
         check_options(spec.sbatch, grace_s=spec.grace_s)
+        if spec.after and "dependency" in spec.sbatch:
+            raise ConfigError("--after is a dependency, and --sbatch dependency would replace it: give one of them")
         spec = self._with_image(spec, spec.cwd or os.getcwd())
         plan = prepare(spec, elsewhere=spec.container is not None, look=look)
         if plan.spec.container is not None:
             in_container(plan.store, plan.spec, cwd=Path(plan.spec.cwd), environ={})
-        return plan
+        return after.check(self, plan)
 
     def fit(self, store: Store, spec: JobSpec, *, moved: bool) -> JobSpec:
         """See `Backend`."""
         check_options(spec.sbatch, grace_s=spec.grace_s)
+        after.check_resumed(self, store, spec)
         if not moved:
             return spec
         check_code(store.url, spec)
@@ -76,11 +80,12 @@ class Slurm(Backend):
 
     def preview(self, plan: Plan) -> str:
         """Return the batch script."""
-        return batch_script.script(plan.spec, plan.store)
+        return batch_script.script(plan.spec, plan.store, behind=after.jobs_before(self, plan.store, plan.spec))
 
     def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
         """See `Backend`: one job, or one array of them."""
-        batch_script.sbatch(store, spec, points=points if spec.sweep else ())
+        behind = after.jobs_before(self, store, spec)
+        batch_script.sbatch(store, spec, behind=behind, points=points if spec.sweep else ())
 
     def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
         """See `Backend`."""

@@ -29,11 +29,10 @@ WARNING_S = 60.0
 """SLURM looks at time limits every 30 s: the warning is asked for this much before the grace has to begin."""
 
 
-def script(spec: JobSpec, store: Store) -> str:
-    """Return the batch script, exactly as it is submitted."""
-    return str(
-        _executor(spec, store, range(sweep.count(spec.sweep)))._make_submission_file_text(command(store), "jobkit")
-    )
+def script(spec: JobSpec, store: Store, *, behind: Sequence[str] = ()) -> str:
+    """Return the batch script, exactly as it is submitted; for the arguments see `sbatch`."""
+    executor = _executor(spec, store, range(sweep.count(spec.sweep)), behind)
+    return str(executor._make_submission_file_text(command(store), "jobkit"))
 
 
 def command(store: Store) -> str:
@@ -59,7 +58,7 @@ def folder(store: Store) -> Path:
     return Path.home() / ".jobkit" / "slurm" / store.path.name
 
 
-def _executor(spec: JobSpec, store: Store, points: Iterable[int]) -> Any:
+def _executor(spec: JobSpec, store: Store, points: Iterable[int], behind: Sequence[str]) -> Any:
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder(store))
@@ -78,6 +77,8 @@ def _executor(spec: JobSpec, store: Store, points: Iterable[int]) -> Any:
     )
     # The cluster's own defaults, not submitit's five minutes and its name.
     executor.parameters |= {"time": None, "wckey": None}
+    if behind:
+        executor.parameters["dependency"] = f"afterany:{':'.join(behind)}"
     return executor
 
 
@@ -87,17 +88,21 @@ def _setup(lines: Sequence[str]) -> list[str]:
     return [*lines, *told]
 
 
-def sbatch(store: Store, spec: JobSpec, *, dependency: str | None = None, points: Iterable[int] = ()) -> str:
+def sbatch(store: Store, spec: JobSpec, *, behind: Sequence[str] = (), points: Iterable[int] = ()) -> str:
     """Submit a job for a run, or an array for points of a sweep, and write it down; return its number.
+
+    Args:
+        store: The run or sweep.
+        spec: What was submitted.
+        behind: Jobs that have to be over before it starts, however they end.
+        points: Of a sweep, those that it is for.
 
     Raises:
         ConfigError: If SLURM refuses it.
     """
     import submitit
 
-    executor = _executor(spec, store, points)
-    if dependency:
-        executor.parameters["dependency"] = dependency
+    executor = _executor(spec, store, points, behind)
     text = executor._make_submission_file_text
 
     def for_owner_alone(line: str, name: str) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from jobkit.patience import Patience
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.slurm_grace import parse_time
+from launch.backends import after
 from launch.backends.job_runner import JobRunner
 from launch.backends.slurm import bad_nodes as nodes
 from launch.backends.slurm import queue, requeue, scontrol
@@ -37,6 +39,8 @@ from launch.spec.jobspec import JobSpec
 _ASK_S = 2.0
 """slurmctld may take a moment to write down why it has signalled a step."""
 _LOOK_S = 2.0
+_TRIES = 10
+"""How often a job that is to wait behind others is submitted where SLURM refuses it."""
 _WAITING_END_S = 90.0
 """How long before its end a job that waits for its run's storage has itself requeued: a try may take half a minute."""
 
@@ -72,7 +76,41 @@ class SlurmRunner(JobRunner):
         preempted = self._restarts > 0 and not again
         orphans.close_attempts(self._store, ended_by, preempted=preempted)
         cancelled = self._cancelled_before()
-        return None if cancelled is None else self._end(State.CANCELLED, cancelled)
+        if cancelled is not None:
+            return self._end(State.CANCELLED, cancelled)
+        return self._wait_for_other() if after.due(self._store, self._spec) else None
+
+    def _wait_for_other(self) -> int | None:
+        """See to it that the run begins once the one that it starts after has finished well, or never.
+
+        While that goes on a job behind its newest one takes over from this one, which would hold its nodes for nothing.
+
+        Returns:
+            An exit code, unless the run may begin here.
+        """
+        watch, tries = after.Watch(self._store, self._spec, queue.jobs_of), _TRIES
+        while (over := self._over_anywhere()) is None and not self._successor:
+            other = watch.look()
+            if other.state is State.DONE:
+                return None
+            if other.state.over:
+                return self._end(State.FAILED, other.reason)
+            if other.jobs:
+                tries -= 1
+                self._step_back(other.jobs, insist=not tries)
+            self._wait(watch.pause_s)  # of a run that has no job as far as SLURM says, which may not answer
+        return self._leave(self._successor, Exit.PREEMPTED) if over is None else self._end(*over)
+
+    def _step_back(self, others: Sequence[str], *, insist: bool) -> None:
+        """Have a job behind others begin the run; what SLURM refuses is an error only where that is insisted on."""
+        try:
+            self._successor = requeue.behind(self._store, self._spec, self._job, others)
+        except JobkitError as error:  # one of them was forgotten this very moment, or SLURM is away
+            if insist:
+                raise
+            say(str(error))
+        else:
+            self._ledger.append("requeued", job=self._job, how=self._successor, durable=True)
 
     def _says_cancelled(self) -> str:
         return f"job {self._job} was cancelled (scancel)"

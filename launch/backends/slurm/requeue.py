@@ -86,13 +86,22 @@ def again(store: Store, spec: JobSpec, job: str, *, running: bool, avoid: Sequen
     return f"submitted job {_succeed(store, spec, job)} after job {job}, {why}"
 
 
-def _succeed(store: Store, spec: JobSpec, job: str) -> str:
-    """Submit the job that goes on after this one, which is then not requeued; return its number.
+def behind(store: Store, spec: JobSpec, job: str, others: Sequence[str]) -> str:
+    """Have a run begin in a job after this one, once other jobs are over; return what was done, for the ledger.
+
+    Raises:
+        JobkitError: If SLURM refuses it.
+    """
+    return f"submitted job {_succeed(store, spec, job, others)} after job {job}, behind {', '.join(others)}"
+
+
+def _succeed(store: Store, spec: JobSpec, job: str, others: Sequence[str] = ()) -> str:
+    """Submit the job that goes on after this one, and after others, which is then not requeued; return its number.
 
     In this order: killed between the two, SLURM may requeue this job as well, which then finds itself superseded. So it
     does where the grace was over just before; then this job's next life is let make way at once.
     """
-    successor = sbatch(store, spec, dependency=f"afterany:{job}")
+    successor = sbatch(store, spec, behind=[job, *others])
     scontrol.never_requeue(job)
     with contextlib.suppress(JobkitError):
         if int(scontrol.show_job(job).get("Restarts", "0")) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
