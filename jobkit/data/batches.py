@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, say
 
 _NONE: Any = object()
 
@@ -125,7 +125,11 @@ class Batches:
         if self._ahead is _NONE:
             if self._iterator is None:
                 self._iterator = self._begin()
-            self._ahead = next(self._iterator, _NONE)
+            try:
+                self._ahead = next(self._iterator, _NONE)
+            except BaseException:  # a generator that raised is at its end: who tries again is to get that batch
+                self._iterator = None
+                raise
         return self._ahead is not _NONE
 
     def _begin(self) -> Iterator[Any]:
@@ -171,15 +175,45 @@ class Batches:
     def state_dict(self) -> dict[str, Any]:
         """Return where the batches are, and what the epoch adds up to."""
         place = {"seed": self._seed, "epoch": self._epoch, "given": self._given, "taken": self._taken}
-        return place | {"sums": {name: list(sums) for name, sums in self._sums.items()}}
+        rows = self._make.shape if isinstance(self._make, _Rows) else None
+        return place | {"rows": rows, "sums": {name: list(sums) for name, sums in self._sums.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where the batches were; batches before that, which a function makes, are made and passed over."""
+        """Go to where the batches were; batches before that, which a function makes, are made and passed over.
+
+        Where the rows are divided into others now, it goes on with the row that comes next, if a batch begins there,
+        else with the first one of the epoch, and says so.
+        """
+        if state["seed"] != self._seed:
+            say(f"Batches: the run began with seed {state['seed']} and goes on with it; seed={self._seed} is not used")
         self._seed, self._epoch, self._given, self._taken = (
             state[name] for name in ("seed", "epoch", "given", "taken")
         )
         self._sums = {name: (_of_no_device(total), count) for name, (total, count) in state["sums"].items()}
         self._iterator, self._ahead = None, _NONE
+        before = state.get("rows")
+        if isinstance(self._make, _Rows) and before is not None and self._given and before != self._make.shape:
+            self._divide_anew(self._make, *before)
+
+    def _divide_anew(self, made: "_Rows", size: int, batch_size: int, count: int) -> None:
+        """Find the place in an epoch whose rows were divided otherwise.
+
+        Args:
+            made: How they are now.
+            size, batch_size, count: As in `_Rows.shape`, how they were.
+        """
+        done = self._taken * batch_size
+        if self._taken >= count:  # the epoch was over, and stays so
+            self._given = self._taken = made.count
+        elif size == made.size and done % made.batch_size == 0:
+            self._given = self._taken = done // made.batch_size
+        else:
+            say(
+                f"Batches: epoch {self._epoch} begins anew: {done} of its {size} rows were given, in batches of "
+                f"{batch_size}, and there are {made.size} in batches of {made.batch_size} now"
+            )
+            self._given = self._taken = 0
+            self._sums = {}
 
 
 class _Rows:
@@ -191,6 +225,8 @@ class _Rows:
         self.source, self.size, self.batch_size, self.share = source, size, batch_size, share
         self.shuffle = shuffle
         self.count = size // batch_size if drop else math.ceil(size / batch_size)
+        self.shape = [size, batch_size, self.count]
+        """Rows, rows of a batch, and batches of an epoch."""
         if not self.count:
             raise ConfigError(f"Batches: {size} rows make no batch of {batch_size}")
 

@@ -31,7 +31,8 @@ from jobkit.supervise.heartbeat import open_alive, read_notice
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """SLURM and docker send TERM, `--signal` users USR1 or USR2, a person INT."""
 TERMINAL = signal.SIGHUP
-"""The terminal was closed: a notice for a program that was started by hand, unless it was to ignore that (nohup)."""
+"""The terminal was closed: a notice for a program that was started by hand, unless it was to ignore that (nohup), or
+has a handler of its own for it."""
 _GONE_S = 0.2
 """How often to look, once the terminal was closed, what has gone with it."""
 
@@ -145,8 +146,9 @@ class Listener:
 
     def _wanted(self) -> tuple[signal.Signals, ...]:
         """Return the signals that are notices to this program."""
-        by_hand = self._supervisor is None and signal.getsignal(TERMINAL) != signal.SIG_IGN
-        return (*SIGNALS, TERMINAL) if by_hand else SIGNALS
+        earlier = signal.getsignal(TERMINAL)
+        free = earlier == signal.SIG_DFL or isinstance(getattr(earlier, "__self__", None), Listener)
+        return (*SIGNALS, TERMINAL) if free and self._supervisor is None else SIGNALS
 
     def hear_earlier(self) -> None:
         """Take the notice that the supervisor has given already: whoever it signalled then may have kept it to itself,

@@ -208,7 +208,9 @@ def _hears_of_terminals(supervisor: Path | None = None) -> bool:
 
 
 def test_a_closed_terminal_is_a_notice_to_who_was_started_by_hand(tmp_path: Path) -> None:
-    """SIGHUP is one, unless it was ignored when the program started, as nohup does; a supervisor hears of it itself."""
+    """SIGHUP is one, unless it was ignored when the program started, as nohup does, or the program has a handler for
+    it; a supervisor hears of it itself.
+    """
     earlier = signal.getsignal(TERMINAL)
     try:
         signal.signal(TERMINAL, signal.SIG_DFL)
@@ -221,6 +223,9 @@ def test_a_closed_terminal_is_a_notice_to_who_was_started_by_hand(tmp_path: Path
         signal.signal(TERMINAL, signal.SIG_IGN)
         assert not _hears_of_terminals()
         assert signal.getsignal(TERMINAL) == signal.SIG_IGN
+        signal.signal(TERMINAL, own := lambda number, frame: None)
+        assert not _hears_of_terminals()
+        assert signal.getsignal(TERMINAL) == own
     finally:
         signal.signal(TERMINAL, earlier)
 

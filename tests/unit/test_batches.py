@@ -171,3 +171,63 @@ def test_rows_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(jobkit.ConfigError, match="choose a multiple of 4"):
         next(jobkit.Batches(ROWS, batch_size=6))
     assert len(next(jobkit.Batches(ROWS, batch_size=6, shard=False))) == 6
+
+
+def test_a_batch_that_could_not_be_made() -> None:
+    """Who tries again after an error gets that batch, and no end of the epoch."""
+    fails = [OSError("the storage does not answer")]
+
+    def make(seed: int, epoch: int) -> Iterator[int]:
+        for number in range(4):
+            if number == 2 and fails:
+                raise fails.pop()
+            yield number
+
+    batches = jobkit.Batches(make)
+    taken(batches, 2)
+    with pytest.raises(OSError, match="does not answer"):
+        next(batches)
+    assert taken(batches, 3) == [(2, 0, 2), (3, 0, 3), (0, 1, 0)]
+
+
+def moved(before: jobkit.Batches, given: int, after: jobkit.Batches) -> jobkit.Batches:
+    """Return batches in the state that others, of other rows, have after so many."""
+    for _ in range(given):
+        before.add(loss=float(np.sum(next(before))))
+    after.load_state_dict(decode(*encode(before.state_dict())))
+    return after
+
+
+def test_another_size_of_batches(capfd: pytest.CaptureFixture[str]) -> None:
+    """An epoch goes on with the row that comes next, if a batch begins there; else it begins anew, which is said; one
+    that was over stays so.
+    """
+
+    def rows(batches: jobkit.Batches, count: int) -> list[int]:
+        return [row for batch, _, _ in taken(batches, count) for row in batch]
+
+    def of(size: int, source: np.ndarray = ROWS, **named: Any) -> jobkit.Batches:
+        return jobkit.Batches(source, batch_size=size, seed=5, **named)
+
+    order = rows(of(4), 5)
+    goes_on = moved(of(4), 2, of(2))
+    assert (goes_on.index, goes_on.left, set(goes_on.means())) == (3, 6, {"loss"})
+    assert rows(goes_on, 6) == order[8:]
+    over = moved(of(6), 4, of(4))
+    assert (over.epoch, over.is_last, rows(over, 5)) == (0, True, rows(moved(of(4), 5, of(4)), 5))
+    assert moved(of(6, drop_remainder=True), 3, of(4)).is_last
+    assert capfd.readouterr().err == ""
+    anew = moved(of(6), 1, of(4))
+    assert "epoch 0 begins anew: 6 of its 20 rows were given, in batches of 6" in capfd.readouterr().err
+    assert (anew.epoch, anew.index, anew.means(), rows(anew, 5)) == (0, -1, {}, order)
+    assert moved(of(4), 2, of(4, np.arange(24))).index == -1
+    assert "there are 24 in batches of 4 now" in capfd.readouterr().err
+
+
+def test_another_seed(capfd: pytest.CaptureFixture[str]) -> None:
+    """The run goes on with the seed that it began with, and says so."""
+    state = jobkit.Batches(ROWS, batch_size=4, seed=5).state_dict()
+    batches = jobkit.Batches(ROWS, batch_size=4, seed=6)
+    batches.load_state_dict(state)
+    assert "began with seed 5 and goes on with it; seed=6 is not used" in capfd.readouterr().err
+    assert taken(batches, 5) == taken(jobkit.Batches(ROWS, batch_size=4, seed=5), 5)
