@@ -119,6 +119,6 @@ _NONE: frozenset[str] = frozenset()
 _NEEDED = {
     "saved": {"step"}, "restored": {"step"}, "rehearsed": {"step"}, "verified": {"step"}, "damaged": {"step"},
     "set_aside": {"step"}, "probed": {"step"}, "donated": {"step", "leaves"}, "metrics": {"step", "values"},
-    "job": {"id"}, "loop": {"total"}, "step_times": {"usual_s", "slow"},
+    "job": {"id"}, "step_times": {"usual_s", "slow"},
 }  # fmt: skip
 """What an event has in any case, by its name."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jobkit.checkpoint.leaves import is_leaf, kind_of
+from jobkit.data.epoch import Epoch
 from jobkit.errors import ConfigError
 
 _POSITIONS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
@@ -63,6 +64,8 @@ def encode(value: Any) -> tuple[Any, list[Any]]:
 def _encode(value: Any, leaves: list[Any]) -> Any:
     if value is None or type(value) in (bool, int, str):
         return value
+    if isinstance(value, Epoch):
+        return int(value)
     if isinstance(value, list):
         return [_encode(item, leaves) for item in value]
     if isinstance(value, tuple):

@@ -23,7 +23,7 @@ from jobkit.checkpoint import state
 from jobkit.checkpoint.kinds import Part
 from jobkit.drill.held import LIBRARIES, Outside, crc_of, kind_of, leaves, of_torch, own
 from jobkit.drill.looks import Kind, Look
-from jobkit.drill.settings import Drill
+from jobkit.drill.settings import OPEN, Drill
 from jobkit.rundir.ledger import Ledger
 
 _LONG_S = 0.1
@@ -47,9 +47,15 @@ class Probe:
         self._first_step, self._step_began = 0, 0.0
         self._took = array("d")
 
-    def begin_loop(self, total: int) -> int:
-        """Begin a `steps()` loop of `total` steps, of the whole run; return at which step it ends in this drill."""
-        self._ledger.append("loop", total=total)
+    def begin_loop(self, total: int, expected: int | None) -> int:
+        """Begin a loop of `steps()` or `epochs()`; return at which step it ends in this drill.
+
+        Args:
+            total: Steps of the whole run; OPEN where only the data tells.
+            expected: What the total will be then, as far as the data tells.
+        """
+        known = expected if total == OPEN else total
+        self._ledger.append("loop", **{"open": True} if known is None else {"total": known})
         return self.ends(total)
 
     def ends(self, total: int) -> int:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jobkit.checkpoint.kinds import Part, is_iterator, part_of
+from jobkit.checkpoint.objects import position_of
 from jobkit.drill import liveness
 from jobkit.drill.looks import Kind, Variable
 from jobkit.errors import ConfigError
@@ -102,7 +103,7 @@ class Outside:
             return
         module = type(value).__module__
         ours = module.startswith("jobkit.") and not module.startswith("jobkit.examples")
-        if ours:
+        if ours and position_of(value) is None:  # what has one, Batches and EarlyStopping, is to be a part
             return
         name = f"{word} in {place}"
         if (fingerprint := _fingerprint(word, value)) is not None:
@@ -292,7 +293,7 @@ def kind_of(word: str, value: Any, part: Part) -> Kind:
     ):
         return Kind.RNG
     if part.kind == "object":
-        return Kind.ITERATOR
+        return Kind.ITERATOR if hasattr(type(value), "__next__") or hasattr(type(value), "__iter__") else Kind.NUMBER
     return Kind.ARRAY if any(array.ndim for array in arrays) else Kind.NUMBER
 
 

@@ -60,11 +60,15 @@ class Boundary:
         """Whether the processes have agreed to stop."""
         self.stepped = False
         """Whether a step of `steps()` is completed."""
+        self.step_begun = True
+        """Whether the step in progress has begun; not between an epoch's own beginning and its first step."""
         self.next_look_s = time.monotonic() + _LOOK_S
         self.started_with: FirstStep | None = None
         """What the run resumed with, where the first step is to change something of it."""
         self.unsaved_step: int | None = None
         """The step that `should_save` has not wanted saved last, in a loop of the program's own."""
+        self.first_round = False
+        """Whether the first round of `through` is going on, at the end of which there may be a save."""
         self._save_wanted = self._own = False
         self._rounds = self._logs = self._asks = 0
         self._warned = False
@@ -193,6 +197,7 @@ class Boundary:
         """
         session = self._session
         self.unsaved_step = step
+        self._take_back_warning()
         if stop:
             return True
         due = self._save_wanted or self._saving.strategy.due(step, time.monotonic())
@@ -209,7 +214,9 @@ class Boundary:
         self._take_back_warning()
 
     def note_log(self) -> None:
-        """Hear that the program logs while nobody counts the steps of the run; say so if it goes on like that."""
+        """Hear that the program logs; say so if it goes on like that while nobody counts the steps of the run."""
+        if self.loop is not Loop.NONE or self.unsaved_step is not None or self.first_round:
+            return
         self._logs, now = self._logs + 1, time.monotonic()
         self._first_log_s = self._first_log_s or now
         if self._warned or self._logs < _LOGS or now - self._first_log_s < _LOGS_S or not self._session.group.first:

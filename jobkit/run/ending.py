@@ -104,41 +104,51 @@ class Ending:
 
     # Early.
 
-    def left_steps(self, another: bool = False) -> None:
+    def left_steps(self, again: bool = False) -> None:
         """Serve a `break` in `steps()`: the step in progress counts as completed, and the training has ended.
 
         Args:
-            another: Whether another loop follows.
+            again: Whether the program enters the same loop again: that was no end of the training.
         """
-        self._session.heartbeat.step += 1
+        begun, checkpoints = self._boundary.step_begun, self._session.checkpoints
+        self._session.heartbeat.step += begun
         if self._known():
             self.stop()
-        if not another:
-            self._session.checkpoints.loops.stop(self._session.step)
+        if not again:
+            checkpoints.loops.stop(self._session.step)
         self.finish()
+        if not (again or begun):  # the step before may have been committed before it was left
+            checkpoints.mark()
 
-    def left_rounds(self, another: bool) -> None:
+    def left_rounds(self, again: bool) -> None:
         """Serve a `break` in `through()`: the training has ended with the last save.
 
         Args:
-            another: Whether another loop follows.
+            again: As in `left_steps`.
         """
         if self._known():
             self.stop()
         self.finish_rounds()
         checkpoints = self._session.checkpoints
-        if not another and checkpoints.committed_step == self._session.step:
+        if not again and checkpoints.committed_step == self._session.step:
             checkpoints.loops.stop(self._session.step)
             checkpoints.mark()
 
-    def stopped_early(self, kind: str, total: int) -> bool:
+    def settle_before(self, kind: str, total: int | None, data: str = "") -> None:
+        """Serve the loop that was left before another one begins.
+
+        Args:
+            kind, total, data: Those of the new one, as in `EarlyStop`; a total of None is like no other.
+        """
+        self.leaving.settle(again=self._session.checkpoints.loops.newest == (kind, total, data))
+
+    def stopped_early(self, kind: str, total: int, data: str = "") -> bool:
         """Begin a loop; return whether an earlier attempt has left it early, so that nothing of it is left.
 
         Args:
-            kind: 'steps', 'epochs' or 'through'.
-            total: Where it ends.
+            kind, total, data: As in `EarlyStop`.
         """
-        stop = self._session.checkpoints.loops.begin(kind, total)
+        stop = self._session.checkpoints.loops.begin(kind, total, data)
         if stop is None:
             return False
         if stop.again:

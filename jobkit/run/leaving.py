@@ -31,8 +31,8 @@ class Leaving:
         """Leave a loop; called while its generator is closed.
 
         Args:
-            serve: Commits, and whatever else the end of a training takes; told whether it is no end, since another
-                loop follows.
+            serve: Commits, and whatever else the end of a training takes; told whether it is no end, since the
+                program enters the same loop again.
             sure: Whether it was left with `break`, rather than by an error perhaps.
         """
         if self._closed:
@@ -44,15 +44,15 @@ class Leaving:
             except BaseException as error:
                 self._came_of_it = error
 
-    def settle(self, *, another: bool = False) -> None:
+    def settle(self, *, again: bool = False) -> None:
         """Serve the loop that was left, if there is one; raise what came of it.
 
         Args:
-            another: Whether another loop is about to begin.
+            again: Whether the same loop is about to begin.
         """
         serve, self._serve = self._serve, None
         if serve is not None:
-            serve(another)
+            serve(again)
         error, self._came_of_it = self._came_of_it, None
         if error is not None:
             raise error

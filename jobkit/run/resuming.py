@@ -42,7 +42,7 @@ def resume(
         )
     if "step" in given:
         raise ConfigError("no part can be named 'step': that is load()'s own word; choose another name")
-    saving.positions = [value for name, value in given.items() if parts[name].kind == "object"]
+    saving.positions = {name: value for name, value in given.items() if parts[name].kind == "object"}
     if session.probe is not None:
         saving.given = given
     checkpoints, heartbeat = session.checkpoints, session.heartbeat

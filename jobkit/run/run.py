@@ -14,14 +14,15 @@ from jobkit import faults
 from jobkit.checkpoint.kinds import ValuePart
 from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.schedule import SaveEvery
+from jobkit.data.epoch import Epoch
 from jobkit.drill.settings import drill_from
 from jobkit.errors import ConfigError, say
 from jobkit.preemption.notice import Notice
 from jobkit.run import resuming, stepping
 from jobkit.run.boundary import Boundary, Loop
 from jobkit.run.ending import Ending
-from jobkit.run.epochs import Epoch, epochs
-from jobkit.run.leaving import by_break
+from jobkit.run.epochs import epochs
+from jobkit.run.rounds import Rounds
 from jobkit.run.saving import Saving
 from jobkit.run.session import Session, store_of
 from jobkit.run.state_view import Values
@@ -54,8 +55,8 @@ class Run:
         ConfigError: If an argument makes no sense or the run directory cannot be used.
 
     Signals: from entering to leaving, SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are notices, and SIGHUP, a closed terminal,
-        where the program was started by hand and not with nohup; earlier handlers come back. Where a library takes one
-        later, the loop sees and says so within 2 s, and both hear of it from then on.
+        where the program was started by hand, not with nohup, and has no handler for it; earlier handlers come back.
+        Where a library takes one later, the loop sees and says so within 2 s, and both hear of it from then on.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Run:
         self._start_from, self._stock = start_from, writer == "orbax"
         self._trackers = adapters.resolve(trackers)
         self._open: Session | None = None
-        self._depth = self._saved_by_hand = self._asks = 0
+        self._asks = 0
         self.state: Values
         """The value parts of the run, from `resume` on."""
 
@@ -95,6 +96,9 @@ class Run:
         self._saving = Saving(session, self._strategy)
         self._boundary = Boundary(session, self._saving)
         self._ending = Ending(session, self._saving, self._boundary)
+        self._rounds = Rounds(
+            session, self._saving, self._boundary, self._ending, stop=lambda: self.should_stop, save=self.save
+        )
         return self
 
     def __exit__(
@@ -105,7 +109,7 @@ class Run:
         try:
             if error is None:
                 self._ending.leaving.settle()
-                self._save_rounds()
+                self._rounds.settle()
                 self._ending.settle()
         except BaseException as raised:
             error = raised
@@ -186,7 +190,7 @@ class Run:
         """
         session, parts = self._session, self._saving.parts
         self._ending.leaving.settle()
-        self._save_rounds()
+        self._rounds.settle()
         if self._boundary.loop is Loop.OURS:
             raise ConfigError(
                 "restore() would change the state under the loop: call it after steps() has ended; where a variable or "
@@ -222,7 +226,7 @@ class Run:
         stop = self._boundary.should_stop()
         self._ending.known |= stop
         if self._boundary.loop is not Loop.OURS and saving.resumed:
-            if session.probe is not None and not self._depth and not stop:
+            if session.probe is not None and not self._rounds.depth and not stop:
                 session.probe.begin_round(session.step, saving.parts, saving.given)
             self._boundary.begin_round()
         return stop
@@ -311,11 +315,12 @@ class Run:
 
         Before each item it looks whether to stop, and then leaves with `Preempted`; so does `save`, after its commit:
         end each round with `run.save(epoch + 1)`, or a short one with `if run.should_save(n + 1): run.save(n + 1)`,
-        which on a notice is asked once more before it leaves. After the last item what is being saved is committed.
+        which on a notice gets one round more to be asked in before it leaves. After the last item what is being saved
+        is committed.
 
         Leaving a `range` with `break` ends the training, as in `steps`, with what was saved last, or with what it is
-        then where `should_save` is asked; to train on, give one that ends elsewhere. Inside another `through`, of
-        batches in epochs, it ends nothing. What was not saved when it stops is done again.
+        then where `should_save` is asked: `break` belongs behind that. To train on, give one that ends elsewhere.
+        Inside another `through`, of batches in epochs, it ends nothing. What was not saved when it stops is done again.
 
         Args:
             items: What to go through: what is left of the run's epochs, say.
@@ -325,47 +330,8 @@ class Run:
             ConfigError: If `resume` was not called, or inside `steps()`.
             StorageError: If the last save could not be committed.
         """
-        session, boundary, ending, parts = self._session, self._boundary, self._ending, self._saving.parts
-        ending.leaving.settle(another=True)
-        if boundary.loop is Loop.OURS:
-            raise ConfigError(
-                "through() inside steps(), which looks for notices and saves by itself: loop as usual there"
-            )
-        training, saved, none = not self._depth, self._saved_by_hand, True
-        if training and isinstance(items, range) and items and ending.stopped_early("through", items.stop):
-            items = ()
-        self._depth += 1
-        try:
-            for item in items:
-                if self.should_stop and boundary.unsaved_step is None:
-                    ending.stop()
-                if session.probe is not None:
-                    session.probe.begin_round(session.step, parts, self._saving.given)
-                none = False
-                if training:
-                    boundary.loop = Loop.THEIRS if boundary.loop is Loop.DONE else boundary.loop
-                    ending.take_back()
-                yield item
-        except GeneratorExit:
-            told = self._saved_by_hand > saved or boundary.unsaved_step is not None
-            if training and isinstance(items, range) and told:
-                ending.leaving.leave(self._left_rounds, sure=by_break())
-            raise
-        finally:
-            self._depth -= 1
-        if training:
-            self._save_rounds()
-            if none or self._saved_by_hand > saved:
-                ending.finish_rounds()
-
-    def _left_rounds(self, another: bool) -> None:
-        self._save_rounds()
-        self._ending.left_rounds(another)
-
-    def _save_rounds(self) -> None:
-        """Save what a loop of the program's own has ended with, where `should_save` has not wanted it saved before."""
-        if (step := self._boundary.unsaved_step) is not None and not self._strategy.only_best:
-            self.save(step)
+        self._session  # noqa: B018  (it is open)
+        return self._rounds.through(items)
 
     def save(self, step: int | None = None, /, *, wait: bool = False, **metrics: float) -> None:
         """Save now, whatever `save_every` says.
@@ -404,7 +370,7 @@ class Run:
                 raise ConfigError(f"save({step!r}): the run has completed {session.step} steps; give as many or more")
             session.heartbeat.step = step
             boundary.loop = Loop.THEIRS
-            self._saved_by_hand += 1
+            self._rounds.saves += 1
             boundary.note_own_loop()
             boundary.saved_by_hand()
             ending.take_back()
@@ -442,7 +408,6 @@ class Run:
                     raise ConfigError(wrong)
                 say(wrong)
                 del values[name]
-        if self._boundary.loop is Loop.NONE:
-            self._boundary.note_log()
+        self._boundary.note_log()
         if session.group.first and session.log_buffer.add(session.step, values):
             session.log_buffer.flush(session.ledger)

@@ -32,8 +32,8 @@ class Saving:
         self._session, self.strategy = session, strategy
         self.given: Mapping[str, Any] = {}
         """What `resume` was given, for a drill; else nothing."""
-        self.positions: list[Any] = []
-        """The objects among what `resume` was given: data, generators."""
+        self.positions: dict[str, Any] = {}
+        """The objects among what `resume` was given, by name: data, generators."""
         self._parts: dict[str, Part] | None = None
         self._asks = 0
 

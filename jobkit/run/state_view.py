@@ -3,6 +3,7 @@
 from typing import Any
 
 from jobkit.checkpoint.kinds import ValuePart
+from jobkit.data.epoch import Epoch
 from jobkit.errors import ConfigError
 
 
@@ -19,7 +20,7 @@ class Values:
         return self._part(name).value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._part(name).value = value
+        self._part(name).value = int(value) if isinstance(value, Epoch) else value
 
     def __dir__(self) -> list[str]:
         return sorted(self._parts)

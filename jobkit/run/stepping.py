@@ -20,7 +20,7 @@ def steps(
     ending: Ending,
     total: int,
     *,
-    epochs: int | None = None,
+    key: tuple[str, int, str] | None = None,
     expected: int | None = None,
 ) -> Generator[int, int | None, None]:
     """Count the run's steps; see `Run.steps`.
@@ -31,28 +31,28 @@ def steps(
         boundary: What is due between two steps.
         ending: How the training ends.
         total: Steps of the whole run; OPEN where only the data tells. What is sent to the generator takes its place.
-        epochs: How many epochs the loop has, by which an early stop knows it then.
+        key: Kind, total and data by which an early stop knows the loop, if it is one of epochs.
         expected: What the total will be, as far as the data tells where it is OPEN; None if it does not.
     """
     parts = saving.parts
     if isinstance(total, bool) or not isinstance(total, int) or total < 0:
         raise ConfigError(f"steps({total!r}): give the number of steps of the whole run")
-    ending.leaving.settle(another=True)
+    key = key or ("steps", total, "")
+    ending.settle_before(*key)
     if boundary.loop is Loop.OURS:
         raise ConfigError("steps() is already running: one loop at a time")
     step, probe = session.step, session.probe
-    name, end = ("steps", total) if epochs is None else ("epochs", epochs)
-    if step < total and ending.stopped_early(name, end):
+    if step < total and ending.stopped_early(*key):
         total = step
     elif probe is not None:
-        total = probe.begin_loop(total)
+        total = probe.begin_loop(total, expected)
     look, heartbeat, strategy, checkpoints = session.look, session.heartbeat, saving.strategy, session.checkpoints
     if step < total and (
         boundary.stopping or (look.noticed and (session.agreement is None or STOP in session.barrier()))
     ):
         ending.stop()
     again = boundary.loop is Loop.DONE and step >= total
-    boundary.loop = Loop.OURS
+    boundary.loop, boundary.step_begun = Loop.OURS, True
     if not again:
         ending.take_back()
     boundary.look_at_signals()

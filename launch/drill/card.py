@@ -92,9 +92,10 @@ def headline(result: DrillResult) -> str:
 
 
 def _steps(reference: Reference) -> str:
-    return (
-        f"all {reference.steps} steps" if reference.whole else f"the first {reference.steps} of {reference.total} steps"
-    )
+    if reference.whole:
+        return f"all {reference.steps} steps"
+    total = f" of {reference.total}" if reference.total is not None else ""
+    return f"the first {reference.steps}{total} steps"
 
 
 def _tried(result: DrillResult) -> list[str]:

@@ -87,7 +87,7 @@ def diagnose(run: str, reference: Reference, compare: Compare, finish: Finish) -
         except UnfinishedError as error:
             evidence.append(f"{_UNCLEAR}: {error}")
     if diagnosis is None:
-        diagnosis = suspects.unknown(restart)
+        diagnosis = suspects.hidden(restart) or suspects.unknown(restart)
     diagnosis.evidence[:0] = evidence
     diagnosis.step, diagnosis.tensor = suspects.first_tensor(restart.uninterrupted, restart.after)
     return diagnosis
@@ -141,7 +141,7 @@ def notice(reference: Reference) -> str:
 
 def _point(reference: Reference) -> str:
     """Name a point some steps after a save, so that a kill there costs some; after a save where steps are not ours."""
-    return f"step:{reference.middle}" if reference.total is not None else f"after_rename:{reference.hit_save}"
+    return f"step:{reference.middle}" if reference.counted else f"after_rename:{reference.hit_save}"
 
 
 def failed(why: str) -> Diagnosis:
@@ -180,7 +180,8 @@ def warnings(interrupted: Store, reference: Store) -> list[str]:
         f"{one.what}{f', line {one.line}' if one.line else ''}: changes from step to step, is no part, and is another "
         f"after the restart"
         for one in suspects.carried(restart)
-        if one.cause != "data"  # made anew from the step, it has yielded the same
+        # One that was made anew from the step has yielded the same, one that began with the first again by chance.
+        if one.cause != "data" or restart.begins_anew(one.what)
     ]
 
 

@@ -42,7 +42,9 @@ class Reference:
         pace_s: What a drill adds to each step.
         until: Where a drill ends the program's loops; None where the program has come to its end by itself, with
             early stopping perhaps, which must not look like the loop's own end.
-        total: Steps of the program's own `steps()`, as far as it got; None in a loop of its own.
+        counted: Whether the run counts its steps, and not the program in a loop of its own.
+        total: Steps of the program's own, in the loops that it came to; None where only its data tells, and in a loop
+            of its own.
         at: Where a run is interrupted in mid-run; None for the middle.
         loops: How often it came to the end of a loop; 0 if the run saw none.
         tail_s: Seconds from its last commit to its end, 0.0 where the drill ended it.
@@ -58,6 +60,7 @@ class Reference:
     save_every: int
     pace_s: float
     until: int | None = None
+    counted: bool = True
     total: int | None = None
     at: int | None = None
     loops: int = 1
@@ -68,7 +71,8 @@ class Reference:
     @property
     def whole(self) -> bool:
         """Whether the program came to its own end."""
-        return self.until is None or (self.total is not None and self.total <= self.until)
+        end = self.until
+        return end is None or self.steps < end or (self.total is not None and self.total <= end)
 
     @property
     def scenario_s(self) -> float:
@@ -140,7 +144,7 @@ def take(runs: Runs, *, steps: int | None, at: int | None, timeout_s: float) -> 
     reference = read(run.store, at)
     if cut:
         return dataclasses.replace(reference, until=reference.steps, loops=1, tail_s=0.0), True
-    return dataclasses.replace(reference, until=steps or None if reference.total is not None else None), False
+    return dataclasses.replace(reference, until=steps or None if reference.counted else None), False
 
 
 def _enough(run: Watched) -> Callable[[], bool]:
@@ -160,7 +164,7 @@ def _enough(run: Watched) -> Callable[[], bool]:
         trained_s = now - begun[0]
         if trained_s < ENOUGH_S or step < ENOUGH_STEPS:
             return False
-        left = max((event["total"] for event in run.events("loop")), default=0) - step
+        left = max((event.get("total", OPEN) for event in run.events("loop")), default=0) - step
         return left * trained_s > ENOUGH_S * (step - begun[1])
 
     return enough
@@ -196,6 +200,8 @@ def read(store: Store, at: int | None = None) -> Reference:
     finished = [float(event["t"]) for event in events if event["event"] == "finished"]
     ended = (orphans.read_outcome(store, 0) or {}).get("ended")
     times = named.get("step_times", {})
+    totals = [event.get("total", OPEN) for event in events if event["event"] == "loop"]
+    total = max(totals, default=OPEN)
     return Reference(
         run=store.url,
         steps=steps,
@@ -204,7 +210,8 @@ def read(store: Store, at: int | None = None) -> Reference:
         save_s=save_s,
         save_every=max(1, (at or steps) // 4),
         pace_s=max(0.0, max(_SHORTEST_S, (start - begun) / 2) / steps - step_s),
-        total=max((e["total"] for e in events if e["event"] == "loop" and e["total"] < OPEN), default=None),
+        counted=bool(totals),
+        total=total if total < OPEN else None,
         at=at,
         loops=len(finished),
         tail_s=max(0.0, float(ended) - finished[-1]) if ended and finished else 0.0,

@@ -237,7 +237,7 @@ def describe(fault: str) -> str:
 
 
 def _no_counted_steps(reference: Reference) -> str:
-    return "the program counts its steps in a loop of its own" if reference.total is None else ""
+    return "the program counts its steps in a loop of its own" if not reference.counted else ""
 
 
 def _no_long_step(reference: Reference) -> str:

@@ -162,6 +162,11 @@ class Restart:
         one, two = self.before, self.usual
         return any(one[step].fingerprint(name) != two[step].fingerprint(name) for step in one.keys() & two.keys())
 
+    def begins_anew(self, name: str) -> bool:
+        """Tell whether a variable is after the restart what it was before the very first step."""
+        start = self.before.get(0)
+        return start is not None and self.both is not None and self.both[1].fingerprint(name) == start.fingerprint(name)
+
     def copies_parts(self, name: str) -> bool:
         """Tell whether the arrays of a variable are those of parts, whenever it was looked at: they are saved there."""
         variables = [look.outside.get(name) for step, look in self.before.items() if step > 0]
@@ -214,7 +219,7 @@ def lost(restart: Restart) -> Diagnosis | None:
     if diagnosis is None or diagnosis.cause == "counter":
         diagnosis = in_file(restart, diagnosis) or diagnosis
     diagnosis = diagnosis or _each_attempt(restart, then, now)
-    diagnosis = diagnosis or _drawn_ahead(restart, then, now) or _hidden(restart, then)
+    diagnosis = diagnosis or _drawn_ahead(restart, then, now)
     others = [one.what for one in likely if diagnosis is not None and one.what != diagnosis.what]
     if diagnosis is not None and others:
         diagnosis.evidence.append(f"also another after the restart: {', '.join(others[:5])}")
@@ -279,9 +284,10 @@ def _drawn_ahead(restart: Restart, then: Look, now: Look) -> Diagnosis | None:
     return None
 
 
-def _hidden(restart: Restart, then: Look) -> Diagnosis | None:
-    """Look for an iterator that hides where it stands, once nothing else differs."""
-    for name, variable in then.outside.items():
+def hidden(restart: Restart) -> Diagnosis | None:
+    """Look for an iterator that hides where it stands, once nothing else differs, the time of day included."""
+    then = restart.both[0].outside if restart.both is not None else {}
+    for name, variable in then.items():
         if variable.live and variable.kind is Kind.ITERATOR and not _moves(restart.before, name):
             hides = f"nothing that the drill can see differs, and {_placed(name, variable)} hides where it stands"
             return Diagnosis("data", name, [hides], line=variable.line)

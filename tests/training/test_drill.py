@@ -152,6 +152,27 @@ def test_probe_measures_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert events["step_times"]["usual_s"] < 0.01
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_probe_tells_where_epochs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """A loop over data has the end that the data tells; where it tells none, the ledger says so, behind other loops
+    too, and the reference is no whole training.
+    """
+    monkeypatch.setenv(contract.ENV_DRILL, Drill(until=9).to_json())
+    rows = np.arange(6.0, dtype=np.float32)
+    batches = jobkit.Batches(rows, batch_size=2) if known else jobkit.Batches(lambda seed, epoch: [rows[:2]] * 3)
+    with jobkit.Run(tmp_path / "r", trackers=()) as run:
+        run.resume(w=0.0, batches=batches, optimizer=None)
+        for _ in run.steps(2):
+            run.state.w += 1
+        for epoch in run.epochs(5, batches):
+            for batch in epoch:
+                run.state.w += float(batch.sum())
+    shown = replace(reference.read(Store(tmp_path / "r")), until=9)
+    assert (shown.steps, shown.counted, shown.total, shown.whole) == (9, True, 17 if known else None, False)
+    assert (replace(shown, until=17).whole, replace(shown, until=None).whole) == (True, True)
+    assert named("notice-end").lacking(shown) == ""
+
+
 class Held:
     """An object of the program's own, as a class of a trainer might be."""
 
@@ -235,6 +256,40 @@ def test_probe_sees_what_is_held_out_of_sight() -> None:
     assert {name for name in before if after[name].crc != before[name].crc} == names
     assert after["draw"].kind is Kind.RNG
     assert after["handed_on"].live  # though the function itself does not read it again
+
+
+class Patient:
+    """Patience of the program's own, with the methods of a part."""
+
+    def __init__(self) -> None:
+        self.best = 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what it knows."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take it back."""
+        self.best = state["best"]
+
+
+def test_probe_sees_what_could_have_been_a_part() -> None:
+    """Objects with a position that nobody gave to the run, jobkit's own too: data as data, others as counters."""
+    stopping, patient = jobkit.EarlyStopping(patience=3), Patient()
+    batches, given = (jobkit.Batches(np.arange(6.0), batch_size=2) for _ in range(2))
+
+    def look() -> dict[str, Any]:
+        outside = Outside({id(given)}, set())
+        outside.walk(sys._getframe(1))
+        here = " in test_drill.py:test_probe_sees_what_could_have_been_a_part"
+        return {name.removesuffix(here): one for name, one in outside.variables.items() if name.endswith(here)}
+
+    before = look()
+    stopping.update(1.0), next(batches), next(given)
+    patient.best = 0.5
+    after = look()
+    changed = {name: after[name].kind for name in before if after[name].crc != before[name].crc}
+    assert changed == {"stopping": Kind.NUMBER, "patient": Kind.NUMBER, "batches": Kind.ITERATOR}
 
 
 def test_what_holds_itself_is_passed_over() -> None:
@@ -373,8 +428,10 @@ def test_what_was_not_hit_is_not_judged(tmp_path: Path) -> None:
 def test_occasions() -> None:
     """Moments come from the reference: the last long step, what follows the last commit, or what is asked for."""
     assert named("evaluation").lacking(REFERENCE) == "no step took much longer than the others"
-    own = replace(REFERENCE, total=None)
+    own = replace(REFERENCE, total=None, counted=False)
     assert [one.name for one in scenarios.ALL if one.lacking(own)] == ["notice-end", "evaluation"]
+    assert diagnosis.notice(own).startswith("after_rename:")
+    assert diagnosis.notice(replace(REFERENCE, total=None)) == f"step:{REFERENCE.middle}@0=TERM"
     shown = replace(REFERENCE, long_step=(49, 0.9), loops=2, tail_s=8.0, at=50, save_every=12)
     assert named("evaluation").lacking(shown) == ""
     assert named("evaluation").fault(shown) == "step:50@0=KILL+0.500"
@@ -490,9 +547,12 @@ def test_data_that_does_not_tell_where_it_stands_is_named() -> None:
         found = suspects.lost(Restart(one, {30: at(30, "!")}, usual))
         assert (found.name if found is not None else None) == name
     hidden = {step: seen(step, outside={"rows in a.py:main": ["iterator", "r", 7]}) for step in (0, 1, 2, 30)}
-    found = suspects.lost(Restart(hidden, {30: hidden[30]}, {}))
+    restart = Restart(hidden, {30: hidden[30]}, {})
+    assert suspects.lost(restart) is None
+    found = suspects.hidden(restart)
     assert found is not None
     assert (found.name, found.line) == ("unsaved data position: rows in a.py:main", 7)
+    assert suspects.hidden(Restart(hidden, {}, {})) is None
     blind = {0: seen(0, threads=["ahead in a.py"])}
     assert "ahead in a.py" in suspects.unknown(Restart(blind, {}, {})).evidence[-1]
 
@@ -511,9 +571,12 @@ def test_copy_of_a_part_is_no_cause() -> None:
 
 
 def test_warning_names_variable_and_line(tmp_path: Path) -> None:
-    """What changes, is no part and is another after the restart is warned of; not what always differs, nor data."""
+    """What changes, is no part and is another after the restart is warned of, not what always differs; of data only
+    what begins anew, since what was made from the step has yielded the same.
+    """
     outside = {
         "ema in a.py:main": ["array", "e{}", 12, True],
+        "rates in a.py:main": ["iterator", "a{}", 8, True],
         "began in a.py:main": ["number", "t{}", 3, True],
         "rows in a.py:main": ["iterator", "i{}", 5, True],
     }
@@ -526,10 +589,15 @@ def test_warning_names_variable_and_line(tmp_path: Path) -> None:
         return seen(step, outside=filled)
 
     one = {step: at(step) for step in (0, 1, 2, 30)}
-    interrupted = ended(tmp_path / "notice", looks=(one, {30: at(30, "!")}))
+    after = at(30, "!")
+    after.outside["rates in a.py:main"] = one[0].outside["rates in a.py:main"]
+    interrupted = ended(tmp_path / "notice", looks=(one, {30: after}))
     usual = ended(tmp_path / "reference", looks=({step: at(step, began="!") for step in (0, 1, 2)},))
-    (told,) = diagnosis.warnings(interrupted, usual)
-    assert told.startswith("ema in a.py:main, line 12: changes from step to step, is no part")
+    told = diagnosis.warnings(interrupted, usual)
+    says = "changes from step to step, is no part"
+    begins = [f"rates in a.py:main, line 8: {says}", f"ema in a.py:main, line 12: {says}"]
+    assert len(told) == 2
+    assert all(map(str.startswith, told, begins))
     blind = ended(tmp_path / "blind", looks=(one, {}))
     assert diagnosis.warnings(blind, usual) == ["which variables a restart does not bring back could not be seen"]
 
@@ -587,6 +655,19 @@ def test_crash_with_a_still_clock_where_no_two_runs_are_equal(tmp_path: Path) ->
     found = diagnosed(tmp_path, runs, lambda one, other: False)
     assert found.name == "nondeterministic operation: noise in a.py:main"
     assert "whether it depends on the time of day is not known" in "".join(found.evidence)
+
+
+@pytest.mark.parametrize(
+    ("still", "name"), [(True, "wall-clock dependence"), (False, "unsaved data position: rows in a.py:main")]
+)
+def test_the_clock_comes_before_what_hides_its_position(tmp_path: Path, still: bool, name: str) -> None:
+    """An iterator that the drill cannot look into is accused only where a clock that stands still changes nothing."""
+    hidden = {step: seen(step, outside={"rows in a.py:main": ["iterator", "r", 7]}) for step in (0, 1, 2, 37)}
+    runs = {name: ended(tmp_path / name, looks=(hidden,)) for name in ("again", "still", "still-interrupted")}
+    runs["again-notice"] = ended(tmp_path / "again-notice", looks=(hidden, {37: hidden[37]}))
+    differing = {"again-notice"} if still else {"again-notice", "still-interrupted"}
+    found = diagnosed(tmp_path, runs, lambda one, other: not differing & {one, other})
+    assert found.name == name
 
 
 def test_diagnosis_that_comes_to_nothing(tmp_path: Path) -> None:
@@ -656,6 +737,16 @@ def texts(told: DrillResult) -> dict[str, str]:
             {"which": "good", "shown": replace(REFERENCE, total=6000, until=60)},
             "certified",
             "certified for the first 60 of 6000 steps: every promise held",
+        ),
+        (
+            {"which": "good", "shown": replace(REFERENCE, total=None, until=60)},
+            "certified",
+            "certified for the first 60 steps: every promise held",
+        ),
+        (
+            {"which": "good", "shown": replace(REFERENCE, total=6000, until=100)},
+            "certified",
+            "certified: every promise held, in all 60 steps",
         ),
     ],
 )
@@ -957,6 +1048,18 @@ def test_interrupted_at_a_step(tmp_path: Path) -> None:
     assert told["steps"] == {"drilled": 143, "of": 100_000, "all": False}
     assert 130 <= told["scenarios"][0]["at_steps"][0] < 143
     assert told["diagnosis"]["name"] == "step-dependent state outside the parts: beyond in late.py:main"
+
+
+@pytest.mark.slow
+def test_epochs_whose_end_only_the_data_knows(tmp_path: Path) -> None:
+    """They are cut where --steps says, the interrupted runs as well, and certified for those steps alone."""
+    asked = ("--only", "kill", "--steps", "40", "--json", "--run", str(tmp_path / "d"))
+    done = drill(*asked, "--", "python", "epochs_open.py", cwd=SCRIPTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["headline"].startswith("certified for the first 40 steps: every promise held")
+    assert told["steps"] == {"drilled": 40, "of": None, "all": False}
+    assert (told["scenarios"][0]["identical"], told["warnings"]) == (True, [])
 
 
 @pytest.mark.slow

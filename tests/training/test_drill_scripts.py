@@ -48,6 +48,7 @@ RIGHT = {
     "python_generators": Right(),
     "same_environment": Right(),
     "after_the_loop": Right(),
+    "forgotten": Right(("schedule in forgotten.py:main", "plateau in forgotten.py", "stopping in forgotten.py")),
     "torch_sound": Right(),
     "tf_sound": Right(),
 }

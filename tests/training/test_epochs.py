@@ -1,5 +1,6 @@
 """Epochs: a loop in a loop, interrupted anywhere, goes on where it was; validations count once."""
 
+import contextlib
 import os
 import signal
 import time
@@ -271,15 +272,119 @@ def test_an_epoch_that_is_not_gone_through(tmp_path: Path) -> None:
         assert (run.step, run.committed_step, run.state.w, data.epoch) == (6, 6, 6.0, 3)
 
 
+class Watch:
+    """An object of a program's own that keeps the epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = -1
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take it back."""
+        self.epoch = state["epoch"]
+
+
 def test_an_epoch_is_its_number(tmp_path: Path) -> None:
-    """It can be printed, logged, compared, and given to JAX; a bar knows how many steps are left of it."""
-    with jobkit.Run(tmp_path / "r", trackers=()) as run:
-        run.resume(w=0.0, optimizer=None)
+    """It can be printed, logged, compared, saved, and given to JAX; a bar knows how many steps are left of it."""
+    watch = Watch()
+    with jobkit.Run(tmp_path / "r", save_every=1, trackers=()) as run:
+        run.resume(w=0.0, last=0, watch=watch, optimizer=None)
         for epoch in run.epochs(2, steps_per_epoch=3):
             assert len(epoch) == 3
             for step in epoch:
                 run.state.w += float(jax.jit(lambda number: number + 1)(epoch))
                 run.log(epoch=epoch, step_here=step)
+                run.state.last = watch.epoch = epoch
                 assert step // 3 == epoch
         assert (f"{epoch:02d}", epoch % 2, run.state.w) == ("01", 1, 9.0)
         assert jax.random.fold_in(jax.random.key(0), epoch) == jax.random.fold_in(jax.random.key(0), 1)
+    loaded = jobkit.load(tmp_path / "r", last=0, watch=(again := Watch()))
+    assert [(type(one), one) for one in (loaded.last, again.epoch)] == [(int, 1)] * 2
+
+
+def two_phases(url: Path, kind: str = "batches", hit: tuple[int, int] | None = None) -> None:
+    """Stop pretraining early, and train on in as many epochs of other data; a signal comes in one of those.
+
+    Args:
+        kind: What the phases go through; 'held' in a variable that is used again.
+        hit: The epoch of the second phase, and how many steps of it are done when the signal comes.
+    """
+    first, second = (jobkit.Batches(ROWS, batch_size=2, seed=seed) for seed in (1, 2))
+    with jobkit.Run(url, save_every=None, trackers=()) as run:
+        state = run.resume(w=jnp.zeros(()), first=first, second=second, optimizer=None)
+
+        def phase(data: jobkit.Batches, size: int) -> Iterator[Any]:
+            return run.epochs(3, steps_per_epoch=size) if kind == "steps" else run.epochs(3, data)
+
+        loop = phase(first, SIZE) if kind == "held" else None
+        for epoch in loop or phase(first, SIZE):
+            for item in epoch:
+                state.w = 0.9 * state.w + np.sum(item)
+            if epoch == 1:
+                break
+        loop = phase(second, 2 * SIZE)
+        for epoch in loop:
+            for done, item in enumerate(epoch, 1):
+                state.w = 0.8 * state.w - np.sum(item)
+                if hit == (epoch, done):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["batches", "steps", "held"])
+def test_an_early_stop_of_one_phase_stays_in_the_next(tmp_path: Path, kind: str) -> None:
+    """Interrupted in its second phase, a training does not enter the first again, which was left with `break`."""
+    two_phases(tmp_path / "whole", kind)
+    for hit in ((1, 2), (2, 3)):
+        with pytest.raises(jobkit.Preempted):
+            two_phases(tmp_path / "run", kind, hit)
+    two_phases(tmp_path / "run", kind)
+    assert compare(tmp_path / "whole", tmp_path / "run").equal
+
+
+@pytest.mark.parametrize("kind", ["arrays", "steps"])
+@pytest.mark.parametrize("save_every", [None, SIZE])
+def test_a_break_before_the_first_step_of_an_epoch(tmp_path: Path, kind: str, save_every: int | None) -> None:
+    """It counts no step, ends the training with the epoch before, and does so in the next attempt too."""
+    for attempt in range(2):
+        data, begun = jobkit.Batches(ROWS, batch_size=2), []
+        with jobkit.Run(tmp_path / "r", save_every=save_every, trackers=()) as run:
+            state = run.resume(w=0.0, data=data, optimizer=None)
+            for epoch in run.epochs(4, data) if kind == "arrays" else run.epochs(4, steps_per_epoch=SIZE):
+                begun.append(int(epoch))
+                while save_every and (run.committed_step < run.step or run._session.checkpoints.saving):
+                    time.sleep(0.01)
+                if epoch == 2:
+                    break
+                for _ in epoch:
+                    state.w += 1
+            assert (run.step, run.committed_step, state.w) == (2 * SIZE, 2 * SIZE, 2.0 * SIZE)
+        assert begun == ([] if attempt else [0, 1, 2])
+
+
+class Stream(Loader):
+    """A loader over what has no length, as PyTorch's are: it has the method."""
+
+    def __len__(self) -> int:
+        raise TypeError("object of type 'Rows' has no len()")
+
+
+def test_an_epoch_of_a_loader_is_all_of_it(tmp_path: Path) -> None:
+    """A part of one would be another after a restart: refused before it is trained, or where it turns out."""
+    said = refused(tmp_path, 3, Loader(), steps_per_epoch=3)
+    assert "of 5 batches" in said
+    assert "leave steps_per_epoch out" in said
+    assert "has no length" in refused(tmp_path, 3, Stream())
+    for size in (SIZE, 3):
+        data, steps = Stream(), []
+        refuses = pytest.raises(jobkit.ConfigError, match="a Stream goes on after the 3 batches")
+        ends = refuses if size < SIZE else contextlib.nullcontext()
+        with ends, jobkit.Run(tmp_path / f"of-{size}", trackers=()) as run:
+            run.resume(w=0.0, data=data, optimizer=None)
+            for epoch in run.epochs(2, data, steps_per_epoch=size):
+                for _ in epoch:
+                    run.state.w += 1
+                    steps.append(run.step)
+        assert len(steps) == (3 if size < SIZE else 2 * SIZE)

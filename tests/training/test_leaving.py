@@ -174,6 +174,12 @@ def test_loops_are_known_by_their_end() -> None:
     assert third.begin("steps", 10) is None
     third.stop(9)
     assert [stop.again for stop in third.early] == [True]
+    assert third.begin("epochs", 10, "pairs") is None
+    third.stop(12)
+    fourth = Loops(third.early)
+    assert fourth.begin("epochs", 10, "rows") is None
+    assert fourth.newest == ("epochs", 10, "rows")
+    assert fourth.begin("epochs", 10, "pairs") is not None
 
 
 # Early stopping in steps().

@@ -193,13 +193,15 @@ def _train_blind(url: Path, *, loop: str) -> list[troubles.Trouble]:
         if loop == "steps":
             for _ in run.steps(2):
                 run.state.w += 1
+        elif loop == "asks":
+            assert not run.should_save(1)
         else:
             run.save(1)
         found += troubles.standing([troubles.unsaved(store, run.attempt)])
     return found
 
 
-@pytest.mark.parametrize("loop", ["steps", "own"])
+@pytest.mark.parametrize("loop", ["steps", "own", "asks"])
 def test_a_program_that_trains_past_its_run_is_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
@@ -214,6 +216,25 @@ def test_a_program_that_trains_past_its_run_is_told(
     (told,) = [one.text for one in explain(measure(history), history).story if "trained past the run" in one.text]
     assert told.startswith("Attempt 0 trained past the run: the program logs,")
     assert told.endswith("Later it did.")
+
+
+@pytest.mark.parametrize("saves", ["each", "due", "never"])
+def test_logging_in_rounds_that_are_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, saves: str
+) -> None:
+    """What is logged in a round is no sign of a lost training while the program saves rounds, or asks whether to; once
+    one has passed without either it is.
+    """
+    monkeypatch.setattr(boundary, "_LOGS_S", 0.0)
+    with jobkit.Run(tmp_path / "r", trackers=()) as run:
+        run.resume(w=0.0, optimizer=None)
+        for number in run.through(range(2)):
+            run.state.w += 1
+            for _ in range(5):
+                run.log(loss=1.0)
+            if saves == "each" or (saves == "due" and run.should_save(number + 1)):
+                run.save(number + 1)
+            assert ("the program logs" in capfd.readouterr().err) is (saves == "never" and number == 1)
 
 
 def test_logging_before_a_loop_is_nothing_to_be_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +300,7 @@ def test_a_save_is_due_by_the_interval(tmp_path: Path) -> None:
     with jobkit.Run(tmp_path / "r", save_every=4, trackers=()) as run:
         run.resume(w=0.0, optimizer=None)
         due = []
-        while run.committed_step < 0:  # the start is on its way
+        while run.committed_step < 0 or run._session.checkpoints.saving:  # the start is on its way
             time.sleep(0.01)
         for number in run.through(range(10)):
             run.state.w += 1
@@ -297,3 +318,23 @@ def test_should_save_inside_steps(tmp_path: Path) -> None:
             run.state.w += 1
             with pytest.raises(jobkit.ConfigError, match="save by themselves"):
                 run.should_save(step)
+
+
+def _asks_rarely(url: Path, done: list[int]) -> None:
+    with jobkit.Run(url, save_every=None, trackers=()) as run:
+        run.resume(w=0.0, optimizer=None)
+        for number in run.through(range(40)):
+            done.append(number)
+            if number == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if number % 10 == 9 and run.should_save(number + 1):
+                run.save(number + 1)
+
+
+def test_a_notice_waits_one_round_for_the_question(tmp_path: Path) -> None:
+    """Where the program asks only in some rounds whether to save, it leaves after one round more all the same."""
+    done: list[int] = []
+    with pytest.raises(jobkit.Preempted):
+        _asks_rarely(tmp_path / "r", done)
+    assert done[-1] == 13
+    assert commits.steps(Store(tmp_path / "r"))[-1] == 0
