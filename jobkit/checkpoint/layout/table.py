@@ -50,17 +50,6 @@ class Chunked(msgspec.Struct):
         """Bytes of the whole array in memory."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def at(self, index: Index) -> tuple[slice, ...]:
-        """Return what of the array a chunk holds."""
-        return tuple(slice(at * step, (at + 1) * step) for at, step in zip(index, self.chunk, strict=True))
-
-    def checksum(self, index: Index) -> int:
-        """Return the checksum of one chunk."""
-        place = 0
-        for at, count in zip(index, self.grid, strict=True):
-            place = place * count + at
-        return self.crc32c[place]
-
 
 def chunk_key(name: str, index: Index) -> str:
     """Return the key of a chunk in zarr's default encoding: 'net.w/c/0/1', of an array without axes 'net.w/c'."""

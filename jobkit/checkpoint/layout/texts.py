@@ -1,8 +1,7 @@
 """The texts of the layout that depend on the tree's structure alone: made once per structure, not per save."""
 
 import json
-from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import tensorstore as ts
@@ -32,7 +31,8 @@ def array_text(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> by
     return json.dumps(_of_dtype(dtype) | {"shape": shape, "chunk_grid": grid}).encode()
 
 
-def tree_text(paths: Iterable[Path]) -> str:
+@lru_cache(8)
+def tree_text(paths: tuple[Path, ...]) -> str:
     """Return the _METADATA of a tree of nested dicts with arrays at these paths.
 
     All are said to be of numpy's: whoever restores without a target gets them so, on whatever devices he has. Of JAX's

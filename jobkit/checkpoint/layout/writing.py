@@ -103,7 +103,7 @@ def write(directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cance
         CancelledError: If it was cancelled.
         ValueError, OSError: What tensorstore, or the system, says of the storage.
     """
-    tree = texts.tree_text(array.path for array in taken)
+    tree = texts.tree_text(tuple(array.path for array in taken))
     table: dict[str, Chunked] = {}
     taken.reverse()
     with _Transactions(store.create(directory, file_bytes)) as transactions:
