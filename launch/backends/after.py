@@ -133,12 +133,9 @@ def check(backend: Backend, plan: Plan) -> Plan:
     other = submission.open_run(spec.after)
     if other.url == plan.store.url:
         raise ConfigError(f"--after {spec.after}: a run cannot start after itself; name another one")
-    try:
-        found = look(other.url, backend.name, backend.jobs)
-    except ConfigError as error:
-        raise ConfigError(f"--after {spec.after}: {error}") from None
-    if found.state.over and found.state is not State.DONE:
-        raise ConfigError(f"--after {spec.after}: {found.reason}; see to that first, or leave --after out")
+    reason = _bad_end(backend, other.url, f"--after {spec.after}")
+    if reason:
+        raise ConfigError(f"--after {spec.after}: {reason}; see to that first, or leave --after out")
     return dataclasses.replace(plan, spec=msgspec.structs.replace(spec, after=other.url))
 
 
@@ -155,12 +152,22 @@ def check_resumed(backend: Backend, store: Store, spec: JobSpec) -> None:
     check_backend(backend, spec)
     if not run_status.has_ended(store):
         return
+    reason = _bad_end(backend, spec.after, f"{store.url} starts after {spec.after}")
+    if reason:
+        raise ConfigError(f"{store.url} starts after another run, and {reason}; resume that first")
+
+
+def _bad_end(backend: Backend, url: str, who: str) -> str:
+    """Say how the other run has ended, where it has ended otherwise than well; else ''.
+
+    Raises:
+        ConfigError: If it cannot be looked at, after `who`.
+    """
     try:
-        found = look(spec.after, backend.name, backend.jobs)
+        found = look(url, backend.name, backend.jobs)
     except ConfigError as error:
-        raise ConfigError(f"{store.url} starts after {spec.after}: {error}") from None
-    if found.state.over and found.state is not State.DONE:
-        raise ConfigError(f"{store.url} starts after another run, and {found.reason}; resume that first")
+        raise ConfigError(f"{who}: {error}") from None
+    return found.reason if found.state.over and found.state is not State.DONE else ""
 
 
 class Watch:
