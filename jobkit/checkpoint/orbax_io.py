@@ -33,6 +33,7 @@ from jobkit.checkpoint.layout.probe import stock_reads_ours
 from jobkit.checkpoint.layout.writing import FILE_BYTES, Cancel
 from jobkit.checkpoint.leaves import Record, placement, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
+from jobkit.rundir.commits import FileRecord
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise.oom import Memory
 
@@ -54,6 +55,7 @@ class Writer:
         self._stock = stock
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._cancel = Cancel()
+        self._measured: dict[str, FileRecord] = {}
 
     def start(self, stage: Path, arrays: Mapping[tuple[str, ...], Any], nbytes: int, *, for_upload: bool) -> None:
         """Take copies off the devices and begin writing to `stage`, which must not exist.
@@ -64,6 +66,7 @@ class Writer:
             nbytes: Bytes of all of them.
             for_upload: Whether the files will be carried to an object store.
         """
+        self._measured = {}
         if not arrays:  # Orbax refuses an empty tree
             return
         if self._orbax is None:
@@ -82,7 +85,9 @@ class Writer:
         if not self._stock:
             size = _upload_bytes(nbytes) if for_upload else FILE_BYTES
             self._cancel = Cancel()
-            direct = DirectSave(arrays=arrays, file_bytes=size, cancel=self._cancel, sync=False)
+            direct = DirectSave(
+                arrays=arrays, file_bytes=size, cancel=self._cancel, sync=False, measured=self._measured
+            )
             self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: direct}))
             return
         tree = nested(arrays)
@@ -98,6 +103,11 @@ class Writer:
         """Wait until what was started is written; raises what Orbax raises."""
         if self._orbax is not None:
             self._orbax.wait_until_finished()
+
+    @property
+    def measured(self) -> dict[str, FileRecord]:
+        """Size and checksum of files of the stage, as far as they are known without reading, once it is written."""
+        return {f"{contract.ORBAX_ITEM}/{name}": record for name, record in self._measured.items()}
 
     def another(self) -> "Writer":
         """Return a writer of the same kind, which knows of no save."""

@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ class Save:
             writer.wait()
             faults.reach("after_data")
             before(self.step)
-            measured = _own_files(self.stage, snapshot, self._group.index) if several else self._measured()
+            known = writer.measured
+            measured = _own_files(self.stage, snapshot, self._group.index) if several else self._measured(known)
             own: dict[str, Any] = msgspec.to_builtins(measured)
         except Exception as error:
             if not several:
@@ -147,12 +148,13 @@ class Save:
 
         return bool(self._group.share(f"committed/{self._number}", publish))
 
-    def _measured(self) -> dict[str, FileRecord]:
-        """Measure the files of the stage, as long as the save is wanted."""
-        measured: dict[str, FileRecord] = {}
+    def _measured(self, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+        """Measure what else there is in the stage, as long as the save is wanted."""
+        measured = dict(known)
         for name in files_below(self.stage) if self.stage.exists() else ():
             self._go_on()
-            measured |= commits.measure(self.stage, [name])
+            if name not in known:
+                measured |= commits.measure(self.stage, [name])
         return measured
 
     def _go_on(self) -> None:

@@ -2,11 +2,13 @@
 
 import errno
 import gc
+import itertools
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -23,12 +26,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jobkit
 from jobkit import contract
 from jobkit.checkpoint import orbax_io, state
-from jobkit.checkpoint.layout import probe, reading, texts, writing
+from jobkit.checkpoint.layout import ocdbt, probe, reading, texts, writing
 from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectRestore, DirectSave
 from jobkit.checkpoint.layout.table import Chunked, cut
 from jobkit.checkpoint.leaves import DTYPES
 from jobkit.checkpoint.restore import restore
-from jobkit.errors import ConfigError, DamagedError
+from jobkit.errors import ConfigError, DamagedError, StorageError
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
 from tests.training.test_checkpoint import ROOT, Life
@@ -71,6 +74,82 @@ def test_every_reader_of_orbax_reads_it(tree: dict[str, Any], tmp_path: Path) ->
     with ocp.PyTreeCheckpointer() as one, ocp.StandardCheckpointer() as other:
         assert _bits(one.restore(item)) == _bits(tree)
         assert _bits(other.restore(item, like)) == _bits(tree)
+
+
+_KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+_CONTENTS = st.tuples(st.binary(min_size=1, max_size=300), st.sampled_from(["", "values/0", "values/1"]))
+
+
+@given(values=st.dictionaries(_KEYS, _CONTENTS, min_size=1, max_size=40), arity=st.sampled_from([2, 3, 10_000]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tensorstore_reads_the_tree(values: dict[str, tuple[bytes, str]], arity: int, tmp_path: Path) -> None:
+    """A store of any keys, values in the tree and outside of it, nodes of any size: tensorstore lists and reads all."""
+    place = Path(tempfile.mkdtemp(dir=tmp_path))
+    files = {"values/0": b"", "values/1": b""}
+    entries = []
+    for key, (content, file) in values.items():
+        at = ocdbt.Place(file, len(files.get(file, b"")), len(content), b"" if file else content)
+        files |= {file: files[file] + content} if file else {}
+        entries.append((key, at))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocdbt, "_ARITY", arity)
+        files[ocdbt.NODES], files[ocdbt.MANIFEST] = ocdbt.tree(tuple(entries))
+    for name, content in files.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(content)
+    found = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{place}/"}).result()
+    assert sorted(found.list().result()) == sorted(key.encode() for key in values)
+    assert {key: found.read(key).result().value for key in values} == {key: one for key, (one, _) in values.items()}
+    root = ts.ocdbt.dump(found.base).result()["versions"][0]["root"]["statistics"]
+    outside = sum(len(content) for content, file in values.values() if file)
+    size = len(files[ocdbt.NODES])
+    assert root == {"num_keys": len(values), "num_indirect_value_bytes": outside, "num_tree_bytes": size}
+
+
+def test_a_disk_that_fails_meanwhile_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk refuses while the rest is still written is heard: later, nobody would be told of it."""
+    monkeypatch.setattr(writing, "_SYNC_BYTES", 1 << 16)
+    life = Life(tmp_path / "run")
+    life.parts |= parts_of(big={f"w{at}": jnp.arange(1 << 15) for at in range(8)})
+    life.save(1)
+    life.raise_error()
+    calls = itertools.count()
+    synced = os.fdatasync
+
+    def refuse(descriptor: int) -> None:
+        if next(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    life.save(2)
+    with pytest.raises(StorageError, match="Input/output error"):
+        life.raise_error()
+    assert commits.steps(life.store) == [1]
+    assert next(calls) == 8
+
+
+def test_a_small_save_waits_for_the_disk_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not depend on one another is synced at once: the files, then the name of the step."""
+    waits: list[tuple[float, float]] = []
+    life, synced = Life(tmp_path / "run"), os.fsync
+
+    def slow(descriptor: int) -> None:
+        begun = time.monotonic()
+        time.sleep(0.2)
+        synced(descriptor)
+        waits.append((begun, time.monotonic()))
+
+    life.save(1)
+    monkeypatch.setattr(os, "fsync", slow)
+    life.save(2)
+    life.raise_error()
+    rounds, until = 0, 0.0
+    for begun, ended in sorted(waits):
+        if begun >= until:
+            rounds, until = rounds + 1, ended
+    assert len(waits) > 3
+    assert rounds <= 3
 
 
 def _spread(array: np.ndarray, *axes: str | None) -> jax.Array:

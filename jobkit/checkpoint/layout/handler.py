@@ -19,6 +19,7 @@ from jobkit.checkpoint.layout import reading, writing
 from jobkit.checkpoint.layout.writing import Cancel, Path, Taken
 from jobkit.checkpoint.leaves import DTYPES, names
 from jobkit.errors import ConfigError
+from jobkit.rundir.commits import FileRecord
 from jobkit.rundir.files import sync_tree
 
 
@@ -39,12 +40,12 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         """
         if jax.process_count() > 1:
             raise ConfigError("DirectCheckpointHandler is for programs of one process: use ocp.args.StandardSave")
-        taken, work = writing.take(args.leaves()), _Work(args.file_bytes, args.cancel, args.sync)
+        taken, work = writing.take(args.leaves()), _Work.of(args)
         return [CommitFutureAwaitingContractedSignals(_write(directory, taken, work), name="jobkit-write")]
 
     def save(self, directory: Any, args: "DirectSave") -> None:
         """Write a tree, and return when it is written."""
-        _Work(args.file_bytes, args.cancel, args.sync).write(directory, writing.take(args.leaves()))
+        _Work.of(args).write(directory, writing.take(args.leaves()))
 
     def restore(self, directory: Any, args: "DirectRestore | None" = None) -> Any:
         """Read a tree, every chunk checked against its crc32c.
@@ -79,10 +80,16 @@ class _Work(NamedTuple):
     file_bytes: int
     cancel: Cancel
     sync: bool
+    measured: dict[str, FileRecord]
+
+    @classmethod
+    def of(cls, args: "DirectSave") -> "_Work":
+        """Take from a save all but the tree."""
+        return cls(args.file_bytes, args.cancel, args.sync, args.measured)
 
     def write(self, directory: Any, taken: list[Taken]) -> None:
         """Write what was taken."""
-        writing.write(File(directory), taken, file_bytes=self.file_bytes, cancel=self.cancel)
+        writing.write(File(directory), taken, file_bytes=self.file_bytes, cancel=self.cancel, measured=self.measured)
         if self.sync:
             sync_tree(File(directory))
 
@@ -110,6 +117,7 @@ class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
         file_bytes: Bytes at which a file of values ends, and an array is cut.
         cancel: Stops the save.
         sync: Whether the files are made durable; not where somebody else does.
+        measured: Gets size and checksum of the large files once they are written, by name relative to the item.
     """
 
     item: Any = None
@@ -117,6 +125,7 @@ class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     file_bytes: int = writing.FILE_BYTES
     cancel: Cancel = field(default_factory=Cancel)
     sync: bool = True
+    measured: dict[str, FileRecord] = field(default_factory=dict)
 
     def leaves(self) -> list[tuple[Path, Any]]:
         """Return the arrays with their paths; those of numpy's are copies.
@@ -127,6 +136,8 @@ class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
         if self.arrays is not None:
             return list(self.arrays.items())
         named = _named(self.item)
+        if not named:
+            raise ConfigError("there is no array in the tree, and so nothing to save")
         for path, leaf in named.items():
             name = "/".join(path)
             if any("." in one or "/" in one or not one for one in path):

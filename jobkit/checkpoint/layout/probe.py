@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave
 from jobkit.errors import say
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Counted up when what we write changes, so that it is tried again."""
 
 

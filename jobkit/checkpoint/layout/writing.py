@@ -1,23 +1,28 @@
 """Arrays taken off the devices, and written in one pass over their bytes."""
 
 import contextlib
+import io
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import google_crc32c
 import jax
 import numpy as np
-import tensorstore as ts
 
 from jobkit import contract
-from jobkit.checkpoint.layout import store, texts
+from jobkit.checkpoint.layout import ocdbt, texts
 from jobkit.checkpoint.layout.table import Chunked, Index, chunk_key, cut, written
+from jobkit.rundir.commits import FileRecord
 
 FILE_BYTES = 64 << 20
 """At so many bytes a file of values ends, and an array is cut."""
-_TRANSACTION_BYTES = 16 << 20
-"""What a transaction writes stays in memory until it is on the disk; two are under way at a time."""
+_BUFFER_BYTES = 1 << 20
+_SYNC_BYTES, _SYNCS = 16 << 20, 4
+"""The disk gets so many bytes at a time, and is given more before it has them so often."""
 _METADATA = "_METADATA"
 
 Path = tuple[str, ...]
@@ -90,51 +95,81 @@ def _taken(path: Path, array: Any) -> Taken:
     return Taken(path, array.shape, shards)
 
 
-def write(directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cancel) -> None:
-    """Write a tree below a directory that exists. Nothing is synced: whoever commits does that, all files at once.
+def write(
+    directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cancel, measured: dict[str, FileRecord]
+) -> None:
+    """Write a tree below a directory that exists. It is durable only when whoever commits has synced all files at once.
 
     Args:
         directory: The item's.
         taken: The arrays; taken out one by one as they are written, so that their memory is free as soon as can be.
         file_bytes: Bytes at which a file of values ends, and an array is cut.
         cancel: Stops it at a chunk's boundary.
+        measured: Gets size and checksum of the files of values, by name relative to the directory.
 
     Raises:
         CancelledError: If it was cancelled.
-        ValueError, OSError: What tensorstore, or the system, says of the storage.
+        OSError: What the system says of the storage.
     """
     tree = texts.tree_text(tuple(array.path for array in taken))
-    table: dict[str, Chunked] = {}
-    taken.reverse()
-    with _Transactions(store.create(directory, file_bytes)) as transactions:
-        _write_all(taken, table, transactions, file_bytes, cancel)
-    cancel.check()
+    table = write_values(directory, taken, file_bytes=file_bytes, cancel=cancel, measured=measured)
     (directory / _METADATA).write_text(tree)
     (directory / contract.CHUNKS).write_bytes(written(table))
 
 
-def _write_all(
-    taken: list[Taken], table: dict[str, Chunked], transactions: "_Transactions", file_bytes: int, cancel: Cancel
+def write_values(
+    directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cancel, measured: dict[str, FileRecord]
+) -> dict[str, Chunked]:
+    """Write arrays to a store of their own; as `write`, without what makes an item of it.
+
+    Returns:
+        What lies where.
+    """
+    table: dict[str, Chunked] = {}
+    entries: list[ocdbt.Entry] = []
+    taken.reverse()
+    with _Values(directory, file_bytes) as values:
+        while taken:
+            _write_array(taken.pop(), table, entries, values, file_bytes, cancel)
+        measured.update(values.measured())
+    cancel.check()
+    nodes, manifest = ocdbt.tree(tuple(entries))
+    (directory / ocdbt.NODES).parent.mkdir()
+    (directory / ocdbt.NODES).write_bytes(nodes)
+    (directory / ocdbt.MANIFEST).write_bytes(manifest)
+    return table
+
+
+def _write_array(
+    array: Taken,
+    table: dict[str, Chunked],
+    entries: list[ocdbt.Entry],
+    values: "_Values",
+    file_bytes: int,
+    cancel: Cancel,
 ) -> None:
-    while taken:
-        array = taken.pop()
-        name = ".".join(array.path)
-        entry = table[name] = _entry(array, file_bytes)
-        shape, chunk = tuple(entry.shape), tuple(entry.chunk)
-        transactions.write(f"{name}/zarr.json", texts.array_text(entry.dtype, shape, chunk))
-        sums = {}
-        for index, values in _chunks(array, chunk):
-            cancel.check()
-            content = values.tobytes()
-            sums[index] = google_crc32c.value(content)  # while it is in the processor's cache
-            transactions.write(chunk_key(name, index), content)
-        entry.crc32c.extend(sums[index] for index in entry.indices)
-        del array
+    name = ".".join(array.path)
+    entry = table[name] = _entry(array, file_bytes)
+    shape, chunk = tuple(entry.shape), tuple(entry.chunk)
+    text = texts.array_text(entry.dtype, shape, chunk)
+    entries.append((f"{name}/zarr.json", ocdbt.Place("", 0, len(text), text)))
+    sums = {}
+    for index, content in _chunks(array, chunk):
+        cancel.check()
+        place, sums[index] = values.append(content)
+        entries.append((chunk_key(name, index), place))
+    entry.crc32c = list(sums.values()) if len(sums) == 1 else [sums[index] for index in entry.indices]
 
 
 def _entry(array: Taken, most_bytes: int) -> Chunked:
     shard = array.shards[0][1]
-    return Chunked(shard.dtype.name, list(array.shape), list(cut(shard.shape, shard.itemsize, most_bytes)))
+    return Chunked(_name(shard.dtype), list(array.shape), list(cut(shard.shape, shard.itemsize, most_bytes)))
+
+
+@cache
+def _name(dtype: np.dtype) -> str:
+    """Return a dtype's name, which numpy puts together at each call."""
+    return str(dtype.name)
 
 
 def _chunks(array: Taken, chunk: Index) -> Iterator[tuple[Index, np.ndarray]]:
@@ -149,40 +184,84 @@ def _chunks(array: Taken, chunk: Index) -> Iterator[tuple[Index, np.ndarray]]:
             yield tuple(p * count + at for p, count, at in zip(place, per_shard, inner, strict=True)), shard[part]
 
 
-class _Transactions:
-    """Writes to a store, a few dozen MB at a time: while one transaction goes to the disk the next one is filled."""
+class _Values:
+    """Values written one after another to files, of which the disk gets a part while the next one is written.
 
-    def __init__(self, values: Any) -> None:
-        self._values = values
-        self._earlier: Any = None
-        self._begin()
+    Args:
+        directory: The store's.
+        file_bytes: Bytes at which a file ends.
+    """
 
-    def _begin(self) -> None:
-        self._now, self._nbytes = ts.Transaction(), 0
-        self._into = self._values.with_transaction(self._now)
+    def __init__(self, directory: File, file_bytes: int) -> None:
+        self._directory, self._file_bytes = directory, file_bytes
+        (directory / contract.VALUES).mkdir()
+        self._file: io.BufferedWriter | None = None
+        self._nbytes, self._unsynced, self._crc = 0, 0, 0
+        self._records: dict[str, FileRecord] = {}
+        self._pool = ThreadPoolExecutor(_SYNCS, thread_name_prefix="jobkit-write")
+        self._syncs: list[Future[None]] = []
 
-    def write(self, key: str, content: bytes) -> None:
-        """Write one value."""
-        self._into.write(key, content)
-        self._nbytes += len(content)
-        if self._nbytes >= _TRANSACTION_BYTES:
-            self._wait()
-            self._earlier = self._now.commit_async()
-            self._begin()
+    def append(self, values: np.ndarray) -> tuple[ocdbt.Place, int]:
+        """Write an array's bytes; return where they lie, and their crc32c."""
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        if self._file is None:
+            path = self._directory / self._name
+            self._file = io.BufferedWriter(io.FileIO(path, "x"), _BUFFER_BYTES)
+        place = ocdbt.Place(self._name, self._nbytes, content.nbytes)
+        crc = google_crc32c.value(content)  # while it is in the processor's cache
+        self._crc = google_crc32c.extend(self._crc, content) if self._nbytes else crc
+        self._file.write(content.data)
+        self._nbytes += content.nbytes
+        self._unsynced += content.nbytes
+        if self._nbytes >= self._file_bytes:
+            self._end()
+        elif self._unsynced >= _SYNC_BYTES:
+            self._sync()
+        return place, crc
 
-    def __enter__(self) -> "_Transactions":
+    @property
+    def _name(self) -> str:
+        return f"{contract.VALUES}{len(self._records)}"
+
+    def _sync(self) -> None:
+        """Have the disk begin with what is written: what the commit syncs is then the rest."""
+        assert self._file is not None
+        self._file.flush()
+        self._syncs.append(self._pool.submit(_sync, os.dup(self._file.fileno())))
+        self._unsynced = 0
+
+    def _end(self) -> None:
+        if self._file is not None:
+            if self._unsynced >= _SYNC_BYTES:
+                self._sync()
+            self._file.close()
+            self._records[self._name] = FileRecord(self._nbytes, f"{self._crc:08x}")
+            self._file, self._nbytes, self._unsynced, self._crc = None, 0, 0, 0
+
+    def measured(self) -> dict[str, FileRecord]:
+        """End the last file; return the size and the checksum of each, once the disk has what it was given before.
+
+        Raises:
+            OSError: If it could not take it: nobody else hears of that.
+        """
+        self._end()
+        for one in self._syncs:
+            one.result()
+        return self._records
+
+    def __enter__(self) -> "_Values":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Have all of it in the store's files; of what failed, have nothing written on."""
-        if kind is None:
-            self._wait()
-            self._now.commit_async().result()
-            return
-        with contextlib.suppress(Exception):
-            self._wait()
-        self._now.abort()
+    def __exit__(self, *_: object) -> None:
+        """Close what a failure has left open."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._pool.shutdown()
 
-    def _wait(self) -> None:
-        if self._earlier is not None:
-            self._earlier.result()
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
