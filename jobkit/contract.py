@@ -30,6 +30,8 @@ ENV_PROCESSES = "JOBKIT_PROCESSES"
 """How many processes the attempt has; 1 where it is not given."""
 ENV_COORDINATOR = "JOBKIT_COORDINATOR"
 """host:port where process 0 of this attempt serves JAX's coordination service."""
+ENV_GATHER = "JOBKIT_GATHER_S"
+"""Seconds that the processes of an attempt wait for each other on the run's URL (see together/gathering.py)."""
 ENV_GRACE = "JOBKIT_GRACE_S"
 """Seconds from a SIGTERM, with which nobody tells more, until SIGKILL, as far as the launcher knows."""
 ENV_WARNED = "JOBKIT_WARNED_S"
@@ -82,6 +84,7 @@ VARIABLES = (
     Variable(ENV_PROCESS),
     Variable(ENV_PROCESSES),
     Variable(ENV_COORDINATOR),
+    Variable(ENV_GATHER, of_attempt=False),
     Variable(ENV_GRACE),
     Variable(ENV_WARNED),
     Variable(ENV_ENDS_AT),
@@ -256,6 +259,21 @@ def events_file(attempt: int, writer: int | str) -> str:
 def process_outcome(attempt: int, process: int) -> str:
     """Return where the supervisor of one of several processes says how its process ended."""
     return f"{ATTEMPTS}/{attempt}/process-{process}.json"
+
+
+def joined_file(attempt: int, process: int) -> str:
+    """Return the object by which a process of an attempt has its place (see together/gathering.py)."""
+    return f"{ATTEMPTS}/{attempt}/joined-{process}.json"
+
+
+def gathered_file(attempt: int) -> str:
+    """Return the object that says where the processes of an attempt meet, or that they never will."""
+    return f"{ATTEMPTS}/{attempt}/gathered.json"
+
+
+def broken_file(attempt: int) -> str:
+    """Return where the first of several processes that ended badly says so (see together/peers.py)."""
+    return f"{ATTEMPTS}/{attempt}/broken.json"
 
 
 def of_process(name: str, process: int) -> str:

@@ -27,8 +27,14 @@ POINTS = (
     "finished",
     "before_create",
     "after_create",
+    "before_join",
+    "after_join",
+    "before_gathered",
+    "after_gathered",
 )
-"""The last two are passed by a submit to a batch service. In a drill there is `step`, too: the beginning of each."""
+"""The last four are passed by supervisors that gather, the two before them by a submit to a batch service. In a drill
+there is `step`, too: the beginning of each.
+"""
 
 FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?(?:\+(\d+\.?\d*))?")
 """POINT[:COUNT][@ATTEMPT][=SIGNAL][+SECONDS]"""

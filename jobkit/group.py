@@ -199,6 +199,10 @@ def lost_process(store: Store, attempt: int) -> str:
     A shared disk that does not answer just now names nobody.
     """
     with contextlib.suppress(JobkitError):
+        if (
+            broken := read_json(store, contract.broken_file(attempt))
+        ) is not None:  # of one that shares no disk with us
+            return f"process {broken.get('process')} ended: {broken.get('reason')}"
         for name in store.names(contract.attempt_dir(attempt)):
             if name.startswith("process-"):
                 outcome = read_json(store, f"{contract.attempt_dir(attempt)}/{name}") or {}

@@ -111,19 +111,28 @@ def is_remote(url: str | os.PathLike[str]) -> bool:
     return "://" in text and not text.startswith("file://")
 
 
-def home_of(url: str) -> Path:
+def home_of(url: str, process: int | None = None) -> Path:
     """Return the node-local directory in which a run on an object store is written before it is uploaded.
 
     It lies in `JOBKIT_HOME`, else in the system's directory for temporary files, under a name made of the URL: the next
-    attempt on this node finds there what an earlier one could not upload.
+    attempt on this node finds there what an earlier one could not upload. Of several processes of an attempt each has
+    its own, whether or not they are on one node: process 0 the run's, the others one beside it.
+
+    Args:
+        url: The run's.
+        process: Whose home; by default that of the process that this one is, if it is of this run.
 
     Raises:
         ConfigError: If it cannot be made, or somebody else made it.
     """
+    if process is None:
+        of_this = os.environ.get(contract.ENV_RUN, url).rstrip("/") == url.rstrip("/")
+        process = contract.process_from()[0] if of_this else 0
     given = os.environ.get(contract.ENV_HOME)
     root = Path(given or Path(tempfile.gettempdir()) / f"jobkit-{os.getuid()}")
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
-    home = root / f"{url.rstrip('/').rpartition('/')[2]}-{digest}"
+    own = f".process-{process}" if process else ""
+    home = root / f"{url.rstrip('/').rpartition('/')[2]}-{digest}{own}"
     with in_words(f"cannot create {home}"):
         if given:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -225,6 +234,12 @@ class Store:
         """The object store behind a home, for what is done for a run that has one."""
         assert self.remote is not None
         return self.remote
+
+    def of_process(self, process: int) -> "Store":
+        """Return the same run on a URL as another process of an attempt on this node has it, in a home of its own."""
+        other = copy.copy(self)
+        other.path = home_of(self.url, process)
+        return other
 
     def with_deadline(self, deadline_s: float) -> "Store":
         """Return the same run directory, whose object store is given up on after so many seconds."""

@@ -37,15 +37,16 @@ class Uploader:
         store: The run directory.
         attempt: Number of the attempt; the uploader commits nothing once a newer one exists.
         ledger: Where uploads and their failures are written.
+        leads: Whether this is process 0's, which carries what there is once, and hears what is asked of the run.
     """
 
-    def __init__(self, store: Store, attempt: int, ledger: Ledger) -> None:
+    def __init__(self, store: Store, attempt: int, ledger: Ledger, *, leads: bool = True) -> None:
         # A dead bucket is told of soon; whoever carries tries again anyway.
         self._store = store.with_deadline(_TELL_S)
-        self._attempt, self._ledger = attempt, ledger
+        self._attempt, self._ledger, self._leads = attempt, ledger, leads
         self._since = time.time() - 0.05  # file systems keep coarse times
         self._done: set[int] = set()
-        self._old_uploads = True
+        self._old_uploads = leads  # a peer's may be under way
         self._outbox = Outbox(self._store, attempt)
         self._failing: dict[str, float] = {}
         """What fails, and since when."""
@@ -127,7 +128,7 @@ class Uploader:
                 self._ledger.append("upload_back", after_s=round(time.monotonic() - since, 3))
 
     def _hear_requests(self) -> None:
-        for name in (contract.CANCEL, contract.SAVE):
+        for name in (contract.CANCEL, contract.SAVE) if self._leads else ():
             mirror.fetch_request(self._store, name)
 
     def _upload_steps(self, *, shown: bool = False) -> None:
@@ -179,6 +180,8 @@ class Uploader:
 
     def _described(self) -> list[str]:
         """List what describes the run and is the running side's to say."""
+        if not self._leads:
+            return []
         saying = self._said_what_to_keep()
         return [name for name in mirror.described(self._store) if name != contract.STRATEGY or saying]
 

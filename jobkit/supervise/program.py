@@ -170,7 +170,7 @@ class Program:
         beat = self._link.read()
         listens = beat.phase >= Phase.LISTENING and beat.pid in processes.descendants()
         target = beat.pid if listens else self.pid
-        if target in self.codes:
+        if target in self.codes or not target:  # it has ended, or was not started yet
             return
         # What does not listen to a notice knows SIGTERM; SIGUSR1 or SIGHUP would be taken for something else.
         sent = number if listens or number in (signal.SIGKILL, signal.SIGINT) else signal.SIGTERM

@@ -32,6 +32,8 @@ from jobkit.supervise.oom import Memory
 from jobkit.supervise.program import Attempt, Program
 from jobkit.supervise.slurm_grace import DeadlineExtension
 from jobkit.supervise.stall_monitor import StallMonitor
+from jobkit.supervise.together.gathering import Gathering, NotWholeError
+from jobkit.supervise.together.peers import Peers
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _TICK_S = 0.25
@@ -39,6 +41,8 @@ _UPLOAD_S, _UPLOAD_NOTICED_S = 600.0, 120.0
 """How long the last uploads may take; what is not up by then waits on this node for the next attempt."""
 _OUTAGE_S = 60.0
 """How long a storage may not answer before the program begins, and after it has ended."""
+_FOLLOW_S = 6.0
+"""How long a program goes on when another process of its attempt has ended badly: it can commit nothing any more."""
 _STAY_S = 15.0
 """A machine that is still there so long after its cloud was to take it away stays."""
 _NEVER = float("inf")
@@ -157,10 +161,13 @@ class Supervisor:
         # What is asked from outside process 0 alone looks for.
         self._control = Control.of_attempt(store, given) if index == 0 else None
         number = mirror.claim(patient) if given is None else given
+        self._peers = Peers(store, number, index, count)
+        if self._peers.apart and index:
+            patient.insist(lambda: mirror.set_other_aside(store))
         attempt = self._attempt = Attempt(patient, number, (index, count), command, cwd)
         self._memory = Memory()
         self._ledger = patient.insist(lambda: Ledger(store.file(contract.events_file(number, attempt.writer))))
-        self._uploader = Uploader(store, number, self._ledger)
+        self._uploader = Uploader(store, number, self._ledger, leads=index == 0)
         self._link = _link(attempt)
         known = watchdog.learn(patient, number, attempt.writer)
         self._monitor = StallMonitor(known, self._link.directory, self._ledger, attempt.log)
@@ -174,6 +181,11 @@ class Supervisor:
         """Whether this is process 0, which does what is done once for all."""
         return self._attempt.process[0] == 0
 
+    @property
+    def _uploads(self) -> bool:
+        """Whether what lies in this home is this supervisor's to carry to the URL."""
+        return self._leads or self._peers.apart
+
     def run(self) -> int:
         """Start CMD, watch over it, and write down how it ended.
 
@@ -183,19 +195,16 @@ class Supervisor:
         """
         try:
             self._begin()
-            self._hint = self._program.start()
-            if self._program.pid:
-                self._ledger.append("started", pid=self._program.pid, command=shlex.join(self._attempt.command))
-                code = self._follow()
-                if self._leads:
-                    code = self._upload(code)
-            else:
-                self._program.copy_log()
-                code = int(Exit.CONFIG)
+            code = self._gather() if self._peers.apart else int(Exit.DONE)
+            if code == Exit.DONE:
+                code = self._attend()
+            if self._uploads:
+                code = self._upload(code)
             self._end(self._link.read(), code)
-            if self._leads:
+            if self._uploads:
                 with contextlib.suppress(JobkitError):
                     self._uploader.upload_files()  # the outcome itself
+            self._peers.wait()
             self._stay(code)
             # A launcher of several processes ends all when one ends badly. These may still be saving; but where this
             # one never came to its run, none did, and they would wait for it for minutes.
@@ -203,13 +212,14 @@ class Supervisor:
             return 0 if code == Exit.PREEMPTED and not self._attempt.alone and begun else code
         finally:
             self._watch.close()
+            self._peers.close()
             self._link.close()
             self._ledger.close()
 
     def _begin(self) -> None:
         attempt = self._attempt
         self._watch.start()
-        if self._leads:
+        if self._uploads:
             self._uploader.start()
         attempt.store.write(
             f"{contract.attempt_dir(attempt.number)}/{contract.of_process('supervisor.json', attempt.process[0])}",
@@ -221,22 +231,69 @@ class Supervisor:
                 partition=os.environ.get("SLURM_JOB_PARTITION", ""),
             ),
         )
-        if self._leads:
+        if self._uploads:
             compilecache.share(attempt.store)
+
+    def _gather(self) -> int:
+        """Wait for the other processes, and have the program find them; return 0, or why this attempt is none.
+
+        75 where one of them does not come, or a notice does before they have: the next attempt may be whole.
+        """
+        attempt = self._attempt
+        gathering = Gathering(attempt.store, attempt.number, *attempt.process)
+        try:
+            while (where := gathering.look()) is None:
+                self._take_notices()
+                if self._notices.source is not None:
+                    gathering.give_up(f"process 0 was stopped: {self._reason(Outcome.PREEMPTED, Exit.PREEMPTED)}")
+                    return int(Exit.PREEMPTED)
+        except NotWholeError as error:
+            self._hint = str(error)
+            return int(Exit.PREEMPTED)
+        except JobkitError as error:
+            self._hint = str(error)
+            return int(error.exit_code)
+        os.environ[contract.ENV_COORDINATOR] = where
+        self._peers.start()
+        return int(Exit.DONE)
+
+    def _attend(self) -> int:
+        """Run CMD to its end; return the attempt's exit code."""
+        self._hint = self._program.start()
+        if not self._program.pid:
+            self._program.copy_log()
+            code = int(Exit.CONFIG)
+        else:
+            self._ledger.append("started", pid=self._program.pid, command=shlex.join(self._attempt.command))
+            code = self._follow()
+        if code not in (Exit.DONE, Exit.PREEMPTED):
+            self._peers.break_up(self._hint or self._reason(contract.outcome_of(code), code))
+        return code
+
+    def _take_notices(self) -> None:
+        """Wait a moment for word of the program's end, wherever it comes from."""
+        for number in self._signals.wait(_TICK_S):
+            self._notices.take_signal(number)
+        for event in self._watch.events():
+            self._notices.take_from_cloud(event)
+        self._notices.extend()
+        if self._uploader.superseded is not None and self._notices.source is None:
+            self._notices.give("superseded", str(self._uploader.superseded))
+        if self._control is not None and (request := self._control.new(contract.CANCEL)) is not None:
+            self._notices.take_cancel(says_stop(request))
 
     def _follow(self) -> int:
         """Pass notices on until CMD and all it started are gone; return the attempt's exit code."""
         noticed: bool | None = None
+        lost_at = _NEVER
         while True:
-            for number in self._signals.wait(_TICK_S):
-                self._notices.take_signal(number)
-            for event in self._watch.events():
-                self._notices.take_from_cloud(event)
-            self._notices.extend()
-            if self._uploader.superseded is not None and self._notices.source is None:
-                self._notices.give("superseded", str(self._uploader.superseded))
-            if self._control is not None and (request := self._control.new(contract.CANCEL)) is not None:
-                self._notices.take_cancel(says_stop(request))
+            self._take_notices()
+            if self._peers.lost is not None and lost_at == _NEVER:
+                lost_at = time.monotonic()
+                self._notices.give(*self._peers.lost, _FOLLOW_S)
+            if time.monotonic() >= lost_at + _FOLLOW_S:  # it hangs in a collective
+                for pid in processes.descendants():
+                    processes.send(pid, signal.SIGKILL)
             if (patience_s := self._monitor.look(self._link.read())) is not None:
                 self._hint = self._monitor.reason
                 if patience_s:
@@ -324,12 +381,14 @@ class Supervisor:
         self._ledger.append("exited", durable=True, exit_code=code, outcome=outcome, reason=reason, **longest)
         with contextlib.suppress(JobkitError):
             attempt.store.insist(self._ledger.flush)
-        # What became of several processes together is written by who started them.
-        name = f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}"
-        if not attempt.alone:
-            name = contract.process_outcome(attempt.number, attempt.process[0])
+        # What became of several processes together is written by who started them; that they never came together by us.
+        never_began = self._peers.apart and not self._peers.gathered and code == Exit.PREEMPTED
+        names = [] if attempt.alone else [contract.process_outcome(attempt.number, attempt.process[0])]
+        if attempt.alone or (self._leads and never_began):
+            names.append(f"{contract.attempt_dir(attempt.number)}/{contract.OUTCOME}")
         try:
-            attempt.store.write(name, _json(**record))
+            for name in names:
+                attempt.store.write(name, _json(**record))
         except JobkitError as error:  # a full disk: the exit code still says it to those who wait for us
             say(str(error))
 

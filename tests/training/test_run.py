@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -57,7 +58,7 @@ ONCE = ("resumed", "finished")
         (point, passes)
         for point in faults.POINTS
         for passes in ((1,) if point in ONCE else (1, 3))
-        if point != "during_restore" and "create" not in point
+        if point != "during_restore" and not re.search("create|join|gather", point)
     ],
 )
 def test_sigkill_at_every_named_point_of_save_and_commit(

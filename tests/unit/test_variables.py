@@ -36,6 +36,7 @@ def test_nothing_of_an_attempt_is_handed_on() -> None:
     inside = {variable.name: "1" for variable in contract.VARIABLES} | {"PATH": "/bin"}
     kept = {
         contract.ENV_HOME,
+        contract.ENV_GATHER,
         contract.ENV_METADATA,
         contract.ENV_AZURE_METADATA,
         contract.ENV_JOB,
