@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, requires
 
 import msgspec
 
@@ -30,6 +30,17 @@ def found() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             known[package] = version(package)
     return known
+
+
+def version(package: str) -> str:
+    """Return the version of an installed package; `importlib.metadata.version` reads through its whole README for it.
+
+    Raises:
+        PackageNotFoundError: If it is not installed.
+    """
+    there = distribution(package)
+    said = re.search(r"^Version: *(\S+)", there.read_text("METADATA") or "", re.MULTILINE)
+    return said[1] if said is not None else there.version
 
 
 def check(packages: Iterable[str] = TRAINING) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import IO
 
 from jobkit import compilecache, contract, names
-from jobkit.errors import ConfigError
+from jobkit.errors import ConfigError, JobkitError
+from jobkit.rundir import commits
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Link, Phase
+from jobkit.supervise.oom import Memory
 
 _LEFTOVER_S = 5.0
 """What CMD leaves running when it ends gets this long between SIGTERM and SIGKILL."""
@@ -73,6 +76,26 @@ _GONE = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN)
 _AWAY = re.compile(rf"\[Errno (?:{'|'.join(map(str, _GONE))})\]|: (?:{'|'.join(map(os.strerror, _GONE))})(?:$|:)")
 
 
+_PART = 2
+"""A step is left on the disk if it is larger than this part of the free memory."""
+
+
+def read_ahead(store: Store) -> bool:
+    """Have the system read the newest committed step while the program imports; tell whether it was asked to.
+
+    What is wrong with the step a restore says.
+    """
+    with contextlib.suppress(JobkitError, OSError):
+        step = max(commits.steps(store), default=None)
+        if step is None or (commit := commits.read(store, step)).nbytes > Memory().spare_bytes() // _PART:
+            return False
+        for name in commit.files:
+            with open(store.file(f"{contract.step_dir(step)}/{name}"), "rb", opener=names.opener) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return True
+    return False
+
+
 class Program:
     """CMD, in a process group of its own.
 
@@ -103,6 +126,8 @@ class Program:
         with self._attempt.store.insist(self._open_log) as log:
             try:
                 self._start(log)
+                if self._attempt.alone:  # nobody waits for it
+                    threading.Thread(target=read_ahead, args=(self._attempt.store,), daemon=True).start()
                 return ""
             except ConfigError as error:
                 with contextlib.suppress(OSError):

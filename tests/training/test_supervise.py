@@ -15,11 +15,13 @@ import pytest
 
 from jobkit import contract
 from jobkit.preemption.notice import Listener
+from jobkit.rundir import commits
 from jobkit.rundir.ledger import Ledger, attempt_events
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Link, Phase, read_beat
-from jobkit.supervise.program import Attempt, Program
+from jobkit.supervise.oom import Memory
+from jobkit.supervise.program import Attempt, Program, read_ahead
 from jobkit.supervise.supervisor import Notices
 from tests.harness.jobs import children
 
@@ -84,6 +86,41 @@ class Supervised:
         """Wait for the end; return exit code, what was printed and the outcome."""
         printed, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, printed, json.loads(self.store.read("attempts/0/outcome.json"))
+
+
+def _in_memory(path: Path) -> bool:
+    """Tell whether the page cache has all of a file."""
+    return int(subprocess.check_output(["fincore", "-bnro", "RES", path])) >= path.stat().st_size
+
+
+def _committed(store: Store, nbytes: int) -> Path:
+    """Commit a step with a file of so many bytes, and drop it from memory; return the file."""
+    stage = commits.new_stage(store, 1, 0)
+    stage.mkdir()
+    (stage / "values").write_bytes(os.urandom(nbytes))
+    commit = commits.Commit(step=1, attempt=0, at=0.0, reason="interval", files={})
+    assert commits.publish(store, stage, state={}, commit=commit)
+    path = store.file(f"{contract.step_dir(1)}/values")
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return path
+
+
+@pytest.mark.skipif(shutil.which("fincore") is None, reason="needs fincore of util-linux")
+def test_the_newest_step_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor has the step that is wanted in memory while the program starts; none that would fill it."""
+    store = Store(tmp_path / "run")
+    path = _committed(store, 8 << 20)
+    assert not _in_memory(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "spare_bytes", lambda self: 15 << 20)
+        assert not read_ahead(store)
+    assert not _in_memory(path)
+    run = Supervised(tmp_path / "run", "sleep", "1")
+    run.wait_for(lambda: _in_memory(path))
+    assert run.end()[0] == 0
+    path.unlink()
+    assert not read_ahead(store)
 
 
 @pytest.fixture
