@@ -74,7 +74,7 @@ class Variable(NamedTuple):
 
 
 ENV_SETUP = "JOBKIT_SETUP"
-"""Lines of `--setup`, as JSON, that a SLURM job gives its successor."""
+"""Lines of `--setup`, as JSON, that a job gives its successor."""
 VARIABLES = (
     Variable(ENV_RUN),
     Variable(ENV_ATTEMPT),

@@ -32,8 +32,8 @@ POINTS = (
     "before_gathered",
     "after_gathered",
 )
-"""The last four are passed by supervisors that gather, the two before them by a submit to a batch service. In a drill
-there is `step`, too: the beginning of each.
+"""The last four are passed by supervisors that gather, the two before them by a submit to a batch service, and by a job
+that submits its successor. In a drill there is `step`, too: the beginning of each.
 """
 
 FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?(?:\+(\d+\.?\d*))?")

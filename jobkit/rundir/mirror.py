@@ -68,6 +68,12 @@ def upload_described(store: Store) -> None:
             store.remote.write(name, store.read(name))
 
 
+def upload_ledger(store: Store) -> None:
+    """Write the launching side's ledger to the URL, from a launching side that has just added to it."""
+    if store.remote is not None:
+        store.remote.write(contract.EVENTS, store.read(contract.EVENTS))
+
+
 _NOT_BROUGHT = tuple(f"{place}/" for place in (contract.CHECKPOINTS, contract.CACHE, contract.LEASES))
 """What each who needs it fetches, or reads on the URL alone."""
 

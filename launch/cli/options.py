@@ -36,7 +36,7 @@ _OPTIONS = (
     click.option("--machine-type", help="gcp: machine type. [default: one with the GPUs, else e2-standard-4]"),
     click.option("--gpus", metavar="TYPE:COUNT", help="gcp: GPUs, such as L4:1. aws: their number."),
     click.option("--spot/--no-spot", default=None, help="gcp: spot or standard VMs. [default: spot]"),
-    click.option("--max-restarts", type=int, metavar="N", help="gcp, aws: restarts of lost VMs, 0..10. [default: 10]"),
+    click.option("--max-restarts", type=int, metavar="N", help="gcp, aws: restarts of lost VMs. [default: no limit]"),
     click.option("--env", multiple=True, metavar="NAME[=VALUE]", help="gcp, aws: environment of the program."),
     click.option("--secret", multiple=True, metavar="NAME=SECRET", help="gcp, aws: variable from the secret manager."),
     click.option("--label", multiple=True, metavar="NAME=VALUE", help="gcp, aws: label of the job and its VM."),

@@ -64,6 +64,7 @@ def explain(goodput: Goodput, history: History) -> Story:
         *_endings(goodput, history),
         *_troubles(history),
         *_resumes(history),
+        *_jobs(history),
         *_new_code(history),
     ]
     sentences = [*sorted(sentences, key=lambda one: one.t), *_end(goodput)]
@@ -222,6 +223,13 @@ def _resumes(history: History) -> Iterator[Sentence]:
             )
             yield Sentence(event["t"], "resumed", None, text)
             ended = None
+
+
+def _jobs(history: History) -> Iterator[Sentence]:
+    """Tell why a job of a batch service could not have another one go on."""
+    for event in named(history.launcher, "job"):
+        if why := clause(str(event.get("refused", ""))):
+            yield Sentence(event["t"], "refused", None, f"A job whose restarts were used up had no successor{why}.")
 
 
 def _new_code(history: History) -> Iterator[Sentence]:

@@ -12,8 +12,6 @@ import msgspec
 from jobkit.errors import ConfigError
 from jobkit.units import duration_s, parse_limit, show_duration, size_bytes
 
-MAX_RESTARTS = 10
-"""Of both services: taskSpec.maxRetryCount of Google Batch is 0..10; of AWS Batch, retryStrategy.attempts 1..10."""
 STOP_S = 25.0
 """From SIGTERM to SIGKILL in the container: a spot VM of Google has about 30 s, of which docker needs some."""
 RETRIED = (50001, 50002, 50006, 125, 137, 143, 75)
@@ -35,7 +33,8 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
         machine_type: Empty for one that suits the GPUs.
         gpus: TYPE:COUNT, such as L4:1; empty for none.
         spot: Whether on spot capacity.
-        max_restarts: How often the service starts a lost or preempted VM again, 0..10.
+        max_restarts: How often a lost or preempted VM is replaced, over all jobs of the run since its submit or resume;
+            None for no limit.
         time_s: How long the run may train until it saves and stops, in seconds; None for no limit.
         env: Environment variables of the program: no secrets.
         secrets: Environment variable -> name of a secret that the service puts there.
@@ -54,7 +53,7 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
     machine_type: str = ""
     gpus: str = ""
     spot: bool = True
-    max_restarts: int = MAX_RESTARTS
+    max_restarts: int | None = None
     time_s: float | None = None
     env: dict[str, str] = {}
     secrets: dict[str, str] = {}
@@ -66,6 +65,10 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
     queue: str = ""
     cpus: int | None = None
     memory_mib: int | None = None
+
+    def restarts(self, most: int) -> int:
+        """Return how often one job is started again by a service that does so at most so often."""
+        return most if self.max_restarts is None else min(most, self.max_restarts)
 
     @property
     def gpu(self) -> tuple[str, int] | None:
@@ -161,10 +164,10 @@ def check(cloud: Cloud, *, grace_s: float) -> None:
         )
     if not re.fullmatch(r"[\w.:@/-]+", cloud.image) or "//" in cloud.image:
         raise ConfigError(f"--image {cloud.image!r} is not the name of an image, such as REGISTRY/PROJECT/train:1")
-    if not 0 <= cloud.max_restarts <= MAX_RESTARTS:
+    if cloud.max_restarts is not None and cloud.max_restarts < 0:
         raise ConfigError(
-            f"--max-restarts is {cloud.max_restarts}; the service takes 0 to {MAX_RESTARTS}. A run that has used them "
-            "up keeps all it committed: 'jobkit resume' gives it as many again"
+            f"--max-restarts is {cloud.max_restarts}; give 0 or more, or leave it out for no limit. A run that has "
+            "used them up keeps all it committed: 'jobkit resume' gives it as many again"
         )
     if cloud.gpus and not re.fullmatch(r"[A-Za-z0-9-]+(:[1-9]\d?)?", cloud.gpus):
         raise ConfigError(f"--gpus {cloud.gpus!r} is not TYPE:COUNT, such as L4:1")

@@ -135,7 +135,7 @@ def test_dry_run_and_cancel(desk: Desk, queue: str, url: str) -> None:
         (["--queue", ""], "no job queue: give --queue"),
         (["--gpus", "many"], "on AWS give their number"),
         (["--machine-type", "g2-standard-8"], "--machine-type is for --on gcp"),
-        (["--max-restarts", "11"], "the service takes 0 to 10"),
+        (["--max-restarts", "-1"], "give 0 or more, or leave it out"),
     ],
 )
 def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: Desk, queue: str, url: str) -> None:

@@ -102,6 +102,7 @@ def test_what_is_wrong_and_the_command_that_mends_it(desk: Desk, queue: str, acc
         (("--cpus", "96"), {}, "queue", "fail", "aws batch update-compute-environment * maxvCpus=96"),
         ((), {"denied": {"batch:SubmitJob"}}, "your rights", "fail", "aws iam put-*-policy *batch:SubmitJob*"),
         ((), {"denied": {"s3:PutObject"}}, "job's role", "fail", "aws iam put-role-policy --role-name trainer *"),
+        ((), {"denied": {"batch:SubmitJob"}}, "job's role", "warning", "aws iam put-role-policy *batch:SubmitJob*"),
         ((), {"roles": {}}, "job's role", "fail", "aws iam create-role --role-name trainer *ecs-tasks*"),
         ((), {"roles": {"trainer": {}}}, "job's role", "fail", "aws iam update-assume-role-policy *"),
         (("--service-account", ""), {}, "job's role", "not checked", "aws batch describe-compute-environments *"),
@@ -118,7 +119,7 @@ def test_what_is_wrong_and_the_command_that_mends_it(desk: Desk, queue: str, acc
         before = {name: getattr(account, name) for name in change}
         for name, value in change.items():
             setattr(account, name, value)
-        code = 1 if verdict == "fail" or "us-west-2" in options else 0
+        code = 1 if verdict == "fail" or "us-west-2" in options or "denied" in change else 0
         found = bad(ask(desk, queue, *options, code=code))
         assert any(one[:2] == (topic, verdict) and fnmatch(one[2], mend) for one in found), (mend, found)
         for name, value in before.items():

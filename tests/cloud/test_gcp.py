@@ -24,7 +24,7 @@ from jobkit.contract import State
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import registry
-from launch.backends.cloud import gcp_request, vm_job
+from launch.backends.cloud import gcp_request, managed
 from launch.backends.cloud.gcp import Gcp
 from launch.lifecycle import run_status, submission
 from launch.report import follow
@@ -378,7 +378,7 @@ def test_dry_run(desk: Desk, batch: BatchServer) -> None:
     task, allocation = job.task_groups[0].task_spec, job.allocation_policy
     policy = allocation.instances[0].policy
     container = task.runnables[0].container
-    assert [container.entrypoint, *container.commands] == [*vm_job.COMMAND, URL]
+    assert [container.entrypoint, *container.commands] == [*managed.COMMAND, URL]
     assert "--stop-timeout 25" in container.options
     assert "--gpus all" in container.options
     (retry,) = task.lifecycle_policies
@@ -432,7 +432,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--image", "not an image"], "is not the name of an image"),
     (["--image", ""], "give --image"),
     (["--project", "others"], "give this machine's default account roles/batch.jobsEditor on project others"),
-    (["--max-restarts", "11"], "the service takes 0 to 10"),
+    (["--max-restarts", "-1"], "give 0 or more, or leave it out"),
     (["--gpus", "L4:3"], "no machine has L4:3: L4 comes in 1, 2, 4, 8"),
     (["--gpus", "RTX4090:1"], "known are L4"),
     (["--gpus", "L4:1", "--machine-type", "n1-standard-8"], "leave one out"),

@@ -36,7 +36,8 @@ class Job(Machine):
         self.id, self.name = secrets.token_hex(8), str(asked["jobName"])
         self.status, self.reason, self.code = "SUBMITTED", "", None
         self.created = int(time.time() * 1000)
-        self.codes: list[int] = []
+        self.lives, service.lives = service.lives, 0
+        self.codes = [137] * self.lives
         self.log = service.folder / f"{self.id}.log"
         self.terminated = threading.Event()
         self.thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -57,7 +58,7 @@ class Job(Machine):
         if self.terminated.wait(self.service.queue_s):
             return self._end("FAILED", "Terminated by user")
         strategy = self.definition.get("retryStrategy", {"attempts": 1, "evaluateOnExit": []})
-        for attempt in range(1, int(strategy["attempts"]) + 1):
+        for attempt in range(1 + self.lives, int(strategy["attempts"]) + 1):
             self.status = "STARTING"
             code, self.reason = self._execute(attempt)
             self.codes.append(code)
@@ -111,10 +112,13 @@ class AwsBatchServer:
         self.given, self.queue_s = dict(given), queue_s
         self.folder = Path(tempfile.mkdtemp(prefix="jobkit-test-aws-batch-"))
         self.jobs: dict[str, Job] = {}
+        self.lives = 0
+        """How many instances the next job that is submitted has lost already."""
         self._definitions: dict[str, dict[str, Any]] = {}
         self._listener = _Listener(self)
         self.environment = {"AWS_ENDPOINT_URL_BATCH": f"http://127.0.0.1:{self._listener.server_address[1]}"}
         """What leads boto3 here, beside what leads it to the bucket."""
+        self.given |= self.environment
         threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self) -> "AwsBatchServer":

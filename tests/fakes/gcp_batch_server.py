@@ -4,7 +4,7 @@ It speaks the API of jobs (create, get, list, cancel, delete, tasks) and of thei
 types of the real client, whose `Job.from_json` knows every field. A job runs as processes with the metadata server of a
 VM of its own; a preemption comes as on a real one: `instance/preempted` becomes TRUE, the container gets SIGTERM, and
 what is left after the grace is killed with the VM, exit code 50001. Tasks are started again by `lifecyclePolicies` and
-`maxRetryCount`.
+`maxRetryCount`. A VM may submit jobs itself, with the token of its account, if that has a role for it.
 
     with GcsServer() as gcs, BatchServer(gcs.environment()) as batch:
         batch.environment  # for jobkit, and for google-auth
@@ -28,13 +28,14 @@ from typing import Any
 from google.cloud import batch_v1
 
 from tests.fakes.batch_vm import Executor, Machine, Processes, Vm
-from tests.fakes.gcp_project import Project, RefusedError
+from tests.fakes.gcp_project import DEFAULT, Project, RefusedError
 from tests.fakes.metadata_server import Gce
 
 PREEMPTED, TIMED_OUT = 50001, 50005
 """Exit codes that Batch itself reports: its documentation, "Troubleshooting"."""
 MACHINE_TYPES = ("e2-standard-4", "g2-standard-8", "n1-standard-8", "a2-highgpu-1g")
 _APIS = ("BATCH", "LOGGING", "SERVICEUSAGE", "CLOUDRESOURCEMANAGER", "IAM", "ARTIFACTREGISTRY", "COMPUTE")
+_ACT_AS = "iam.serviceAccountUser"
 REGIONS = ("us-central1", "europe-west4")
 
 
@@ -47,7 +48,8 @@ class Job(Machine):
         self.uid = f"{self.id[:20]}-{secrets.token_hex(8)}"
         self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.state = "QUEUED"
-        self.codes: list[int] = []
+        self.lives, server.lives = server.lives, 0
+        self.codes = [PREEMPTED] * self.lives
         self.events: list[dict[str, Any]] = []
         self.task = "PENDING"
         self.log = server.folder / f"{self.id}.log"
@@ -87,7 +89,7 @@ class Job(Machine):
             return self._to("CANCELLED")
         self._to("SCHEDULED")
         self._to("RUNNING")
-        for attempt in range(int(spec.get("maxRetryCount", 0)) + 1):
+        for attempt in range(self.lives, int(spec.get("maxRetryCount", 0)) + 1):
             if self.cancelled.wait(self.server.boot_s):
                 return self._to("CANCELLED")
             code = self._execute(spec, attempt)
@@ -117,11 +119,13 @@ class Job(Machine):
             environment[name] = self.server.secrets[secret]
         container = spec["runnables"][0]["container"]
         vm = Vm(self.id, container, environment)
+        vm.metadata.token = f"ya29.{self.uid}.{attempt}"
         limit = spec.get("maxRunDuration", "")
         until = time.monotonic() + (float(limit.rstrip("s")) if limit else float("inf"))
         try:
+            self.vm = vm
             running = self.server.executor.start(vm, self.log)
-            self.vm, self.container, self.task = vm, running, "RUNNING"
+            self.container, self.task = running, "RUNNING"
             while (code := running.wait(0.02)) is None:
                 if time.monotonic() > until:
                     vm.lost = TIMED_OUT
@@ -150,22 +154,36 @@ class _Handler(BaseHTTPRequestHandler):
         batch = self.server.batch
         try:
             batch.requests.append(f"{self.command} {parts.path}")
-            batch.authorized(self.headers.get("Authorization", ""))
+            vm = batch.authorized(self.headers.get("Authorization", ""))
+            submits = vm is not None and self.command == "POST" and parts.path.endswith("/jobs")
+            if submits:
+                batch.may_submit()
+            when = batch.lose_at_submit.pop(0) if submits and batch.lose_at_submit else ""
+            if vm is not None and when == "before":
+                return self._hang_up(vm)
             told = batch.cloud.answer(self.command, parts.path, query, content)
             last = {key: values[-1] for key, values in query.items()}
             answer, code = batch.answer(self.command, parts.path, last, content) if told is None else told, 200
         except RefusedError as refusal:
-            answer, code = refusal.body(), refusal.code
+            answer, code, when = refusal.body(), refusal.code, ""
+        if vm is not None and when == "after":
+            return self._hang_up(vm)
         if batch.lose_answers > 0 and self.command == "POST":
             batch.lose_answers -= 1
-            self.close_connection = True
-            return
+            return self._hang_up()
         written = json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(written)))
         self.end_headers()
         self.wfile.write(written)
+        return None
+
+    def _hang_up(self, vm: Job | None = None) -> None:
+        """Answer nothing, and take a VM away."""
+        self.close_connection = True
+        if vm is not None:
+            self.server.batch.power_off(vm)
 
     do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - the names are http.server's
 
@@ -213,6 +231,10 @@ class BatchServer:
         """What the next requests are answered with, each once."""
         self.lose_answers = 0
         """How many of the next POSTs are served but never answered."""
+        self.lives = 0
+        """How many VMs the next job that is created has lost already."""
+        self.lose_at_submit: list[str] = []
+        """When VMs that submit jobs go, one each: 'before' the service hears of it, or 'after', before the answer."""
         self._asked: dict[str, Job] = {}
         self._lock = threading.Lock()
         self.cloud = Project(project, REGIONS)
@@ -223,6 +245,7 @@ class BatchServer:
         self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
         self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
+        self.given["CLOUDSDK_API_ENDPOINT_OVERRIDES_BATCH"] = self.url
 
     @property
     def environment(self) -> dict[str, str]:
@@ -280,10 +303,25 @@ class BatchServer:
 
     # The API.
 
-    def authorized(self, header: str) -> None:
-        """Refuse a request whose token is not the account's; the real client comes without one in tests."""
-        if header and header != f"Bearer {self.account.token}":
-            raise RefusedError(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
+    def authorized(self, header: str) -> Job | None:
+        """Return the job whose VM asks, None for the user; the real client comes without a token in tests.
+
+        Raises:
+            RefusedError: If the token is nobody's.
+        """
+        if not header or header == f"Bearer {self.account.token}":
+            return None
+        for job in self.jobs.values():
+            vm = job.vm
+            if vm is not None and header == f"Bearer {vm.metadata.token}":
+                return job
+        raise RefusedError(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
+
+    def may_submit(self) -> None:
+        """Refuse a VM whose account has no role that lets it submit jobs which act as itself."""
+        for permission, role in (("batch.jobs.create", "batch.jobsEditor"), ("iam.serviceAccounts.actAs", _ACT_AS)):
+            if not self.cloud.roles_of(DEFAULT) & {f"roles/{role}", "roles/editor"}:
+                raise RefusedError(403, "PERMISSION_DENIED", f"Permission '{permission}' denied on resource.")
 
     def answer(self, method: str, path: str, query: dict[str, str], content: bytes) -> dict[str, Any]:
         """Answer one request."""

@@ -51,6 +51,12 @@ class Project:
         self.quotas = {"CPUS": (96.0, 28.0), "PREEMPTIBLE_NVIDIA_L4_GPUS": (1.0, 0.0)}
         """Limits and usage."""
 
+    def roles_of(self, account: str) -> set[str]:
+        """Return the roles of an account on the project and on itself."""
+        member = f"serviceAccount:{account}"
+        bindings = [*self.bindings, *self.accounts[account].get("bindings", [])]
+        return {str(one["role"]) for one in bindings if member in one["members"]}
+
     def answer(self, method: str, path: str, query: dict[str, list[str]], content: bytes) -> dict[str, Any] | None:
         """Answer one request; None to what none of these APIs serves."""
         project = re.escape(self.name)
@@ -61,6 +67,7 @@ class Project:
             ("cloudresourcemanager", f"/v3/projects/{project}:getIamPolicy", self._policy),
             ("iam", "/v1/projects/-/serviceAccounts/([^/:]+)", self._account),
             ("iam", "/v1/projects/-/serviceAccounts/([^/:]+):testIamPermissions", self._held),
+            ("iam", "/v1/projects/-/serviceAccounts/([^/:]+):getIamPolicy", self._account_policy),
             ("artifactregistry", "/v1/(projects/[^/]+/locations/[^/]+/repositories/.+)", self._image),
             ("compute", f"/compute/v1/projects/{project}/regions/([^/]+)", self._region),
             ("compute", f"/compute/v1/projects/{project}/aggregated/machineTypes", self._machines),
@@ -110,6 +117,10 @@ class Project:
         if found is None:
             raise RefusedError(404, "NOT_FOUND", f"Unknown service account {account}.")
         return found
+
+    def _account_policy(self, account: str, query: Any, body: Any) -> dict[str, Any]:
+        self._may("iam.serviceAccounts.getIamPolicy")
+        return {"version": 1, "bindings": self.accounts[unquote(account)].get("bindings", [])}
 
     def _image(self, path: str, query: Any, body: Any) -> dict[str, Any]:
         self._may("artifactregistry.tags.get")

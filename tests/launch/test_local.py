@@ -19,6 +19,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import registry
+from launch.backends.cloud.gcp import Gcp
 from launch.backends.cloud.vm_job import VmRunner
 from launch.backends.local import Local
 from launch.lifecycle import lock, orphans, restart, run_status, verbs
@@ -203,7 +204,7 @@ def test_a_long_history_with_progress_is_no_standstill(tmp_path: Path) -> None:
         told = {"exit_code": 75, "outcome": "preempted", "step": attempt, "committed_step": attempt}
         store.file(f"attempts/{attempt}").mkdir(parents=True)
         store.write(f"attempts/{attempt}/outcome.json", json.dumps(told))
-    runner = VmRunner(store, spec, job="one", backend="gcp", retries=30)
+    runner = VmRunner(store, spec, job="one", service=Gcp(), retries=30)
     policy = runner._remember()
     decision = restart.decide(runner._history, policy)
     assert (decision.restart, decision.delay_s) == (True, 0.0)

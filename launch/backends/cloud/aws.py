@@ -11,12 +11,11 @@ from typing import Any
 
 import msgspec
 
-from jobkit import contract
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
-from launch.backends.cloud import aws_doctor, vm_job
-from launch.backends.cloud.managed import Managed
+from launch.backends.cloud import aws_doctor
+from launch.backends.cloud.managed import Managed, command, variables
 from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import Cloud
 from launch.spec.finding import Finding
@@ -24,8 +23,6 @@ from launch.spec.jobspec import JobSpec
 
 _PENDING = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING")
 _ACTIVE = (*_PENDING, "RUNNING")
-_ATTEMPTS = 10
-"""retryStrategy.attempts is 1..10, the first one included."""
 _RETRY = (
     {"onStatusReason": "Host EC2*", "action": "RETRY"},  # the instance is gone
     {"onExitCode": "75", "action": "RETRY"},  # ours: preempted, committed
@@ -47,6 +44,8 @@ class Aws(Managed):
 
     name = "aws"
     scheme = "s3"
+    restarts = 9
+    """retryStrategy.attempts is 1..10, the first one included."""
 
     def complete(self, spec: JobSpec) -> JobSpec:
         """See `Managed`."""
@@ -72,11 +71,10 @@ class Aws(Managed):
         needs = {"VCPU": str(cloud.cpus or 4), "MEMORY": str(cloud.memory_mib or 14 * 1024)}
         if cloud.gpus:
             needs["GPU"] = cloud.gpus.rpartition(":")[2]
-        variables = cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: self.name}
         container: dict[str, Any] = {
             "image": cloud.image,
-            "command": vm_job.command(store, spec),
-            "environment": [{"name": name, "value": value} for name, value in variables.items()],
+            "command": command(store, spec),
+            "environment": [{"name": name, "value": value} for name, value in variables(spec, job, self.name).items()],
             "resourceRequirements": [{"type": kind, "value": value} for kind, value in needs.items()],
             "linuxParameters": {"sharedMemorySize": 8192},
         }
@@ -84,7 +82,7 @@ class Aws(Managed):
             container["secrets"] = [{"name": name, "valueFrom": secret} for name, secret in cloud.secrets.items()]
         if cloud.service_account:
             container["jobRoleArn"] = cloud.service_account
-        attempts = min(_ATTEMPTS, cloud.max_restarts + 1)
+        attempts = cloud.restarts(self.restarts) + 1
         definition: dict[str, Any] = {
             "jobDefinitionName": job,
             "type": "container",

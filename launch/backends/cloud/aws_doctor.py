@@ -23,6 +23,8 @@ _ACTIONS = (
     "batch:DescribeJobs", "batch:TerminateJob", "logs:GetLogEvents",
 )  # fmt: skip
 """What submit, status, cancel and logs ask for."""
+_SUCCESSOR = ("batch:RegisterJobDefinition", "batch:DeregisterJobDefinition", "batch:SubmitJob", "batch:ListJobs")
+"""What a job asks for to submit its successor, once its own attempts are used up."""
 _OBJECTS = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject")
 _TASKS = "ecs-tasks.amazonaws.com"
 """Who assumes a job's role (AWS Batch user guide, "IAM roles for tasks")."""
@@ -151,7 +153,9 @@ def _principal(arn: str) -> str:
     return f"arn:{assumed[1]}:iam::{assumed[2]}:role/{assumed[3]}" if assumed else arn
 
 
-def _simulated(place: _Place, topic: str, arn: str, wanted: Mapping[str, list[str]]) -> Iterator[Finding]:
+def _simulated(
+    place: _Place, topic: str, arn: str, wanted: Mapping[str, list[str]], *, without: str = ""
+) -> Iterator[Finding]:
     """Ask IAM whether somebody may do something.
 
     Args:
@@ -159,6 +163,7 @@ def _simulated(place: _Place, topic: str, arn: str, wanted: Mapping[str, list[st
         topic: Of the findings.
         arn: The user or role.
         wanted: Actions, by what they are done to.
+        without: What follows where it may not, if that is bearable.
     """
     import botocore.exceptions
 
@@ -183,7 +188,8 @@ def _simulated(place: _Place, topic: str, arn: str, wanted: Mapping[str, list[st
         document = json.dumps({"Version": "2012-10-17", "Statement": statements}, separators=(",", ":"))
         mend = f"aws iam put-{kind}-policy --{kind}-name {name} --policy-name jobkit --policy-document "
         mend += shlex.quote(document)
-        yield Finding(topic, f"{name} may not {', '.join(denied)}", "fail", mend)
+        verdict = "warning" if without else "fail"
+        yield Finding(topic, f"{name} may not {', '.join(denied)}{without and f'; {without}'}", verdict, mend)
     else:
         yield Finding(topic, f"{name} may do what is needed")
 
@@ -224,6 +230,10 @@ def _role(place: _Place) -> Iterator[Finding]:
         yield Finding(topic, f"no job may assume {name}: its trust policy has no {_TASKS}", "fail", mend)
     if place.bucket:
         yield from _simulated(place, topic, arn, _objects(place.bucket))
+    if place.cloud.max_restarts is None:
+        wanted = {"*": list(_SUCCESSOR), arn: ["iam:PassRole"]}
+        without = "without that a run ends after 9 restarts, and 'jobkit resume' goes on"
+        yield from _simulated(place, topic, arn, wanted, without=without)
 
 
 _TRUST = json.dumps(

@@ -35,6 +35,7 @@ class Gcp(Managed):
 
     name = "gcp"
     scheme = "gs"
+    restarts = gcp_request.RESTARTS
 
     def __init__(self, cloud: Cloud | None = None) -> None:
         super().__init__(cloud)
@@ -74,6 +75,14 @@ class Gcp(Managed):
     def diagnose(self, spec: JobSpec) -> list[Finding]:
         """See `Managed`."""
         return gcp_doctor.examine(spec, Session(patience_s=gcp_doctor.PATIENCE_S))
+
+    def remarks(self, spec: JobSpec) -> list[str]:
+        """See `Managed`."""
+        try:
+            findings = gcp_doctor.lacking(spec, Session(patience_s=gcp_doctor.PATIENCE_S))
+        except JobkitError:  # who submits may not read it, which is no fault
+            return []
+        return [f"{finding.text}: {finding.mend}" for finding in findings]
 
     def request(self, store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         """See `Managed`."""
@@ -116,11 +125,12 @@ class Gcp(Managed):
         waits = state in _PENDING or (state == "RUNNING" and bool(tasks) and tasks <= _WAITING)
         reason = _last_words(status)
         if state == "FAILED":
-            reason = self._why(spec, job) or reason
+            allowed = int(reply["taskGroups"][0]["taskSpec"].get("maxRetryCount", 0))
+            reason = self._why(spec, job, allowed) or reason
         return Job(id=job, state=state, reason=reason, active=state in _ACTIVE, pending=waits)
 
-    def _why(self, spec: JobSpec, job: str) -> str:
-        """Say how the tasks of a failed job ended."""
+    def _why(self, spec: JobSpec, job: str, allowed: int) -> str:
+        """Say how the tasks of a failed job ended, which were started again at most so often."""
         try:
             tasks = self._call("GET", f"{_jobs(spec, job)}/taskGroups/group0/tasks")
         except JobkitError:
@@ -130,7 +140,6 @@ class Gcp(Managed):
         if not codes:
             return _last_words({"statusEvents": events})
         known = _EXIT_CODES.get(codes[-1], f"exit code {codes[-1]}")
-        allowed = spec.cloud.max_restarts if spec.cloud is not None else 0
         used = f"; its {allowed} restarts are used up" if codes[-1] in RETRIED and len(codes) > allowed else ""
         return known + used
 

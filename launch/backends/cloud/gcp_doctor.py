@@ -35,6 +35,7 @@ _OBJECTS = tuple(f"storage.objects.{verb}" for verb in ("create", "delete", "get
 _OBJECT_ROLES = ("roles/storage.objectUser", "roles/storage.objectAdmin", "roles/storage.admin")
 _EVERYTHING = ("roles/owner", "roles/editor")
 """Basic roles, which have all that a job needs but secrets (Batch, "Control access for a job")."""
+_ACT_AS = "roles/iam.serviceAccountUser"
 _MULTI = {"US": "us-", "EU": "europe-", "ASIA": "asia-"}
 """Multi-regions of Cloud Storage, and how their regions begin."""
 
@@ -196,7 +197,7 @@ def _account(place: _Place) -> Iterator[Finding]:
         if not reply.get("permissions"):
             mend = (
                 f"gcloud iam service-accounts add-iam-policy-binding {account} --project {project} "
-                f"--member={place.member} --role=roles/iam.serviceAccountUser"
+                f"--member={place.member} --role={_ACT_AS}"
             )
             yield Finding(topic, f"you may not have jobs act as {account}", "fail", mend)
     except GoogleError as error:
@@ -213,6 +214,33 @@ def _account(place: _Place) -> Iterator[Finding]:
         yield Finding(topic, text, "warning", place.grant(role, member))
     if not missing:
         yield Finding(topic, f"{account} may report, log and pull images")
+    yield from _successor(place)
+
+
+def lacking(spec: JobSpec, session: Session) -> list[Finding]:
+    """Say what a job of a completed specification lacks to submit its successor; raises JobkitError if nobody tells."""
+    assert spec.cloud is not None
+    return list(_successor(_Place(session, spec.cloud, "", "")))
+
+
+def _successor(place: _Place) -> Iterator[Finding]:
+    """Tell what a job's account lacks to submit another job once its own has been started again often enough."""
+    account, project = place.account, place.cloud.project
+    if place.cloud.restarts(gcp_request.RESTARTS + 1) <= gcp_request.RESTARTS:
+        return
+    roles, member = place.roles, f"serviceAccount:{account}"
+    without = f"without it a run ends after {gcp_request.RESTARTS} restarts, and 'jobkit resume' goes on"
+    if not roles & {"roles/batch.jobsEditor", "roles/batch.jobsAdmin", *_EVERYTHING}:
+        mend = place.grant("roles/batch.jobsEditor", member)
+        yield Finding("job's account", f"{account} has not roles/batch.jobsEditor; {without}", "warning", mend)
+    if not roles & {_ACT_AS, *_EVERYTHING}:
+        policy = place.post("iam", f"v1/projects/-/serviceAccounts/{account}:getIamPolicy", {})
+        if _ACT_AS not in _roles(policy, member):
+            mend = (
+                f"gcloud iam service-accounts add-iam-policy-binding {account} --project {project} "
+                f"--member={member} --role={_ACT_AS}"
+            )
+            yield Finding("job's account", f"{account} has not {_ACT_AS} on itself; {without}", "warning", mend)
 
 
 def _roles(policy: dict[str, Any], member: str) -> set[str]:

@@ -3,13 +3,14 @@
 import re
 from typing import Any
 
-from jobkit import contract
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
-from launch.backends.cloud.vm_job import command
+from launch.backends.cloud.managed import command, variables
 from launch.spec.cloud_options import RETRIED, STOP_S, Cloud
 from launch.spec.jobspec import JobSpec
 
+RESTARTS = 10
+"""taskSpec.maxRetryCount is 0..10."""
 OURS, LABEL = "jobkit", "jobkit-run"
 """Labels of every job of ours; the second one's value is the run's part of the job's id."""
 _ATTACHED = {"T4": "nvidia-tesla-t4", "V100": "nvidia-tesla-v100", "P100": "nvidia-tesla-p100", "P4": "nvidia-tesla-p4"}
@@ -94,13 +95,13 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         "commands": words[1:],
         "options": options + (" --gpus all" if has_gpu else ""),
     }
-    environment: dict[str, Any] = {"variables": cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: "gcp"}}
+    environment: dict[str, Any] = {"variables": variables(spec, job, "gcp")}
     if cloud.secrets:
         environment["secretVariables"] = {name: _secret(cloud, secret) for name, secret in cloud.secrets.items()}
     task: dict[str, Any] = {
         "runnables": [{"container": container}],
         "environment": environment,
-        "maxRetryCount": cloud.max_restarts,
+        "maxRetryCount": cloud.restarts(RESTARTS),
         # Listing these makes every other code fail at once.
         "lifecyclePolicies": [{"action": "RETRY_TASK", "actionCondition": {"exitCodes": list(RETRIED)}}],
     }

@@ -7,11 +7,12 @@ while no VM does.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -19,10 +20,12 @@ import msgspec
 from jobkit import contract, faults
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
+from jobkit.rundir.ledger import Event
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch.backends import after
 from launch.lifecycle import run_status, submission
+from launch.lifecycle.history import count_of
 from launch.lifecycle.run_status import Job
 from launch.lifecycle.submission import Plan, cancel_content, prepare, record, who
 from launch.lifecycle.verbs import Backend, Cancelled, UnknownError, alive
@@ -38,6 +41,8 @@ _HEARD_S = 15.0
 
 
 _SCHEMES = ("gs", "gcs", "s3", "s3a")
+COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
+"""What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
 
 
 class Managed(Backend):
@@ -50,6 +55,8 @@ class Managed(Backend):
     reads = frozenset({"cloud", "setup"})
     scheme: ClassVar[str]
     """Of the URLs of the buckets that its jobs are signed in to."""
+    restarts: ClassVar[int]
+    """How often the service starts one job again at most; then a successor goes on."""
 
     def __init__(self, cloud: Cloud | None = None) -> None:
         self._cloud = cloud
@@ -77,6 +84,10 @@ class Managed(Backend):
     @abstractmethod
     def diagnose(self, spec: JobSpec) -> list[Finding]:
         """Say what a submit of a completed specification would come upon; image and run may be empty."""
+
+    def remarks(self, spec: JobSpec) -> list[str]:
+        """Return what a person should know of a run that has just been submitted."""
+        return []
 
     def examine(self, spec: JobSpec) -> list[Finding]:
         """See `Backend`."""
@@ -178,6 +189,43 @@ class Managed(Backend):
             with contextlib.suppress(JobkitError):
                 self.terminate(spec, job)
             raise
+        for line in self.remarks(spec):
+            say(line)
+
+    def declared(self, store: Store, job: str) -> str:
+        """Return the successor that a job of a run has written down; '' for none."""
+        last = next(_jobs_back(store), {})
+        return str(last["id"]) if job and last.get("after") == job else ""
+
+    def succeed(self, store: Store, spec: JobSpec, job: str, restarts: int, write_down: Callable[..., None]) -> str:
+        """Have another job go on with a run, from inside the job that it has; return the new one's id.
+
+        Its id is in the run's ledger, on the URL too, before the service hears of it: whoever is killed and calls this
+        again makes no second one.
+
+        Args:
+            store: The run.
+            spec: What was submitted, with the lines of `--setup`.
+            job: The job that it has.
+            restarts: How often VMs of the run have been replaced, this time included.
+            write_down: Appends to the run's ledger.
+
+        Raises:
+            ConfigError: If the service refuses.
+            JobkitError: If it does not answer; whether it has made the job is not known then.
+        """
+        if not (successor := self.declared(store, job)):
+            successor = job_id(store, spec, len(run_status.jobs(store, self.name)))
+            write_down("job", id=successor, backend=self.name, after=job, restarts=restarts)
+        mirror.upload_ledger(store)
+        cloud = spec.cloud or Cloud()
+        if cloud.max_restarts is not None:
+            left = max(0, cloud.max_restarts - restarts_before(store, successor))
+            cloud = msgspec.structs.replace(cloud, max_restarts=left)
+        faults.reach("before_create")
+        self.create(store, msgspec.structs.replace(spec, cloud=cloud), successor)
+        faults.reach("after_create")
+        return successor
 
     def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
         """See `Backend`."""
@@ -204,7 +252,23 @@ class Managed(Backend):
         """Ask the service for a run's newest job; raises JobkitError if it does not say."""
         jobs, file = run_status.jobs(store, self.name), specs.read_file(store)
         # Where the run is on another backend what it had here was over when it moved, and nobody knows where it was.
-        return self.find(file.spec, jobs[-1]) if jobs and file.backend == self.name else None
+        if not jobs or file.backend != self.name:
+            return None
+        job = self._known(store, file.spec, jobs)
+        if job is None or not job.active:  # its successor may have been written down since the ledger was read
+            with contextlib.suppress(JobkitError):
+                submission.refresh(store)
+            if run_status.jobs(store, self.name) != jobs:
+                return self._asked(store)
+        return job
+
+    def _known(self, store: Store, spec: JobSpec, jobs: Sequence[str]) -> Job | None:
+        """Return the newest job that the service knows: a successor is written down a moment before that does."""
+        newest = self.find(spec, jobs[-1])
+        if newest is not None or jobs[-1] != self.declared(store, before := (*jobs[-2:-1], "")[0]):
+            return newest
+        earlier = self.find(spec, before)
+        return earlier if earlier is not None and earlier.active else self.find(spec, jobs[-1]) or earlier
 
     def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
@@ -227,6 +291,32 @@ class Managed(Backend):
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
         submission.end_cancelled(store, cancelled.cancels[store])
+
+
+def command(store: Store, spec: JobSpec) -> list[str]:
+    """Return what the container runs: behind the lines of `--setup`, which are bash, where there are any."""
+    if not spec.setup:
+        return [*COMMAND, store.url]
+    script = "\n".join([*spec.setup, 'exec "$@"'])
+    return [*COMMAND[:2], "bash", "-c", script, "setup", *COMMAND[2:], store.url]
+
+
+def variables(spec: JobSpec, job: str, backend: str) -> dict[str, str]:
+    """Return the environment of a job's container: the user's, who it is, and what its successor is to begin with."""
+    assert spec.cloud is not None
+    setup = {contract.ENV_SETUP: json.dumps(spec.setup)} if spec.setup else {}
+    return spec.cloud.env | {contract.ENV_JOB: job, contract.ENV_BACKEND: backend} | setup
+
+
+def restarts_before(store: Store, job: str) -> int:
+    """Return how often VMs of a run were replaced before a job began, since a person has submitted or resumed it."""
+    return next((count_of(event.get("restarts")) or 0 for event in _jobs_back(store) if event["id"] == job), 0)
+
+
+def _jobs_back(store: Store) -> Iterator[Event]:
+    """Yield what was written down of jobs, newest first, back to when a person has submitted or resumed the run."""
+    life = [event for event in run_status.events(store) if event["event"] in ("submitted", "resumed", "job")]
+    return itertools.takewhile(lambda event: event["event"] == "job", reversed(life))
 
 
 def job_id(store: Store, spec: JobSpec, number: int) -> str:

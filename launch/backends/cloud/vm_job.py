@@ -6,21 +6,29 @@ It is PID 1 of the container. The VM knows nothing but the run's URL: code and h
 tells the service what to do: 75 start the task again (elsewhere, after a preemption), 0 done, anything else stop. A
 program that dies by itself, out of memory say, is restarted in this very VM while it makes progress, and its code never
 becomes the container's: the service would take a 137 for a lost VM and start the run again for ever.
+
+A service starts one job again about ten times. A notice in the last life but one makes the job submit its successor
+instead, which begins with as many restarts again; where that life was lost without a notice, the last one does so as
+soon as it comes up.
 """
 
+import json
 import os
 import signal
 import time
 from collections.abc import Mapping
 from types import FrameType
+from typing import cast
 
 import msgspec
 
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
-from jobkit.errors import ConfigError, StorageError, say
+from jobkit.errors import ConfigError, JobkitError, StorageError, say
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
+from launch.backends import registry
+from launch.backends.cloud.managed import Managed, restarts_before
 from launch.backends.job_runner import JobRunner
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
@@ -30,18 +38,6 @@ from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
-"""What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
-
-
-def command(store: Store, spec: JobSpec) -> list[str]:
-    """Return what the container runs: behind the lines of `--setup`, which are bash, where there are any."""
-    if not spec.setup:
-        return [*COMMAND, store.url]
-    script = "\n".join([*spec.setup, 'exec "$@"'])
-    return [*COMMAND[:2], "bash", "-c", script, "setup", *COMMAND[2:], store.url]
-
-
 _PATIENCE_S = 300.0
 """How long a bucket may take to answer when the VM comes up."""
 CANCELLED = 3
@@ -55,7 +51,7 @@ class VmRunner(JobRunner):
         store: The run.
         spec: What was submitted.
         job: The job's id.
-        backend: The service.
+        service: The service.
         retries: How often the service has started this job again.
     """
 
@@ -63,21 +59,64 @@ class VmRunner(JobRunner):
     superseded_code = Exit.FAILED
     output = None  # the service's own log gets what the program prints, too
 
-    def __init__(self, store: Store, spec: JobSpec, *, job: str, backend: str, retries: int) -> None:
+    def __init__(self, store: Store, spec: JobSpec, *, job: str, service: Managed, retries: int) -> None:
         if spec.code is None:  # the code is in the image, where its WORKDIR is
             spec = msgspec.structs.replace(spec, root=os.getcwd(), cwd=os.getcwd())
-        super().__init__(store, spec, job, backend)
-        self._retries = retries
+        super().__init__(store, spec, job, service.name)
+        self._service, self._retries = service, retries
+        self._before = restarts_before(store, job)
+        """How often VMs of the run were replaced before this job."""
         self._limit_at = float("inf")
         """When the run's time is used up, on the clock of `time.monotonic`."""
 
     def _begin(self) -> int | None:
+        declared = self._service.declared(self._store, self._job)
+        if declared and (code := self._hand_on("the VM was lost")) is not None:  # perhaps before it was submitted
+            return code
         if (code := super()._begin()) is not None:
             return code
         self._write_down("job_started", job=self._job, backend=self._backend, restarts=self._retries)
         # What the service starts again it has lost by no fault of the program's.
-        orphans.close_attempts(self._store, "the VM was lost", preempted=self._retries > 0)
-        return None
+        lost = self._retries > 0 or self._before > 0
+        orphans.close_attempts(self._store, "the VM was lost", preempted=lost)
+        return self._hand_on("the VM was lost") if self._lives_left() < 1 else None
+
+    def _lives_left(self) -> float:
+        """Return how often the service starts this job again; as often as it wants where that is all the run may."""
+        limit = None if self._spec.cloud is None else self._spec.cloud.max_restarts
+        if limit is not None and limit - self._before <= self._service.restarts:
+            return float("inf")
+        return self._service.restarts - self._retries
+
+    def _hand_on(self, why: str) -> int | None:
+        """Have a successor go on; return the exit code that ends this job, None if the run has to go on in it."""
+        if run_status.has_ended(self._store) or (self._over_anywhere() or (State.REQUEUED,))[0] is not State.REQUEUED:
+            return None
+        restarts = self._before + self._retries + 1
+        try:
+            job = self._service.succeed(self._store, self._spec, self._job, restarts, self._write_down)
+        except ConfigError as error:
+            say(f"no successor: {error}")
+            here = {"id": self._job, "backend": self._backend, "restarts": self._before}
+            self._write_down("job", **here, refused=str(error))
+            return None
+        except JobkitError as error:
+            say(f"whether a successor was submitted is not known: {error}")
+            return int(Exit.PREEMPTED)  # who comes up next asks again
+        say(f"{why}; job {job} goes on: {self._backend} starts one job {self._service.restarts} times again at most")
+        return int(Exit.DONE)
+
+    def _hand_back(self, why: str) -> int:
+        """Have the service start the run again, in this job or in another one."""
+        if self._lives_left() <= 1 and (code := self._hand_on(why)) is not None:
+            return code
+        return self._leave(f"{why}; {self._backend} starts the job again", Exit.PREEMPTED)
+
+    def _leave(self, reason: str, code: int) -> int:
+        if self._superseded() is None:
+            return super()._leave(reason, code)
+        say(reason)  # the ledger on the URL is another job's by now
+        return int(code)
 
     def _remember(self) -> restart.Policy:
         policy = super()._remember()
@@ -90,7 +129,7 @@ class VmRunner(JobRunner):
         if (over := self._over()) is not None and over[0] is not State.REQUEUED:
             return self._end(*over)
         if over is not None or self._history[-1].outcome is Outcome.PREEMPTED:
-            return self._leave(f"{decision.reason}; {self._backend} starts the job again", Exit.PREEMPTED)
+            return self._hand_back(decision.reason)
         return super()._go_on(decision, why)
 
     def _over(self) -> tuple[State, str] | None:
@@ -105,7 +144,7 @@ class VmRunner(JobRunner):
         return None
 
     def _end(self, state: State, reason: str) -> int:
-        return self._leave(reason, Exit.PREEMPTED) if state is State.REQUEUED else super()._end(state, reason)
+        return self._hand_back(reason) if state is State.REQUEUED else super()._end(state, reason)
 
     def _superseded(self) -> str | None:
         newest = (run_status.jobs(self._store, self._backend) or [self._job])[-1]
@@ -130,6 +169,8 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, _leave_at_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     job, backend = os.environ.get(contract.ENV_JOB), os.environ.get(contract.ENV_BACKEND, "")
+    # Of what the job itself was given, not of the run directory: others may write there.
+    lines = tuple(map(str, json.loads(os.environ.get(contract.ENV_SETUP) or "[]")))
     if len(arguments) != 1 or not job:
         raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
@@ -141,7 +182,9 @@ def main(arguments: list[str]) -> int:
     except StorageError as error:
         say(str(error))
         return int(Exit.PREEMPTED)  # perhaps another VM gets there
-    return VmRunner(store, specs.read(store), job=job, backend=backend, retries=retries).run()
+    spec = msgspec.structs.replace(specs.read(store), setup=lines)
+    service = cast(Managed, registry.named(backend))
+    return VmRunner(store, spec, job=job, service=service, retries=retries).run()
 
 
 if __name__ == "__main__":
