@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,9 @@ from jobkit.checkpoint.leaves import DTYPES
 from jobkit.checkpoint.restore import restore
 from jobkit.errors import ConfigError, DamagedError, StorageError
 from jobkit.rundir import commits
+from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
+from tests.harness import training
 from tests.training.test_checkpoint import ROOT, Life
 from tests.training.test_state import parts_of
 
@@ -377,3 +380,45 @@ def test_what_no_array_is_is_refused(tmp_path: Path) -> None:
     assert DirectCheckpointHandler().restore(tmp_path, DirectRestore({"a": [np.zeros(1), 0]}))["a"][1] == 2
     with pytest.raises(ConfigError, match="has no b"):
         DirectCheckpointHandler().restore(tmp_path, DirectRestore({"b": 0}))
+
+
+def _save_on(url: str, attempt: int) -> None:
+    """Go on from the newest step, and save one step after the other; say so before the first and after each."""
+    life = Life(Path(url), keep=Keep(2), attempt=attempt)
+    life.parts |= parts_of(big={f"w{at}": np.full(1 << 17, at, np.float32) for at in range(8)})
+    commits.sweep(life.store, attempt=attempt)
+    step = life.restored() or 0
+    with (Path(url) / "said").open("a", buffering=1) as said:
+        print(f"begun {attempt}", file=said)
+        while True:
+            step += 1
+            life.save(step)
+            life.raise_error()
+            print(step, file=said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [10, 200])
+def test_random_kills_lose_no_commit(kills: int, tmp_path: Path) -> None:
+    """SIGKILL at random moments of saves that follow one another: what was committed is there, whole, and restores."""
+    url, store, moments = tmp_path / "run", Store(tmp_path / "run"), random.Random(kills)
+    torn = newest = 0
+    for attempt in range(kills):
+        process = training.start(_save_on, str(url), attempt, log=tmp_path / "log")
+        until = time.monotonic() + 120
+        while f"begun {attempt}\n" not in ((url / "said").read_text() if (url / "said").exists() else ""):
+            assert process.is_alive(), (tmp_path / "log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        said = [int(line) for line in (url / "said").read_text().split("\n") if line.isdecimal()]
+        steps = commits.steps(store)
+        assert max(steps, default=0) >= max(said, default=0)
+        assert [commits.problems(store, step) for step in steps] == [[]] * len(steps)
+        torn += bool(store.names(contract.STAGE))
+        newest = max(steps, default=0)
+    assert newest
+    assert torn
