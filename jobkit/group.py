@@ -132,14 +132,22 @@ class Group:
         """Return every process's value, in the order of the processes, in process 0; elsewhere an empty list.
 
         Raises:
-            TimeoutError: If one of them says nothing within `timeout_s`.
+            TimeoutError: If one of them says nothing within `timeout_s`, naming it.
         """
         if self.count == 1:
             return [value]
         if not self.first:
             self.put(f"{key}/{self.index}", value)
             return []
-        return [value] + [self.get(f"{key}/{other}", timeout_s) for other in range(1, self.count)]
+        deadline, values = time.monotonic() + timeout_s, [value]
+        for other in range(1, self.count):
+            try:
+                values.append(self.get(f"{key}/{other}", max(0.01, deadline - time.monotonic())))
+            except TimeoutError:
+                raise TimeoutError(
+                    f"process {other} of {self.count} has not put {key} within {timeout_s:g} s"
+                ) from None
+        return values
 
     def leave(self, timeout_s: float) -> None:
         """Say that this process is about to end, failing or on notice; the first one waits until the others have.

@@ -69,7 +69,7 @@ class Checkpoints:
         self._busy, self._before_commit = busy, before_commit
         self._group = group or Group("")
         self._count = 0
-        self._writer = orbax_io.Writer(stock=stock)
+        self._writer = orbax_io.Writer(stock=stock, group=self._group)
         self._spent: list[tuple[orbax_io.Writer, Save]] = []
         """Writers of saves that failed, which would raise what is left of that at the next."""
         self._save: Save | None = None

@@ -1,13 +1,14 @@
 """The arrays of a run's own checkpoints, written and read: through our handler for Orbax, or through stock Orbax.
 
-Both write the same layout. Our handler (`layout/`) does it without Orbax's work per leaf; stock Orbax writes where
-several processes save together, where the program asked for it, and where the installed Orbax reads our files no more.
+Both write the same layout. Our handler (`layout/`) does it without Orbax's work per leaf; stock Orbax writes where the
+program asked for it, and where the installed Orbax reads our files no more.
 
 Three other modules import it, none of which writes into a run: restore.py exports parameters, weights/source.py reads
 what plain Orbax wrote, and leaves.py says how one array is to be read.
 
-In a run of several processes all of them call the same in the same order, and each writes its own shards. They meet in
-barriers of JAX's coordination service: Orbax is told who they are, since it would take the devices for that otherwise.
+In a run of several processes all of them call the same in the same order. With our handler each writes what is its to
+write, by itself; with stock Orbax they meet in barriers of JAX's coordination service: Orbax is told who they are: it
+would take the devices for that otherwise.
 """
 
 import contextlib
@@ -27,12 +28,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jobkit import contract
-from jobkit.checkpoint.layout import reading
-from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave, nested
+from jobkit.checkpoint.layout import reading, several
+from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave, Share, nested, only
 from jobkit.checkpoint.layout.probe import stock_reads_ours
 from jobkit.checkpoint.layout.writing import FILE_BYTES, Cancel
 from jobkit.checkpoint.leaves import Record, placement, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
+from jobkit.group import Group
 from jobkit.rundir.commits import FileRecord
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise.oom import Memory
@@ -49,29 +51,33 @@ class Writer:
 
     Args:
         stock: Whether stock Orbax shall write them.
+        group: The processes that save together.
     """
 
-    def __init__(self, *, stock: bool = False) -> None:
-        self._stock = stock
+    def __init__(self, *, stock: bool = False, group: Group | None = None) -> None:
+        self._stock, self._group = stock, group or Group("")
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._cancel = Cancel()
         self._measured: dict[str, FileRecord] = {}
+        self.share: Share | None = None
+        """What this one of several processes writes into a directory of its own; None where stock Orbax writes."""
 
     def start(self, stage: Path, arrays: Mapping[tuple[str, ...], Any], nbytes: int, *, for_upload: bool) -> None:
         """Take copies off the devices and begin writing to `stage`, which must not exist.
 
         Args:
-            stage: Directory of the checkpoint.
+            stage: Directory of the checkpoint. One of several processes writes `part_of` it, but for stock Orbax, which
+                has all of them write there.
             arrays: Quoted path -> array.
             nbytes: Bytes of all of them.
             for_upload: Whether the files will be carried to an object store.
         """
-        self._measured = {}
+        self._measured, self.share = {}, None
         if not arrays:  # Orbax refuses an empty tree
             return
         if self._orbax is None:
-            everyone = _everyone()
-            self._stock = self._stock or jax.process_count() > 1 or not stock_reads_ours()
+            self._stock = self._stock or not self._group.share("layout", stock_reads_ours)
+            everyone = _everyone() if self._stock else only(self._group.index)
             item = (
                 ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS, multiprocessing_options=everyone)
                 if self._stock
@@ -85,8 +91,16 @@ class Writer:
         if not self._stock:
             size = _upload_bytes(nbytes) if for_upload else FILE_BYTES
             self._cancel = Cancel()
+            if self._group.count > 1:
+                self.share = Share(self._group.index, several.share_out(arrays))
+                stage = part_of(stage, self._group.index)
             direct = DirectSave(
-                arrays=arrays, file_bytes=size, cancel=self._cancel, sync=False, measured=self._measured
+                arrays=arrays,
+                file_bytes=size,
+                cancel=self._cancel,
+                sync=False,
+                measured=self._measured,
+                share=self.share,
             )
             self._orbax.save(stage, args=ocp.args.Composite(**{contract.ORBAX_ITEM: direct}))
             return
@@ -111,7 +125,7 @@ class Writer:
 
     def another(self) -> "Writer":
         """Return a writer of the same kind, which knows of no save."""
-        return Writer(stock=self._stock)
+        return Writer(stock=self._stock, group=self._group)
 
     def cancel(self) -> bool:
         """Have what was started fail before its next chunk, and tell whether it will: stock Orbax cannot be stopped."""
@@ -124,6 +138,11 @@ class Writer:
             with contextlib.suppress(Exception):  # it raises a failed save's error again, which `wait` told
                 self._orbax.close()
             self._orbax = None
+
+
+def part_of(stage: Path, process: int) -> Path:
+    """Return where one of several processes writes its part of a stage."""
+    return stage.with_name(f"{stage.name}.process_{process}")
 
 
 def silence() -> None:
@@ -141,13 +160,7 @@ def silence() -> None:
 
 
 def _everyone() -> ocp.options.MultiprocessingOptions:
-    return _only(*range(jax.process_count()))
-
-
-def _only(*processes: int) -> ocp.options.MultiprocessingOptions:
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(primary_host=processes[0], active_processes=set(processes))
+    return only(*range(jax.process_count()))
 
 
 def read(
@@ -177,7 +190,7 @@ def read(
         path: stored_args(records[path], live) if records else ocp.RestoreArgs(restore_type=np.ndarray)
         for path, live in wanted.items()
     }
-    readers = _only(jax.process_index()) if alone else _everyone()
+    readers = only(jax.process_index()) if alone else _everyone()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=readers)
     with ocp.Checkpointer(handler, multiprocessing_options=readers) as reader:
         tree = reader.restore(

@@ -7,8 +7,9 @@ r"""One save on its way: written through Orbax to a stage, measured, published. 
 It can be broken off while it is written, and no longer once it is published: what may be a step by the next instant has
 to be waited for.
 
-In a run of several processes each writes and measures its own files; process 0 publishes when it has heard of all, and
-the others hear from it whether it did. They wait for one another, so that none of them can break a save off.
+In a run of several processes each writes and measures its part, in a directory of its own; process 0 puts the parts
+together and publishes when all have said that theirs are there, and tells the others whether it did. They wait for one
+another, so that none of them can break a save off.
 """
 
 import contextlib
@@ -24,13 +25,15 @@ from typing import Any
 import msgspec
 
 from jobkit import contract, faults
-from jobkit.checkpoint.orbax_io import Writer, failure, silence
+from jobkit.checkpoint.layout import several
+from jobkit.checkpoint.layout.several import store_name
+from jobkit.checkpoint.orbax_io import Writer, failure, part_of, silence
 from jobkit.checkpoint.state import Snapshot
 from jobkit.errors import StorageError
 from jobkit.group import Group, raise_told, told_error
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord
-from jobkit.rundir.files import files_below, remove_tree
+from jobkit.rundir.files import files_below, remove_tree, sync_tree
 from jobkit.rundir.store import Store
 
 _ORBAX_TMP = ".orbax-checkpoint-tmp"
@@ -72,14 +75,8 @@ class Save:
         self.state = SaveState.WRITING
         self._gate = threading.Lock()
         """Held while the state changes: nothing is published that was abandoned."""
-        self.stage = Path(group.share(f"stage/{number}", lambda: str(self._new_stage(attempt))))
+        self.stage = Path(group.share(f"stage/{number}", lambda: str(commits.new_stage(store, step, attempt))))
         self.thread: threading.Thread | None = None
-
-    def _new_stage(self, attempt: int) -> Path:
-        stage = commits.new_stage(self._store, self.step, attempt)
-        if self._group.count > 1:
-            _beside(stage).mkdir()
-        return stage
 
     def start(self, finish: Callable[[], None]) -> None:
         """Go on in a thread of its own with what training does not wait for."""
@@ -117,36 +114,79 @@ class Save:
         Raises:
             Exception: Whatever kept it from being committed, of Orbax's too.
         """
-        several = self._group.count > 1
+        together = self._group.count > 1
+        own: dict[str, Any] = {}
         try:
             writer.wait()
             faults.reach("after_data")
             before(self.step)
             known = writer.measured
-            measured = _own_files(self.stage, snapshot, self._group.index) if several else self._measured(known)
-            own: dict[str, Any] = msgspec.to_builtins(measured)
+            own["files"] = msgspec.to_builtins(self._own_files(writer, snapshot) if together else self._measured(known))
+            own["rows"] = writer.share.rows if writer.share is not None else {}
         except Exception as error:
-            if not several:
+            if not together:
                 raise
             own = told_error(failure(error, f"process {self._group.index} cannot write its part"))
         with self._gate:
             self._go_on()
             self.state = SaveState.PUBLISHING
-        sent = self._group.gather(f"written/{self._number}", own, _SAVE_S)
+        if not self._group.first:
+            self._group.gather(f"written/{self._number}", own)
 
         def publish() -> bool:
-            for files in sent:
-                raise_told(files)
-            if several:
-                self.stage.mkdir(exist_ok=True)
-                for path in _beside(self.stage).iterdir():
-                    os.rename(path, self.stage / path.name)
-                _beside(self.stage).rmdir()
-            measured = {name: msgspec.convert(record, FileRecord) for files in sent for name, record in files.items()}
+            try:
+                parts = self._group.gather(f"written/{self._number}", own, _SAVE_S)
+            except TimeoutError as error:
+                raise StorageError(f"cannot commit step {self.step} to {self._store.url}: {error}") from None
+            for part in parts:
+                raise_told(part)
+            measured = {
+                name: msgspec.convert(record, FileRecord) for part in parts for name, record in part["files"].items()
+            }
+            if together:
+                try:
+                    self._put_together(writer, measured, [part["rows"] for part in parts])
+                except Exception as error:
+                    raise failure(error, f"cannot put the parts of step {self.step} together") from error
             table = _state_json(snapshot)
             return commits.publish(self._store, self.stage, state=table, commit=commit, measured=measured)
 
         return bool(self._group.share(f"committed/{self._number}", publish))
+
+    def _own_files(self, writer: Writer, snapshot: Snapshot) -> dict[str, FileRecord]:
+        """Write what belongs to this process alone beside its arrays; make that durable, and measure it.
+
+        Process 0's table comes at the commit.
+        """
+        process = self._group.index
+        part, store = part_of(self.stage, process), f"{contract.ORBAX_ITEM}/{store_name(process)}"
+        part.mkdir(exist_ok=True)
+        with (part / contract.of_process(contract.LOCAL, process)).open("wb") as file:
+            file.writelines(array.tobytes() for array in snapshot.local)
+        if process:
+            table = json.dumps(_state_json(snapshot), separators=(",", ":"))
+            (part / contract.of_process(contract.STATE, process)).write_text(table)
+        sync_tree(part)
+        own = commits.measure(part, [name for name in _owned(process) if (part / name).exists()])
+        if writer.share is not None:
+            return own | writer.measured
+        return own | commits.measure(self.stage, [f"{store}/{name}" for name in files_below(self.stage / store)])
+
+    def _put_together(self, writer: Writer, files: Iterable[str], rows: list[dict[str, Any]]) -> None:
+        """Make one stage of what all processes have written."""
+        if writer.share is not None:
+            os.rename(part_of(self.stage, 0), self.stage)
+        self.stage.mkdir(exist_ok=True)
+        for process in range(self._group.count):
+            part = part_of(self.stage, process)
+            for name in (*_owned(process), f"{contract.ORBAX_ITEM}/{store_name(process)}"):
+                if (part / name).exists():
+                    os.rename(part / name, self.stage / name)
+            remove_tree(part)
+        if absent := [name for name in files if not (self.stage / name).exists()]:
+            raise StorageError(f"{absent[0]} is not in {self.stage}, though a process has written it")
+        if writer.share is not None:
+            several.merge(self.stage / contract.ORBAX_ITEM, writer.share.arrays, rows)
 
     def _measured(self, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
         """Measure what else there is in the stage, as long as the save is wanted."""
@@ -202,27 +242,9 @@ def _take_away(stage: Path) -> None:
                 break
 
 
-def _beside(stage: Path) -> Path:
-    """Return where the processes put files of their own while Orbax, which makes the stage itself, still writes."""
-    return stage.with_name(stage.name + ".own")
-
-
-def _own_files(stage: Path, snapshot: Snapshot, process: int) -> dict[str, FileRecord]:
-    """Write what belongs to this process alone; measure that and its shards. Process 0's table comes at the commit."""
-    directory, shards = _beside(stage), f"{contract.ORBAX_ITEM}/ocdbt.process_{process}"
-    contents: dict[str, Iterable[bytes]] = {
-        contract.of_process(contract.LOCAL, process): (array.tobytes() for array in snapshot.local)
-    }
-    if process:
-        table = json.dumps(_state_json(snapshot), separators=(",", ":"))
-        contents[contract.of_process(contract.STATE, process)] = [table.encode()]
-    for name, content in contents.items():
-        with (directory / name).open("wb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-    measured = commits.measure(stage, [f"{shards}/{name}" for name in files_below(stage / shards)])
-    return commits.measure(directory, contents) | measured
+def _owned(process: int) -> tuple[str, str]:
+    """Return the names of the files that one of several processes has for itself, but for its arrays."""
+    return contract.of_process(contract.LOCAL, process), contract.of_process(contract.STATE, process)
 
 
 def _state_json(snapshot: Snapshot) -> dict[str, Any]:

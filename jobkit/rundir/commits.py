@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -259,10 +260,11 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
 def _in_chunks(commit: Commit, name: str) -> bool:
     """Tell whether a file holds nothing but chunks, each with a checksum of its own, and is worth not to be read."""
     item = contract.ORBAX_ITEM
-    chunks = f"{item}/{contract.CHUNKS}" in commit.files and name.startswith(f"{item}/{contract.VALUES}")
+    chunks = f"{item}/{contract.CHUNKS}" in commit.files and re.match(_OF_VALUES, name) is not None
     return chunks and commit.files[name].size >= _SMALL_BYTES
 
 
+_OF_VALUES = rf"{contract.ORBAX_ITEM}/(ocdbt\.process_\d+/)?{contract.VALUES}"
 _SMALL_BYTES = 1 << 22
 _BAD_SECTOR_S = 5.0
 """A file system that is failing over answers EIO for a while, a bad sector for ever."""

@@ -121,6 +121,7 @@ def train_many(
     own_data: bool = True,
     pause_s: float = 0.0,
     hook: Any = None,
+    writer: Any = "jobkit",
 ) -> None:
     """Train in several processes: sharded and replicated arrays, and what belongs to each process alone.
 
@@ -176,7 +177,7 @@ def train_many(
         def set_state(self, state: int) -> None:
             hook("restoring", run)
 
-    with jobkit.Run(url, save_every=save_every, keep=2) as run:
+    with jobkit.Run(url, save_every=save_every, keep=2, writer=writer) as run:
         hook("opened", run)
         run.resume(params=params, opt=opt, data=data, key=jax.random.key(1), seen=0, watch=Watch())
         hook("resumed", run)

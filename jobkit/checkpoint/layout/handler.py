@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
-from jobkit.checkpoint.layout import reading, writing
+from jobkit.checkpoint.layout import reading, several, writing
 from jobkit.checkpoint.layout.writing import Cancel, Path, Taken
 from jobkit.checkpoint.leaves import DTYPES, names
 from jobkit.errors import ConfigError
@@ -38,9 +38,13 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         Raises:
             ConfigError: If the tree cannot be written so.
         """
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and args.share is None:
             raise ConfigError("DirectCheckpointHandler is for programs of one process: use ocp.args.StandardSave")
-        taken, work = writing.take(args.leaves()), _Work.of(args)
+        if (share := args.share) is None:
+            taken = writing.take(args.leaves())
+        else:
+            taken = several.take(dict(args.leaves()), share.arrays, share.process)
+        work = _Work.of(args)
         return [CommitFutureAwaitingContractedSignals(_write(directory, taken, work), name="jobkit-write")]
 
     def save(self, directory: Any, args: "DirectSave") -> None:
@@ -81,15 +85,22 @@ class _Work(NamedTuple):
     cancel: Cancel
     sync: bool
     measured: dict[str, FileRecord]
+    share: "Share | None"
 
     @classmethod
     def of(cls, args: "DirectSave") -> "_Work":
         """Take from a save all but the tree."""
-        return cls(args.file_bytes, args.cancel, args.sync, args.measured)
+        return cls(args.file_bytes, args.cancel, args.sync, args.measured, args.share)
 
     def write(self, directory: Any, taken: list[Taken]) -> None:
         """Write what was taken."""
-        writing.write(File(directory), taken, file_bytes=self.file_bytes, cancel=self.cancel, measured=self.measured)
+        most, cancel, measured = self.file_bytes, self.cancel, self.measured
+        if (share := self.share) is None:
+            writing.write(File(directory), taken, file_bytes=most, cancel=cancel, measured=measured)
+        else:
+            share.rows = several.write(
+                File(directory), taken, share.process, file_bytes=most, cancel=cancel, measured=measured
+            )
         if self.sync:
             sync_tree(File(directory))
 
@@ -106,6 +117,21 @@ async def _write(directory: Any, taken: list[Taken], work: _Work) -> None:
         taken.clear()
 
 
+@dataclass
+class Share:
+    """What one of several processes that save a run together writes of the arrays that all of them have.
+
+    Args:
+        process: Its index.
+        arrays: How they are shared out.
+        rows: What it has written, once it has.
+    """
+
+    process: int
+    arrays: dict[Path, several.Shared]
+    rows: several.Rows = field(default_factory=dict)
+
+
 @ocp.args.register_with_handler(DirectCheckpointHandler, for_save=True)
 @dataclass
 class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
@@ -118,6 +144,7 @@ class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
         cancel: Stops the save.
         sync: Whether the files are made durable; not where somebody else does.
         measured: Gets size and checksum of the large files once they are written, by name relative to the item.
+        share: In a run of several processes, which alone merges what they write: what this one writes.
     """
 
     item: Any = None
@@ -126,6 +153,7 @@ class DirectSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     cancel: Cancel = field(default_factory=Cancel)
     sync: bool = True
     measured: dict[str, FileRecord] = field(default_factory=dict)
+    share: Share | None = None
 
     def leaves(self) -> list[tuple[Path, Any]]:
         """Return the arrays with their paths; those of numpy's are copies.
@@ -160,6 +188,16 @@ class DirectRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
     """
 
     item: Any = None
+
+
+def only(*processes: int) -> ocp.options.MultiprocessingOptions:
+    """Have Orbax do something in some of the processes, which meet in no barrier with the others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    prefix = f"only-{processes[0]}" if len(processes) == 1 else None
+    return ocp.options.MultiprocessingOptions(
+        primary_host=processes[0], active_processes=set(processes), barrier_sync_key_prefix=prefix
+    )
 
 
 def _named(item: Any) -> dict[Path, Any]:

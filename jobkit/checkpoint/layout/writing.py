@@ -23,7 +23,8 @@ FILE_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 _SYNC_BYTES, _SYNCS = 16 << 20, 4
 """The disk gets so many bytes at a time, and is given more before it has them so often."""
-_METADATA = "_METADATA"
+METADATA = "_METADATA"
+"""Orbax's file of what the tree is."""
 
 Path = tuple[str, ...]
 
@@ -55,11 +56,15 @@ class Taken(NamedTuple):
         path: Where it lies in the tree.
         shape: Its shape, in elements.
         shards: Its distinct shards, all of one shape, with their places in the grid of shards.
+        chunk: Shape of a chunk; chosen by what is written if None.
+        own: Places of the chunks that are written here; None for all that the shards have.
     """
 
     path: Path
     shape: Index
     shards: list[tuple[Index, np.ndarray]]
+    chunk: Index | None = None
+    own: frozenset[Index] | None = None
 
 
 def take(arrays: Iterable[tuple[Path, Any]]) -> list[Taken]:
@@ -113,7 +118,7 @@ def write(
     """
     tree = texts.tree_text(tuple(array.path for array in taken))
     table = write_values(directory, taken, file_bytes=file_bytes, cancel=cancel, measured=measured)
-    (directory / _METADATA).write_text(tree)
+    (directory / METADATA).write_text(tree)
     (directory / contract.CHUNKS).write_bytes(written(table))
 
 
@@ -125,6 +130,19 @@ def write_values(
     Returns:
         What lies where.
     """
+    table, entries = write_files(directory, taken, file_bytes=file_bytes, cancel=cancel, measured=measured)
+    write_tree(directory, entries)
+    return table
+
+
+def write_files(
+    directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cancel, measured: dict[str, FileRecord]
+) -> tuple[dict[str, Chunked], list[ocdbt.Entry]]:
+    """Write the files of values of a store alone; as `write_values`.
+
+    Returns:
+        What lies where, and the entries of the store's tree.
+    """
     table: dict[str, Chunked] = {}
     entries: list[ocdbt.Entry] = []
     taken.reverse()
@@ -133,11 +151,15 @@ def write_values(
             _write_array(taken.pop(), table, entries, values, file_bytes, cancel)
         measured.update(values.measured())
     cancel.check()
+    return table, entries
+
+
+def write_tree(directory: File, entries: list[ocdbt.Entry]) -> None:
+    """Write a store's tree, which makes files of values a store."""
     nodes, manifest = ocdbt.tree(tuple(entries))
     (directory / ocdbt.NODES).parent.mkdir()
     (directory / ocdbt.NODES).write_bytes(nodes)
     (directory / ocdbt.MANIFEST).write_bytes(manifest)
-    return table
 
 
 def _write_array(
@@ -155,15 +177,18 @@ def _write_array(
     entries.append((f"{name}/zarr.json", ocdbt.Place("", 0, len(text), text)))
     sums = {}
     for index, content in _chunks(array, chunk):
+        if array.own is not None and index not in array.own:
+            continue
         cancel.check()
         place, sums[index] = values.append(content)
         entries.append((chunk_key(name, index), place))
-    entry.crc32c = list(sums.values()) if len(sums) == 1 else [sums[index] for index in entry.indices]
+    entry.crc32c = list(sums.values()) if len(sums) == 1 else [sums[at] for at in entry.indices if at in sums]
 
 
 def _entry(array: Taken, most_bytes: int) -> Chunked:
     shard = array.shards[0][1]
-    return Chunked(_name(shard.dtype), list(array.shape), list(cut(shard.shape, shard.itemsize, most_bytes)))
+    chunk = array.chunk or cut(shard.shape, shard.itemsize, most_bytes)
+    return Chunked(_name(shard.dtype), list(array.shape), list(chunk))
 
 
 @cache
