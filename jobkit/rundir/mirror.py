@@ -165,6 +165,40 @@ def fetch_ledgers(store: Store, attempt: int) -> None:
     _bring(store, store.remote.find(contract.ATTEMPTS), wanted)
 
 
+def fetch_described(store: Store) -> None:
+    """Bring what says what a run is, and its code, into the home of one of several processes that is not the run's own.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    if store.remote is not None:
+        set_other_aside(store)
+        _bring(store, store.remote.find(contract.CODE) | {contract.RUN_JSON: 1}, lambda name: True)
+
+
+def fetch_decisions(store: Store) -> None:
+    """Bring what the launching side says of a run, its ledger and a cancel, into such a home.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    if store.remote is not None:
+        fetch_request(store, contract.CANCEL)
+        if (ledger := _newer(store, store.remote)) is not None:
+            store.write(contract.EVENTS, ledger)
+
+
+def fetch_outcomes(store: Store, attempt: int) -> None:
+    """Bring how each of several processes of an attempt ended into the home, where it was elsewhere.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    if store.remote is not None:
+        place = f"{contract.attempt_dir(attempt)}/process-"
+        _bring(store, store.remote.find(contract.attempt_dir(attempt)), lambda name: name.startswith(place))
+
+
 def claim(store: Store) -> int:
     """Claim the next attempt number, on the URL where there is one, and its directory."""
     if store.remote is None:

@@ -12,7 +12,7 @@ from typing import Any
 from jobkit import contract, decode, names
 from jobkit.contract import Exit, Outcome
 from jobkit.errors import ConfigError, DamagedError, JobkitError
-from jobkit.rundir import commits, remote_steps
+from jobkit.rundir import commits, mirror, remote_steps
 from jobkit.rundir.files import remove_tree
 from jobkit.rundir.ledger import Event, attempt_events, last_word, read_json, writer_events
 from jobkit.rundir.store import Store
@@ -201,9 +201,11 @@ def write_outcome(
         ended: When it ended, epoch seconds; by default when it gave its last sign of life.
     """
     name = f"{contract.attempt_dir(attempt)}/{contract.OUTCOME}"
+    with contextlib.suppress(JobkitError):
+        mirror.fetch_outcomes(store, attempt)
     together = of_all_processes(store, attempt)
     if together is not None and not (preempted and together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED)):
-        created = store.create(name, _json(together))
+        created = _create(store, name, together)
         if created and together["exit_code"] not in (Exit.DONE, Exit.PREEMPTED):
             # What process 0 printed itself tells little of which one ended the attempt: this is its log's last line.
             path = store.file(contract.log_file(attempt))
@@ -227,12 +229,18 @@ def write_outcome(
         "ended": max(started, _last_sign(store, attempt, events, link)) if ended is None else ended,
         "notice": None,
     }
-    if store.create(name, _json(value)) and store.remote is not None:
-        # Nobody else uploads what is written for an attempt that is gone.
-        with contextlib.suppress(JobkitError):
-            store.remote.create(name, _json(value).encode())
+    _create(store, name, value)
     if link is not None:
         remove_tree(link)  # the supervisor had no time to
+
+
+def _create(store: Store, name: str, outcome: dict[str, Any]) -> bool:
+    """Create an outcome, on the URL too: nobody else uploads what is written for an attempt that is gone."""
+    created = store.create(name, _json(outcome))
+    if created and store.remote is not None:
+        with contextlib.suppress(JobkitError):
+            store.remote.create(name, _json(outcome).encode())
+    return created
 
 
 def _last_sign(store: Store, attempt: int, events: Sequence[Event], link: Path | None) -> float:

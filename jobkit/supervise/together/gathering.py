@@ -143,6 +143,32 @@ class Gathering:
             raise SupersededError(f"attempt {self._attempt} is over: attempt {self._attempt + 1} has begun")
 
 
+def open_attempt(remote: Remote, index: int) -> int | None:
+    """Return the newest attempt if a process may join it in its place; None if the next one is to be waited for.
+
+    For who is started by no launcher that knows the number. Where the place is taken, it was by an earlier life of the
+    same machine's task, which is dead: the others are told so.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    newest = max(remote.numbers(contract.ATTEMPTS), default=-1)
+    if newest < 0:
+        return None
+    there = remote.find(contract.attempt_dir(newest))
+    over = f"{contract.attempt_dir(newest)}/{contract.OUTCOME}" in there
+    joined = contract.joined_file(newest, index) in there
+    if joined and not over and contract.process_outcome(newest, index) not in there:
+        break_up(remote, newest, index, "its machine was lost, and has come back")
+    return None if joined or over or contract.gathered_file(newest) in there else newest
+
+
+def break_up(remote: Remote, attempt: int, index: int, reason: str) -> None:
+    """Tell the processes of an attempt that one of them has ended badly, unless one has before."""
+    with contextlib.suppress(JobkitError):  # else JAX's own heartbeats tell them, a little later
+        remote.create(contract.broken_file(attempt), _json(process=index, reason=reason))
+
+
 def is_claimed(remote: Remote, attempt: int) -> bool:
     """Tell whether an attempt has begun, with one small request however many there were."""
     try:

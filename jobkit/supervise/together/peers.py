@@ -5,7 +5,6 @@ then. How each ended its supervisor writes to `process-<i>.json`, and process 0 
 """
 
 import contextlib
-import json
 import threading
 import time
 
@@ -13,7 +12,7 @@ from jobkit import contract, decode
 from jobkit.errors import JobkitError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
-from jobkit.supervise.together.gathering import is_claimed
+from jobkit.supervise.together.gathering import break_up, is_claimed
 
 _ASK_S = 3.0
 _ANSWER_S = 10.0
@@ -91,9 +90,3 @@ class Peers:
             if time.monotonic() >= deadline:
                 return
             time.sleep(min(_ASK_S, max(0.1, deadline - time.monotonic())))
-
-
-def break_up(remote: Remote, attempt: int, index: int, reason: str) -> None:
-    """Tell the processes of an attempt that one of them has ended badly, unless one has before."""
-    with contextlib.suppress(JobkitError):  # else JAX's own heartbeats tell them, a little later
-        remote.create(contract.broken_file(attempt), json.dumps({"process": index, "reason": reason}).encode())

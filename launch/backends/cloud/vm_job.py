@@ -25,13 +25,17 @@ import msgspec
 from jobkit import contract
 from jobkit.contract import Exit, Outcome, State
 from jobkit.errors import ConfigError, JobkitError, StorageError, say
+from jobkit.rundir import mirror
+from jobkit.rundir.ledger import read_json
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.backends import registry
 from launch.backends.cloud.managed import Managed, restarts_before
+from launch.backends.cloud.vm_member import Member
 from launch.backends.job_runner import JobRunner
 from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
+from launch.lifecycle.runner import KILLED
 from launch.lifecycle.submission import open_run, run_as_program
 from launch.spec import cloud_options
 from launch.spec import jobspec as specs
@@ -125,12 +129,24 @@ class VmRunner(JobRunner):
             self._limit_at = time.monotonic() + self._spec.cloud.time_s - used_s - self._spec.grace_s
         return policy
 
+    def _follow(self, started: list[int]) -> int:
+        # Of several processes only their supervisors' own word, on the URL, says that a run is done.
+        return super()._follow(started) or (KILLED if contract.process_from()[1] > 1 else 0)
+
     def _go_on(self, decision: restart.Decision, why: Cause) -> int | None:
         if (over := self._over()) is not None and over[0] is not State.REQUEUED:
             return self._end(*over)
-        if over is not None or self._history[-1].outcome is Outcome.PREEMPTED:
+        if over is not None or (self._history[-1].outcome is Outcome.PREEMPTED and self._is_taken()):
             return self._hand_back(decision.reason)
         return super()._go_on(decision, why)
+
+    def _is_taken(self) -> bool:
+        """Tell whether it was this VM that had to go, and not another one of several."""
+        if contract.process_from()[1] == 1:
+            return True
+        own = read_json(self._store, contract.process_outcome(self._newest_attempt, 0)) or {}
+        notice = own.get("notice") or {}
+        return bool(notice.get("source", "peer") != "peer")
 
     def _over(self) -> tuple[State, str] | None:
         if (cancelled := super()._over()) is not None:
@@ -146,9 +162,19 @@ class VmRunner(JobRunner):
     def _end(self, state: State, reason: str) -> int:
         return self._hand_back(reason) if state is State.REQUEUED else super()._end(state, reason)
 
-    def _superseded(self) -> str | None:
+    def over_here(self) -> int | None:
+        """Return the exit code of a VM that takes part in attempts, if there are none to come in this job."""
+        last = run_status.last_life_event(self._store)
+        if last.get("event") == "ended":
+            return self._code(last.get("state"))
+        return None if self._later_job() is None else int(Exit.DONE)
+
+    def _later_job(self) -> str | None:
         newest = (run_status.jobs(self._store, self._backend) or [self._job])[-1]
-        return super()._superseded() or (f"job {newest}" if newest != self._job else None)
+        return f"job {newest}" if newest != self._job else None
+
+    def _superseded(self) -> str | None:
+        return super()._superseded() or self._later_job()
 
     def _grace(self) -> dict[str, str]:
         return {contract.ENV_GRACE: f"{min(self._spec.grace_s, cloud_options.STOP_S):g}"}
@@ -157,6 +183,17 @@ class VmRunner(JobRunner):
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
     """Serve a stop that comes before there is anything to save."""
     os._exit(Exit.PREEMPTED)
+
+
+def task_of(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Read from the service's environment which VM of its job this is, and how many there are."""
+    for index, count in (
+        ("BATCH_TASK_INDEX", "BATCH_TASK_COUNT"),
+        ("AWS_BATCH_JOB_NODE_INDEX", "AWS_BATCH_JOB_NUM_NODES"),
+    ):
+        if environ.get(index, "").isdecimal() and environ.get(count, "").isdecimal():
+            return int(environ[index]), int(environ[count])
+    return 0, 1
 
 
 def main(arguments: list[str]) -> int:
@@ -175,16 +212,24 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("this runs inside a job of a batch service: use jobkit submit --on gcp")
     for name in set(os.environ) - contract.handed_on(os.environ).keys():
         del os.environ[name]
+    index, count = task_of(os.environ)
+    if count > 1:  # each VM has a process of every attempt; the first one's runner claims and decides
+        os.environ |= {contract.ENV_PROCESS: str(index), contract.ENV_PROCESSES: str(count)}
     # AWS counts attempts from 1, Google retries from 0.
     retries = int(os.environ.get("BATCH_TASK_RETRY_ATTEMPT") or int(os.environ.get("AWS_BATCH_JOB_ATTEMPT") or 1) - 1)
     try:
-        store = open_run(arguments[0], patience_s=_PATIENCE_S)
+        if index == 0:
+            store = open_run(arguments[0], patience_s=_PATIENCE_S)
+        else:
+            store = Store(arguments[0], deadline_s=_PATIENCE_S).of_process(index)
+            mirror.fetch_described(store)
     except StorageError as error:
         say(str(error))
         return int(Exit.PREEMPTED)  # perhaps another VM gets there
     spec = msgspec.structs.replace(specs.read(store), setup=lines)
     service = cast(Managed, registry.named(backend))
-    return VmRunner(store, spec, job=job, service=service, retries=retries).run()
+    runner = VmRunner(store, spec, job=job, service=service, retries=retries)
+    return runner.run() if index == 0 else Member(store, runner, index).run()
 
 
 if __name__ == "__main__":
