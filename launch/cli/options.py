@@ -45,6 +45,7 @@ _OPTIONS = (
     click.option("--subnetwork", help="gcp: subnetwork."),
     click.option("--boot-disk-size", metavar="SIZE", help="gcp: boot disk, such as 200GB."),
     click.option("--queue", help="aws: job queue."),
+    click.option("--execution-role", metavar="ARN", help="aws: role with which Batch reads each --secret."),
     click.option("--cpus", type=int, help="aws: vCPUs of the container. [default: 4]"),
     click.option("--memory", metavar="SIZE", help="aws: memory of the container. [default: 14GiB]"),
     click.option("--price-per-hour", type=float, metavar="PRICE", help="What an hour costs, for the ledger."),

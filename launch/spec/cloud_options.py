@@ -43,6 +43,7 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
         network, subnetwork: Empty for the default ones.
         boot_disk_gb: Size of the boot disk, None for the default.
         queue: AWS: the job queue.
+        execution_role: AWS: ARN of the role with which the service reads the secrets.
         cpus, memory_mib: AWS: what the container asks for.
     """
 
@@ -63,6 +64,7 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
     subnetwork: str = ""
     boot_disk_gb: int | None = None
     queue: str = ""
+    execution_role: str = ""
     cpus: int | None = None
     memory_mib: int | None = None
 
@@ -132,6 +134,7 @@ OPTIONS = {
     "subnetwork": Option(),
     "boot-disk-size": Option((str, int), "boot_disk_gb", _gigabytes),
     "queue": Option(),
+    "execution-role": Option(),
     "cpus": Option(int),
     "memory": Option((str, int), "memory_mib", lambda value: size_bytes(value) // 2**20),
 }

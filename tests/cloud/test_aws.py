@@ -117,9 +117,11 @@ def test_submit_run_resume(desk: Desk, queue: str, url: str, moto: dict[str, str
 @pytest.mark.slow
 def test_dry_run_and_cancel(desk: Desk, queue: str, url: str) -> None:
     """A dry run prints the request and sends nothing; a cancel is written and the run never comes back."""
-    asked = json.loads(submit(desk, queue, url, "--dry-run", "--time", "2h", "--secret", "TOKEN=arn:aws:ssm:x"))
+    secret = ("--secret", "TOKEN=arn:aws:ssm:x", "--execution-role", "arn:aws:iam::123456789012:role/reader")
+    asked = json.loads(submit(desk, queue, url, "--dry-run", "--time", "2h", *secret))
     assert asked["definition"]["timeout"] == {"attemptDurationSeconds": 7200}
     assert asked["definition"]["containerProperties"]["secrets"] == [{"name": "TOKEN", "valueFrom": "arn:aws:ssm:x"}]
+    assert asked["definition"]["containerProperties"]["executionRoleArn"].endswith("role/reader")
     assert not jobs(queue)
     submit(desk, queue, url)
     desk.jobkit("cancel", url)
@@ -136,6 +138,7 @@ def test_dry_run_and_cancel(desk: Desk, queue: str, url: str) -> None:
         (["--gpus", "many"], "on AWS give their number"),
         (["--machine-type", "g2-standard-8"], "--machine-type is for --on gcp"),
         (["--max-restarts", "-1"], "give 0 or more, or leave it out"),
+        (["--secret", "TOKEN=arn:aws:ssm:x"], "give --execution-role ROLE_ARN"),
     ],
 )
 def test_what_is_refused_leaves_nothing(options: list[str], message: str, desk: Desk, queue: str, url: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from launch.backends.cloud import aws_doctor
 from launch.backends.cloud.aws import Aws
 from launch.spec.cloud_options import Cloud
 from launch.spec.jobspec import JobSpec
@@ -79,6 +80,39 @@ def ask(desk: Desk, queue: str, *options: str, code: int = 0) -> list[dict[str, 
     told = desk.jobkit("doctor", "--on", "aws", *words, *where, "--json", code=code, errors=False)
     found: list[dict[str, Any]] = json.loads(told)
     return found
+
+
+def test_the_role_that_reads_secrets(desk: Desk, queue: str, account: AwsAccountServer) -> None:
+    """Where there are secrets the role that reads them is looked at: there, trusted, allowed to read just these."""
+    arn = "arn:aws:secretsmanager:us-east-1:123456789012:secret:wandb-AbCdEf"
+    secrets = ("--secret", f"KEY={arn}:key::", "--secret", "TOKEN=/hub/token")
+    given = (*secrets, "--execution-role", ROLE.replace("trainer", "reader"))
+    ((topic, verdict, mend),) = bad(ask(desk, queue, *given, code=1))
+    assert (topic, verdict) == ("execution role", "fail")
+    assert mend.startswith("aws iam create-role --role-name reader ")
+    account.roles["reader"] = account.roles["trainer"]
+    assert bad(ask(desk, queue, *given)) == []
+    account.denied.add("secretsmanager:GetSecretValue")
+    ((topic, verdict, mend),) = bad(ask(desk, queue, *given, code=1))
+    assert (topic, verdict) == ("execution role", "fail")
+    assert f'"Resource":"{arn}"' in mend
+    assert '"Action":["ssm:GetParameters"],"Resource":"arn:aws:ssm:*:*:parameter/hub/token"' in mend
+
+
+@pytest.mark.parametrize(
+    ("kinds", "spot", "codes"),
+    [
+        (["optimal", "m7i.large", "c6g"], True, ["L-34B43A08"]),
+        (["g5.xlarge", "gr6.4xlarge"], True, ["L-3819A6DF"]),
+        (["p5.48xlarge", "p4d.24xlarge"], True, ["L-C4BD4855", "L-7212CCBC"]),
+        (["p5.48xlarge"], False, ["L-417A185B"]),
+        (["trn1.2xlarge", "x2gd.large"], True, []),
+    ],
+)
+def test_quotas_by_family(kinds: list[str], spot: bool, codes: list[str]) -> None:
+    """Instances count towards the quota of their family; of families that jobkit does not know none is named."""
+    resources = {"type": "SPOT" if spot else "EC2", "instanceTypes": kinds}
+    assert list(dict.fromkeys(aws_doctor._codes([{"computeResources": resources}]))) == codes
 
 
 def bad(findings: list[dict[str, Any]]) -> list[tuple[str, str, str]]:

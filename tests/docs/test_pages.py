@@ -84,5 +84,5 @@ def test_aws(moto: dict[str, str], tmp_path: Path) -> None:
     printed = dict(play(DOCS / "aws.md", tmp_path, moto))
     assert storage.ls("bucket") == []
     requests = [out for line, out in printed.items() if "submit" in line]
-    assert len(requests) == 2
+    assert len(requests) == 3
     assert all('"jobQueue": "spot"' in out and '"28672"' in out for out in requests)

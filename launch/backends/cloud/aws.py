@@ -58,6 +58,11 @@ class Aws(Managed):
                 raise ConfigError(f"--{name.replace('_', '-')} is for --on gcp; on AWS the queue's environment decides")
         if cloud.gpus and not cloud.gpus.rpartition(":")[2].isdecimal():
             raise ConfigError(f"--gpus {cloud.gpus!r}: on AWS give their number; the queue's environment has the type")
+        if cloud.secrets and not cloud.execution_role:
+            raise ConfigError(
+                f"--secret {', '.join(cloud.secrets)}: AWS Batch reads secrets as a role of its own: give "
+                "--execution-role ROLE_ARN, one that may read them (docs/aws.md)"
+            )
         region = cloud.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "")
         return msgspec.structs.replace(spec, cloud=msgspec.structs.replace(cloud, region=region))
 
@@ -80,6 +85,8 @@ class Aws(Managed):
         }
         if cloud.secrets:
             container["secrets"] = [{"name": name, "valueFrom": secret} for name, secret in cloud.secrets.items()]
+        if cloud.execution_role:
+            container["executionRoleArn"] = cloud.execution_role
         if cloud.service_account:
             container["jobRoleArn"] = cloud.service_account
         attempts = cloud.restarts(self.restarts) + 1

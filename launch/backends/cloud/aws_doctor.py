@@ -7,7 +7,7 @@ command by which somebody else can look.
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,10 @@ _QUOTAS = {
     ("p", False): "L-417A185B",
     ("p5", True): "L-C4BD4855",
 }
-"""Quotas of EC2 in vCPUs, by family of instances and whether they are spot ("Amazon EC2 service quotas")."""
+"""Quotas of EC2 in vCPUs, by group of families and whether they are spot ("Amazon EC2 service quotas")."""
+_GROUPS = dict.fromkeys(("g", "gr", "vt"), "g") | {"p": "p"}
+_GROUPS |= dict.fromkeys(("a", "c", "d", "h", "i", "im", "is", "m", "r", "t", "z", "optimal"), "standard")
+"""Those groups, by the letters with which a family begins; others (trn, inf, x) have quotas of their own."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +199,15 @@ def _simulated(
 
 def _user(place: _Place) -> Iterator[Finding]:
     wanted = {"*": list(_ACTIONS)}
-    if place.cloud.service_account:
-        wanted[place.cloud.service_account] = ["iam:PassRole"]
+    wanted |= {role: ["iam:PassRole"] for role in _roles(place)}
     if place.bucket:
         wanted |= _objects(place.bucket)
     yield from _simulated(place, "your rights", place.arn, wanted)
+
+
+def _roles(place: _Place) -> list[str]:
+    """Return the roles that a job definition names."""
+    return [role for role in (place.cloud.service_account, place.cloud.execution_role) if role]
 
 
 def _objects(bucket: str) -> dict[str, list[str]]:
@@ -209,13 +216,50 @@ def _objects(bucket: str) -> dict[str, list[str]]:
 
 def _role(place: _Place) -> Iterator[Finding]:
     """Examine the role that the container has."""
-    import botocore.exceptions
-
     topic, arn = "job's role", place.cloud.service_account
     if not arn:
         text = "no role was named (--service-account ROLE_ARN): the container has what the instances' own role has"
         yield Finding(topic, text, UNCHECKED, "aws batch describe-compute-environments" + place.at)
         return
+    there = yield from _assumed(place, topic, arn, _objects(place.bucket) if place.bucket else {})
+    if there and place.cloud.max_restarts is None:
+        wanted = {"*": list(_SUCCESSOR)} | {role: ["iam:PassRole"] for role in _roles(place)}
+        without = "without that a run ends after 9 restarts, and 'jobkit resume' goes on"
+        yield from _simulated(place, topic, arn, wanted, without=without)
+
+
+def _execution_role(place: _Place) -> Iterator[Finding]:
+    """Examine the role with which the service reads secrets; nothing where there are none."""
+    if place.cloud.execution_role:
+        secrets = {_of_policy(secret): [_reads(secret)] for secret in place.cloud.secrets.values()}
+        yield from _assumed(place, "execution role", place.cloud.execution_role, secrets)
+
+
+def _reads(secret: str) -> str:
+    return (
+        "secretsmanager:GetSecretValue" if secret.startswith("arn:") and ":secret:" in secret else "ssm:GetParameters"
+    )
+
+
+def _of_policy(secret: str) -> str:
+    """Return what a policy calls a secret: its ARN without key and version, or that of a parameter."""
+    if not secret.startswith("arn:"):
+        return f"arn:aws:ssm:*:*:parameter/{secret.removeprefix('/')}"
+    return ":".join(secret.split(":")[:7])
+
+
+def _assumed(place: _Place, topic: str, arn: str, wanted: Mapping[str, list[str]]) -> Generator[Finding, None, bool]:
+    """Examine a role that jobs assume: whether it is there, trusts them, and may do what is wanted.
+
+    Args:
+        place, topic, wanted: As for `_simulated`.
+        arn: Of the role.
+
+    Returns:
+        Whether it is there.
+    """
+    import botocore.exceptions
+
     name = arn.rpartition("/")[2]
     try:
         role = place.client("iam").get_role(RoleName=name)["Role"]
@@ -224,16 +268,13 @@ def _role(place: _Place) -> Iterator[Finding]:
             raise
         mend = f"aws iam create-role --role-name {name} --assume-role-policy-document {shlex.quote(_TRUST)}"
         yield Finding(topic, f"there is no role {name}", "fail", mend)
-        return
+        return False
     if _TASKS not in json.dumps(role.get("AssumeRolePolicyDocument", {})):
         mend = f"aws iam update-assume-role-policy --role-name {name} --policy-document {shlex.quote(_TRUST)}"
         yield Finding(topic, f"no job may assume {name}: its trust policy has no {_TASKS}", "fail", mend)
-    if place.bucket:
-        yield from _simulated(place, topic, arn, _objects(place.bucket))
-    if place.cloud.max_restarts is None:
-        wanted = {"*": list(_SUCCESSOR), arn: ["iam:PassRole"]}
-        without = "without that a run ends after 9 restarts, and 'jobkit resume' goes on"
-        yield from _simulated(place, topic, arn, wanted, without=without)
+    if wanted:
+        yield from _simulated(place, topic, arn, wanted)
+    return True
 
 
 _TRUST = json.dumps(
@@ -311,7 +352,8 @@ def _image(place: _Place) -> Iterator[Finding]:
 
 def _quota(place: _Place) -> Iterator[Finding]:
     """Tell whether the account may have as many vCPUs as a job takes, of each kind that the queue has."""
-    for code in dict.fromkeys(_codes(place.environments)):
+    codes = dict.fromkeys(_codes(place.environments))
+    for code in codes:
         quota = place.client("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]
         limit, needed = float(quota["Value"]), place.cloud.cpus or 4
         mend = (
@@ -320,9 +362,11 @@ def _quota(place: _Place) -> Iterator[Finding]:
         )
         text = f"{quota['QuotaName']}: {limit:g} vCPUs, a job takes {needed}"
         yield Finding("quota", text) if limit >= needed else Finding("quota", text, "fail", mend)
-    if not place.environments:
+    if not codes:
         look = f"aws service-quotas list-service-quotas --service-code ec2{place.at}"
-        yield Finding("quota", "the queue's environments do not say which instances they start", UNCHECKED, look)
+        yield Finding(
+            "quota", "no quota is known for the instances that the queue's environments start", UNCHECKED, look
+        )
 
 
 def _codes(environments: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -332,18 +376,20 @@ def _codes(environments: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         spot = resources.get("type") == "SPOT"
         for kind in resources.get("instanceTypes", []):
             family = str(kind).split(".")[0]
-            group = "standard"
-            if family.startswith(("g", "vt")):
-                group = "g"
-            elif family.startswith("p"):
-                group = "p5" if family.startswith("p5") and spot else "p"
-            yield _QUOTAS[group, spot]
+            letters = re.match("[a-z]*", family)
+            assert letters
+            group = _GROUPS.get(letters[0])
+            if group == "p" and spot and family.startswith("p5"):
+                group = "p5"
+            if group is not None:
+                yield _QUOTAS[group, spot]
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Place], Iterable[Finding]]], ...] = (
     ("queue", _queue),
     ("your rights", _user),
     ("job's role", _role),
+    ("execution role", _execution_role),
     ("bucket", _bucket),
     ("image", _image),
     ("quota", _quota),
