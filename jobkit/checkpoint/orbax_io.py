@@ -36,6 +36,7 @@ from jobkit.checkpoint.leaves import Record, placement, stored_args
 from jobkit.errors import JobkitError, PackageError, StorageError
 from jobkit.group import Group
 from jobkit.rundir.commits import FileRecord
+from jobkit.rundir.remote import IN_MEMORY_BYTES, PARALLEL
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise.oom import Memory
 
@@ -298,8 +299,8 @@ def _installed(package: str) -> str:
 
 
 def _upload_bytes(nbytes: int) -> int:
-    """Choose the size of data files for a bucket: small enough that uploads run in parallel, not thousands of them."""
-    return min(max(nbytes // 64, 8 << 20), 256 << 20)
+    """Choose the size of data files for a bucket: those that go up in parallel fit in memory."""
+    return min(max(nbytes // 64, 8 << 20), IN_MEMORY_BYTES // PARALLEL)
 
 
 def spare_bytes() -> int:

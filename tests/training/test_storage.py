@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError, StorageError
+from jobkit.rundir import remote
 from jobkit.rundir.files import checksum, files_below, free_bytes, remove_tree, sync_tree
 from jobkit.rundir.store import Store, explain, local_path
 
@@ -303,3 +306,41 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
         store.file(name).touch()
     store.tidy("strategy.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.json.0123456789ab.tmp", "strategy.json"]
+
+
+# To a bucket and from it.
+
+
+def test_files_on_their_way_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files that are carried no more bytes are in memory than agreed; a file larger than that goes alone."""
+    monkeypatch.setattr(remote, "IN_MEMORY_BYTES", 100)
+    sizes = {f"small{at}": 1 + at % 40 for at in range(60)} | {"large": 250, "half": 50, "other half": 50, "empty": 0}
+    lock, here, seen, most = threading.Lock(), set[str](), set[int](), 0
+
+    def one(name: str) -> str:
+        nonlocal most
+        with lock:
+            here.add(name)
+            nbytes = sum(sizes[other] for other in here)
+            assert nbytes <= 100 or {other for other in here if sizes[other]} == {"large"}
+            most = max(most, len(here))
+            seen.add(nbytes)
+        time.sleep(0.002)
+        with lock:
+            here.remove(name)
+        return name.upper()
+
+    assert remote.carry("", sizes, one, shown=False) == [name.upper() for name in sizes]
+    assert most > 1
+    assert max(seen) >= 250
+
+
+def test_a_file_that_fails_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first error ends it: nobody waits for the memory of what has failed."""
+    monkeypatch.setattr(remote, "IN_MEMORY_BYTES", 10)
+
+    def one(name: str) -> None:
+        raise StorageError(name)
+
+    with pytest.raises(StorageError, match="0"):
+        remote.carry("", {str(at): 10 for at in range(40)}, one, shown=False)
