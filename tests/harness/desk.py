@@ -1,11 +1,8 @@
 """A user at a desk, with a bucket and a batch service: the command line in this process, everything else real."""
 
-import contextlib
-import io
 import json
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +15,8 @@ from google.auth.compute_engine import _metadata
 from jobkit import contract
 from launch.backends import registry
 from launch.backends.cloud import googleapi
-from launch.cli import main
 from tests.fakes.gcs_server import GcsServer
+from tests.harness.jobs import command_line
 
 TRAIN = """\
 import os, sys
@@ -70,16 +67,9 @@ class Desk:
             code: Its exit code.
             errors: Whether to catch what goes to standard error; else what was printed is returned.
         """
-        out, err = io.StringIO(), io.StringIO() if errors else sys.stderr
-        before, sys.argv = sys.argv, ["jobkit", *words]
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-                main.main()
-        finally:
-            sys.argv = before
-        said = err.getvalue() if isinstance(err, io.StringIO) else ""
-        assert (left.value.code or 0) == code, out.getvalue() + said
-        return said if code and errors else out.getvalue()
+        done = command_line(*words, errors=errors)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code and errors else done.stdout
 
     def status(self, url: str = URL) -> dict[str, Any]:
         """Return a run's status."""

@@ -1,6 +1,7 @@
 """A tiny program for tests of the launching side: real processes and signals, no jax; and waiting for what it does."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from launch.backends import registry
 from launch.backends.local import Local
+from launch.cli import main
 from launch.lifecycle import lock, orphans, run_status, verbs
 from launch.lifecycle.submission import open_run
 from launch.spec.jobspec import JobSpec
@@ -142,6 +144,25 @@ class Project:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
             assert not Path(f"{store.url}.overlap").exists(), "two programs of one run lived at the same time"
+
+
+def command_line(*words: str, errors: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `jobkit` in this process, which costs no start of an interpreter; what it starts are processes as ever.
+
+    Args:
+        words: The command line.
+        errors: Whether to catch what goes to standard error.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["jobkit", *words]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err if errors else sys.stderr):
+            main.main()
+    except SystemExit as left:
+        code = int(left.code or 0)
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def runner_pid(store: Store) -> int:

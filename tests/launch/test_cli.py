@@ -75,15 +75,15 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
-def test_mistakes(project: Project, arguments: list[str], message: str) -> None:
+def test_mistakes(project: Project, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake is exit code 2 and one line on stderr with what to do; nothing is written."""
     (project.path / "full").mkdir()
     (project.path / "full" / "thesis.tex").write_text("")
     (project.path / "jobkit.toml").write_text("[profile.bad]\ncolour = 1\n")
     before = sorted(project.path.parent.rglob("*"))
-    done = project.cli(*arguments)
+    monkeypatch.chdir(project.path)
+    done = jobs.command_line(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("jobkit: ")
     assert message in done.stderr

@@ -82,10 +82,13 @@ def test_ranges_and_lists() -> None:
         (["lr=1,2"], '{lr} {"a":1}', "in the command is no name of the sweep"),
     ],
 )  # fmt: skip
-def test_bad_sweeps(texts: list[str], command: str, message: str, project: jobs.Project) -> None:
+def test_bad_sweeps(
+    texts: list[str], command: str, message: str, project: jobs.Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What cannot be meant is refused in one sentence, and nothing is left behind."""
     options = [word for text in texts for word in ("--sweep", text)]
-    done = project.cli("submit", "--run", "new", *options, "--", "python", "job.py", *command.split())
+    monkeypatch.chdir(project.path)
+    done = jobs.command_line("submit", "--run", "new", *options, "--", "python", "job.py", *command.split())
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

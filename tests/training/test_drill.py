@@ -50,6 +50,7 @@ from launch.drill.suspects import Diagnosis, Restart
 from launch.drill.verdict import DrillResult, Trial
 from launch.lifecycle.run_status import Status
 from tests.harness import browser
+from tests.harness.jobs import command_line
 from tests.harness.slurm import Cluster
 
 ROOT = Path(__file__).parent.parent.parent
@@ -925,7 +926,6 @@ def test_list(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -938,15 +938,30 @@ def test_list(tmp_path: Path) -> None:
         (["--run", "full", "--", "true"], "is not an empty directory"),
         (["--html", "no/such/page.html", "--", "true"], "there is no directory"),
         (["--png", "no/such/card.png", "--", "true"], "--png no/such/card.png: there is no directory"),
+    ],
+)
+def test_mistakes(tmp_path: Path, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for and makes no sense is a user's mistake: exit 2 and a sentence, before anything runs."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("")
+    monkeypatch.chdir(tmp_path)
+    done = command_line("drill", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "thesis.tex"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
         (["--", "python", "-c", "raise SystemExit('out of data')"], "without any interruption it ended with"),
         (["--", "true"], "the program never opened a jobkit.Run"),
         (["--timeout", "1s", "--", "sleep", "30"], "the program did not end within 1.0 s"),
     ],
 )
-def test_mistakes(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_what_cannot_be_drilled(tmp_path: Path, arguments: list[str], told: str) -> None:
     """A program that cannot be drilled is the user's mistake: exit 2 and a sentence, and nothing is left running."""
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/thesis.tex").write_text("")
     done = drill(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert told in done.stderr

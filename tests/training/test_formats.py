@@ -1,9 +1,9 @@
 """Formats: what a newer jobkit has written is refused in one sentence, and nothing is lost by it."""
 
+import contextlib
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from jobkit.rundir.store import Store
 from launch.spec import jobspec as specs
 from launch.spec.jobspec import JobSpec
 from tests.harness import training
+from tests.harness.jobs import command_line
 
 NEWER = contract.RUN_VERSION + 1
 SAID = rf"run\.json has format {NEWER}, written by jobkit 7\.1\.0; .* upgrade jobkit here to 7\.1\.0 or newer"
@@ -28,11 +29,10 @@ def newer(path: Path, **more: object) -> Path:
     return path
 
 
-def jobkit(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+def jobkit(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *words], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    with contextlib.chdir(cwd):
+        return command_line(*words)
 
 
 @pytest.mark.parametrize(
