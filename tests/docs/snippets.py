@@ -46,6 +46,13 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def train_py() -> str:
+    """Return the front page's program with a fifth of its steps: long enough to be cancelled."""
+    code = next(block.code for block in blocks(ROOT / "README.md") if block.name == "train.py")
+    assert "run.steps(2_000)" in code
+    return code.replace("2_000", "400")
+
+
 _OURS = ("PYTHONPATH", "COLUMNS")
 """What pytest and its workers set, and no shell of a reader's has."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import fsspec
 import pytest
 
-from tests.docs.snippets import ROOT, blocks, play
+from tests.docs.snippets import ROOT, blocks, play, train_py
 from tests.fakes.gcs_server import GcsServer
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ ELSEWHERE = {"slurm.md", "gcp.md", "aws.md", "loops.md"}
 """Pages whose commands need what stands for a cluster or a cloud; test_loops.py runs the programs of loops.md."""
 NOT_RUN = {"start.md": 2, "slurm.md": 1, "gcp.md": 4, "aws.md": 3, "containers.md": 1, "offline.md": 1}
 """How many blocks of a page cannot be run here; each says why."""
-
-
-def train_py() -> str:
-    """Return the front page's program."""
-    return next(block.code for block in blocks(ROOT / "README.md") if block.name == "train.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -17,7 +17,7 @@ import jobkit
 import launch
 from jobkit.rundir.ledger import read_metrics
 from jobkit.rundir.store import Store
-from tests.docs.snippets import ROOT, shell
+from tests.docs.snippets import ROOT, shell, train_py
 from tests.unit.test_packaging import tracked
 
 README = (ROOT / "README.md").read_text()
@@ -44,8 +44,7 @@ def test_blocks_are_of_a_kind_that_is_run() -> None:
 
 def at(tmp_path: Path, *words: str) -> list[str]:
     """Return the README's commands for this machine that are one of some words, beside the README's own train.py."""
-    assert PYTHON[0].startswith("# train.py\n")
-    (tmp_path / "train.py").write_text(PYTHON[0])
+    (tmp_path / "train.py").write_text(train_py())
     here = [line for line in COMMANDS if line.startswith("jobkit ") and "--on " not in line]
     return [line for line in here if line.split()[1] in words]
 
@@ -60,9 +59,9 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     assert "cancelled" in printed[3]
     listed = printed[6].splitlines()
     assert [line.split()[:2] for line in listed[1:]] == [["first", "done"], ["second", "done"]]
-    assert all("2000/2000  2000" in line for line in listed[1:])
+    assert all("400/400  400" in line for line in listed[1:])
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    assert "ended as done at step 2,000" in printed[8]
+    assert "ended as done at step 400" in printed[8]
     assert "whole" in printed[-2]
     assert (tmp_path / "exported").is_dir()
     points = [Store(tmp_path / "runs/sweep/points" / str(number)) for number in range(2)]

@@ -56,9 +56,9 @@ def test_jobs_that_slurm_has_forgotten(login: Login, monkeypatch: pytest.MonkeyP
     assert "99999999" not in found
 
 
-@pytest.fixture
-def by_qos(tmp_path: Path) -> Iterator[Login]:
-    """Yield a user on a cluster where the QOS of a job decides how it is preempted."""
+@pytest.fixture(scope="module")
+def qos_cluster() -> Iterator[AccountedCluster]:
+    """Run a cluster where the QOS of a job decides how it is preempted."""
     if slurm_packages.accounting() is None:
         how = "slurmdbd or MariaDB is missing: remove .venv/slurm and run make test"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(how)
@@ -73,7 +73,14 @@ def by_qos(tmp_path: Path) -> Iterator[Login]:
             f"modify user {user} set qos+=cut,low,urgent",
         ):
             cluster.run("sacctmgr", "-i", *words.split())
-        yield Login(cluster, tmp_path)
+        yield cluster
+
+
+@pytest.fixture
+def by_qos(qos_cluster: AccountedCluster, tmp_path: Path) -> Login:
+    """Return a user on it."""
+    qos_cluster.tidy()
+    return Login(qos_cluster, tmp_path)
 
 
 @pytest.mark.slow
