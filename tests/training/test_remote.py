@@ -398,11 +398,12 @@ def test_a_run_that_ends_while_it_is_looked_at(place: Place, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_fifty_random_kills_with_uploads(place: Place, undisturbed: Path) -> None:
-    """Fifty SIGKILLs a store at random moments of saves and uploads, two nodes in turn: nothing wrong, nothing lost."""
+@pytest.mark.parametrize("kills", [20, 50])
+def test_random_kills_with_uploads(kills: int, place: Place, undisturbed: Path) -> None:
+    """SIGKILLs a store at random moments of saves and uploads, two nodes in turn: nothing wrong, nothing lost."""
     moments = random.Random(11)
     newest = -1
-    for kill in range(50):
+    for kill in range(kills):
         node = "ab"[kill % 2]
         process = training.start(
             training.train,
