@@ -400,6 +400,7 @@ def _in_epochs(url: str) -> None:
                 _epochs("step", run)
 
 
+@pytest.mark.slow
 def test_a_notice_in_the_last_step_of_a_loop_that_another_follows(tmp_path: Path) -> None:
     """Loop after loop, by epochs: a notice that was agreed for the end of one stops the run before or in the next."""
     url = tmp_path / "run"

@@ -238,6 +238,7 @@ def test_restore_and_score_after_a_break(tmp_path: Path, held: bool) -> None:
     assert commits.read(Store(tmp_path / "run"), 50).metrics == {"loss": 1.0}
 
 
+@pytest.mark.slow
 def test_an_early_stop_in_a_crash(tmp_path: Path) -> None:
     """Killed between the `break` and its commit, the run restores an earlier step, and decides again."""
     url = tmp_path / "run"
@@ -271,6 +272,7 @@ def _raises_in_a_step(url: str, swallowed: bool) -> None:
             raise
 
 
+@pytest.mark.slow
 def test_an_error_is_no_early_stop(tmp_path: Path) -> None:
     """What an error leaves behind in the middle of a step is not committed, and the next attempt trains on."""
     url = tmp_path / "run"
@@ -295,6 +297,7 @@ def _epochs_with_break(url: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_entered_again_was_not_stopped_early(tmp_path: Path) -> None:
     """Where `break` ends an epoch and not the training, an attempt goes on with its epochs as it always did."""
     url = tmp_path / "run"
@@ -387,6 +390,7 @@ def test_a_notice_after_the_last_save(tmp_path: Path) -> None:
     assert (code, printed.splitlines()[-1]) == (0, "published 8 3"), printed
 
 
+@pytest.mark.slow
 def test_an_early_stop_in_a_loop_of_ones_own(tmp_path: Path) -> None:
     """Left with `break`, killed behind it, it stays left; a range with another end is gone through."""
     url = tmp_path / "run"

@@ -273,6 +273,7 @@ def test_a_step_that_ran_twice_counts_once(store: Store) -> None:
     assert series.repeated == {"loss": {1: [4.0, 4.0], 2: [3.0, 3.5, 3.25]}}
 
 
+@pytest.mark.slow
 def test_a_resume_takes_back_what_lay_beyond_it(store: Store) -> None:
     """What an attempt logged beyond the step that the next one resumed at is no part of the history."""
     attempt(store, 0, 0, {0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0}, event="fresh")

@@ -52,10 +52,14 @@ ONCE = ("resumed", "finished")
 """What an attempt comes to once."""
 
 
+QUICK = {("during_write", 3), ("before_rename", 1), ("after_rename", 3), ("during_retention", 1), ("finished", 1)}
+"""What the quick tests have of the points: writing, either side of the commit, removing, the end."""
+
+
 @pytest.mark.parametrize(
     ("point", "passes"),
     [
-        (point, passes)
+        pytest.param(point, passes, marks=() if (point, passes) in QUICK else pytest.mark.slow)
         for point in faults.POINTS
         for passes in ((1,) if point in ONCE else (1, 3))
         if point != "during_restore" and not re.search("create|join|gather", point)
@@ -104,7 +108,9 @@ def test_thirty_random_kills_in_a_row(tmp_path: Path, undisturbed: Path) -> None
     assert_tidy(url)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGUSR1", "SIGUSR2", "SIGINT"))]
+)
 def test_each_signal_commits_the_step_in_progress(name: str, tmp_path: Path, undisturbed: Path) -> None:
     """A notice commits the step in progress, exits 75, and the next attempt starts right after it: none lost."""
     url = tmp_path / "run"

@@ -402,6 +402,7 @@ def test_another_users_process_is_not_waited_for(tmp_path: Path, monkeypatch: py
         link.close()
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_supervisor_is_a_notice_to_a_run(tmp_path: Path) -> None:
     """A Run whose supervisor is killed commits the step in progress and exits by itself."""
     script = tmp_path / "train.py"
@@ -432,6 +433,7 @@ def test_sigkill_of_the_supervisor_is_a_notice_to_a_run(tmp_path: Path) -> None:
     under_test.process.communicate()
 
 
+@pytest.mark.slow
 def test_a_stop_that_the_end_of_the_run_serves_is_none_that_is_done(tmp_path: Path) -> None:
     """A loop of the program's own that ends on a stop, inside a shell that exits 0: preempted, and not done."""
     script = tmp_path / "train.py"

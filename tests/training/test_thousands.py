@@ -47,6 +47,7 @@ def test_a_status_reads_the_newest_attempts_alone(run: ledgers.Written) -> None:
     assert sum(found.values()) < 700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["report", "explain"])
 def test_a_report_reads_each_ledger_once(run: ledgers.Written, command: str) -> None:
     """Beside what the status reads, each file of an attempt is opened once."""

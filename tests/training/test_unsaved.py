@@ -145,6 +145,7 @@ def test_a_copy_is_trained(tmp_path: Path, how: str) -> None:
 SOUND = ("trains", "buffer", "counter", "statistics", "rate 0", "evaluates", "object")
 
 
+@pytest.mark.slow
 def test_no_false_alarm(tmp_path: Path) -> None:
     """A buffer, a counter, running statistics, an optimizer at rate 0, an evaluation: they end well, unwarned."""
     code, printed = training.attempt(tmp_path / "r", function=_trains_soundly, timeout_s=300)
@@ -182,6 +183,7 @@ def test_a_warm_up_is_warned_of_once(tmp_path: Path) -> None:
     assert "the first step changed nothing in params, optimizer:" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "save_every"), [(0, "10 steps"), (1, None), (40, None)])
 def test_a_single_save_is_a_warning(tmp_path: Path, steps: int, save_every: Any) -> None:
     """A program with one save after its start, or without a step, is at most warned."""
@@ -191,6 +193,7 @@ def test_a_single_save_is_a_warning(tmp_path: Path, steps: int, save_every: Any)
     assert printed.count("warning: step") == (steps > 0)
 
 
+@pytest.mark.slow
 def test_a_first_change_ends_the_looking(tmp_path: Path) -> None:
     """Nothing is compared any more once something has changed, and what was said before is taken back."""
     code, printed = training.attempt(tmp_path / "r", function=_trains, how="late", save_every="20 steps", steps=80)
@@ -198,6 +201,7 @@ def test_a_first_change_ends_the_looking(tmp_path: Path) -> None:
     assert [event["step"] for event in events(tmp_path / "r", "unchanged")] == [20]
 
 
+@pytest.mark.slow
 def test_a_notice_is_no_interval(tmp_path: Path) -> None:
     """A save on notice neither warns nor ends the run, and what an interval said before counts in the next attempt."""
     url = tmp_path / "r"
