@@ -77,6 +77,7 @@ class Writer:
         if not arrays:  # Orbax refuses an empty tree
             return
         if self._orbax is None:
+            logging.getLogger("absl").addFilter(_matters)
             self._stock = self._stock or not self._group.share("layout", stock_reads_ours)
             everyone = _everyone() if self._stock else only(self._group.index)
             item = (
@@ -144,6 +145,11 @@ class Writer:
 def part_of(stage: Path, process: int) -> Path:
     """Return where one of several processes writes its part of a stage."""
     return stage.with_name(f"{stage.name}.process_{process}")
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Drop what Orbax warns of where it dates a checkpoint that is being written before it has its first date."""
+    return not (str(record.msg).startswith("Metadata file does not exist") and contract.STAGE in str(record.args))
 
 
 def silence() -> None:

@@ -41,7 +41,7 @@ def steps(
     ending.settle_before(*key)
     if boundary.loop is Loop.OURS:
         raise ConfigError("steps() is already running: one loop at a time")
-    step, probe = session.step, session.probe
+    step, probe, ends = session.step, session.probe, expected if total == OPEN else total
     if step < total and ending.stopped_early(*key):
         total = step
     elif probe is not None:
@@ -57,7 +57,7 @@ def steps(
         ending.take_back()
     boundary.look_at_signals()
     session.deadline_saver.enter(step, parts)
-    if probe is None and (ends := expected if total == OPEN else total) is not None:  # a drill's own has the whole
+    if probe is None and ends is not None:  # a drill's own has the whole
         session.ledger.append("loop", step=step, total=ends)
     hand, given = session.deadline_saver.boundaries, saving.given
     try:

@@ -44,6 +44,7 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
     from launch.lifecycle import submission
     from launch.lifecycle.run_status import to_json
     from launch.report.goodput import measure
+    from launch.spec import jobspec as specs
 
     if live and (as_json or html or png):
         raise ConfigError("--live is a view in the terminal: leave out --json, --html and --png")
@@ -51,7 +52,8 @@ def report(runs: tuple[str, ...], html: Path | None, png: Path | None, live: boo
     if live:
         _watch(stores)
         return
-    histories = read_histories(stores, curves=html is not None or png is not None)
+    judged = not as_json and any(specs.exists(store) and specs.read(store).sweep for store in stores)
+    histories = read_histories(stores, curves=judged or html is not None or png is not None)
     beside = sys.stderr if as_json else sys.stdout
     if html is not None:
         from launch.report.html import write_html
@@ -103,9 +105,15 @@ def _terminal() -> "tuple[Console, Callable[[Sequence[History]], RenderableType]
     """Return a console, and what lays histories out for it."""
     from launch.console import Console
     from launch.report.goodput import measure
+    from launch.report.sweep_page import sweep_of
     from launch.report.terminal import laid_out
 
-    return Console(highlight=False, markup=False), lambda histories: laid_out([measure(one) for one in histories])
+    def view(histories: "Sequence[History]") -> "RenderableType":
+        goodputs = [measure(one) for one in histories]
+        sweep = sweep_of(histories, goodputs)
+        return laid_out(goodputs, sweep["verdict"] if sweep is not None else "")
+
+    return Console(highlight=False, markup=False), view
 
 
 def _watch(stores: "Sequence[Store]") -> None:

@@ -15,7 +15,7 @@ from jobkit.rundir import mirror
 from jobkit.rundir.control import says_stop
 from jobkit.rundir.ledger import Event, read_json
 from jobkit.rundir.store import Store
-from jobkit.supervise.heartbeat import Beat, read_beat
+from jobkit.supervise.heartbeat import Beat, Phase, read_beat
 from jobkit.units import show_duration
 from launch.lifecycle import lease, orphans
 from launch.lifecycle.history import Pace, count_of, number_of, state_of
@@ -199,7 +199,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
     endings = [ending for attempt in recent if (ending := _ending(store, attempt)) is not None]
     running = newest is not None and (not endings or endings[-1].attempt != newest)
     running = running and not (job is not None and job.pending)
-    state, reason, runner = _state(store, alive, attempted=newest is not None, running=running, job=job)
+    state, reason, runner = _state(store, alive, newest=newest, running=running, job=job)
     committed = orphans.committed_step(store)  # before the heartbeat, which would be older than a commit else
     beat = _beat_of(store, newest) if running and newest is not None and away is None else None
     if beat is None and state is State.RUNNING and not reason and away is None:
@@ -227,7 +227,7 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
         updated=last_change(store, newest),
         total_steps=pace.total,
         stepped=pace.at(time.monotonic() - beat.at_s if beat is not None and beat.step >= 0 else None),
-        left_s=pace.left_s(step, time.time()) if running else None,
+        left_s=pace.left_s(step, time.time()) if beat is not None and beat.phase is not Phase.FINISHED else None,
         elapsed_s=elapsed_s(store, file.created),
         node=str(made.get("node", "")),
         partition=str(made.get("partition") or file.spec.sbatch.get("partition", "")),
@@ -245,9 +245,9 @@ def _status(store: Store, alive: bool, away: Holder | None, job: Job | None) -> 
     )
 
 
-def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Job | None) -> tuple[State, str, str]:
+def _state(store: Store, alive: bool, *, newest: int | None, running: bool, job: Job | None) -> tuple[State, str, str]:
     """Return (state, reason, runner)."""
-    last = last_life_event(store)
+    last, attempted = last_life_event(store), newest is not None
     cancelled = _cancelled(store) is not None
     if last.get("event") == "ended":
         state, reason = state_of(last.get("state")), str(last.get("reason", ""))
@@ -261,7 +261,9 @@ def _state(store: Store, alive: bool, *, attempted: bool, running: bool, job: Jo
             return State.REQUEUED if attempted else State.QUEUED, stopping or waits, "alive"
         if running or not attempted:
             return State.RUNNING if running else State.QUEUED, stopping, "alive"
-        if last.get("event") != "decision":
+        if last.get("event") == "resumed" and newest is not None and last.get("attempts") == newest + 1:
+            return State.REQUEUED, stopping or "resumed", "alive"
+        if last.get("event") != "decision" or last.get("attempt", newest) != newest:  # an earlier attempt's
             return State.RUNNING, stopping or "an attempt has ended; what comes next is being decided", "alive"
         if last.get("action") == "stop":
             return State.RUNNING, stopping or f"ending: {last.get('reason', '')}", "alive"

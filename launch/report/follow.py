@@ -149,6 +149,7 @@ def _moving(status: Status) -> str:
 def _ending_line(status: Status) -> str:
     after = f" after {counted(status.attempts, 'attempt')}" if status.attempts else ""
     step = f", committed step {status.committed_step}" if status.committed_step is not None else ""
+    step += _of_total(status) if step and status.state is State.DONE else ""
     reason = f": {status.reason}" if status.reason else ""
     why = ""
     if status.state is State.FAILED and status.endings:
@@ -228,6 +229,8 @@ def _of_total(status: Status) -> str:
     """Write of how many steps, and how long the rest will take: ' of 2,000 (5 %), about 3 min left'."""
     if status.total_steps is None or status.step is None:
         return ""
+    if status.state is State.DONE and status.step < status.total_steps:
+        return f" of {status.total_steps}, stopped early"
     share = 100 * status.step // max(1, status.total_steps)
     left = f", about {show_duration(status.left_s)} left" if status.left_s is not None and not status.state.over else ""
     return f" of {status.total_steps} ({share} %){left}"

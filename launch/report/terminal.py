@@ -20,10 +20,11 @@ _LANES = 40
 """How many attempts have a lane; of more the newest are shown."""
 
 
-def laid_out(goodputs: Sequence[Goodput]) -> RenderableType:
-    """Lay one run out for a terminal, or many as a table."""
+def laid_out(goodputs: Sequence[Goodput], verdict: str = "") -> RenderableType:
+    """Lay one run out for a terminal, or many as a table, with what is said of all of them."""
     if len(goodputs) > 1:
-        return _table(overview(goodputs), left=("run", "state"), folds="run")
+        table = _table(overview(goodputs), left=("run", "state"), folds="run")
+        return Group(table, Text(f"\n{verdict}")) if verdict else table
     return _run(goodputs[0])
 
 

@@ -6,6 +6,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from jobkit.rundir.store import Store
@@ -17,7 +18,7 @@ _NUMBER = re.compile(r"-\.?\d")
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """Which files differ, by name, sorted."""
+    """Which files differ, by name, sorted; `name/` is a directory of which the other state has nothing."""
 
     changed: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
@@ -62,9 +63,16 @@ def between(before: Mapping[str, str], after: Mapping[str, str]) -> Changes:
     both = sorted(before.keys() & after.keys())
     return Changes(
         changed=tuple(name for name in both if before[name] != after[name]),
-        added=tuple(sorted(after.keys() - before.keys())),
-        removed=tuple(sorted(before.keys() - after.keys())),
+        added=_whole(after.keys() - before.keys(), before),
+        removed=_whole(before.keys() - after.keys(), after),
     )
+
+
+def _whole(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """Put a directory, with a slash behind it, in the place of all below it where the other state has nothing of it."""
+    known = {above for name in others for above in PurePosixPath(name).parents}
+    apart = ((name, [above for above in PurePosixPath(name).parents[:-1] if above not in known]) for name in names)
+    return tuple(sorted({f"{above[-1]}/" if above else name for name, above in apart}))
 
 
 def of_commands(before: Sequence[str], after: Sequence[str]) -> list[str]:

@@ -67,6 +67,8 @@ def test_jobkit_commands(tmp_path: Path) -> None:
     points = [Store(tmp_path / "runs/sweep/points" / str(number)) for number in range(2)]
     first, second = ([*read_metrics(point).values["loss"].values()][-1] for point in points)
     assert abs(first - second) > 1e-3, "a sweep shows what its values do"
+    best = shell(as_this_checkout("jobkit report runs/sweep"), tmp_path).splitlines()[-1]
+    assert best.startswith(f"best: rate={'1e-2' if first < second else '1e-3'}, loss ")
 
 
 @pytest.mark.slow

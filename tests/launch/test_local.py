@@ -22,7 +22,7 @@ from launch.backends import registry
 from launch.backends.cloud.gcp import Gcp
 from launch.backends.cloud.vm_job import VmRunner
 from launch.backends.local import Local
-from launch.lifecycle import lock, orphans, restart, run_status, verbs
+from launch.lifecycle import lock, orphans, restart, run_status, submission, verbs
 from launch.report import follow
 from launch.spec.jobspec import JobSpec
 from tests.harness import jobs
@@ -92,6 +92,23 @@ def test_kill_and_go_on(project: Project, victim: str, number: signal.Signals) -
         assert status.endings[0].step == status.endings[0].committed_step
         assert not link.exists()
         assert status.endings[0].reason == "the supervisor was killed (SIGKILL); the program ended with exit code 75"
+
+
+def test_what_follows_an_end_is_said_once_it_is_known(project: Project) -> None:
+    """Neither the decision after an earlier attempt nor the end before a resume is taken for what follows the newest
+    one.
+    """
+    store = project.submit("commit:3,exit:75", "exit:0")
+    until_over(store)
+    events = store.read(contract.EVENTS).decode().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(events, 1) if '"decision"' in line)
+    store.write(contract.EVENTS, "".join(events[:first]).encode())  # as it is until the runner has decided again
+    status = run_status.status(store, assume_held=True)
+    assert (status.state, status.reason[:20]) == (State.RUNNING, "an attempt has ended")
+    store.write(contract.EVENTS, "".join(events).encode())
+    submission.record_begun_afresh(store)
+    status = run_status.status(store, assume_held=True)
+    assert (status.state, status.reason) == (State.REQUEUED, "resumed")
 
 
 LIKE_A_RUN = """

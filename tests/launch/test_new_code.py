@@ -185,6 +185,14 @@ def test_options_that_differ_are_named(before: str, after: str, told: list[str])
     assert changes.of_commands(before.split(), after.split()) == told
 
 
+def test_a_directory_is_named_once() -> None:
+    """A directory that is new or gone as a whole is named and not what lies in it: weights that were exported, say."""
+    before = {"train.py": "1", "lib/a.py": "1", "old/a": "1", "old/b/c": "1"}
+    after = {"train.py": "2", "lib/a.py": "1", "lib/b.py": "1", "weights/a": "1", "weights/d/b": "1", "lib/sub/c": "1"}
+    assert str(changes.between(before, after)) == "train.py changed; lib/b.py, lib/sub/, weights/ added; old/ removed"
+    assert changes.between({}, {"a/b": "1", "c": "1"}).added == ("a/", "c")
+
+
 def test_what_is_no_list_of_changes_is_none() -> None:
     """A ledger that somebody else has written to breaks no reader."""
     event = {"event": "new_code", "t": 1.0, "changed": 5, "added": "a.py", "options": {"--lr": 1}}

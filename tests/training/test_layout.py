@@ -23,6 +23,7 @@ import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.metadata.checkpoint import metadata_store
 
 import jobkit
 from jobkit import contract
@@ -321,6 +322,18 @@ def test_both_writers_in_one_run(tmp_path: Path) -> None:
     assert [commits.problems(store, step) for step in range(5)] == [[]] * 5
     with pytest.raises(ConfigError, match="writer='fast' is neither"):
         jobkit.Run(tmp_path / "run", writer="fast")  # type: ignore[arg-type]
+
+
+def test_a_stage_without_its_first_date_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What Orbax warns of while a checkpoint is being written, and mends itself, is in no log; of others it warns."""
+    with jobkit.Run(tmp_path) as run:
+        run.resume(x={"w": jnp.ones(3)}, optimizer=None)
+    dates = metadata_store(enable_write=False)
+    with caplog.at_level("WARNING", "absl"):
+        assert dates.read(tmp_path / contract.STAGE / "1-0-a.orbax-checkpoint-tmp/_CHECKPOINT_METADATA") is None
+        assert not caplog.records
+        assert dates.read(tmp_path / "checkpoints/1/_CHECKPOINT_METADATA") is None
+        assert len(caplog.records) == 1
 
 
 def test_a_failed_save_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

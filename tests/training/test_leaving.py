@@ -22,6 +22,7 @@ from jobkit.rundir.store import Store
 from launch.backends import registry
 from launch.backends.local import Local
 from launch.lifecycle import verbs
+from launch.report import follow
 from tests.harness import jobs, training
 
 # How a loop was left, as the generator sees it.
@@ -226,6 +227,7 @@ def test_an_early_stop_is_remembered(tmp_path: Path) -> None:
         code, printed = training.attempt(url, function=_stops_early)
         assert (code, printed.splitlines()[-1]) == (0, "published 50 16 16"), printed
         assert "stopped early after step 50" in printed
+    assert dict(follow.rows(registry.status(Store(url))))["step"] == "50 of 1000, stopped early"
     code, printed = training.attempt(url, function=_stops_early, total=70)
     assert (code, printed.splitlines()[-1]) == (0, "published 60 16 16"), printed
 
