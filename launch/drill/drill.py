@@ -159,7 +159,7 @@ def _mounted(spec: JobSpec) -> JobSpec:
 
 def _certify(options: Options, wanted: Sequence[Scenario], runs: Runs, comparer: Comparer) -> DrillResult:
     runs.telling.say(f"reference: {' '.join(options.spec.command)}")
-    reference, cut = references.take(runs, steps=options.steps, at=options.at, timeout_s=options.timeout_s)
+    reference = references.take(runs, steps=options.steps, at=options.at, timeout_s=options.timeout_s)
     lacking = {one.name: one.lacking(reference) for one in _all(options.backend)}
     tried = [one for one in wanted if not lacking[one.name]]
     estimate = reference.scenario_s * sum(1 + 0.3 * len(one.ends) for one in tried) / options.jobs
@@ -167,7 +167,7 @@ def _certify(options: Options, wanted: Sequence[Scenario], runs: Runs, comparer:
         f"reference: {reference.steps} steps, {show_duration(reference.step_s)} each, first step after "
         f"{show_duration(reference.start_s)}; {len(tried)} scenarios, about {show_duration(estimate)}"
     )
-    usual = _Usual(runs, comparer, reference, cut)
+    usual = _Usual(runs, comparer, reference)
     one = _Drill(runs, comparer, reference, usual, options.jobs, tried)
     trials = one.trials()
     cause = one.diagnose(trials)
@@ -194,14 +194,13 @@ class _Usual:
         runs: Where the program is run.
         comparer: Compares two runs.
         reference: The run that the others are compared with.
-        cut: Whether it was cut, so that what follows its loop is missing.
     """
 
-    def __init__(self, runs: Runs, comparer: Comparer, reference: Reference, cut: bool) -> None:
-        self._runs, self._comparer, self._reference, self._cut = runs, comparer, reference, cut
+    def __init__(self, runs: Runs, comparer: Comparer, reference: Reference) -> None:
+        self._runs, self._comparer, self._reference = runs, comparer, reference
         self._mutex = threading.Lock()
-        self._more: list[Store] = []
-        """Runs that nobody interrupts, besides the reference; as many as somebody had to know of."""
+        self._second: Store | None = None
+        """Another run that nobody interrupts, once somebody had to know of one."""
         self.metrics: frozenset[str] | None = None
         """Metrics that differ; None as long as nobody had to know."""
         self.files: own_files.Difference | None = None
@@ -213,7 +212,7 @@ class _Usual:
             if self.metrics is None:
                 self.metrics = frozenset()
                 with contextlib.suppress(JobkitError):  # it did not come to its end: nothing is let pass
-                    comparison = self._comparer.compare(self._reference.run, self._another(0).url)
+                    comparison = self._comparer.compare(self._reference.run, self._another().url)
                     self.metrics = comparing.varying(comparison)
             return self.metrics
 
@@ -224,22 +223,21 @@ class _Usual:
             JobkitError: If another undisturbed run does not come to its end.
         """
         left = own_files.read(store)
-        if self._cut and not left:
-            return own_files.Difference()
         with self._mutex:
-            usual = own_files.read(self._another(0) if self._cut else Store(self._reference.run))
+            usual = own_files.read(Store(self._reference.run))
             difference = own_files.differ(usual, left)
             if difference.names and self.files is None:
-                self.files = own_files.differ(usual, own_files.read(self._another(1 if self._cut else 0)))
+                self.files = own_files.differ(usual, own_files.read(self._another()))
             return difference.without(self.files or own_files.Difference())
 
-    def _another(self, number: int) -> Store:
-        """Return a run that nobody interrupts, once it is over."""
-        while len(self._more) <= number:
+    def _another(self) -> Store:
+        """Return another run that nobody interrupts, once it is over."""
+        if self._second is None:
             self._runs.telling.say("another undisturbed run tells what differs anyway: metrics, files")
-            wanted = {f"undisturbed-{len(self._more) + 1}": self._reference.environ()}
-            self._more += observe.must_end(*self._runs.finish(wanted, limit_s=_limit_s(self._runs, self._reference)))
-        return self._more[number]
+            wanted = {"undisturbed": self._reference.environ()}
+            (ended,) = self._runs.finish(wanted, limit_s=_limit_s(self._runs, self._reference))
+            (self._second,) = observe.must_end(ended)
+        return self._second
 
 
 def _limit_s(runs: Runs, reference: Reference) -> float:

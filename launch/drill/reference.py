@@ -111,8 +111,11 @@ class Reference:
         return {contract.ENV_DRILL: drill.to_json()} | ({} if fault is None else {contract.ENV_FAULT: fault})
 
 
-def take(runs: Runs, *, steps: int | None, at: int | None, timeout_s: float) -> tuple[Reference, bool]:
-    """Run the program undisturbed; return what it showed, and whether it was cut, so that what follows is missing.
+def take(runs: Runs, *, steps: int | None, at: int | None, timeout_s: float) -> Reference:
+    """Run the program undisturbed; return what it showed.
+
+    One that trains for longer is cut. Another run ends there by itself then, as the interrupted ones will: where a loop
+    or an epoch ends, code of the program stands behind it, which may change what is saved.
 
     Args:
         runs: Where it is run.
@@ -125,8 +128,18 @@ def take(runs: Runs, *, steps: int | None, at: int | None, timeout_s: float) -> 
     """
     if at is not None and steps is None:
         steps = at + max(_LEAST_STEPS, at // 10)
+    store, cut = _undisturbed(runs, NAME, steps=steps, timeout_s=timeout_s)
+    if cut:
+        steps = read(store, at).steps
+        store, _ = _undisturbed(runs, f"{NAME}-2", steps=steps, timeout_s=timeout_s)
+    reference = read(store, at)
+    return dataclasses.replace(reference, until=steps or None if reference.counted else None)
+
+
+def _undisturbed(runs: Runs, name: str, *, steps: int | None, timeout_s: float) -> tuple[Store, bool]:
+    """Run the program as `take` says; return the run, and whether it was cut."""
     environ = {contract.ENV_DRILL: Drill(until=steps or None, probe=PROBED).to_json()}
-    run = runs.start(NAME, environ, limit_s=timeout_s, max_failures=0)
+    run = runs.start(name, environ, limit_s=timeout_s, max_failures=0)
     log = f"its log: {run.store.file(contract.log_file(0))}"
     whole = run.wait(_enough(run) if steps is None else lambda: False)
     if run.wrong:
@@ -140,11 +153,7 @@ def take(runs: Runs, *, steps: int | None, at: int | None, timeout_s: float) -> 
     if status.state is not State.DONE and (whole or status.state is not State.CANCELLED):
         last = status.endings[-1].reason if status.endings else status.reason
         raise ConfigError(f"the program cannot be drilled: without any interruption it ended with {last}; {log}")
-    cut = not whole and bool(observe.first(run.store, 0, "stopped"))  # else its loop had ended before
-    reference = read(run.store, at)
-    if cut:
-        return dataclasses.replace(reference, until=reference.steps, loops=1, tail_s=0.0), True
-    return dataclasses.replace(reference, until=steps or None if reference.counted else None), False
+    return run.store, not whole and bool(observe.first(run.store, 0, "stopped"))  # else its loop had ended before
 
 
 def _enough(run: Watched) -> Callable[[], bool]:

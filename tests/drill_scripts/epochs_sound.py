@@ -1,10 +1,14 @@
 """Epochs of Batches with a mean, a validation and early stopping, whose patience is a part."""
 
+import sys
+import time
+
 import jax.numpy as jnp
 import numpy as np
 
 import jobkit
 
+pace_s = float(sys.argv[1]) if sys.argv[1:] else 0.0
 rows = np.random.default_rng(0).normal(size=40).astype(np.float32)
 
 
@@ -16,6 +20,7 @@ def main() -> None:
             for batch in epoch:
                 state.w = 0.9 * state.w + batch.sum()
                 batches.add(loss=state.w)
+                time.sleep(pace_s)
             run.log(**batches.means(), epoch=epoch)
             validated = abs(float(state.w))
             run.save(val_loss=validated)

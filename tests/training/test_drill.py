@@ -1078,6 +1078,17 @@ def test_epochs_whose_end_only_the_data_knows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cut_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """What the code behind an epoch saves where the drill ends it is in the reference too: that is no difference."""
+    asked = ("--only", "kill", "--json", "--run", str(tmp_path / "d"))
+    done = drill(*asked, "--", "python", "epochs_sound.py", "0.12", cwd=SCRIPTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert (told["steps"]["of"], told["steps"]["all"], told["metrics_aside"]) == (300, False, [])
+    assert told["scenarios"][0]["identical"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_text_example_is_certified(tmp_path: Path) -> None:
     """`jobkit drill -- python -m jobkit.examples.text` exits 0: every scenario that can be, and nothing is left."""
