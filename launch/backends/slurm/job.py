@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,9 @@ from launch.lifecycle import orphans, restart, run_status
 from launch.lifecycle.restart import Cause
 from launch.lifecycle.runner import KILLED
 from launch.lifecycle.submission import begin_point, open_run, run_as_program
+from launch.spec import container
 from launch.spec import jobspec as specs
+from launch.spec.command import environment
 from launch.spec.jobspec import JobSpec
 
 _ASK_S = 2.0
@@ -288,10 +291,23 @@ class SlurmRunner(JobRunner):
     def _tasks(self) -> int:
         return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1) * self._spec.tasks_per_node
 
+    def _apart(self) -> bool:
+        """Whether tasks on several nodes, which need not share a disk, each make themselves ready."""
+        words_of_srun = self._spec.container is not None and self._spec.container.runtime == container.PYXIS
+        return self._store.remote is not None and self._tasks() > 1 and not words_of_srun
+
+    def _prepare(self, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+        if not self._apart():
+            return super()._prepare(environ)
+        path = environ.get("PYTHONPATH", "")
+        ready = [sys.executable, "-P", "-m", "launch.backends.slurm.step", self._store.url]
+        return ready, environment(self._store, environ, path=path) | self._grace()
+
     def _launcher(self) -> list[str]:
         nodes, per_node = os.environ.get("SLURM_JOB_NUM_NODES") or "1", self._spec.tasks_per_node
         step = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--export=ALL", f"--nodes={nodes}"]
         step += [f"--ntasks={self._tasks()}", f"--ntasks-per-node={per_node}", "--distribution=block"]
+        step += ["--chdir=/"] if self._apart() else []  # the directory that we are in is this node's alone
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")  # srun does not take it from sbatch by itself, since 22.05
         return [*step, f"--cpus-per-task={cpus}"] if cpus else step
 
