@@ -411,6 +411,7 @@ def _save_on(url: str, attempt: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [10, 200])
 def test_random_kills_lose_no_commit(kills: int, tmp_path: Path) -> None:
     """SIGKILL at random moments of saves that follow one another: what was committed is there, whole, and restores."""
