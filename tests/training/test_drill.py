@@ -658,6 +658,17 @@ def test_crash_with_a_still_clock_where_no_two_runs_are_equal(tmp_path: Path) ->
     assert "whether it depends on the time of day is not known" in "".join(found.evidence)
 
 
+def test_a_hash_that_is_fixed_makes_runs_equal(tmp_path: Path) -> None:
+    """Runs that are equal with PYTHONHASHSEED alone depend on the order of a set, and it is said so."""
+    looks = [{0: seen(0), 1: seen(1, outside={"noise in a.py:main": ["array", mark, 7, False]})} for mark in "ab"]
+    runs = {"again": ended(tmp_path / "again", looks=(looks[0],))}
+    runs |= {name: ended(tmp_path / name, looks=(looks[1],)) for name in ("again-2", "hashed", "hashed-again")}
+    runs["again-notice"] = ended(tmp_path / "again-notice", looks=({}, {}))
+    found = diagnosed(tmp_path, runs, lambda one, other: {one, other} == {"hashed", "hashed-again"})
+    assert found.name == "hash order"
+    assert "with PYTHONHASHSEED=0 they are equal" in "".join(found.evidence)
+
+
 @pytest.mark.parametrize(
     ("still", "name"), [(True, "wall-clock dependence"), (False, "unsaved data position: rows in a.py:main")]
 )
