@@ -126,7 +126,7 @@ $(SLURM): $(READY) tests/harness/slurm_packages.py tests/harness/debian.py
 $(BROWSER): $(READY) tests/harness/browser.py
 	@$(BIN)/python -m tests.harness.browser $@
 
-# tf.data and PyTorch's DataLoader for scripts that are drilled, below .venv and not in it: 400 MB to download.
+# TensorFlow, PyTorch, datasets and haiku for programs of the tests, below .venv and not in it: 500 MB to download.
 $(LOADERS): $(READY) tests/harness/loaders.py tests/harness/debian.py
 	@$(BIN)/python -m tests.harness.loaders $@
 

@@ -23,7 +23,7 @@ import numpy as np
 from jobkit.checkpoint import leaves
 from jobkit.checkpoint import skeleton as skeletons
 from jobkit.checkpoint.leaves import Path, Record
-from jobkit.checkpoint.objects import decode, encode, position_of
+from jobkit.checkpoint.objects import decode, encode, position_of, unsound
 from jobkit.errors import ConfigError
 
 
@@ -330,6 +330,8 @@ def part_of(name: str, value: Any) -> Part:
         _refuse_mixture(name, value, _is_ref, "jax.Ref")
         return RefPart(name, value)
     if (position := position_of(value)) is not None:
+        if why := unsound(value):
+            raise ConfigError(f"{name!r} is {why}")
         return ObjectPart(*position)
     functions = _holds_equinox(value)
     for slot in _flat(value):
@@ -424,7 +426,7 @@ def refusal(where: str, value: Any) -> str:
     if what == "a torch.utils.data.dataloader.DataLoader":
         return (
             f"{where!r} is {what}, which has no position: make a "
-            "torchdata.stateful_dataloader.StatefulDataLoader of the same arguments, which has one, or "
+            "torchdata.stateful_dataloader.StatefulDataLoader, without generator=, which has one, or "
             "jobkit.Batches(lambda seed, epoch: DataLoader(..., generator=torch.Generator().manual_seed(seed)))"
         )
     if hasattr(type(value), "__iter__"):

@@ -37,6 +37,28 @@ def position_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | 
     return None
 
 
+def unsound(value: Any) -> str:
+    """Say why an object's position does not lead to the same data again, and what to do; '' where that is not known.
+
+    A StatefulDataLoader of torchdata restores the order of the epoch that it is in. Those that follow are the same only
+    if its sampler keeps a generator for itself, in torchdata's own class: of `generator=` the seeds of the workers are
+    drawn too, and a random sampler of PyTorch has no state (torchdata 0.11).
+    """
+    if kind_of(value) != "a torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader":
+        return ""
+    sampler, generator = getattr(value, "sampler", None), getattr(value, "generator", None)
+    shared = generator is not None and getattr(sampler, "generator", None) is generator
+    stateless = type(sampler).__module__ == "torch.utils.data.sampler" and hasattr(sampler, "generator")
+    if not (shared or stateless):
+        return ""
+    return (
+        f"a StatefulDataLoader with {'generator=...' if shared else f'a {type(sampler).__name__} of PyTorch'}, whose "
+        "next epochs come in another order after a restart: call torch.manual_seed(...) and make it with shuffle=True, "
+        "without those, or jobkit.Batches(lambda seed, epoch: DataLoader(..., "
+        "generator=torch.Generator().manual_seed(seed)))"
+    )
+
+
 def _refill(value: collections.deque[Any], items: list[Any]) -> None:
     value.clear()
     value.extend(items)
@@ -75,8 +97,8 @@ def _encode(value: Any, leaves: list[Any]) -> Any:
     kind = "leaf"
     if _is_tensor(value):
         kind = "tensor"
-        with contextlib.suppress(TypeError, RuntimeError):  # bfloat16, on a GPU, sparse
-            value = value.detach().numpy()
+        with contextlib.suppress(TypeError, RuntimeError, BufferError):  # bfloat16, on a GPU, sparse
+            value = _array_of(value.detach())
     if not is_leaf(value):
         content = kind_of(value) if kind == "leaf" else f"{kind_of(value)} of {value.dtype} on {value.device}"
         raise ConfigError(
@@ -115,8 +137,25 @@ def _decode(node: Any, leaves: list[Any]) -> Any:
         pairs = ((_decode(key, leaves), _decode(item, leaves)) for key, item in content)
         return {tuple(key) if isinstance(key, list) else key: item for key, item in pairs}
     if kind == "tensor":
-        return importlib.import_module("torch").from_numpy(np.array(leaves[content]))
+        return _tensor_of(np.array(leaves[content]))
     return leaves[content]
+
+
+def _array_of(tensor: Any) -> np.ndarray:
+    """Return a tensor's values, also of a PyTorch that was built for an older numpy than this one."""
+    try:
+        array: np.ndarray = tensor.numpy()
+    except RuntimeError:
+        array = np.from_dlpack(tensor)
+    return array
+
+
+def _tensor_of(array: np.ndarray) -> Any:
+    torch = importlib.import_module("torch")
+    try:
+        return torch.from_numpy(array)
+    except RuntimeError:
+        return torch.from_dlpack(array)
 
 
 def _is_tensor(value: Any) -> bool:

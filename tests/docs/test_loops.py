@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from jobkit.run.run import Run
 from jobkit.rundir.ledger import read_events
 from jobkit.rundir.store import Store
 from tests.docs.snippets import ROOT, blocks
-from tests.harness import training
+from tests.harness import loaders, training
 
 PROGRAMS = {
     re.findall(r'Run\("runs/(\w+)"', block.code)[0]: block.code
     for block in blocks(ROOT / "docs/loops.md")
     if block.language == "python"
 }
+HAIKU = "import haiku"
+"""What a program has that needs more than this environment."""
 HITS = ("step:8=TERM", "step:6=KILL")
 """In the eighth step of the first attempt, in the sixth of the second one."""
 
@@ -30,6 +33,8 @@ HITS = ("step:8=TERM", "step:6=KILL")
 def program(place: str, code: str) -> None:
     """Run a program in a directory; the rounds of a loop of its own are steps to a fault too."""
     os.chdir(place)
+    if HAIKU in code:
+        sys.path.append(loaders.environment("haiku")["PYTHONPATH"])
     Path("snippet.py").write_text(code)
     should_save = Run.should_save
 
@@ -54,6 +59,8 @@ def attempt(place: Path, code: str, fault: str = "") -> int:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(name: str, tmp_path: Path) -> None:
     """Stopped by a SIGTERM and by a SIGKILL, it goes on to the same end as undisturbed, to the bit."""
+    if HAIKU in PROGRAMS[name]:
+        loaders.needed("haiku")
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert attempt(whole, PROGRAMS[name]) == 0
     assert [attempt(run, PROGRAMS[name], fault) for fault in HITS] == [Exit.PREEMPTED, -signal.SIGKILL]

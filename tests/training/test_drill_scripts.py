@@ -1,7 +1,6 @@
 """What a drill says of small scripts of many kinds: the right ones are certified, and what is wrong has its name."""
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness import loaders
-from tests.training.test_drill import ROOT, SCRIPTS
+from tests.training.test_drill import SCRIPTS
 from tests.training.test_drill import drill as run
 
 
@@ -89,16 +88,8 @@ LOADERS = {"tf_": "tensorflow", "torch_": "torch"}
 
 
 def needed(script: str) -> dict[str, str]:
-    """Return the variables with which a script finds its libraries; without these skip, on CI fail."""
-    name = next((LOADERS[prefix] for prefix in LOADERS if script.startswith(prefix)), None)
-    if name is None:
-        return {}
-    try:
-        found = loaders.environment(name)
-    except OSError as error:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(str(error))
-    return {**found, "PYTHONPATH": os.pathsep.join([str(ROOT), found["PYTHONPATH"]])}
+    """Return the variables with which a script finds its libraries."""
+    return loaders.needed(next((LOADERS[prefix] for prefix in LOADERS if script.startswith(prefix)), ""))
 
 
 def drill(script: str, place: Path) -> dict[str, Any]:
