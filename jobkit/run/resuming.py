@@ -61,6 +61,7 @@ def resume(
         snapshot = saving.take(parts)
     seconds = round(time.monotonic() - begun, 6)
     saving.parts = parts
+    saving.note_batches()
     heartbeat.step = restored if restored is not None else started.step if started is not None else 0
     heartbeat.committed_step = checkpoints.committed_step
     heartbeat.enter(Phase.FIRST_STEP)

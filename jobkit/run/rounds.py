@@ -50,6 +50,7 @@ class Rounds:
             raise ConfigError(
                 "through() inside steps(), which looks for notices and saves by itself: loop as usual there"
             )
+        self._saving.warn_of_draws()
         outer, saved, none, asked = not self.depth, self.saves, True, False
         if outer and isinstance(items, range) and items and ending.stopped_early("through", items.stop):
             items = ()

@@ -4,12 +4,13 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jobkit.checkpoint import interval, state
 from jobkit.checkpoint.kinds import Held, Part
 from jobkit.checkpoint.schedule import SaveEvery
+from jobkit.data.batches import Batches
 from jobkit.errors import ConfigError, JobkitError, PackageError, SupersededError, UnsavedError, say
 from jobkit.run.session import Session
 from jobkit.rundir import mirror
@@ -34,6 +35,7 @@ class Saving:
         """What `resume` was given, for a drill; else nothing."""
         self.positions: dict[str, Any] = {}
         """The objects among what `resume` was given, by name: data, generators."""
+        self._resumed_at: dict[str, tuple[int, int]] = {}
         self._parts: dict[str, Part] | None = None
         self._asks = 0
 
@@ -56,6 +58,23 @@ class Saving:
     @parts.setter
     def parts(self, parts: dict[str, Part]) -> None:
         self._parts = parts
+
+    def note_batches(self) -> None:
+        """Remember where `Batches` are as `resume` leaves them."""
+        self._resumed_at = {name: (one.epoch, one.index) for name, one in self._batches()}
+
+    def warn_of_draws(self) -> None:
+        """Say, as the first loop begins, which `Batches` were drawn from since `resume`: each restart does it again."""
+        resumed_at, self._resumed_at = self._resumed_at, {}
+        for name, one in self._batches():
+            if resumed_at.get(name, (one.epoch, one.index)) != (one.epoch, one.index):
+                say(
+                    f"warning: {name} was drawn from between resume() and the loop, which every restart does again and "
+                    "so passes over a batch: take what is needed there from another jobkit.Batches, or before resume()"
+                )
+
+    def _batches(self) -> Iterator[tuple[str, Batches]]:
+        return ((name, one) for name, one in self.positions.items() if isinstance(one, Batches))
 
     def take(self, parts: Mapping[str, Part | Held]) -> state.Snapshot:
         """Take parts apart; see `state.take`."""

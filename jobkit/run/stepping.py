@@ -41,6 +41,7 @@ def steps(
     ending.settle_before(*key)
     if boundary.loop is Loop.OURS:
         raise ConfigError("steps() is already running: one loop at a time")
+    saving.warn_of_draws()
     step, probe, ends = session.step, session.probe, expected if total == OPEN else total
     if step < total and ending.stopped_early(*key):
         total = step

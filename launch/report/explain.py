@@ -258,4 +258,6 @@ def _end(goodput: Goodput) -> Iterator[Sentence]:
     text = f"The run {verb} {state}{at} {so_far}: goodput {percent(time.goodput)}{money}."
     if goodput.state == State.CANCELLED and goodput.reason:
         text += f" It was {goodput.reason}."
+    if not goodput.attempts and goodput.reason and goodput.state == State.FAILED:
+        text += f" {goodput.reason[:1].upper()}{goodput.reason[1:]}."
     yield Sentence(goodput.intervals[-1].end, "end", None, text)

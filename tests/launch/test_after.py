@@ -1,5 +1,6 @@
 """`--after RUN`: a run starts once another one has finished well, and never if that does not."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ def test_it_ends_failed_where_the_other_does_not_finish(project: Project, how: s
     assert over.reason.startswith(f"not started, since {first.url} is {word}"), over.reason
     assert over.reason.endswith(f"; once it is done: jobkit resume {second.url}")
     assert project.cli("wait", second.url).returncode == 1
+    (*_, end) = json.loads(project.cli("explain", second.url, "--json").stdout)["story"]
+    assert end["text"].endswith(f" Not started{over.reason.removeprefix('not started')}.")
     with pytest.raises(ConfigError, match=rf"and {first.url} is .*; resume that first"):
         registry.resume(second.url)
     refused = project.cli("submit", "--run", "../runs/third", "--after", first.url, "--", "python", "job.py", "exit:0")

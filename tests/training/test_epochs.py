@@ -244,6 +244,29 @@ def refused(tmp_path: Path, *arguments: Any, give: bool = True, **named: Any) ->
     return str(told.value)
 
 
+@pytest.mark.parametrize("loop", ["steps", "epochs", "through"])
+def test_batches_that_are_drawn_before_the_loop(tmp_path: Path, loop: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A draw between `resume` and the first loop is warned of, since each restart repeats it; one before is not."""
+    for draws in ("before", "between"):
+        data, shown = jobkit.Batches(ROWS, batch_size=2), jobkit.Batches(ROWS, batch_size=2)
+        if draws == "before":
+            next(data)
+        with jobkit.Run(tmp_path / draws, trackers=()) as run:
+            run.resume(w=0.0, data=data, optimizer=None)
+            next(shown)
+            if draws == "between":
+                next(data)
+            items: Iterable[Any] = run.steps(2) if loop == "steps" else run.through(range(2))
+            for item in run.epochs(2, steps_per_epoch=1) if loop == "epochs" else items:
+                list(item if loop == "epochs" else ())
+                next(data)
+            if loop == "through":
+                run.save(2)
+    warned = [line for line in capfd.readouterr().err.splitlines() if "was drawn from between" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("jobkit: warning: data was drawn from between resume() and the loop")
+
+
 def test_epochs_refuse_what_has_no_end_or_position(tmp_path: Path) -> None:
     """What is wrong is said, with what to write instead."""
     batches = jobkit.Batches(ROWS, batch_size=2)
