@@ -74,7 +74,7 @@ def upload_ledger(store: Store) -> None:
         store.remote.write(contract.EVENTS, store.read(contract.EVENTS))
 
 
-_NOT_BROUGHT = tuple(f"{place}/" for place in (contract.CHECKPOINTS, contract.CACHE, contract.LEASES))
+_NOT_BROUGHT = tuple(f"{place}/" for place in (contract.CHECKPOINTS, contract.CACHE, contract.LEASES, contract.POINTS))
 """What each who needs it fetches, or reads on the URL alone."""
 
 
@@ -86,11 +86,31 @@ def refresh(store: Store) -> None:
     Ledgers and logs only grow, so that the longer one is the newer. The launching side's ledger is read before the rest
     is listed, and written after it: where it says that the run has ended, the logs are whole. Lines of it that are only
     here stay, unless another machine has taken the run over meanwhile and gone on from lines before them.
+
+    The points of a sweep each have a home of their own, and are brought there.
     """
-    remote = store.remote
-    if remote is None:
+    if store.remote is None:
         return
-    sizes = remote.find()
+    sizes = store.remote.find()
+    for number, below in _points_in(sizes).items():
+        _refresh(store.at(f"{store.url}/{contract.POINTS}/{number}"), below)
+    _refresh(store, sizes)
+
+
+def _points_in(sizes: Mapping[str, int]) -> dict[int, dict[str, int]]:
+    """Return the files of each point of a sweep, by its number."""
+    points: dict[int, dict[str, int]] = {}
+    for name, size in sizes.items():
+        top, _, inside = name.partition("/")
+        number, _, file = inside.partition("/")
+        if top == contract.POINTS and file and (point := names.number(number)) is not None:
+            points.setdefault(point, {})[file] = size
+    return points
+
+
+def _refresh(store: Store, sizes: Mapping[str, int]) -> None:
+    """Bring into a home what a listing has of a run, which is listed again where its ledger is newer there."""
+    remote = store.bucket
     ledger = None
     if store.size(contract.EVENTS) != sizes.get(contract.EVENTS, -1):
         ledger = _newer(store, remote)

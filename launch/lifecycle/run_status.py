@@ -257,8 +257,8 @@ def _state(store: Store, alive: bool, *, newest: int | None, running: bool, job:
     if alive:
         stopping = "a cancel was asked for; stopping" if cancelled else ""
         if job is not None and not running and (job.pending or not attempted):
-            waits = f"job {job.id} is {job.state.lower()}" + (f" ({job.reason})" if job.reason else "")
-            return State.REQUEUED if attempted else State.QUEUED, stopping or waits, "alive"
+            waits = f"job {job.id} is {job.state.lower()}" + f" ({job.reason})" * bool(job.reason)
+            return State.REQUEUED if attempted else State.QUEUED, stopping or (waits if job.id else job.reason), "alive"
         if running or not attempted:
             return State.RUNNING if running else State.QUEUED, stopping, "alive"
         if last.get("event") == "resumed" and newest is not None and last.get("attempts") == newest + 1:

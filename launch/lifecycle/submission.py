@@ -87,8 +87,8 @@ def prepare(spec: JobSpec, *, elsewhere: bool = False, look: bool = True) -> Pla
         ConfigError: If it cannot work.
     """
     specs.check(spec)
-    if spec.sweep and is_remote(spec.run):
-        raise ConfigError(f"a sweep has to lie on a file system that all its nodes share, not on {spec.run}")
+    if spec.sweep and is_remote(spec.run) and spec.cloud is None:
+        raise ConfigError(f"a sweep here has to lie on a file system that all its nodes share, not on {spec.run}")
     cwd = Path(os.path.realpath(spec.cwd or os.getcwd()))
     if not cwd.is_dir():
         raise ConfigError(f"the working directory {cwd} does not exist; give one that does")

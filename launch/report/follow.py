@@ -272,10 +272,15 @@ def copy_logs(
     store = store.patient(Patience()) if following else store
     members = specs.points(store, specs.read(store))
     offsets: dict[tuple[str, int], int] = {}
-    mirror.fetch_logs(store, attempt)
+
+    def fetch() -> None:
+        for one in members:
+            mirror.fetch_logs(one, attempt)
+
+    fetch()
     for one in members if tail is not None else ():
         offsets |= _last_lines(one, attempt, tail or 0) | {("", -1): 0}  # none was written last
-    look = _looker(store, lambda: mirror.fetch_logs(store, attempt))
+    look = _looker(store, fetch)
     while True:
         look()
         # Before the copying: what is written until the run is over must still be copied.
@@ -283,7 +288,7 @@ def copy_logs(
         over = status is None or status.state.over
         if following and over:
             with contextlib.suppress(JobkitError):
-                mirror.fetch_logs(store, attempt)
+                fetch()
         for point, one in enumerate(members):
             for number in one.numbers(contract.ATTEMPTS):
                 if attempt is None or number == attempt:

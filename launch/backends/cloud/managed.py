@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 import msgspec
 
 from jobkit import contract, faults
+from jobkit.contract import State
 from jobkit.errors import ConfigError, JobkitError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import Event
 from jobkit.rundir.store import Store, is_remote
 from jobkit.units import show_duration
 from launch.backends import after
+from launch.backends.cloud import points
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.history import count_of
 from launch.lifecycle.run_status import Job
@@ -106,8 +108,11 @@ class Managed(Backend):
         return self.output(specs.read(store), jobs[-1]) if jobs else []
 
     def preview(self, plan: Plan) -> str:
-        """Return the request that a submit would send."""
-        return json.dumps(self.request(plan.store, plan.spec, f"{name_of(plan.spec)}-0"), indent=2)
+        """Return the request that a submit would send; of a sweep that of its first point."""
+        store, spec = plan.store, plan.spec
+        if spec.sweep:
+            store, spec = specs.points(store, spec)[0], spec.point(0)
+        return json.dumps(self.request(store, spec, f"{name_of(spec)}-0"), indent=2)
 
     def check(self, spec: JobSpec, *, look: bool = True) -> Plan:
         """See `Backend`."""
@@ -150,7 +155,7 @@ class Managed(Backend):
         if not run_status.last_life_event(store):
             record(store, "submitted", command=list(old.command), code=old.code, by=who())
         if self._newest(store).state == "GONE":
-            self.enqueue(store, old, ())
+            self.enqueue(store, old, range(len(specs.points(store, old))))
         return True
 
     def refuse_taken(self, plan: Plan) -> None:
@@ -169,11 +174,35 @@ class Managed(Backend):
         last = run_status.last_life_event(store).get("event")
         if not same or last not in (None, "submitted") or file.backend != self.name:
             return None
+        if old.sweep:
+            members = specs.points(store, old)
+            jobs = self.jobs(members) if all(map(specs.exists, members)) else {}
+            whole = [one for one in members if one.url in jobs and jobs[one.url].state != "GONE"]
+            return None if all(one in whole or run_status.has_ended(one) for one in members) else old
         job = self._newest(store)
         return old if job.active or job.state == "GONE" else None
 
-    def enqueue(self, store: Store, spec: JobSpec, points: Sequence[int]) -> None:
-        """See `Backend`: a job, whose id the ledger has before the service hears of it."""
+    def enqueue(self, store: Store, spec: JobSpec, numbers: Sequence[int]) -> None:
+        """See `Backend`: a job, of a sweep one for each point, each in the ledger before the service hears of it."""
+        if spec.sweep:
+            points.enqueue(store, spec, numbers, self.submit_once, self._end)
+        else:
+            self.submit(store, spec)
+        for line in self.remarks(spec):
+            say(line)
+
+    def submit_once(self, store: Store, spec: JobSpec) -> None:
+        """Submit a job of a run, unless it has one since a person has submitted or resumed it."""
+        known = next(_jobs_back(store), {})
+        if not known or self.find(spec, str(known["id"])) is None:
+            self.submit(store, spec)
+
+    def _end(self, store: Store, spec: JobSpec) -> None:
+        for event in _jobs_back(store):
+            self.terminate(spec, str(event["id"]))
+
+    def submit(self, store: Store, spec: JobSpec) -> None:
+        """Submit a job of a run."""
         known = run_status.jobs(store, self.name)
         if known and self.find(spec, known[-1]) is None:
             job = known[-1]  # written down by a submit that got no further
@@ -189,8 +218,6 @@ class Managed(Backend):
             with contextlib.suppress(JobkitError):
                 self.terminate(spec, job)
             raise
-        for line in self.remarks(spec):
-            say(line)
 
     def declared(self, store: Store, job: str) -> str:
         """Return the successor that a job of a run has written down; '' for none."""
@@ -229,7 +256,28 @@ class Managed(Backend):
 
     def jobs(self, stores: Sequence[Store]) -> Mapping[str, Job]:
         """See `Backend`."""
-        return {store.url: self._newest(store) for store in stores}
+        jobs = {store.url: self._newest(store) for store in stores}
+        for store in stores:
+            if jobs[store.url].state == "GONE" and points.behind(store) is not None:
+                jobs[store.url] = self._in_lane(store, jobs)
+        return jobs
+
+    def _in_lane(self, store: Store, known: Mapping[str, Job]) -> Job:
+        """Return what stands for the job of a point that is submitted once another one is over."""
+        before: Store | None = store
+        while before is not None and (before := points.behind(before)) is not None:
+            job = known.get(before.url)
+            if job is None or job.state == "GONE":  # one that has ended may be about to submit this one
+                try:
+                    job = self._asked(before)
+                except JobkitError as error:
+                    return Job("", "UNKNOWN", str(error))
+            if job is not None and job.active:
+                number = before.url.rpartition("/")[2]
+                return Job("", "WAITING", f"waits until point {number} is over", active=True, pending=True)
+        with contextlib.suppress(JobkitError):
+            submission.refresh(store)  # the one before has just submitted it, or nobody will
+        return self._newest(store)
 
     def _newest(self, store: Store) -> Job:
         job = (run_status.jobs(store, self.name) or [""])[-1]
@@ -241,12 +289,16 @@ class Managed(Backend):
 
     def refuse_alive(self, store: Store, *, take_over: bool = False) -> None:
         """See `Backend`."""
-        try:
-            job = self._asked(store)
-        except JobkitError as error:
-            raise UnknownError(f"cannot tell whether run {store.url} is alive: {error}") from None
-        if job is not None and job.active:
-            raise alive(store, job)
+        spec = specs.read(store)
+        for one in filter(specs.exists, specs.points(store, spec)):
+            if spec.sweep and run_status.has_ended(one, State.DONE):  # it is not resumed, and its job is leaving
+                continue
+            try:
+                job = self._asked(one) or (self._in_lane(one, {}) if points.behind(one) else None)
+            except JobkitError as error:
+                raise UnknownError(f"cannot tell whether run {one.url} is alive: {error}") from None
+            if job is not None and job.active:
+                raise alive(one, job)
 
     def _asked(self, store: Store) -> Job | None:
         """Ask the service for a run's newest job; raises JobkitError if it does not say."""
@@ -272,8 +324,11 @@ class Managed(Backend):
 
     def stop(self, cancelled: Cancelled) -> None:
         """See `Backend`: the VM finds the cancel in the bucket, saves and stops; else the service insists."""
-        store, wait = cancelled.store, cancelled.wait
-        spec = specs.read(store)
+        for store in filter(specs.exists, cancelled.left):
+            self._stop(store, cancelled)
+
+    def _stop(self, store: Store, cancelled: Cancelled) -> None:
+        wait, spec = cancelled.wait, specs.read(store)
         asked, last_action = time.monotonic(), ""
         # Until nothing runs, or somebody takes the cancel back: the job of a resume is not ended.
         while cancel_content(store) is not None and (job := self._asked(store)) is not None and job.active:

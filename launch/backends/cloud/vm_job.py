@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import cast
 
@@ -30,6 +30,7 @@ from jobkit.rundir.ledger import read_json
 from jobkit.rundir.store import Store
 from jobkit.units import show_duration
 from launch.backends import registry
+from launch.backends.cloud import points
 from launch.backends.cloud.managed import Managed, restarts_before
 from launch.backends.cloud.vm_member import Member
 from launch.backends.job_runner import JobRunner
@@ -72,6 +73,19 @@ class VmRunner(JobRunner):
         """How often VMs of the run were replaced before this job."""
         self._limit_at = float("inf")
         """When the run's time is used up, on the clock of `time.monotonic`."""
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+        """See `JobRunner`; a point of a sweep that is over has the next one begin."""
+        code = super().run(ready)
+        try:
+            if self._spec.sweep_url and run_status.has_ended(self._store):
+                points.start_next(self._store, self._submit)
+        except JobkitError as error:
+            say(f"the next point of the sweep was not submitted: {error}")
+        return code
+
+    def _submit(self, store: Store, spec: JobSpec) -> None:
+        self._service.submit_once(store, msgspec.structs.replace(spec, setup=self._spec.setup))
 
     def _begin(self) -> int | None:
         declared = self._service.declared(self._store, self._job)

@@ -1,0 +1,144 @@
+"""The points of a sweep in a bucket: each is a whole run there, with its own code and jobs of its own.
+
+Where only so many may run at once (`--array-parallelism`) the points are in lanes: the job of one that is over submits
+the job of the next in its lane, which takes the role that a successor takes. No machine has to stay on for that.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from jobkit import contract
+from jobkit.errors import ConfigError, JobkitError, say
+from jobkit.rundir import mirror
+from jobkit.rundir.files import remove_tree
+from jobkit.rundir.ledger import Event
+from jobkit.rundir.store import Store
+from launch.lifecycle import run_status
+from launch.lifecycle.history import count_of
+from launch.lifecycle.submission import record, who
+from launch.spec import jobspec as specs
+from launch.spec import snapshot
+from launch.spec.jobspec import JobSpec
+
+Submit = Callable[[Store, JobSpec], None]
+"""Submits the job of a point, unless it has one."""
+_AT_ONCE = 8
+
+
+def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit, end: Submit) -> None:
+    """Make the runs of points that are not there, and submit the jobs of as many as may run at once.
+
+    Args:
+        store: The sweep.
+        spec: What was submitted, with the lines of `--setup`.
+        numbers: The points that are to run.
+        submit: Submits a job.
+        end: Ends one.
+
+    Raises:
+        JobkitError: If a job is refused; nothing was started, and no run was made then.
+    """
+    stores = specs.points(store, spec)
+    points = [stores[number] for number in numbers]
+    lanes = spec.parallel or len(points)
+    fresh = [point for point in points if not specs.exists(point)]
+    with contextlib.ExitStack() as undone:
+        undone.callback(lambda: _undo(points[:lanes], fresh, spec, end))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(lambda number: _make(store, stores[number], spec.point(number)), numbers):
+                pass
+        for position, point in enumerate(points):
+            if lanes < len(points) and not _has_job(point):  # of one that has a job a VM has the ledger
+                behind = numbers[position - lanes] if position >= lanes else None
+                record(point, "lane", behind=behind, then=next(iter(numbers[position + lanes :]), None))
+                mirror.upload_ledger(point)
+        for point in points[:lanes]:
+            submit(point, msgspec.structs.replace(specs.read(point), setup=spec.setup))
+        undone.pop_all()
+
+
+def _make(store: Store, point: Store, spec: JobSpec) -> None:
+    """Make the run of a point, on its URL too; one that is half made is completed."""
+    if _newest(point, "submitted", "resumed", "job", "lane", "ended")["event"] not in ("", "submitted"):
+        return
+    point.make(shared=spec.shared)
+    if not specs.exists(point):
+        if spec.code is not None:
+            name = snapshot.archive_name(spec.code)
+            point.write(name, store.read(name))
+        specs.write_readme(point, spec)
+        specs.create(point, spec, specs.read_file(store).backend)
+    point.bucket.create(contract.RUN_JSON, point.read(contract.RUN_JSON))
+    if not run_status.events(point):
+        record(point, "submitted", command=list(spec.command), code=spec.code, by=who())
+    mirror.upload_described(point)
+
+
+def _undo(begun: Sequence[Store], fresh: Sequence[Store], spec: JobSpec, end: Submit) -> None:
+    for point in begun:
+        if specs.exists(point):
+            with contextlib.suppress(JobkitError):
+                end(point, spec)
+    for point in filter(specs.exists, fresh):
+        with contextlib.suppress(JobkitError):
+            point.bucket.remove(dict.fromkeys([contract.RUN_JSON, *mirror.described(point)]))
+        remove_tree(point.path)
+
+
+def _newest(point: Store, *names: str) -> Event:
+    """Return the newest event of some names in a point's ledger."""
+    return next((event for event in reversed(run_status.events(point)) if event["event"] in names), {"event": ""})
+
+
+def _has_job(point: Store) -> bool:
+    return bool(_newest(point, "submitted", "resumed", "job", "ended")["event"] == "job")
+
+
+def behind(point: Store) -> Store | None:
+    """Return the point that has to be over before another one is submitted; None if that has ended, or waits for none.
+
+    Its job, which is written down a moment before the service knows it, is not looked at.
+    """
+    lane = _newest(point, "submitted", "resumed", "lane", "ended")
+    number = count_of(lane.get("behind")) if lane["event"] == "lane" else None
+    return None if number is None or number >= _number(point) else _other(point, number)
+
+
+def _number(point: Store) -> int:
+    return int(point.url.rpartition("/")[2])
+
+
+def _other(point: Store, number: int) -> Store:
+    return point.at(f"{point.url.rpartition('/')[0]}/{number}")
+
+
+def start_next(point: Store, submit: Submit) -> None:
+    """Submit the next point of a lane, from inside the job of one that is over; whoever is killed may do it again.
+
+    Args:
+        point: The one that is over.
+        submit: Submits a job.
+    """
+    then: Store | None = point
+    while then is not None and (then := _next(then)) is not None:
+        mirror.refresh(then)
+        if point.at(point.url.rpartition(f"/{contract.POINTS}/")[0]).bucket.find(contract.CANCEL):
+            break
+        if run_status.has_ended(then) or then.exists(contract.CANCEL):
+            continue
+        try:
+            submit(then, specs.read(then))
+        except ConfigError as error:
+            say(f"the next point, {then.url}, could not be submitted: {error}")
+            record(point, "lane", refused=str(error))
+            mirror.upload_ledger(point)
+        break
+
+
+def _next(point: Store) -> Store | None:
+    lanes = [event for event in run_status.events(point) if event["event"] == "lane" and "then" in event]
+    number = count_of(lanes[-1].get("then")) if lanes else None
+    return None if number is None or number <= _number(point) else _other(point, number)

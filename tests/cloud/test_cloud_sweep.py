@@ -1,0 +1,143 @@
+"""Sweeps on Google Batch: each point is a run in the bucket with a job of its own, at most so many at once."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobkit import contract
+from launch.lifecycle import run_status, submission
+from tests.fakes.gcp_batch_server import BatchServer, RefusedError
+from tests.fakes.gcs_server import GcsServer
+from tests.harness.desk import URL, Desk
+from tests.launch.test_conformance import PROGRAM
+
+GCP = ("submit", "--on", "gcp", "--region", "us-central1", "--image", "registry/train:1", "--run", URL)
+
+
+@pytest.fixture
+def gcs() -> Iterator[GcsServer]:
+    """Run an emulated bucket."""
+    with GcsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def batch(gcs: GcsServer) -> Iterator[BatchServer]:
+    """Run a batch service."""
+    with BatchServer(gcs.environment()) as server:
+        yield server
+
+
+@pytest.fixture
+def desk(tmp_path: Path, gcs: GcsServer, batch: BatchServer, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """Seat a user at the two."""
+    user = Desk(tmp_path, gcs)
+    user.use(monkeypatch, gcs.environment() | batch.environment)
+    user.write(PROGRAM, "job.py")
+    return user
+
+
+def submit(desk: Desk, *options: str, plan: tuple[str, ...] = ("exit:0,exit:{a}",), code: int = 0) -> str:
+    """Submit a sweep of six points."""
+    words = ("--grace", "10s", "--sweep", "a=0..5", *options, "--", "python", "job.py", *plan)
+    return desk.jobkit(*GCP, *words, code=code)
+
+
+def live(batch: BatchServer) -> list[Any]:
+    """Return the jobs that are not over."""
+    return [job for job in batch.jobs.values() if not job.over]
+
+
+@pytest.mark.slow
+def test_preempted_again_and_again(desk: Desk, batch: BatchServer) -> None:
+    """Six points, two at once, each preempted once: all finish, and every status on the way makes sense."""
+    submit(desk, "--array-parallelism", "2", plan=(f"touch:{desk.home}/held-{{a}},hold", "exit:0"))
+    preempted: set[str] = set()
+    deadline = time.monotonic() + 300
+    while (told := desk.status())["state"] != "done":
+        assert time.monotonic() < deadline, told
+        assert told["state"] in ("queued", "running", "requeued"), told
+        assert [point["runner"] in ("alive", "ended") for point in told["points"]] == [True] * 6, told
+        assert len(live(batch)) <= 2 + 1, "a job submits the next one before it ends itself"
+        for number, point in enumerate(told["points"]):
+            job = next((one for one in live(batch) if one.id == point["job"]), None)
+            if job is not None and job.id not in preempted and (desk.home / f"held-{number}").exists():
+                preempted.add(job.id)
+                batch.preempt(job)
+    assert [point["state"] for point in told["points"]] == ["done"] * 6
+    assert len(batch.jobs) == 6
+    assert len(preempted) == 6
+    assert [point["attempts"] for point in told["points"]] == [2] * 6
+    assert desk.jobkit("ls", URL.rpartition("/")[0]).count(URL) == 1
+    assert "already done" in desk.jobkit("resume", URL)
+
+
+@pytest.mark.slow
+def test_cancel_and_resume(desk: Desk, batch: BatchServer) -> None:
+    """A cancel ends what runs, what waits for a VM and what waits for another point; a resume takes up all of them."""
+    batch.queue_s = 3600.0
+    submit(desk, "--array-parallelism", "2")
+    told = desk.status()
+    assert (told["state"], len(batch.jobs)) == ("queued", 2), told
+    assert "waits until point 0 is over" in told["points"][2]["reason"]
+    assert "is alive" in desk.jobkit("resume", URL, code=2)
+    desk.jobkit("cancel", URL)
+    assert {point["state"] for point in desk.status()["points"]} == {"cancelled"}
+    assert not live(batch)
+    batch.queue_s = 0.0
+    desk.jobkit("resume", URL)
+    told = desk.until_over()
+    assert {point["state"] for point in told["points"]} == {"done"}, told
+    assert len(batch.jobs) == 8
+    assert "exit:0" in desk.jobkit("logs", URL)
+
+
+@pytest.mark.slow
+def test_a_submit_that_is_killed_and_repeated(desk: Desk, batch: BatchServer) -> None:
+    """SIGKILL before the service hears of the third job: the same submit again ends with one job for each point."""
+    words = ("--grace", "10s", "--sweep", "a=0..5", "--", "python", "job.py", "exit:0,exit:{a}")
+    batch.queue_s = 3600.0
+    environ = os.environ | {contract.ENV_FAULT: "before_create:3"}
+    killed = subprocess.run([sys.executable, "-m", "launch", *GCP, *words], env=environ, check=False)
+    assert (killed.returncode, len(batch.jobs)) == (-9, 2)
+    desk.jobkit(*GCP, *words)
+    assert len(batch.jobs) == 6
+    assert [point["state"] for point in desk.status()["points"]] == ["queued"] * 6
+    assert "already holds this very job" in desk.jobkit(*GCP, *words, code=2)
+    assert len(batch.jobs) == 6
+
+
+@pytest.mark.slow
+def test_a_refusal_leaves_nothing(desk: Desk, batch: BatchServer) -> None:
+    """Where the service refuses the third job the first two end, and no run is left."""
+    create, made = batch._create, []
+
+    def refuse(*asked: Any) -> dict[str, Any]:
+        if len(made) == 2:
+            raise RefusedError(403, "PERMISSION_DENIED", "Permission 'batch.jobs.create' denied.")
+        made.append(asked)
+        return create(*asked)
+
+    batch.queue_s, batch._create = 3600.0, refuse  # type: ignore[method-assign]
+    assert "roles/batch.jobsEditor" in submit(desk, code=2)
+    assert not live(batch)
+    assert not [name for name in desk.gcs.names() if "run.json" in name]
+
+
+@pytest.mark.slow
+def test_without_the_role(desk: Desk, batch: BatchServer) -> None:
+    """A point that is over cannot have the next one begin: it is written down, and a resume goes on."""
+    batch.cloud.bindings.clear()
+    submit(desk, "--array-parallelism", "5")
+    told = desk.until(lambda told: told["state"] == "failed")
+    assert [point["state"] for point in told["points"]] == ["done"] * 5 + ["failed"]
+    events = run_status.events(submission.open_run(f"{URL}/points/0"))
+    assert [str(event["refused"]) for event in events if "refused" in event]
+    desk.jobkit("resume", URL)
+    assert desk.until_over()["state"] == "done"
