@@ -7,6 +7,7 @@ read it at no cost. docs/architecture.md says of each variable, code and file wh
 import enum
 import math
 import os
+import re
 import signal
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -206,6 +207,8 @@ COMMIT = "commit.json"
 STATE = "state.json"
 LOCAL = "local.bin"
 """In a run of several processes: the arrays that are each process's own (see `of_process`)."""
+PART = "part.json"
+"""In a run of several processes without a shared disk: what makes a process's part of a step be there."""
 ORBAX_ITEM = "default"
 """Name of the Orbax item inside a step; the one that a plain CheckpointManager reads."""
 CHUNKS = "chunks.json"
@@ -280,6 +283,26 @@ def of_process(name: str, process: int) -> str:
     """Return what a process calls a file of its own: 'outcome.json' for process 0, 'outcome-2.json' for process 2."""
     stem, dot, ending = name.partition(".")
     return f"{stem}-{process}{dot}{ending}" if process else name
+
+
+def store_of(process: int) -> str:
+    """Return what one of several processes writes of the arrays into, relative to the step: as stock Orbax calls it."""
+    return f"{ORBAX_ITEM}/ocdbt.process_{process}"
+
+
+_OF_VALUES = re.compile(rf"{ORBAX_ITEM}/(ocdbt\.process_\d+/)?{VALUES}")
+_OF_PROCESS = re.compile(rf"{ORBAX_ITEM}/ocdbt\.process_(\d+)/|(?:state-|local-)(\d+)\.")
+
+
+def is_values(name: str) -> bool:
+    """Tell whether a file of a step holds chunks and nothing else."""
+    return _OF_VALUES.match(name) is not None
+
+
+def process_of(name: str) -> int:
+    """Return which of several processes a file of a step belongs to; what describes the whole is process 0's."""
+    found = _OF_PROCESS.match(name)
+    return int(found[1] or found[2]) if found else 0
 
 
 def step_dir(step: int) -> str:

@@ -31,9 +31,12 @@ POINTS = (
     "after_join",
     "before_gathered",
     "after_gathered",
+    "before_part",
+    "after_part",
 )
-"""The last four are passed by supervisors that gather, the two before them by a submit to a batch service, and by a job
-that submits its successor. In a drill there is `step`, too: the beginning of each.
+"""The last two are passed by supervisors that carry a process's part of a step to the run's URL, the four before them
+by supervisors that gather, the two before these by a submit to a batch service, and by a job that submits its
+successor. In a drill there is `step`, too: the beginning of each.
 """
 
 FAULT = re.compile(r"(\w+)(?::(\d+))?(?:@(\d+))?(?:=([A-Z0-9]+))?(?:\+(\d+\.?\d*))?")

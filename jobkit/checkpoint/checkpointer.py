@@ -16,10 +16,11 @@ import jax
 
 from jobkit import contract, faults, versions
 from jobkit.checkpoint import orbax_io, state
+from jobkit.checkpoint.apart.restoring import Apart
 from jobkit.checkpoint.first_step_check import FirstStepCheck
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.restore import read, read_back
-from jobkit.checkpoint.saving import Save, SaveState
+from jobkit.checkpoint.saving import Save, SaveState, check_room, with_metadata
 from jobkit.checkpoint.schedule import Rates
 from jobkit.errors import ConfigError, DamagedError, JobkitError, StorageError, SupersededError, say
 from jobkit.group import Group, raise_told, told_error
@@ -29,10 +30,9 @@ from jobkit.rundir.files import free_bytes
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.loops import Loops
 from jobkit.rundir.retention import Keep
-from jobkit.rundir.store import Store, in_words
+from jobkit.rundir.store import Store
 from jobkit.supervise.heartbeat import Heartbeat
 from jobkit.supervise.unsaved import NUMBERS, STORAGE, UNCHANGED, Unsaved
-from jobkit.units import show_size
 
 
 class Checkpoints:
@@ -88,6 +88,12 @@ class Checkpoints:
         """Newest step known to be committed, -1 if there is none."""
         self.last: Save | None = None
         """The newest save that was committed."""
+
+    @property
+    def _apart(self) -> Apart | None:
+        """What processes that share no disk do otherwise; None where they share one."""
+        shared = self._store.remote is None or self._group.count == 1
+        return None if shared else Apart(self._store, self._group, self._attempt)
 
     @property
     def saving(self) -> bool:
@@ -180,7 +186,7 @@ class Checkpoints:
             if ended is SaveState.ABANDONED:  # then this is what was meant to happen
                 self._ledger.append("abandoned", step=commit.step)
                 return
-            if self._group.first:
+            if self._group.first or self._apart is not None:
                 save.discard()
             self._fail(error, f"cannot commit step {commit.step} to {self._store.url}", commit)
             return
@@ -260,7 +266,7 @@ class Checkpoints:
             return False
         self.wait()
         with contextlib.suppress(OSError):
-            if free_bytes(self._store.path) < _with_metadata(nbytes):
+            if free_bytes(self._store.path) < with_metadata(nbytes):
                 self.tidy()
         return True
 
@@ -342,7 +348,7 @@ class Checkpoints:
 
         Args:
             parts: The program's parts.
-            prepare: Called before a step is chosen, in process 0 alone.
+            prepare: Called before a step is chosen, in process 0 alone, or where they share no disk in all.
 
         Returns:
             The restored step, None if the run has no checkpoint yet.
@@ -356,9 +362,13 @@ class Checkpoints:
             prepare()
             return self._newest_whole()
 
+        if self._apart is not None:
+            prepare()
         for turn in itertools.count():
-            step: int | None = self._group.share(f"restore/{turn}", find)
+            apart = self._apart
+            step: int | None = apart.newest(turn) if apart else self._group.share(f"restore/{turn}", find)
             if step is None:
+                self._refuse_if_all_damaged()
                 return None
             if (give_back := self._read(f"read/{turn}", step, parts)) is not None:
                 give_back()
@@ -374,7 +384,7 @@ class Checkpoints:
         give_back = None
         mine: dict[str, Any] = {}
         try:
-            give_back = read(self._store, step, parts)
+            give_back = self._apart.read(step, parts) if self._apart else read(self._store, step, parts)
         except DamagedError as error:
             mine = {"damaged": [str(error)]}
         except JobkitError as error:
@@ -398,7 +408,7 @@ class Checkpoints:
     def _lost(self, step: int) -> list[str]:
         """Say what of a step that could not be read nobody can read: a bad sector, no passing failure."""
         with contextlib.suppress(JobkitError):
-            return commits.problems(self._store, step)
+            return commits.problems(self._store, step) if self._apart is None else []
         return []
 
     def _newest_whole(self) -> int | None:
@@ -409,17 +419,20 @@ class Checkpoints:
             if not wrong:
                 return step
             self._set_aside(step, wrong)
+        return None
+
+    def _refuse_if_all_damaged(self) -> None:
+        """Refuse to begin again where there were steps, and none is left."""
         remote = self._store.remote
         if self._store.names(contract.SET_ASIDE) or (remote is not None and remote.find(contract.SET_ASIDE)):
             raise ConfigError(
                 f"every checkpoint of {self._store.url} is damaged and lies in {contract.SET_ASIDE}: "
                 "mend the storage, or start again in a new run directory"
             )
-        return None
 
     def _set_aside(self, step: int, wrong: list[str]) -> None:
         commits.check_newest(self._store, self._attempt, f"set step {step} aside")
-        moved = commits.set_aside(self._store, step, wrong)
+        moved = self._apart.set_aside(step, wrong) if self._apart else commits.set_aside(self._store, step, wrong)
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         self._ledger.append("set_aside", step=step, reason=wrong[0] + more, moved_to=str(moved), durable=True)
         say(f"checkpoint of step {step} is damaged: {wrong[0]}{more}; set aside as {moved}")
@@ -431,17 +444,4 @@ class Checkpoints:
             ConfigError: With what is needed and what is free, in a run's first attempt.
             StorageError: In a later one: there was room before, and may be again.
         """
-        with in_words(f"cannot look at {self._store.url}"):
-            free = free_bytes(self._store.path)
-        needed = _with_metadata(nbytes)
-        if free < needed:
-            kind = StorageError if self._attempt else ConfigError
-            raise kind(
-                f"{self._store.url} has {show_size(free)} free and one checkpoint takes {show_size(needed)}: "
-                "free space there, or choose another run directory"
-            )
-
-
-def _with_metadata(nbytes: int) -> int:
-    """Return the bytes that a checkpoint takes on disk: Orbax's metadata comes on top of the state."""
-    return int(nbytes * 1.05) + (1 << 20)
+        check_room(self._store, nbytes, StorageError if self._attempt else ConfigError)

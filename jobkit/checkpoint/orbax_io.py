@@ -29,12 +29,14 @@ import orbax.checkpoint as ocp
 
 from jobkit import contract
 from jobkit.checkpoint.layout import reading, several
+from jobkit.checkpoint.layout import store as layout
 from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave, Share, nested, only
 from jobkit.checkpoint.layout.probe import stock_reads_ours
 from jobkit.checkpoint.layout.writing import FILE_BYTES, Cancel
 from jobkit.checkpoint.leaves import Record, placement, stored_args
-from jobkit.errors import JobkitError, PackageError, StorageError
+from jobkit.errors import ConfigError, JobkitError, PackageError, StorageError
 from jobkit.group import Group
+from jobkit.rundir.apart.fetching import Partial
 from jobkit.rundir.commits import FileRecord
 from jobkit.rundir.remote import IN_MEMORY_BYTES, PARALLEL
 from jobkit.rundir.store import Store, explain
@@ -79,6 +81,11 @@ class Writer:
         if self._orbax is None:
             logging.getLogger("absl").addFilter(_matters)
             self._stock = self._stock or not self._group.share("layout", stock_reads_ours)
+            if self._stock and self._group.count > 1 and for_upload:
+                raise ConfigError(
+                    "several processes on a URL share no disk, and stock Orbax needs one: leave out writer='orbax', "
+                    f"or give a directory that all nodes share (jobkit is tested with orbax-checkpoint {TESTED})"
+                )
             everyone = _everyone() if self._stock else only(self._group.index)
             item = (
                 ocp.PyTreeCheckpointHandler(**_HANDLER_OPTIONS, multiprocessing_options=everyone)
@@ -177,6 +184,7 @@ def read(
     *,
     records: Mapping[Any, Record] | None = None,
     alone: bool = False,
+    partial: Partial | None = None,
 ) -> dict[tuple[str, ...], Any]:
     """Read arrays by quoted path.
 
@@ -186,12 +194,17 @@ def read(
         wanted: Path -> the leaf in the running program, whose placement on devices the result takes.
         records: How each leaf was written down; without them all are read as numpy.
         alone: Whether this process reads by itself, rather than all processes together.
+        partial: Brings what is read, where `store` is the directory that it brings it to.
     """
     if not wanted:
         return {}
     item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
     if (table := reading.table_of(item)) is not None:
         placed = {path: placement(records[path], live) if records else None for path, live in wanted.items()}
+        if partial is not None:
+            places = layout.places(item, lambda name: partial.bring(f"{contract.ORBAX_ITEM}/{name}"))
+            keys = (key for key in reading.keys(table, placed) if key in places)
+            partial.bring_ranges((f"{contract.ORBAX_ITEM}/{(at := places[key])[0]}", at[1], at[2]) for key in keys)
         return reading.read(item, table, placed)
     args = {
         path: stored_args(records[path], live) if records else ocp.RestoreArgs(restore_type=np.ndarray)

@@ -16,6 +16,7 @@ from jobkit.checkpoint.layout.handler import nested
 from jobkit.checkpoint.leaves import Record, quoted
 from jobkit.errors import ConfigError, DamagedError, PackageError, StorageError, end_in_words
 from jobkit.rundir import commits, mirror, remote_steps, retention
+from jobkit.rundir.apart.fetching import Partial
 from jobkit.rundir.store import Store
 
 
@@ -32,7 +33,9 @@ def restore(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool
     read(store, step, parts, partial=partial)()
 
 
-def read(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False) -> Callable[[], None]:
+def read(
+    store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = False, needed: Partial | None = None
+) -> Callable[[], None]:
     """Read a committed step, and return what puts its values into the parts.
 
     Args:
@@ -40,6 +43,7 @@ def read(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = 
         step: As for `restore`.
         parts: The program's parts, which stay as they are.
         partial: Take only those of the checkpoint's parts that are given.
+        needed: Brings what is read into its own `store`, which is read then.
 
     Raises:
         ConfigError: If shapes, dtypes or structure differ; names the leaf.
@@ -54,7 +58,8 @@ def read(store: Store, step: int, parts: Mapping[str, Part], *, partial: bool = 
             live |= {quoted(name, slot.path): slot.value for slot in part.slots()[0]}
     arrays, stored = state.local_arrays(table), state.stored_paths(table)
     try:
-        arrays |= orbax_io.read(store, step, {path: live.get(path) for path in stored}, records=stored)
+        wanted = {path: live.get(path) for path in stored}
+        arrays |= orbax_io.read(store, step, wanted, records=stored, partial=needed)
     except Exception as error:
         if isinstance(error, DamagedError):
             raise
@@ -77,10 +82,11 @@ def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str]
     Raises:
         JobkitError: If it could not be read, although its bytes are as they were written.
     """
-    wrong = commits.problems(store, step, stop=stop)
+    part = bool(commits.read(store, step).parts)  # then no home has all of it
+    wrong = commits.problems(store, step, stop=stop, part=part)
     if stop():
         return None
-    if wrong:
+    if wrong or part:
         return wrong
     stored = state.stored_paths(state.table_of(store, step))
     try:
@@ -144,6 +150,8 @@ def fetch(store: Store, step: int | str) -> None:
     number = step if isinstance(step, int) else wanted
     if number is not None and number in known and number not in commits.steps(store):
         bring(store, number, attempt=0)
+    elif number is not None and number in known:
+        remote_steps.complete(store, number)
 
 
 def bring(store: Store, step: int, *, attempt: int) -> None:

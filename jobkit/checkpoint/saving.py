@@ -9,7 +9,8 @@ to be waited for.
 
 In a run of several processes each writes and measures its part, in a directory of its own; process 0 puts the parts
 together and publishes when all have said that theirs are there, and tells the others whether it did. They wait for one
-another, so that none of them can break a save off.
+another, so that none of them can break a save off. Where they share no disk (rundir/apart/), each has its part in a
+home of its own before process 0 commits.
 """
 
 import contextlib
@@ -26,15 +27,17 @@ import msgspec
 
 from jobkit import contract, faults
 from jobkit.checkpoint.layout import several
-from jobkit.checkpoint.layout.several import store_name
 from jobkit.checkpoint.orbax_io import Writer, failure, part_of, silence
 from jobkit.checkpoint.state import Snapshot
-from jobkit.errors import StorageError
+from jobkit.errors import JobkitError, StorageError
 from jobkit.group import Group, raise_told, told_error
 from jobkit.rundir import commits
+from jobkit.rundir.apart import parts
+from jobkit.rundir.apart.parts import Part
 from jobkit.rundir.commits import Commit, FileRecord
-from jobkit.rundir.files import files_below, remove_tree, sync_tree
-from jobkit.rundir.store import Store
+from jobkit.rundir.files import files_below, free_bytes, remove_tree, sync_tree
+from jobkit.rundir.store import Store, in_words
+from jobkit.units import show_size
 
 _ORBAX_TMP = ".orbax-checkpoint-tmp"
 _SAVE_S = 1800.0
@@ -75,8 +78,12 @@ class Save:
         self.state = SaveState.WRITING
         self._gate = threading.Lock()
         """Held while the state changes: nothing is published that was abandoned."""
-        self.stage = Path(group.share(f"stage/{number}", lambda: str(commits.new_stage(store, step, attempt))))
+        self._apart, self._attempt = group.count > 1 and store.remote is not None, attempt
+        self.stage = Path(self._new_stage() if self._apart else group.share(f"stage/{number}", self._new_stage))
         self.thread: threading.Thread | None = None
+
+    def _new_stage(self) -> str:
+        return str(commits.new_stage(self._store, self.step, self._attempt))
 
     def start(self, finish: Callable[[], None]) -> None:
         """Go on in a thread of its own with what training does not wait for."""
@@ -123,6 +130,8 @@ class Save:
             known = writer.measured
             own["files"] = msgspec.to_builtins(self._own_files(writer, snapshot) if together else self._measured(known))
             own["rows"] = writer.share.rows if writer.share is not None else {}
+            if self._apart and not self._group.first:
+                own["part"] = self._publish_part(own["files"])
         except Exception as error:
             if not together:
                 raise
@@ -133,25 +142,40 @@ class Save:
         if not self._group.first:
             self._group.gather(f"written/{self._number}", own)
 
-        def publish() -> bool:
+        def publish() -> dict[str, Any]:
+            nonlocal commit
             try:
-                parts = self._group.gather(f"written/{self._number}", own, _SAVE_S)
+                sent = self._group.gather(f"written/{self._number}", own, _SAVE_S)
             except TimeoutError as error:
                 raise StorageError(f"cannot commit step {self.step} to {self._store.url}: {error}") from None
-            for part in parts:
+            for part in sent:
                 raise_told(part)
             measured = {
-                name: msgspec.convert(record, FileRecord) for part in parts for name, record in part["files"].items()
+                name: msgspec.convert(record, FileRecord) for part in sent for name, record in part["files"].items()
             }
             if together:
                 try:
-                    self._put_together(writer, measured, [part["rows"] for part in parts])
+                    self._put_together(writer, measured, sent)
                 except Exception as error:
                     raise failure(error, f"cannot put the parts of step {self.step} together") from error
             table = _state_json(snapshot)
-            return commits.publish(self._store, self.stage, state=table, commit=commit, measured=measured)
+            if self._apart:
+                named = {parts.name_of(self.step, at): part["part"] for at, part in enumerate(sent) if at}
+                commit = msgspec.structs.replace(commit, parts=named)
+            new = commits.publish(self._store, self.stage, state=table, commit=commit, measured=measured)
+            return {"new": new, "steps": commits.steps(self._store) if self._apart else []}
 
-        return bool(self._group.share(f"committed/{self._number}", publish))
+        done = self._group.share(f"committed/{self._number}", publish)
+        if self._apart and not self._group.first:
+            parts.keep(self._store, self._group.index, done["steps"])
+        return bool(done["new"])
+
+    def _publish_part(self, files: dict[str, Any]) -> str:
+        """Have this process's part in its home; return its checksum."""
+        process = self._group.index
+        records = {name: msgspec.convert(record, FileRecord) for name, record in files.items()}
+        part = Part(step=self.step, attempt=self._attempt, process=process, files=records)
+        return parts.publish(self._store, part_of(self.stage, process), part)
 
     def _own_files(self, writer: Writer, snapshot: Snapshot) -> dict[str, FileRecord]:
         """Write what belongs to this process alone beside its arrays; make that durable, and measure it.
@@ -159,7 +183,7 @@ class Save:
         Process 0's table comes at the commit.
         """
         process = self._group.index
-        part, store = part_of(self.stage, process), f"{contract.ORBAX_ITEM}/{store_name(process)}"
+        part, store = part_of(self.stage, process), contract.store_of(process)
         part.mkdir(exist_ok=True)
         with (part / contract.of_process(contract.LOCAL, process)).open("wb") as file:
             file.writelines(array.tobytes() for array in snapshot.local)
@@ -172,21 +196,22 @@ class Save:
             return own | writer.measured
         return own | commits.measure(self.stage, [f"{store}/{name}" for name in files_below(self.stage / store)])
 
-    def _put_together(self, writer: Writer, files: Iterable[str], rows: list[dict[str, Any]]) -> None:
-        """Make one stage of what all processes have written."""
+    def _put_together(self, writer: Writer, files: Iterable[str], sent: list[dict[str, Any]]) -> None:
+        """Make one stage of what all processes have written; where they share no disk, of this one's alone."""
         if writer.share is not None:
             os.rename(part_of(self.stage, 0), self.stage)
         self.stage.mkdir(exist_ok=True)
         for process in range(self._group.count):
             part = part_of(self.stage, process)
-            for name in (*_owned(process), f"{contract.ORBAX_ITEM}/{store_name(process)}"):
+            for name in (*_owned(process), contract.store_of(process)):
                 if (part / name).exists():
                     os.rename(part / name, self.stage / name)
             remove_tree(part)
-        if absent := [name for name in files if not (self.stage / name).exists()]:
+        here = [name for name in files if not self._apart or not contract.process_of(name)]
+        if absent := [name for name in here if not (self.stage / name).exists()]:
             raise StorageError(f"{absent[0]} is not in {self.stage}, though a process has written it")
         if writer.share is not None:
-            several.merge(self.stage / contract.ORBAX_ITEM, writer.share.arrays, rows)
+            several.merge(self.stage / contract.ORBAX_ITEM, writer.share.arrays, [one["rows"] for one in sent])
 
     def _measured(self, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
         """Measure what else there is in the stage, as long as the save is wanted."""
@@ -249,3 +274,20 @@ def _owned(process: int) -> tuple[str, str]:
 
 def _state_json(snapshot: Snapshot) -> dict[str, Any]:
     return {"parts": snapshot.table}
+
+
+def check_room(store: Store, nbytes: int, kind: type[JobkitError]) -> None:
+    """Refuse a run directory that cannot hold one more checkpoint of so many bytes, with an error of this kind."""
+    with in_words(f"cannot look at {store.url}"):
+        free = free_bytes(store.path)
+    needed = with_metadata(nbytes)
+    if free < needed:
+        raise kind(
+            f"{store.url} has {show_size(free)} free and one checkpoint takes {show_size(needed)}: "
+            "free space there, or choose another run directory"
+        )
+
+
+def with_metadata(nbytes: int) -> int:
+    """Return the bytes that a checkpoint takes on disk: Orbax's metadata comes on top of the state."""
+    return int(nbytes * 1.05) + (1 << 20)

@@ -18,6 +18,7 @@ from jobkit.run.optimizer_check import has_optimizer
 from jobkit.run.saving import Saving
 from jobkit.run.session import Session
 from jobkit.rundir import commits, remote_steps
+from jobkit.rundir.apart.parts import drop_partial
 from jobkit.rundir.commits import sweep
 from jobkit.rundir.loops import EarlyStop, Loops
 from jobkit.supervise.heartbeat import Phase
@@ -88,7 +89,7 @@ def _early_stops(session: Session, step: int) -> list[EarlyStop]:
     """Return the early stops that a restored step knows of, the same in all processes."""
 
     def read() -> Any:
-        return msgspec.to_builtins(commits.read(session.store, step).early_stops)
+        return msgspec.to_builtins(remote_steps.known(session.store, step).early_stops)
 
     return msgspec.convert(session.group.share("early_stops", read), list[EarlyStop])
 
@@ -97,7 +98,9 @@ def _bring_newest(session: Session) -> None:
     """Bring the newest step into the home, after tidying up there."""
     sweep(session.store, attempt=session.attempt)
     if session.store.remote is not None:
-        remote_steps.fetch_newest(session.store, session.ledger, attempt=session.attempt)
+        if session.group.count == 1:
+            drop_partial(session.store)
+            remote_steps.fetch_newest(session.store, session.ledger, attempt=session.attempt)
         session.checkpoints.elsewhere = remote_steps.metrics(session.store.remote)
 
 
@@ -116,6 +119,11 @@ def find(session: Session, step: int | str) -> int:
     """Return the step that `Run.restore` means, once it is in the home: it may be on the run's URL alone."""
     remote = session.store.remote
     wanted = session.checkpoints.best_step() if step == "best" else step
+    if remote is not None and session.group.count > 1:
+        there = remote_steps.steps(remote)
+        wanted = step = max(there, default=-1) if wanted == "latest" else wanted if isinstance(wanted, int) else step
+        if wanted in commits.steps(session.store):
+            remote_steps.complete(session.store, int(wanted))
     absent = isinstance(wanted, int) and wanted not in commits.steps(session.store)
     if remote is not None and absent and wanted in remote_steps.steps(remote):
         bring(session.store, int(wanted), attempt=session.attempt)

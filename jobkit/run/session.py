@@ -152,16 +152,21 @@ class Session:
     def _agree(self) -> Agreement:
         """Begin to agree with the other processes of the attempt."""
         self.group.share("opened", lambda: True)
+        if self.store.remote is None:
+            self._check_shared()
+        return Agreement(self.group, lambda: self.step + self.looks, on_stop=self._note, lost=self._lost)
+
+    def _check_shared(self) -> None:
+        """Refuse to go on where a process does not see what process 0 writes."""
         first = contract.events_file(self.attempt, 0)
         deadline = time.monotonic() + _SHARED_S
         while not self.store.exists(first):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"process {self.group.index} does not see what process 0 wrote to {self.store.path}: several "
-                    f"processes need a disk that all of them share, as run directory or as {contract.ENV_HOME}"
+                    "processes need a disk that all of them share, or a URL as run directory"
                 )
             time.sleep(0.2)
-        return Agreement(self.group, lambda: self.step + self.looks, on_stop=self._note, lost=self._lost)
 
     def _lost(self) -> str:
         return lost_process(self.store, self.attempt)

@@ -11,7 +11,6 @@ import errno
 import json
 import math
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -55,6 +54,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
         topology: Process and device counts and platform.
         versions: Of jobkit, jax, flax, orbax-checkpoint, numpy, python.
         early_stops: The loops that were left early by then.
+        parts: Of processes that share no disk: the files on the URL by which their parts are there, with checksums.
         seal: crc32c of commit.json itself, computed with this value at zeros.
     """
 
@@ -68,6 +68,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     topology: dict[str, int | str] = {}
     versions: dict[str, str] = {}
     early_stops: list[EarlyStop] = []
+    parts: dict[str, str] = {}
     seal: str = _UNSEALED
 
     @property
@@ -141,12 +142,7 @@ def scored(commit: Commit, content: bytes) -> Commit:
 
 
 def score(
-    store: Store,
-    step: int,
-    later: Mapping[str, float],
-    *,
-    attempt: int,
-    early_stops: Iterable[EarlyStop] | None = None,
+    store: Store, step: int, later: Mapping[str, float], *, attempt: int, early_stops: Iterable[EarlyStop] | None = None
 ) -> None:
     """Keep metrics of a committed step, and that a loop was left there, beside its commit.
 
@@ -211,7 +207,9 @@ def metrics(store: Store) -> dict[int, dict[str, float]]:
     return by_step
 
 
-def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: False, values: bool = True) -> list[str]:
+def problems(
+    store: Store, step: int, *, stop: Callable[[], bool] = lambda: False, values: bool = True, part: bool = False
+) -> list[str]:
     """Check every byte of a committed step against its commit.json.
 
     Args:
@@ -219,6 +217,7 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
         step: A committed step.
         stop: Tells whether to give up; then what is returned says nothing.
         values: Whether to read the files of chunks; of those that will be checked chunk by chunk the sizes do.
+        part: Whether process 0's part of the step will do.
 
     Returns:
         What is wrong, one sentence each; empty if the step is whole.
@@ -235,7 +234,8 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
         present = set(files_below(root)) - {contract.COMMIT}
     last_s = time.monotonic() + _BAD_SECTOR_S
     asking = Patience(over=lambda: time.monotonic() >= last_s or stop())
-    wrong = [f"{name} is missing" for name in sorted(commit.files.keys() - present)]
+    absent = sorted(commit.files.keys() - present)
+    wrong = [f"{name} is missing" for name in absent if not (part and contract.process_of(name))]
     wrong += [f"{name} does not belong there" for name in sorted(present - commit.files.keys())]
     for name in sorted(present & commit.files.keys()):
         expected = commit.files[name]
@@ -259,12 +259,10 @@ def problems(store: Store, step: int, *, stop: Callable[[], bool] = lambda: Fals
 
 def _in_chunks(commit: Commit, name: str) -> bool:
     """Tell whether a file holds nothing but chunks, each with a checksum of its own, and is worth not to be read."""
-    item = contract.ORBAX_ITEM
-    chunks = f"{item}/{contract.CHUNKS}" in commit.files and re.match(_OF_VALUES, name) is not None
+    chunks = f"{contract.ORBAX_ITEM}/{contract.CHUNKS}" in commit.files and contract.is_values(name)
     return chunks and commit.files[name].size >= _SMALL_BYTES
 
 
-_OF_VALUES = rf"{contract.ORBAX_ITEM}/(ocdbt\.process_\d+/)?{contract.VALUES}"
 _SMALL_BYTES = 1 << 22
 _BAD_SECTOR_S = 5.0
 """A file system that is failing over answers EIO for a while, a bad sector for ever."""

@@ -127,6 +127,11 @@ class Remote:
         content: bytes = self._call("read", "cat_file", name)
         return content
 
+    def read_range(self, name: str, begin: int, end: int) -> bytes:
+        """Return some bytes of an object; raises FileNotFoundError if there is none."""
+        content: bytes = self._call("read", "cat_file", name, start=begin, end=end)
+        return content
+
     def write(self, name: str, content: bytes) -> None:
         """Write an object, replacing an earlier one."""
         self._call("write", "pipe_file", name, content)

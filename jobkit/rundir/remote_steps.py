@@ -5,16 +5,28 @@ import os
 import time
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from jobkit import contract, names
 from jobkit.errors import DamagedError, JobkitError, StorageError
 from jobkit.rundir import commits
-from jobkit.rundir.commits import Commit
+from jobkit.rundir.commits import Commit, FileRecord
 from jobkit.rundir.files import crc32c, remove_tree, sync_tree
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.remote import Remote, carry
 from jobkit.rundir.store import Store, in_words
+
+
+class Described(Protocol):
+    """What is known of a step's files: by its commit, or of a part of it."""
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """Size and checksum of each."""
 
 
 def commit_name(step: int) -> str:
@@ -110,7 +122,7 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
             return False
 
         def push(name: str) -> None:
-            _push_file(remote, commit, name, files[name], attempt)
+            push_file(remote, commit, name, files[name], attempt)
 
         carry(f"uploading step {step}", commit.sizes, push, shown=shown)
 
@@ -126,7 +138,7 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
     return True
 
 
-def _push_file(remote: Remote, commit: Commit, name: str, file: IO[bytes], attempt: int) -> None:
+def push_file(remote: Remote, commit: Described, name: str, file: IO[bytes], attempt: int) -> None:
     """Create one file; what a dead attempt left under its name gives way, what is the same stays."""
     target = f"{contract.step_dir(commit.step)}/{name}"
     content = file.read()
@@ -193,6 +205,34 @@ def fetch(store: Store, step: int, *, attempt: int) -> list[str]:
         remove_tree(stage)
 
 
+def complete(store: Store, step: int) -> None:
+    """Bring into the home what it lacks of a step that it has a part of.
+
+    Raises:
+        StorageError: If something is not as it was committed.
+    """
+    commit, place = commits.read(store, step), contract.step_dir(step)
+    absent = {name: size for name, size in commit.sizes.items() if not store.exists(f"{place}/{name}")}
+
+    def bring(name: str) -> None:
+        content = store.bucket.read(f"{place}/{name}")
+        if crc32c(content) != commit.files[name].crc32c:
+            raise StorageError(f"step {step} of {store.url} is damaged: {name} differs from its checksum")
+        store.write(f"{place}/{name}", content)
+
+    carry(f"downloading step {step}", absent, bring)
+
+
+def known(store: Store, step: int) -> Commit:
+    """Read a committed step's commit.json, from the home, or else from the URL."""
+    if store.remote is None or step in commits.steps(store):
+        return commits.read(store, step)
+    commit = read(store.remote, step)
+    with contextlib.suppress(FileNotFoundError):
+        return commits.scored(commit, store.remote.read(commits.score_file(commit)))
+    return commit
+
+
 def download(remote: Remote, commit: Commit, doing: str = "", *, into: Path | None = None) -> list[str]:
     """Download a step's files in parallel, into a directory if there is one; return what is wrong with them."""
 
@@ -222,7 +262,8 @@ def problems(store: Store, step: int) -> list[str]:
     wrong = download(remote, commit, f"verifying step {step}")
     prefix = contract.step_dir(step) + "/"
     present = {name.removeprefix(prefix) for name in remote.find(contract.step_dir(step))}
-    extra = sorted(present - commit.files.keys() - {contract.COMMIT})
+    own = {contract.COMMIT, *(name.removeprefix(prefix) for name in commit.parts)}
+    extra = sorted(present - commit.files.keys() - own - ({contract.PART} if commit.parts else set()))
     return wrong + [f"{name} does not belong there" for name in extra]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from jobkit import contract
 from jobkit.errors import JobkitError, StorageError, SupersededError, say
 from jobkit.rundir import commits, growing_files, mirror, remote_steps, retention
+from jobkit.rundir.apart.sending import Sender
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
 
@@ -37,16 +38,18 @@ class Uploader:
         store: The run directory.
         attempt: Number of the attempt; the uploader commits nothing once a newer one exists.
         ledger: Where uploads and their failures are written.
-        leads: Whether this is process 0's, which carries what there is once, and hears what is asked of the run.
+        process: Index of the process whose home it is, and how many there are: process 0's carries what there is once,
+            and hears what is asked of the run.
     """
 
-    def __init__(self, store: Store, attempt: int, ledger: Ledger, *, leads: bool = True) -> None:
+    def __init__(self, store: Store, attempt: int, ledger: Ledger, *, process: tuple[int, int] = (0, 1)) -> None:
         # A dead bucket is told of soon; whoever carries tries again anyway.
         self._store = store.with_deadline(_TELL_S)
-        self._attempt, self._ledger, self._leads = attempt, ledger, leads
+        self._attempt, self._ledger, self._leads = attempt, ledger, process[0] == 0
+        self._sender = Sender(self._store, attempt, process[0], ledger) if process[1] > 1 else None
         self._since = time.time() - 0.05  # file systems keep coarse times
         self._done: set[int] = set()
-        self._old_uploads = leads  # a peer's may be under way
+        self._old_uploads = self._leads  # a peer's may be under way
         self._outbox = Outbox(self._store, attempt)
         self._failing: dict[str, float] = {}
         """What fails, and since when."""
@@ -87,7 +90,7 @@ class Uploader:
             try:
                 # At the end in any case: who decides whether the run goes on looks into the home.
                 self._hear_requests()
-                self._upload_steps(shown=True)
+                self._upload_steps(until=end)
                 self.upload_files(until=max(end, time.monotonic() + _REST_S))
                 return
             except SupersededError:
@@ -131,18 +134,28 @@ class Uploader:
         for name in (contract.CANCEL, contract.SAVE) if self._leads else ():
             mirror.fetch_request(self._store, name)
 
-    def _upload_steps(self, *, shown: bool = False) -> None:
-        """Carry new steps, newest before older; one that cannot be carried holds up no other."""
+    def _upload_steps(self, *, until: float | None = None) -> None:
+        """Carry new steps, newest before older; one that cannot be carried holds up no other.
+
+        Args:
+            until: At the end: how long to wait for what others carry, on the clock of `time.monotonic`.
+        """
         if self._old_uploads:
             self._old_uploads = False
             with contextlib.suppress(JobkitError):
                 # Of dead attempts: this one has claimed its number, so that no older one can commit any more.
                 self._store.bucket.abort_uploads()
+        if self._sender is not None:
+            if self._sender.carry_parts(until) and self._leads and self._said_what_to_keep():
+                self._retain()
+            return
         failed: JobkitError | None = None
         waiting = [step for step in reversed(commits.steps(self._store)) if step not in self._done]
         for step in waiting:
             try:
-                if remote_steps.push(self._store, step, attempt=self._attempt, ledger=self._ledger, shown=shown):
+                if remote_steps.push(
+                    self._store, step, attempt=self._attempt, ledger=self._ledger, shown=until is not None
+                ):
                     self._done.add(step)
             except SupersededError:
                 raise

@@ -167,7 +167,7 @@ class Supervisor:
         attempt = self._attempt = Attempt(patient, number, (index, count), command, cwd)
         self._memory = Memory()
         self._ledger = patient.insist(lambda: Ledger(store.file(contract.events_file(number, attempt.writer))))
-        self._uploader = Uploader(store, number, self._ledger, leads=index == 0)
+        self._uploader = Uploader(store, number, self._ledger, process=(index, count))
         self._link = _link(attempt)
         known = watchdog.learn(patient, number, attempt.writer)
         self._monitor = StallMonitor(known, self._link.directory, self._ledger, attempt.log)

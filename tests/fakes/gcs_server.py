@@ -215,6 +215,7 @@ class _Handler(Handler):
         """Yield the bounds of a content's pieces, each when it has had its time on the wire, and break where told."""
         gcs, stream, subject = self.server.owner, _Pace(), self._subject
         wire = gcs.wire_out if outwards else gcs.wire_in
+        gcs.bytes_out += size if outwards else 0
         cuts = []
         if subject is not None:
             length = max(size, 1) if outwards else size  # an answer without content can break as well
@@ -257,6 +258,8 @@ class GcsServer(Server):
         self.log: list[tuple[str, str]] = []
         """Kind and subject of every request, in order of arrival."""
         self.wire_in, self.wire_out = _Pace(), _Pace()
+        self.bytes_out = 0
+        """Bytes of contents that were read."""
         self._closing = threading.Event()
         super().__init__(port=port, buckets=buckets, handler=_Handler)
 

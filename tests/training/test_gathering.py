@@ -33,10 +33,11 @@ class Attempt:
         url: The run.
         environment: What leads to the bucket.
         homes: Directories standing for the disks of nodes.
+        server: The bucket's.
     """
 
-    def __init__(self, url: str, environment: Mapping[str, str], homes: Path) -> None:
-        self.url, self.remote = url, Remote(url)
+    def __init__(self, url: str, environment: Mapping[str, str], homes: Path, server: GcsServer) -> None:
+        self.url, self.remote, self.server = url, Remote(url), server
         self._environment, self._homes = environment, homes
         self.started: list[subprocess.Popen[str]] = []
 
@@ -95,7 +96,7 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempt
         fsspec.config.conf.clear()
         fsspec.config.set_conf_env(fsspec.config.conf)
         fsspec.filesystem("gs").clear_instance_cache()
-        made = Attempt(f"gs://bucket/runs/{tmp_path.name}", server.environment(), tmp_path)
+        made = Attempt(f"gs://bucket/runs/{tmp_path.name}", server.environment(), tmp_path, server)
         assert made.claim() == 0
         yield made
         for process in made.started:

@@ -81,6 +81,18 @@ def read(
     return found
 
 
+def keys(table: Mapping[str, Chunked], wanted: Mapping[Path, jax.sharding.Sharding | None]) -> Iterator[str]:
+    """Yield the keys of the chunks that `read` would read.
+
+    Raises:
+        DamagedError: If an array is not in the table.
+    """
+    for path, sharding in wanted.items():
+        if (array := table.get(name := ".".join(path))) is None:
+            raise DamagedError(f"{name} is not in {contract.CHUNKS}")
+        yield from _Reading(None, name, path, array, sharding).keys
+
+
 class _Reading:
     """One array on its way in."""
 
@@ -98,6 +110,11 @@ class _Reading:
         self.nbytes = len(self._chunks) * array.nbytes // max(1, len(array.crc32c))
         self._checksums = dict(zip(array.indices, array.crc32c, strict=True))
         self._futures: dict[Index, Any] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        """What is read."""
+        return [chunk_key(self._name, index) for index in self._chunks]
 
     def start(self) -> None:
         """Ask for every chunk."""

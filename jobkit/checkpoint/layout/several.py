@@ -117,7 +117,7 @@ def write(
 ) -> Rows:
     """Write what was taken into files of this process's, below the item's directory; as `writing.write`."""
     own = {".".join(array.path): array.own or frozenset() for array in taken}
-    store, files = store_name(process), dict[str, FileRecord]()
+    store, files = _store(process), dict[str, FileRecord]()
     (directory / store).mkdir()
     table, entries = write_files(directory / store, taken, file_bytes=file_bytes, cancel=cancel, measured=files)
     measured.update({f"{store}/{name}": record for name, record in files.items()})
@@ -131,9 +131,8 @@ def write(
     return rows
 
 
-def store_name(process: int) -> str:
-    """Return the name of a process's directory below the item: as stock Orbax calls it."""
-    return f"ocdbt.process_{process}"
+def _store(process: int) -> str:
+    return contract.store_of(process).removeprefix(f"{contract.ORBAX_ITEM}/")
 
 
 def merge(directory: File, arrays: Mapping[Path, Shared], written_by: Sequence[Rows]) -> None:
@@ -162,7 +161,7 @@ def merge(directory: File, arrays: Mapping[Path, Shared], written_by: Sequence[R
         entries.append((f"{name}/zarr.json", ocdbt.Place("", 0, len(text), text)))
         nbytes = entry.nbytes // len(rows)
         for index, (_, _, file, offset, process) in zip(entry.indices, rows, strict=True):
-            entries.append((chunk_key(name, index), ocdbt.Place(f"{store_name(process)}/{file}", offset, nbytes)))
+            entries.append((chunk_key(name, index), ocdbt.Place(f"{_store(process)}/{file}", offset, nbytes)))
     write_tree(directory, entries)
     (directory / METADATA).write_text(texts.tree_text(tuple(arrays)))
     (directory / contract.CHUNKS).write_bytes(written(table))

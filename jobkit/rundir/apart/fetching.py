@@ -1,0 +1,165 @@
+"""The step that all processes go on from, and of it what one of them needs, from its home or from the URL."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from jobkit import contract
+from jobkit.errors import DamagedError, JobkitError
+from jobkit.rundir import commits, remote_steps
+from jobkit.rundir.apart import parts
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.files import checksum, crc32c, remove_tree
+from jobkit.rundir.remote import carry
+from jobkit.rundir.store import Store, in_words
+
+_UPLOADED_S, _POLL_S = 300.0, 2.0
+"""How long the supervisors may take to carry what all homes still have, and how often it is looked."""
+Place = tuple[str, int, int]
+"""File of a step, relative to it, offset and length."""
+
+
+def newest(store: Store, said: list[Mapping[str, str]]) -> int | None:
+    """Return the newest step that is committed on the URL, or will be in a moment; None if there is none.
+
+    Args:
+        store: The run; process 0's home.
+        said: What each process holds, as `parts.held` says, with the steps as text.
+    """
+    remote = store.bucket
+    there = remote_steps.steps(remote)
+    for step in reversed(commits.steps(store)):
+        if there and step <= there[-1]:
+            break
+        with contextlib.suppress(JobkitError):
+            if parts.expected(commits.read(store, step), said) and _comes(store, step):
+                return step
+    return max(there, default=None)
+
+
+def _comes(store: Store, step: int) -> bool:
+    """Wait until a step whose parts are all in the homes is on the URL; tell whether it is."""
+    deadline = time.monotonic() + _UPLOADED_S
+    while remote_steps.commit_name(step) not in store.bucket.find(contract.step_dir(step)):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+class Partial:
+    """What one process needs of a step, in a directory of its own until it is closed: a run directory with that step.
+
+    Args:
+        store: The run; this process's home.
+        step: A step that is committed on the URL.
+        attempt: Number of the attempt.
+        process: Index of this process.
+        count: Number of processes.
+    """
+
+    def __init__(self, store: Store, step: int, *, attempt: int, process: int, count: int) -> None:
+        self._home, self._remote, self._process, self._count = store, store.bucket, process, count
+        self._step = step
+        self._root = commits.new_stage(store, step, attempt)
+        self.store = Store(str(self._root))
+        self.store.url = store.url
+        self._below = contract.step_dir(step)
+
+    def open(self) -> None:
+        """Bring all but the arrays.
+
+        Raises:
+            DamagedError: If a file is not as it was committed.
+            JobkitError: If the URL cannot be read, or the home not written.
+        """
+        step, url = self._step, self._home.url
+        content = self._remote.read(remote_steps.commit_name(step))
+        self.commit: Commit = commits.parse(content, step, where=f"{url}/{remote_steps.commit_name(step)}")
+        saved = self.commit.processes
+        everyone = range(saved) if saved != self._count else [self._process]
+        with in_words(f"cannot write to {self._root}"):
+            self.store.file(self._below).mkdir(parents=True)
+            self.store.file(remote_steps.commit_name(step)).write_bytes(content)
+            whole = f"{contract.ORBAX_ITEM}/{contract.CHUNKS}" not in self.commit.files  # stock Orbax wrote it
+            small = [name for name in self.commit.files if whole or _is_needed(name, everyone)]
+            carry(f"downloading what describes step {step}", dict.fromkeys(small, 0), self.bring, shown=False)
+
+    def bring(self, name: str) -> None:
+        """Have a whole file of the step there.
+
+        Raises:
+            DamagedError: If it is not as it was committed.
+        """
+        target, expected = self.store.file(f"{self._below}/{name}"), self.commit.files[name]
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self._link(name, target):
+            return
+        try:
+            content = self._remote.read(f"{self._below}/{name}")
+        except FileNotFoundError:
+            raise DamagedError(f"{name} of step {self.commit.step} of {self._home.url} is missing") from None
+        if (len(content), crc32c(content)) != (expected.size, expected.crc32c):
+            raise DamagedError(f"{name} of step {self.commit.step} of {self._home.url} differs from its checksum")
+        target.write_bytes(content)
+
+    def bring_ranges(self, places: Iterable[Place]) -> None:
+        """Have some ranges of files there; the rest of each file is a hole. Nothing of them is checked.
+
+        Raises:
+            DamagedError: If a file is not there.
+        """
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for name, begin, nbytes in sorted(places):
+            spans = ranges.setdefault(name, [])
+            if spans and spans[-1][1] == begin:
+                spans[-1] = spans[-1][0], begin + nbytes
+            else:
+                spans.append((begin, begin + nbytes))
+        wanted: dict[str, tuple[str, int, int]] = {}
+        for name, spans in ranges.items():
+            target = self.store.file(f"{self._below}/{name}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() or self._link(name, target):
+                continue
+            with target.open("wb") as file:
+                file.truncate(self.commit.files[name].size)
+            wanted |= {f"{name}:{begin}": (name, begin, end) for begin, end in spans}
+
+        def bring(key: str) -> None:
+            name, begin, end = wanted[key]
+            try:
+                content = self._remote.read_range(f"{self._below}/{name}", begin, end)
+            except FileNotFoundError:
+                raise DamagedError(f"{name} of step {self.commit.step} of {self._home.url} is missing") from None
+            with self.store.file(f"{self._below}/{name}").open("r+b") as file:
+                file.seek(begin)
+                file.write(content)
+
+        sizes = {key: end - begin for key, (_, begin, end) in wanted.items()}
+        carry(f"downloading of step {self.commit.step}", sizes, bring, shown=False)
+
+    def _link(self, name: str, target: Path) -> bool:
+        """Take a file from the home, if it is there as it was committed."""
+        there, expected = self._home.file(f"{self._below}/{name}"), self.commit.files[name]
+        with contextlib.suppress(OSError):
+            if there.stat().st_size == expected.size and checksum(there) == (expected.size, expected.crc32c):
+                os.link(there, target)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Remove the directory."""
+        remove_tree(self._root)
+
+
+def _is_needed(name: str, everyone: Iterable[int]) -> bool:
+    """Tell whether a file describes the step, or is what some processes had for themselves."""
+    if contract.is_values(name):
+        return False
+    process = contract.process_of(name)
+    return "/" in name or process in everyone if process else True

@@ -1,0 +1,181 @@
+"""Parts on their way from the homes to the URL, and the commit there, once all of them have come.
+
+Each process's supervisor carries its own part. Process 0's commits the step; where that does not do it in time, though
+all parts are there, any other does: what it writes is the same, bytes that came with process 0's part.
+"""
+
+import contextlib
+import time
+from typing import NamedTuple
+
+import msgspec
+
+from jobkit import contract, faults, names
+from jobkit.errors import DamagedError, StorageError
+from jobkit.rundir import commits, remote_steps
+from jobkit.rundir.apart import parts
+from jobkit.rundir.apart.parts import Part
+from jobkit.rundir.commits import Commit
+from jobkit.rundir.files import crc32c
+from jobkit.rundir.ledger import Ledger
+from jobkit.rundir.remote import Remote, carry
+from jobkit.rundir.store import Store, in_words
+
+_POLL_S = 2.0
+"""How often it is looked whether the other parts have come."""
+_GIVE_UP_S = 600.0
+"""How long a part may come later than the first one; the step is none then."""
+_TAKE_OVER_S, _TAKE_OVER_LEAVING_S = 60.0, 15.0
+"""How long process 0's supervisor may take for a commit, before another one makes it."""
+
+
+class _Sent(NamedTuple):
+    crc: str
+    begun: float
+    at: float
+
+
+class Sender:
+    """Carries the parts of one home.
+
+    Args:
+        store: The run; its home.
+        attempt: Number of the attempt.
+        process: Whose home it is.
+        ledger: Where uploads and their failures are written.
+    """
+
+    def __init__(self, store: Store, attempt: int, process: int, ledger: Ledger) -> None:
+        self._store, self._attempt, self._process, self._ledger = store, attempt, process, ledger
+        self._sent: dict[int, _Sent] = {}
+        self._done: dict[int, str] = {}
+        self._seen: dict[int, set[str]] = {}
+        self._looked = 0.0
+
+    def carry_parts(self, until: float | None = None) -> bool:
+        """Carry what is new, newest before older; tell whether a step has become committed on the URL.
+
+        Args:
+            until: At the end: how long to wait for what others carry, on the clock of `time.monotonic`.
+
+        Raises:
+            SupersededError: If a newer attempt has begun on the URL.
+            JobkitError: If something cannot be carried, or what is waited for at the end does not come.
+        """
+        before = len(self._done)
+        while waiting := self._carry(leaving=until is not None):
+            if until is None:
+                break
+            last = max((sent.at for sent in self._sent.values()), default=0.0)
+            if self._process and time.monotonic() - last > 2 * _TAKE_OVER_LEAVING_S:
+                break  # what is missing is not this one's
+            if time.monotonic() >= until:
+                raise StorageError(waiting)
+            time.sleep(_POLL_S)
+        return len(self._done) > before
+
+    def _carry(self, *, leaving: bool) -> str:
+        """Carry what is new; say what is still waited for, '' if nothing is."""
+        waiting = ""
+        if not leaving and time.monotonic() < self._looked + _POLL_S:
+            return waiting
+        self._looked = time.monotonic()
+        for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
+            name = remote_steps.commit_name(step) if self._process == 0 else parts.name_of(step, self._process)
+            if (content := self._store.get(name)) is None or self._done.get(step) == (crc := crc32c(content)):
+                continue
+            sent = self._sent.get(step)
+            if sent is None or sent.crc != crc:
+                begun = time.monotonic()
+                if remote_steps.commit_name(step) in self._store.bucket.find(contract.step_dir(step)):
+                    self._done[step] = crc
+                    continue
+                if not self._push(step, content, shown=leaving):
+                    continue
+                sent = self._sent[step] = _Sent(crc, begun, time.monotonic())
+                self._seen.pop(step, None)
+            if missing := self._commit(step, sent, leaving=leaving):
+                waiting = waiting or f"step {step} of {self._store.url} waits for {missing}"
+            else:
+                self._done[step] = crc
+        return waiting
+
+    def _push(self, step: int, content: bytes, *, shown: bool) -> bool:
+        """Carry the files of a part, and then what makes it one; False if the home has lost it meanwhile."""
+        remote, place = self._store.bucket, contract.step_dir(step)
+        part = self._part(step, content)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(in_words(f"cannot read step {step} of {self._store.path}", absent=True))
+            try:
+                files = {
+                    name: stack.enter_context(open(self._store.file(f"{place}/{name}"), "rb", opener=names.opener))
+                    for name in part.files
+                }
+            except FileNotFoundError:
+                return False
+            carry(
+                f"uploading step {step}",
+                part.sizes,
+                lambda name: remote_steps.push_file(remote, part, name, files[name], self._attempt),
+                shown=shown,
+            )
+        faults.reach("before_part")
+        target = parts.name_of(step, self._process)
+        commits.check_newest(remote, self._attempt, f"commit to {remote.url}")
+        if not remote.create(target, content):  # of an earlier save of this step, which never became one
+            remote.write(target, content)
+        faults.reach("after_part")
+        return True
+
+    def _part(self, step: int, content: bytes) -> Part | Commit:
+        if self._process:
+            try:
+                return parts.parse(content)
+            except (msgspec.MsgspecError, ValueError) as error:
+                raise StorageError(f"the part of step {step} in {self._store.path} is damaged: {error}") from None
+        commit = commits.parse(content, step, where=str(self._store.file(remote_steps.commit_name(step))))
+        return msgspec.structs.replace(commit, files=parts.own(commit) if commit.parts else commit.files)
+
+    def _commit(self, step: int, sent: _Sent, *, leaving: bool) -> str:
+        """Commit a step on the URL if all parts are there; say what is missing, '' if nothing is any more."""
+        remote = self._store.bucket
+        there = remote.find(contract.step_dir(step))
+        if remote_steps.commit_name(step) in there:
+            return ""
+        waited = time.monotonic() - sent.at
+        if self._process and waited < (_TAKE_OVER_LEAVING_S if leaving else _TAKE_OVER_S):
+            return "commit.json"
+        try:
+            content = remote.read(parts.name_of(step, 0))
+            commit = commits.parse(content, step, where=f"{remote.url}/{parts.name_of(step, 0)}")
+        except (FileNotFoundError, DamagedError):
+            return self._or_given_up(step, waited, "the part of process 0")
+        if missing := self._missing(remote, commit, there):
+            return self._or_given_up(step, waited, f"the part of process {', '.join(map(str, missing))}")
+
+        def fence() -> None:
+            commits.check_newest(remote, self._attempt, f"commit to {remote.url}")
+
+        fence()
+        if remote.create(remote_steps.commit_name(step), content, fence=fence):
+            seconds = round(time.monotonic() - sent.begun, 6)
+            self._ledger.append("uploaded", durable=True, step=step, seconds=seconds, bytes=commit.nbytes)
+        return ""
+
+    def _missing(self, remote: Remote, commit: Commit, there: dict[str, int]) -> list[int]:
+        """Return the processes whose part of a commit is not on the URL; what was there once stays."""
+        seen = self._seen.setdefault(commit.step, set())
+        new = {name: there[name] for name in commit.parts if name in there and name not in seen}
+
+        def look(name: str) -> str:
+            return name if crc32c(remote.read(name)) == commit.parts[name] else ""
+
+        seen.update(filter(None, carry("", new, look, shown=False)))
+        wanted = {parts.name_of(commit.step, process): process for process in range(1, commit.processes)}
+        return [process for name, process in wanted.items() if name in commit.parts and name not in seen]
+
+    def _or_given_up(self, step: int, waited_s: float, missing: str) -> str:
+        if waited_s < _GIVE_UP_S:
+            return missing
+        self._ledger.append("skipped", step=step, reason=f"{missing} did not come within {_GIVE_UP_S:g} s")
+        return ""

@@ -1,0 +1,147 @@
+"""Several processes that share nothing but a bucket: each saves its part, the URL has the step, all go on from it."""
+
+from pathlib import Path
+
+import pytest
+
+from jobkit import contract
+from jobkit.checkpoint.restore import fetch
+from jobkit.rundir import commits, remote_steps
+from jobkit.rundir.apart import parts
+from jobkit.rundir.store import Store
+from tests.harness import training
+from tests.training.test_gathering import Attempt, attempt, end  # noqa: F401
+
+TRAIN = """
+import os
+from tests.harness import training
+training.train_many(os.environ["JOBKIT_RUN"], steps={steps}, pause_s={pause_s})
+"""
+
+
+def program(steps: int, pause_s: float = 0.0) -> str:
+    """Return a training program."""
+    return TRAIN.format(steps=steps, pause_s=pause_s)
+
+
+def train(run: Attempt, count: int, steps: int, *, number: int, nodes: str = "node") -> list[tuple[int, str]]:
+    """Train in an attempt of so many processes; return how each supervisor ended, and what it printed."""
+    started = [run.start(i, count, program(steps), number=number, node=f"{nodes}-{i}") for i in range(count)]
+    return [end(process, 300) for process in started]
+
+
+def digest(run: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the digest of the newest step of the URL, as somebody reads it who trained none of it."""
+    with monkeypatch.context() as there:
+        there.setenv(contract.ENV_HOME, str(tmp_path / "reader"))
+        fetch(Store(run.url), "latest")
+        return training.digest(run.url)
+
+
+@pytest.mark.slow
+def test_two_train_and_go_on(attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Two processes save to the URL from homes of their own, and go on from there, from homes that are empty too."""
+    ends = train(attempt, 2, 10, number=0)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert remote_steps.steps(attempt.remote) == [0, 10]
+    assert parts.name_of(10, 1) in attempt.remote.find(contract.step_dir(10))
+    assert remote_steps.problems(Store(attempt.url), 10) == []
+    for number, nodes in ((1, "node"), (2, "other")):
+        assert attempt.claim() == number
+        ends = train(attempt, 2, 10 * (number + 1), number=number, nodes=nodes)
+        assert [code for code, _ in ends] == [0, 0], ends
+    assert remote_steps.steps(attempt.remote) == [20, 30]
+    whole = tmp_path / "whole"
+    assert training.join_many(training.start_many(whole, 2, steps=30)) == [0, 0]
+    assert digest(attempt, tmp_path, monkeypatch) == training.digest(whole)
+    assert commits.steps(Store(attempt.url))[-1] == 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Train without interruption in two processes on one disk; return the digest of the end."""
+    whole = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert training.join_many(training.start_many(whole, 2, steps=20)) == [0, 0]
+    return training.digest(whole)
+
+
+KILLS = [
+    "0 after_data:2",
+    "0 before_rename:2",
+    "1 before_rename:2",
+    "1 after_rename:2",
+    "1 before_part:2",
+    "0 after_part:2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_and_gone_on(
+    kill: str,
+    attempt: Attempt,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: str,
+) -> None:
+    """SIGKILL of a program or a supervisor at a point of a save: no committed step is lost, the end is the same."""
+    victim, point = kill.split()
+    more = [{contract.ENV_FAULT: f"{point}@0"} if str(index) == victim else {} for index in range(2)]
+    started = [attempt.start(index, 2, program(20, 0.1), node=f"node-{index}", **more[index]) for index in range(2)]
+    codes = [end(process, 400)[0] for process in started]
+    assert codes != [0, 0]
+    there = remote_steps.steps(attempt.remote)
+    assert all(remote_steps.problems(Store(attempt.url), step) == [] for step in there)
+    assert attempt.claim() == 1
+    ends = train(attempt, 2, 20, number=1)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert max(remote_steps.steps(attempt.remote)) == 20
+    assert set(there) - {0} <= set(remote_steps.steps(attempt.remote)) or len(there) > 2
+    assert digest(attempt, tmp_path, monkeypatch) == undisturbed
+
+
+SHARDS = """
+import os, numpy as np, jobkit
+jobkit.initialize()
+import jax, jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+mesh = Mesh(np.array(jax.devices()), ("data",))
+layouts = dict(rows=PartitionSpec("data"), whole=PartitionSpec())
+made = dict()
+for number, (name, layout) in enumerate(layouts.items()):
+    value = np.random.default_rng(number).normal(size=(64, 8192)).astype(np.float32)
+    spread = NamedSharding(mesh, layout)
+    made[name] = jax.make_array_from_callback(value.shape, spread, lambda at, value=value: value[at])
+first = int(os.environ["JOBKIT_ATTEMPT"]) == 0
+begin = made if first else jax.tree.map(jnp.zeros_like, made)
+with jobkit.Run(os.environ["JOBKIT_RUN"], save_every=None) as run:
+    state = run.resume(arrays=begin, seen=0)
+    for name, array in made.items():
+        for mine, right in zip(state.arrays[name].addressable_shards, array.addressable_shards, strict=True):
+            assert np.array_equal(mine.data, right.data), name
+    for _ in run.steps(run.step + 1):
+        state.seen += 1
+        state.arrays = dict(state.arrays)
+"""
+MB = 1 << 20
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes(attempt: Attempt, tmp_path: Path) -> None:  # noqa: F811
+    """4 -> 2 -> 1 -> 4 processes on new nodes: the same values, and each reads little more than its shards hold."""
+    server = attempt.server
+    for number, count in enumerate((4, 2, 1, 4)):
+        if number:
+            assert attempt.claim() == number
+        before = server.bytes_out
+        started = [
+            attempt.start(
+                index, count, SHARDS, number=number, node=f"n{number}-{index}",
+                XLA_FLAGS=f"--xla_force_host_platform_device_count={4 // count}",
+            )
+            for index in range(count)
+        ]  # fmt: skip
+        ends = [end(process, 400) for process in started]
+        assert [code for code, _ in ends] == [0] * count, ends
+        holds = 2 * MB + count * 2 * MB
+        assert number == 0 or server.bytes_out - before < 1.1 * holds
