@@ -63,7 +63,9 @@ def take(directory: Path, pid: int) -> str:
     if not path.exists():
         return ""  # SIGQUIT would kill it
     before, blocked = path.stat().st_size, _blocking(pid)
-    for number in (SIGNAL, signal.SIGCONT):
+    # A signal to a stopped process goes to whichever thread wakes first, else to the main thread, which then stands still
+    # while its own stack is written; another thread would read it while it changes.
+    for number in (signal.SIGCONT, SIGNAL):
         try:
             os.kill(pid, number)
         except ProcessLookupError:

@@ -62,7 +62,7 @@ QUICK = {("during_write", 3), ("before_rename", 1), ("after_rename", 3), ("durin
         pytest.param(point, passes, marks=() if (point, passes) in QUICK else pytest.mark.slow)
         for point in faults.POINTS
         for passes in ((1,) if point in ONCE else (1, 3))
-        if point != "during_restore" and not re.search("create|join|gather", point)
+        if point != "during_restore" and not re.search("create|join|gather|_part", point)
     ],
 )
 def test_sigkill_at_every_named_point_of_save_and_commit(
