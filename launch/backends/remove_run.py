@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -116,6 +116,7 @@ def remove(store: Store) -> Removal:
             ours = [name for name in store.remote.find() if _ours(store, name.partition("/")[0])]
         store.write(contract.RUN_JSON, mark)
         if store.remote is not None:
+            _remove_homes(store, ours)
             store.remote.remove(name for name in ours if name != contract.RUN_JSON)
         with in_words(f"cannot remove {store.path}; repeat 'jobkit rm {store.url}'"):
             for name in store.names(""):
@@ -131,6 +132,24 @@ def remove(store: Store) -> Removal:
     finally:
         held.close()
     return removal
+
+
+def _remove_homes(store: Store, listed: Iterable[str]) -> None:
+    """Remove what the homes of a sweep's points on this machine hold of them; what is not ours keeps one.
+
+    Args:
+        store: The sweep.
+        listed: What its URL holds still: so a removal that is repeated finds the homes again.
+    """
+    numbers = {name.split("/")[1] for name in listed if name.startswith(f"{contract.POINTS}/")}
+    for number in sorted(filter(str.isdecimal, numbers)):
+        point = store.at(f"{store.url}/{contract.POINTS}/{number}")
+        with in_words(f"cannot remove {point.path}; repeat 'jobkit rm {store.url}'"):
+            ours = [name for name in point.names("") if _ours(point, name)]
+            for name in sorted(ours, key=contract.RUN_JSON.__eq__):
+                _remove(point.file(name))
+            with contextlib.suppress(OSError):
+                point.path.rmdir()
 
 
 def _refuse_resumed(store: Store) -> None:

@@ -43,9 +43,11 @@ def desk(tmp_path: Path, gcs: GcsServer, batch: BatchServer, monkeypatch: pytest
     return user
 
 
-def submit(desk: Desk, *options: str, plan: tuple[str, ...] = ("exit:0,exit:{a}",), code: int = 0) -> str:
-    """Submit a sweep of six points."""
-    words = ("--grace", "10s", "--sweep", "a=0..5", *options, "--", "python", "job.py", *plan)
+def submit(
+    desk: Desk, *options: str, plan: tuple[str, ...] = ("exit:0,exit:{a}",), last: int = 5, code: int = 0
+) -> str:
+    """Submit a sweep of points 0 to `last`."""
+    words = ("--grace", "10s", "--sweep", f"a=0..{last}", *options, "--", "python", "job.py", *plan)
     return desk.jobkit(*GCP, *words, code=code)
 
 
@@ -141,3 +143,24 @@ def test_without_the_role(desk: Desk, batch: BatchServer) -> None:
     assert [str(event["refused"]) for event in events if "refused" in event]
     desk.jobkit("resume", URL)
     assert desk.until_over()["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["rm", "elsewhere"])
+def test_removed_and_submitted_again(desk: Desk, batch: BatchServer, how: str) -> None:
+    """A sweep that was removed, by us or by other means, is trained anew by the same submit: nothing here outlives it."""
+    submit(desk, last=1)
+    assert desk.until_over()["state"] == "done"
+    if how == "rm":
+        desk.jobkit("rm", URL, "--yes")
+        assert not [path for path in (desk.home / "disk").iterdir() if path.name.startswith(("0-", "1-"))]
+    else:
+        for job in batch.jobs.values():
+            job.thread.join(20)
+        for name in desk.gcs.names():
+            desk.gcs.remove(name)
+    assert not desk.gcs.names()
+    submit(desk, last=1)
+    assert len(batch.jobs) == 4
+    told = desk.until_over()
+    assert (told["state"], told["attempts"]) == ("done", 2), told

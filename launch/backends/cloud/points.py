@@ -44,6 +44,9 @@ def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit,
     stores = specs.points(store, spec)
     points = [stores[number] for number in numbers]
     lanes = spec.parallel or len(points)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(mirror.set_deleted_aside, points):
+            pass
     fresh = [point for point in points if not specs.exists(point)]
     with contextlib.ExitStack() as undone:
         undone.callback(lambda: _undo(points[:lanes], fresh, spec, end))
