@@ -102,14 +102,20 @@ def test_cancel_and_resume(desk: Desk, batch: BatchServer) -> None:
 
 @pytest.mark.slow
 def test_a_submit_that_is_killed_and_repeated(desk: Desk, batch: BatchServer) -> None:
-    """SIGKILL before the service hears of the third job: the same submit again ends with one job for each point."""
-    words = ("--grace", "10s", "--sweep", "a=0..5", "--", "python", "job.py", "exit:0,exit:{a}")
+    """SIGKILL before the service hears of the third job: the same submit again ends with one job for each point.
+
+    Its lines of --setup, which are not in run.json, are in each.
+    """
+    options = ("--grace", "10s", "--sweep", "a=0..5", "--setup", "export WORD=1")
+    words = (*options, "--", "python", "job.py", "exit:0,exit:{a}")
     batch.queue_s = 3600.0
     environ = os.environ | {contract.ENV_FAULT: "before_create:3"}
     killed = subprocess.run([sys.executable, "-m", "launch", *GCP, *words], env=environ, check=False)
     assert (killed.returncode, len(batch.jobs)) == (-9, 2)
     desk.jobkit(*GCP, *words)
     assert len(batch.jobs) == 6
+    commands = [job.asked["taskGroups"][0]["taskSpec"]["runnables"][0]["container"]["commands"] for job in live(batch)]
+    assert ["export WORD=1" in str(each) for each in commands] == [True] * 6
     assert [point["state"] for point in desk.status()["points"]] == ["queued"] * 6
     assert "already holds this very job" in desk.jobkit(*GCP, *words, code=2)
     assert len(batch.jobs) == 6

@@ -155,7 +155,8 @@ class Managed(Backend):
         if not run_status.last_life_event(store):
             record(store, "submitted", command=list(old.command), code=old.code, by=who())
         if self._newest(store).state == "GONE":
-            self.enqueue(store, old, range(len(specs.points(store, old))))
+            again = msgspec.structs.replace(old, setup=plan.spec.setup)  # run.json never has its lines
+            self.enqueue(store, again, range(len(specs.points(store, old))))
         return True
 
     def refuse_taken(self, plan: Plan) -> None:
@@ -171,6 +172,8 @@ class Managed(Backend):
         file = specs.read_file(store)
         old = file.spec
         same = old.same_job(plan.coded) and old.cloud == plan.spec.cloud
+        digest = specs.setup_digest(plan.spec.setup) if plan.spec.setup else ""
+        same = same and old.setup_digest == digest
         last = run_status.last_life_event(store).get("event")
         if not same or last not in (None, "submitted") or file.backend != self.name:
             return None
