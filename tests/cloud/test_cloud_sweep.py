@@ -170,3 +170,23 @@ def test_removed_and_submitted_again(desk: Desk, batch: BatchServer, how: str) -
     assert len(batch.jobs) == 4
     told = desk.until_over()
     assert (told["state"], told["attempts"]) == ("done", 2), told
+
+
+@pytest.mark.slow
+def test_an_outage_where_a_lane_goes_on(desk: Desk, batch: BatchServer) -> None:
+    """While the service takes no job of the next point, that of the last one is started again, and asks again."""
+    create = batch._create
+
+    def unwell(*asked: Any) -> dict[str, Any]:
+        if batch.jobs and not batch.only_job().codes:
+            raise RefusedError(503, "UNAVAILABLE", "The service is currently unavailable.")
+        return create(*asked)
+
+    batch._create = unwell  # type: ignore[method-assign]
+    submit(desk, "--array-parallelism", "1", last=1)
+    told = desk.until_over()
+    assert (told["state"], len(batch.jobs)) == ("done", 2), told
+    first, _ = batch.jobs.values()
+    first.thread.join(20)
+    assert first.codes == [75, 0]
+    assert [point["attempts"] for point in told["points"]] == [1, 1]

@@ -136,9 +136,14 @@ def start_next(point: Store, submit: Submit) -> None:
             submit(then, specs.read(then))
         except ConfigError as error:
             say(f"the next point, {then.url}, could not be submitted: {error}")
-            record(point, "lane", refused=str(error))
-            mirror.upload_ledger(point)
+            record_refused(point, error)
         break
+
+
+def record_refused(point: Store, error: JobkitError) -> None:
+    """Write down, on the URL too, that the next point of a lane could not be submitted, and why."""
+    record(point, "lane", refused=str(error))
+    mirror.upload_ledger(point)
 
 
 def _next(point: Store) -> Store | None:

@@ -12,6 +12,7 @@ instead, which begins with as many restarts again; where that life was lost with
 soon as it comes up.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -82,6 +83,10 @@ class VmRunner(JobRunner):
                 points.start_next(self._store, self._submit)
         except JobkitError as error:
             say(f"the next point of the sweep was not submitted: {error}")
+            if self._lives_here() > 0:
+                return int(Exit.PREEMPTED)  # the next life has nothing to do but to ask again
+            with contextlib.suppress(JobkitError):
+                points.record_refused(self._store, error)
         return code
 
     def _submit(self, store: Store, spec: JobSpec) -> None:
@@ -99,12 +104,18 @@ class VmRunner(JobRunner):
         orphans.close_attempts(self._store, "the VM was lost", preempted=lost)
         return self._hand_on("the VM was lost") if self._lives_left() < 1 else None
 
+    def _lives_here(self) -> int:
+        """Return how often the service starts this very job again."""
+        limit = None if self._spec.cloud is None else self._spec.cloud.max_restarts
+        most = self._service.restarts if limit is None else min(self._service.restarts, limit - self._before)
+        return most - self._retries
+
     def _lives_left(self) -> float:
         """Return how often the service starts this job again; as often as it wants where that is all the run may."""
         limit = None if self._spec.cloud is None else self._spec.cloud.max_restarts
         if limit is not None and limit - self._before <= self._service.restarts:
             return float("inf")
-        return self._service.restarts - self._retries
+        return self._lives_here()
 
     def _hand_on(self, why: str) -> int | None:
         """Have a successor go on; return the exit code that ends this job, None if the run has to go on in it."""
