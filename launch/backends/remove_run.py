@@ -59,7 +59,7 @@ def check(store: Store) -> Removal:
     size = show_size(sum(size for _, size in _files(store)))
     if is_half_removed(store):
         return Removal(store.url, f"what is left of a removal, {size}", kept)
-    if specs.sweep_of(store) is not None:
+    if specs.sweep_of(store) is not None or _is_point_in_bucket(store):
         raise ConfigError(f"{store.url} is a point of a sweep: remove the sweep as a whole")
     status = registry.status(store)
     silent = status.backend == by_hand.NAME and (status.sign_s or 0.0) > _SILENT_S
@@ -72,7 +72,10 @@ def check(store: Store) -> Removal:
         raise ConfigError(f"run {store.url} was started by hand, and process {pid} has it open still: end that first")
     if specs.exists(store):
         backend = registry.of(store)
-        for one in (store, *(specs.points(store, specs.read(store)) if backend.processes_here else ())):
+        each = specs.points(store, specs.read(store))
+        if not backend.processes_here:  # of a sweep in a bucket the last job may be leaving still
+            each = [one for one in each if store.remote is not None and specs.exists(one)]
+        for one in dict.fromkeys((store, *each)):
             verbs.refuse_alive(backend, one)
     elif kept:
         own = " ".join(name for name in _top(store) if name not in kept)
@@ -86,6 +89,14 @@ def check(store: Store) -> Removal:
     state = "by hand, " if status.backend == by_hand.NAME else ""
     words = f"a sweep of {counted(len(status.points), 'point')}" if status.points else steps
     return Removal(store.url, f"{state}{status.state}{status.place if silent else ''}{last}, {words}, {size}", kept)
+
+
+def _is_point_in_bucket(store: Store) -> bool:
+    """Tell whether a run lies in a bucket as a point of its sweep: a copy of one, elsewhere, is a run by itself."""
+    if store.remote is None or not specs.exists(store):
+        return False
+    above = specs.read(store).sweep_url
+    return bool(above) and store.url.startswith(f"{above}/{contract.POINTS}/")
 
 
 def remove(store: Store) -> Removal:

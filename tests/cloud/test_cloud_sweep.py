@@ -154,11 +154,17 @@ def test_without_the_role(desk: Desk, batch: BatchServer) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["rm", "elsewhere"])
 def test_removed_and_submitted_again(desk: Desk, batch: BatchServer, how: str) -> None:
-    """A sweep that was removed, by us or by other means, is trained anew by the same submit: nothing here outlives it."""
+    """A sweep that was removed, by us or by other means, is trained anew by the same submit: nothing here outlives it.
+
+    A point alone is not removed, and nothing is while a job of a point that is done is leaving.
+    """
+    batch.settle_s = 2.0
     submit(desk, last=1)
     assert desk.until_over()["state"] == "done"
+    assert "is a point of a sweep: remove the sweep" in desk.jobkit("rm", f"{URL}/points/1", "--yes", code=2)
     if how == "rm":
         desk.jobkit("rm", URL, "--yes")
+        assert not live(batch)
         assert not [path for path in (desk.home / "disk").iterdir() if path.name.startswith(("0-", "1-"))]
     else:
         for job in batch.jobs.values():
