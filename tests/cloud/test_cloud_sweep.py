@@ -123,19 +123,27 @@ def test_a_submit_that_is_killed_and_repeated(desk: Desk, batch: BatchServer) ->
 
 @pytest.mark.slow
 def test_a_refusal_leaves_nothing(desk: Desk, batch: BatchServer) -> None:
-    """Where the service refuses the third job the first two end, and no run is left."""
+    """Where the service refuses the third job, the first two end, one of which trains, and nothing of a run is left."""
     create, made = batch._create, []
 
     def refuse(*asked: Any) -> dict[str, Any]:
         if len(made) == 2:
+            deadline = time.monotonic() + 20
+            while not (desk.home / "held-0").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
             raise RefusedError(403, "PERMISSION_DENIED", "Permission 'batch.jobs.create' denied.")
         made.append(asked)
         return create(*asked)
 
-    batch.queue_s, batch._create = 3600.0, refuse  # type: ignore[method-assign]
-    assert "roles/batch.jobsEditor" in submit(desk, code=2)
-    assert not live(batch)
-    assert not [name for name in desk.gcs.names() if "run.json" in name]
+    plan = (f"touch:{desk.home}/held-{{a}},hold",)
+    batch._create = refuse  # type: ignore[method-assign]
+    assert "roles/batch.jobsEditor" in submit(desk, plan=plan, code=2)
+    assert (desk.home / "held-0").exists()
+    assert (len(batch.jobs), live(batch), desk.gcs.names()) == (2, [], [])
+    batch.queue_s, batch._create = 3600.0, create  # type: ignore[method-assign]
+    submit(desk, plan=plan)
+    assert len(live(batch)) == 6
+    assert desk.status()["state"] == "queued"
 
 
 @pytest.mark.slow

@@ -200,9 +200,22 @@ class Managed(Backend):
         if not known or self.find(spec, str(known["id"])) is None:
             self.submit(store, spec)
 
-    def _end(self, store: Store, spec: JobSpec) -> None:
-        for event in _jobs_back(store):
-            self.terminate(spec, str(event["id"]))
+    def _end(self, stores: Sequence[Store], spec: JobSpec) -> None:
+        """End jobs that were submitted a moment ago, and wait a while until none of their VMs writes any more."""
+        jobs = [str(event["id"]) for store in stores for event in _jobs_back(store)]
+        for job in jobs:
+            with contextlib.suppress(JobkitError):
+                self.terminate(spec, job)
+        deadline = time.monotonic() + spec.grace_s + _HEARD_S
+        while (jobs := [job for job in jobs if self._may_run(spec, job)]) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _may_run(self, spec: JobSpec, job: str) -> bool:
+        try:
+            found = self.find(spec, job)
+        except JobkitError:
+            return True
+        return found is not None and found.active
 
     def submit(self, store: Store, spec: JobSpec) -> None:
         """Submit a job of a run."""

@@ -5,8 +5,9 @@ the job of the next in its lane, which takes the role that a successor takes. No
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import msgspec
 
@@ -18,17 +19,20 @@ from jobkit.rundir.ledger import Event
 from jobkit.rundir.store import Store
 from launch.lifecycle import run_status
 from launch.lifecycle.history import count_of
-from launch.lifecycle.submission import record, who
+from launch.lifecycle.submission import ask_to_cancel, record, who
 from launch.spec import jobspec as specs
 from launch.spec import snapshot
 from launch.spec.jobspec import JobSpec
 
 Submit = Callable[[Store, JobSpec], None]
 """Submits the job of a point, unless it has one."""
+End = Callable[[Sequence[Store], JobSpec], None]
+"""Ends the jobs of points that were submitted just now, and waits a while until they are over."""
 _AT_ONCE = 8
+T = TypeVar("T")
 
 
-def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit, end: Submit) -> None:
+def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit, end: End) -> None:
     """Make the runs of points that are not there, and submit the jobs of as many as may run at once.
 
     Args:
@@ -36,7 +40,7 @@ def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit,
         spec: What was submitted, with the lines of `--setup`.
         numbers: The points that are to run.
         submit: Submits a job.
-        end: Ends one.
+        end: Ends jobs.
 
     Raises:
         JobkitError: If a job is refused; nothing was started, and no run was made then.
@@ -44,31 +48,34 @@ def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit,
     stores = specs.points(store, spec)
     points = [stores[number] for number in numbers]
     lanes = spec.parallel or len(points)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _ in pool.map(mirror.set_deleted_aside, points):
-            pass
+    _each(mirror.set_deleted_aside, points)
     fresh = [point for point in points if not specs.exists(point)]
+    begun: list[Store] = []
     with contextlib.ExitStack() as undone:
-        undone.callback(lambda: _undo(points[:lanes], fresh, spec, end))
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(lambda number: _make(store, stores[number], spec.point(number)), numbers):
-                pass
+        undone.callback(lambda: _undo(begun, fresh, spec, end))
+        _each(lambda number: _make(store, stores[number], spec.point(number)), numbers)
         for position, point in enumerate(points):
             if lanes < len(points) and not _has_job(point):  # of one that has a job a VM has the ledger
                 behind = numbers[position - lanes] if position >= lanes else None
                 record(point, "lane", behind=behind, then=next(iter(numbers[position + lanes :]), None))
                 mirror.upload_ledger(point)
         for point in points[:lanes]:
+            if not _has_job(point):
+                begun.append(point)
             submit(point, msgspec.structs.replace(specs.read(point), setup=spec.setup))
         undone.pop_all()
 
 
 def _make(store: Store, point: Store, spec: JobSpec) -> None:
     """Make the run of a point, on its URL too; one that is half made is completed."""
-    if _newest(point, "submitted", "resumed", "job", "lane", "ended")["event"] not in ("", "submitted"):
+    there, newest = specs.exists(point), _newest(point, "submitted", "resumed", "job", "lane", "ended")["event"]
+    if there and newest not in ("", "submitted"):
         return
     point.make(shared=spec.shared)
-    if not specs.exists(point):
+    if not there:
+        if newest:  # of a VM that was heard once more after its submit was taken back
+            point.bucket.remove([contract.EVENTS])
+            point.remove(contract.EVENTS)
         if spec.code is not None:
             name = snapshot.archive_name(spec.code)
             point.write(name, store.read(name))
@@ -80,15 +87,30 @@ def _make(store: Store, point: Store, spec: JobSpec) -> None:
     mirror.upload_described(point)
 
 
-def _undo(begun: Sequence[Store], fresh: Sequence[Store], spec: JobSpec, end: Submit) -> None:
-    for point in begun:
-        if specs.exists(point):
-            with contextlib.suppress(JobkitError):
-                end(point, spec)
-    for point in filter(specs.exists, fresh):
+def _undo(begun: Sequence[Store], fresh: Sequence[Store], spec: JobSpec, end: End) -> None:
+    """End the jobs that were submitted just now, and remove the runs that were made for them."""
+    made = [point for point in fresh if specs.exists(point)]
+    if begun:  # a VM that is up already neither goes on nor has the next point of its lane begin
+        _each(_tried(ask_to_cancel), made)
         with contextlib.suppress(JobkitError):
-            point.bucket.remove(dict.fromkeys([contract.RUN_JSON, *mirror.described(point)]))
+            end(begun, spec)
+    _each(_tried(lambda point: point.bucket.remove(point.bucket.find())), made)
+    for point in made:
         remove_tree(point.path)
+
+
+def _each(do: Callable[[T], object], what: Iterable[T]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(do, what):
+            pass
+
+
+def _tried(do: Callable[[Store], object]) -> Callable[[Store], None]:
+    def tried(point: Store) -> None:
+        with contextlib.suppress(JobkitError):
+            do(point)
+
+    return tried
 
 
 def _newest(point: Store, *names: str) -> Event:
