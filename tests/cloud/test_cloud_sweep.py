@@ -204,3 +204,20 @@ def test_an_outage_where_a_lane_goes_on(desk: Desk, batch: BatchServer) -> None:
     first.thread.join(20)
     assert first.codes == [75, 0]
     assert [point["attempts"] for point in told["points"]] == [1, 1]
+
+
+@pytest.mark.slow
+def test_one_point_that_waits_is_cancelled(desk: Desk, batch: BatchServer) -> None:
+    """Without a VM that could do it the next point of its lane is submitted, but only where it held a place."""
+    batch.queue_s = 3600.0
+    submit(desk, "--array-parallelism", "2")
+    desk.jobkit("cancel", f"{URL}/points/3")
+    assert len(batch.jobs) == 2
+    desk.jobkit("cancel", f"{URL}/points/0")
+    told = desk.status()["points"]
+    assert [point["state"] for point in told] == ["cancelled", *["queued"] * 2, "cancelled", *["queued"] * 2]
+    assert sorted(job.id for job in live(batch)) == sorted(told[number]["job"] for number in (1, 2))
+    assert "waits until point 2 is over" in told[4]["reason"]
+    desk.jobkit("cancel", URL)
+    assert not live(batch)
+    assert len(batch.jobs) == 3

@@ -280,8 +280,8 @@ class Managed(Backend):
 
     def _in_lane(self, store: Store, known: Mapping[str, Job]) -> Job:
         """Return what stands for the job of a point that is submitted once another one is over."""
-        before: Store | None = store
-        while before is not None and (before := points.behind(before)) is not None:
+        before = points.behind(store)
+        while before is not None:
             job = known.get(before.url)
             if job is None or job.state == "GONE":  # one that has ended may be about to submit this one
                 try:
@@ -291,6 +291,7 @@ class Managed(Backend):
             if job is not None and job.active:
                 number = before.url.rpartition("/")[2]
                 return Job("", "WAITING", f"waits until point {number} is over", active=True, pending=True)
+            before = points.behind(before, passed=True)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)  # the one before has just submitted it, or nobody will
         return self._newest(store)
@@ -361,7 +362,15 @@ class Managed(Backend):
             time.sleep(_POLL_S)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
+        alone = spec.sweep_url and store is cancelled.store and points.has_job(store)
         submission.end_cancelled(store, cancelled.cancels[store])
+        if alone and run_status.has_ended(store):  # there was no VM that could have the next one begin
+            points.start_next(store, self._submit_from_here)
+
+    def _submit_from_here(self, store: Store, spec: JobSpec) -> None:
+        if spec.setup_digest:
+            raise ConfigError(f"its lines of --setup are not known here; continue with: jobkit resume {store.url}")
+        self.submit_once(store, spec)
 
 
 def command(store: Store, spec: JobSpec) -> list[str]:

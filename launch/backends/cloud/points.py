@@ -55,12 +55,12 @@ def enqueue(store: Store, spec: JobSpec, numbers: Sequence[int], submit: Submit,
         undone.callback(lambda: _undo(begun, fresh, spec, end))
         _each(lambda number: _make(store, stores[number], spec.point(number)), numbers)
         for position, point in enumerate(points):
-            if lanes < len(points) and not _has_job(point):  # of one that has a job a VM has the ledger
+            if lanes < len(points) and not has_job(point):  # of one that has a job a VM has the ledger
                 behind = numbers[position - lanes] if position >= lanes else None
                 record(point, "lane", behind=behind, then=next(iter(numbers[position + lanes :]), None))
                 mirror.upload_ledger(point)
         for point in points[:lanes]:
-            if not _has_job(point):
+            if not has_job(point):
                 begun.append(point)
             submit(point, msgspec.structs.replace(specs.read(point), setup=spec.setup))
         undone.pop_all()
@@ -118,16 +118,23 @@ def _newest(point: Store, *names: str) -> Event:
     return next((event for event in reversed(run_status.events(point)) if event["event"] in names), {"event": ""})
 
 
-def _has_job(point: Store) -> bool:
+def has_job(point: Store) -> bool:
+    """Tell whether a job of a point is written down, and no end after it."""
     return bool(_newest(point, "submitted", "resumed", "job", "ended")["event"] == "job")
 
 
-def behind(point: Store) -> Store | None:
+def behind(point: Store, *, passed: bool = False) -> Store | None:
     """Return the point that has to be over before another one is submitted; None if that has ended, or waits for none.
 
     Its job, which is written down a moment before the service knows it, is not looked at.
+
+    Args:
+        point: The other one.
+        passed: Whether it may have ended, if it never had a job: the one before it passes it by.
     """
-    lane = _newest(point, "submitted", "resumed", "lane", "ended")
+    names = ("submitted", "resumed", "lane")
+    ends = () if passed and _newest(point, *names, "job")["event"] != "job" else ("ended",)
+    lane = _newest(point, *names, *ends)
     number = count_of(lane.get("behind")) if lane["event"] == "lane" else None
     return None if number is None or number >= _number(point) else _other(point, number)
 
