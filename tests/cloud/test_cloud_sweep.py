@@ -148,13 +148,14 @@ def test_a_refusal_leaves_nothing(desk: Desk, batch: BatchServer) -> None:
 
 @pytest.mark.slow
 def test_without_the_role(desk: Desk, batch: BatchServer) -> None:
-    """A point that is over cannot have the next one begin: it is written down, and a resume goes on."""
+    """A point that is over cannot have the next one begin: it is written down, and a resume goes on, no submit."""
     batch.cloud.bindings.clear()
     submit(desk, "--array-parallelism", "5")
     told = desk.until(lambda told: told["state"] == "failed")
     assert [point["state"] for point in told["points"]] == ["done"] * 5 + ["failed"]
     events = run_status.events(submission.open_run(f"{URL}/points/0"))
     assert [str(event["refused"]) for event in events if "refused" in event]
+    assert "continue it with 'jobkit resume" in submit(desk, "--array-parallelism", "5", code=2)
     desk.jobkit("resume", URL)
     assert desk.until_over()["state"] == "done"
 

@@ -181,7 +181,8 @@ class Managed(Backend):
             members = specs.points(store, old)
             jobs = self.jobs(members) if all(map(specs.exists, members)) else {}
             whole = [one for one in members if one.url in jobs and jobs[one.url].state != "GONE"]
-            return None if all(one in whole or run_status.has_ended(one) for one in members) else old
+            through = (one in whole or run_status.has_ended(one) or points.behind(one) is not None for one in members)
+            return None if all(through) else old  # a lane that was left where it is goes on by a resume
         job = self._newest(store)
         return old if job.active or job.state == "GONE" else None
 
