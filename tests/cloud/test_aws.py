@@ -78,6 +78,19 @@ def definition_of(job: dict[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
+def test_a_region_of_the_users_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job, which may submit its successor, is told the region that only a file here names; or none at all."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    spec = JobSpec(command=("ls",), cloud=Cloud(image="train:1", queue="spot"))
+    for text, region in (("[default]\nregion = eu-west-1\n", "eu-west-1"), ("", "")):
+        (tmp_path / "config").write_text(text)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        completed = aws.Aws().complete(spec).cloud
+        assert completed is not None
+        assert completed.region == region
+
+
 @pytest.mark.slow
 def test_submit_run_resume(desk: Desk, queue: str, url: str, moto: dict[str, str]) -> None:
     """The container that was asked for trains the run to its end; a job that ends without it is told of and resumed."""

@@ -63,7 +63,8 @@ class Aws(Managed):
                 f"--secret {', '.join(cloud.secrets)}: AWS Batch reads secrets as a role of its own: give "
                 "--execution-role ROLE_ARN, one that may read them (docs/aws.md)"
             )
-        region = cloud.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "")
+        region = cloud.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        region = region or _configured_region()
         return msgspec.structs.replace(spec, cloud=msgspec.structs.replace(cloud, region=region))
 
     def diagnose(self, spec: JobSpec) -> list[Finding]:
@@ -148,6 +149,19 @@ class Aws(Managed):
             return []
         group = {"logGroupName": "/aws/batch/job", "logStreamName": stream, "startFromHead": True}
         return [str(event["message"]) for event in _call(spec, "logs", "get_log_events", **group)["events"]]
+
+
+def _configured_region() -> str:
+    """Return the region of the user's own configuration, which no VM has; '' for none, as the first request says."""
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        return ""
+    try:
+        return str(boto3.Session().region_name or "")
+    except BotoCoreError:
+        return ""
 
 
 def _cloud(spec: JobSpec) -> Cloud:
