@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from jobkit.contract import State
+from jobkit.rundir import mirror
 from launch.lifecycle import run_status, submission
 from tests.fakes.aws_batch_server import QUEUE, AwsBatchServer
 from tests.fakes.gcp_batch_server import BatchServer
@@ -143,19 +144,44 @@ def test_without_the_role(desk: Desk, batch: BatchServer) -> None:
     assert "after 10 restarts" in said
     for attempt in range(2):
         holding(desk, attempt)
-        batch.preempt(newest(batch))
+        if attempt:
+            batch.power_off(newest(batch))
+        else:
+            batch.preempt(newest(batch))
     told = desk.until_over()
     assert told["state"] == "failed", told
     assert "its 10 restarts are used up; continue with: jobkit resume" in told["reason"]
     store = submission.open_run(URL)
     refused = [str(event["refused"]) for event in run_status.events(store) if "refused" in event]
-    assert refused
+    assert len(refused) == 2, "that of the last VM, which was lost without a notice, is on the URL too"
     assert all("roles/batch.jobsEditor" in why for why in refused)
     assert "roles/batch.jobsEditor" in desk.jobkit("explain", URL)
     assert ids(batch) == ["0"]
     batch.cloud.bindings.append({"role": "roles/editor", "members": ["serviceAccount:x"]})
     desk.jobkit("resume", URL)
     assert desk.until_over()["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "jobs"), [(18, ["0", "1"]), (19, ["0"])])
+def test_lost_before_any_attempt(desk: Desk, batch: BatchServer, before: int, jobs: list[str]) -> None:
+    """The twentieth VM in a row that comes up without an attempt begun submits no other job: that would go on for ever.
+
+    What earlier ones wrote down of themselves is put into the ledger while the job waits.
+    """
+    batch.lives, batch.queue_s = 10, 4.0
+    submit(desk, plan(desk, 0))
+    store = submission.open_run(URL)
+    for restarts in range(before):
+        submission.record(store, "job_started", job="earlier", backend="gcp", restarts=restarts, attempts=0)
+    mirror.upload_ledger(store)
+    assert desk.until_over()["state"] == "done"
+    assert ids(batch) == jobs
+    events = run_status.events(submission.open_run(URL))
+    begun = [event["attempts"] for event in events if event["event"] == "job_started"][before:]
+    assert begun == [0] * len(jobs)
+    refused = [str(event["refused"]) for event in events if "refused" in event]
+    assert refused == (["20 VMs in a row were lost before they began an attempt"] if before == 19 else [])
 
 
 @pytest.mark.slow

@@ -46,6 +46,10 @@ from launch.spec.jobspec import JobSpec
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE_S = 300.0
 """How long a bucket may take to answer when the VM comes up."""
+_UPLOAD_S = 20.0
+"""How long it may take with what is written down of this VM before it begins an attempt."""
+_FRUITLESS = 20
+"""After so many VMs in a row that began no attempt none is submitted any more: something kills them all."""
 CANCELLED = 3
 """Exit code of the job of a cancelled run, as `jobkit submit --wait` has it."""
 
@@ -98,7 +102,10 @@ class VmRunner(JobRunner):
             return code
         if (code := super()._begin()) is not None:
             return code
-        self._write_down("job_started", job=self._job, backend=self._backend, restarts=self._retries)
+        begun = len(self._store.numbers(contract.ATTEMPTS))
+        here = {"job": self._job, "backend": self._backend, "restarts": self._retries}
+        self._write_down("job_started", **here, attempts=begun)
+        self._upload_ledger()
         # What the service starts again it has lost by no fault of the program's.
         lost = self._retries > 0 or self._before > 0
         orphans.close_attempts(self._store, "the VM was lost", preempted=lost)
@@ -123,17 +130,33 @@ class VmRunner(JobRunner):
             return None
         restarts = self._before + self._retries + 1
         try:
+            if not self._service.declared(self._store, self._job) and (lost := self._fruitless()) >= _FRUITLESS:
+                raise ConfigError(f"{lost} VMs in a row were lost before they began an attempt")
             job = self._service.succeed(self._store, self._spec, self._job, restarts, self._write_down)
         except ConfigError as error:
             say(f"no successor: {error}")
             here = {"id": self._job, "backend": self._backend, "restarts": self._before}
             self._write_down("job", **here, refused=str(error))
+            self._upload_ledger()
             return None
         except JobkitError as error:
             say(f"whether a successor was submitted is not known: {error}")
             return int(Exit.PREEMPTED)  # who comes up next asks again
         say(f"{why}; job {job} goes on: {self._backend} starts one job {self._service.restarts} times again at most")
         return int(Exit.DONE)
+
+    def _fruitless(self) -> int:
+        """Return how many VMs in a row, this one included, came up and have begun no attempt."""
+        begun, count = len(self._store.numbers(contract.ATTEMPTS)), 0
+        for event in reversed(run_status.events(self._store)):
+            if event["event"] in ("submitted", "resumed"):
+                break
+            count += event["event"] == "job_started" and event.get("attempts") == begun
+        return count
+
+    def _upload_ledger(self) -> None:
+        with contextlib.suppress(JobkitError):
+            mirror.upload_ledger(self._quick.with_deadline(_UPLOAD_S))
 
     def _hand_back(self, why: str) -> int:
         """Have the service start the run again, in this job or in another one."""
