@@ -132,6 +132,9 @@ def test_lost_for_good_where_it_hands_over(desk: Desk, batch: BatchServer) -> No
     desk.jobkit("resume", URL)
     assert desk.until_over()["state"] == "done"
     assert ids(batch) == ["0", "1"]
+    events = run_status.events(submission.open_run(URL))
+    told_of = [event["event"] for event in events if event["event"] in ("resumed", "job")]
+    assert told_of[-2:] == ["resumed", "job"], "what it has of a job since then is in the ledger too"
 
 
 @pytest.mark.slow

@@ -221,10 +221,9 @@ class Managed(Backend):
     def submit(self, store: Store, spec: JobSpec) -> None:
         """Submit a job of a run."""
         known = run_status.jobs(store, self.name)
-        if known and self.find(spec, known[-1]) is None:
-            job = known[-1]  # written down by a submit that got no further
-        else:
-            job = job_id(store, spec, len(known))
+        meant = bool(known) and self.find(spec, known[-1]) is None  # by a submit that got no further
+        job = known[-1] if meant else job_id(store, spec, len(known))
+        if next(_jobs_back(store), {}).get("id") != job:  # since a person has submitted or resumed the run
             record(store, "job", id=job, backend=self.name, by=who())
         mirror.upload_described(store)
         faults.reach("before_create")
