@@ -62,6 +62,7 @@ def doctor(profile: str | None, probe: bool, as_json: bool, **given: Any) -> Non
         grace_s=duration_s(given["grace"] or options.get("grace", 30.0)),
         sbatch=place.sbatch,
         cloud=None if place.cloud is None else Cloud(**place.cloud),
+        parallel=options.get("array-parallelism"),
     )
     findings = backend.examine(spec)
     if probe:

@@ -44,9 +44,9 @@ class UnknownError(ConfigError):
 
 def alive(store: Store, job: Job) -> ConfigError:
     """Say that a run has a job that is not over, and what can be done."""
+    doing = f"job {job.id} is {job.state.lower()}" if job.id else f"it {job.reason or job.state.lower()}"
     return ConfigError(
-        f"run {store.url} is alive: job {job.id} is {job.state.lower()}: 'jobkit logs -f {store.url}' or "
-        f"'jobkit cancel {store.url}'"
+        f"run {store.url} is alive: {doing}: 'jobkit logs -f {store.url}' or 'jobkit cancel {store.url}'"
     )
 
 

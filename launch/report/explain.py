@@ -226,10 +226,13 @@ def _resumes(history: History) -> Iterator[Sentence]:
 
 
 def _jobs(history: History) -> Iterator[Sentence]:
-    """Tell why a job of a batch service could not have another one go on."""
+    """Tell why a job of a batch service could not submit another one."""
     for event in named(history.launcher, "job"):
         if why := clause(str(event.get("refused", ""))):
             yield Sentence(event["t"], "refused", None, f"A job whose restarts were used up had no successor{why}.")
+    for event in named(history.launcher, "lane"):
+        if why := clause(str(event.get("refused", ""))):
+            yield Sentence(event["t"], "refused", None, f"The next point of the sweep could not be submitted{why}.")
 
 
 def _new_code(history: History) -> Iterator[Sentence]:

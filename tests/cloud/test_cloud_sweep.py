@@ -155,6 +155,8 @@ def test_without_the_role(desk: Desk, batch: BatchServer) -> None:
     assert [point["state"] for point in told["points"]] == ["done"] * 5 + ["failed"]
     events = run_status.events(submission.open_run(f"{URL}/points/0"))
     assert [str(event["refused"]) for event in events if "refused" in event]
+    said = desk.jobkit("explain", f"{URL}/points/0")
+    assert "The next point of the sweep could not be submitted: Google Batch refused" in said
     assert "continue it with 'jobkit resume" in submit(desk, "--array-parallelism", "5", code=2)
     desk.jobkit("resume", URL)
     assert desk.until_over()["state"] == "done"

@@ -151,6 +151,15 @@ def test_who_is_not_signed_in(desk: Desk, batch: BatchServer, monkeypatch: pytes
     assert {one["verdict"] for one in rest} == {"not checked"}
 
 
+def test_points_that_wait_for_one_another(desk: Desk, batch: BatchServer) -> None:
+    """Their jobs need the roles of a successor, however few restarts there may be."""
+    desk.write("[profile.few]\narray-parallelism = 2\n", "jobkit.toml")
+    batch.cloud.bindings.clear()
+    for options, said in ((("--profile", "few"), 2), ((), 0)):
+        found = ask(desk, "--max-restarts", "3", *options)
+        assert sum("without it no point of a sweep has the next one begin" in one["text"] for one in found) == said
+
+
 def test_places_without_a_doctor(desk: Desk) -> None:
     """On this machine there is nothing to examine, and a probe is SLURM's."""
     assert "there is nothing to examine" in desk.jobkit("doctor", "--on", "local", code=2)

@@ -52,6 +52,7 @@ class _Place:
         cloud: What jobs ask for, with the region filled in.
         bucket: Of the run's URL; '' for none.
         arn: Who asks.
+        lanes: Whether points of a sweep wait for one another.
         environments: The queue's compute environments, once they are known.
     """
 
@@ -59,6 +60,7 @@ class _Place:
     cloud: Cloud
     bucket: str
     arn: str
+    lanes: bool = False
     environments: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -91,7 +93,7 @@ def examine(spec: JobSpec, client: Callable[[str], Any]) -> list[Finding]:
     except (botocore.exceptions.ClientError, botocore.exceptions.BotoCoreError) as error:
         return _nothing("credentials", f"AWS does not know you: {_words(error)}", "fail", "aws configure")
     bucket = spec.run.partition("://")[2].partition("/")[0] if is_remote(spec.run) else ""
-    place = _Place(client, spec.cloud, bucket, str(who["Arn"]))
+    place = _Place(client, spec.cloud, bucket, str(who["Arn"]), lanes=spec.parallel is not None)
     findings = [Finding("credentials", f"signed in as {place.arn}")]
     for topic, check in _CHECKS:
         try:
@@ -222,9 +224,11 @@ def _role(place: _Place) -> Iterator[Finding]:
         yield Finding(topic, text, UNCHECKED, "aws batch describe-compute-environments" + place.at)
         return
     there = yield from _assumed(place, topic, arn, _objects(place.bucket) if place.bucket else {})
-    if there and place.cloud.max_restarts is None:
+    ends = place.cloud.restarts(10) > 9
+    if there and (ends or place.lanes):
         wanted = {"*": list(_SUCCESSOR)} | {role: ["iam:PassRole"] for role in _roles(place)}
-        without = "without that a run ends after 9 restarts, and 'jobkit resume' goes on"
+        what = ["a run ends after 9 restarts"] * ends + ["no point of a sweep has the next one begin"] * place.lanes
+        without = f"without that {' and '.join(what)}, and 'jobkit resume' goes on"
         yield from _simulated(place, topic, arn, wanted, without=without)
 
 

@@ -49,12 +49,14 @@ class _Place:
         cloud: What jobs ask for, with project, region and machine type filled in.
         bucket: Of the run's URL; '' for none.
         member: Who asks, as IAM names members.
+        lanes: Whether points of a sweep wait for one another.
     """
 
     session: Session
     cloud: Cloud
     bucket: str
     member: str
+    lanes: bool = False
 
     def get(self, service: str, path: str, **query: str | list[str]) -> dict[str, Any]:
         return self.session.call(service, "GET", path, query=query)
@@ -102,7 +104,7 @@ def examine(spec: JobSpec, session: Session) -> list[Finding]:
     person = "user:$(gcloud config get account)"
     member = f"serviceAccount:{email}" if "@" in email else person
     bucket = spec.run.partition("://")[2].partition("/")[0] if is_remote(spec.run) else ""
-    place = _Place(session, cloud, bucket, member)
+    place = _Place(session, cloud, bucket, member, lanes=spec.parallel is not None)
     findings, silent = [], ""
     for topic, service, check in _CHECKS:
         if silent:
@@ -220,16 +222,19 @@ def _account(place: _Place) -> Iterator[Finding]:
 def lacking(spec: JobSpec, session: Session) -> list[Finding]:
     """Say what a job of a completed specification lacks to submit its successor; raises JobkitError if nobody tells."""
     assert spec.cloud is not None
-    return list(_successor(_Place(session, spec.cloud, "", "")))
+    return list(_successor(_Place(session, spec.cloud, "", "", lanes=spec.parallel is not None)))
 
 
 def _successor(place: _Place) -> Iterator[Finding]:
-    """Tell what a job's account lacks to submit another job once its own has been started again often enough."""
-    account, project = place.account, place.cloud.project
-    if place.cloud.restarts(gcp_request.RESTARTS + 1) <= gcp_request.RESTARTS:
+    """Tell what a job's account lacks to submit another job: the next one of a run, or of the next point of a sweep."""
+    ends = place.cloud.restarts(gcp_request.RESTARTS + 1) > gcp_request.RESTARTS
+    if not ends and not place.lanes:
         return
+    account, project = place.account, place.cloud.project
     roles, member = place.roles, f"serviceAccount:{account}"
-    without = f"without it a run ends after {gcp_request.RESTARTS} restarts, and 'jobkit resume' goes on"
+    what = [f"a run ends after {gcp_request.RESTARTS} restarts"] * ends
+    what += ["no point of a sweep has the next one begin"] * place.lanes
+    without = f"without it {' and '.join(what)}, and 'jobkit resume' goes on"
     if not roles & {"roles/batch.jobsEditor", "roles/batch.jobsAdmin", *_EVERYTHING}:
         mend = place.grant("roles/batch.jobsEditor", member)
         yield Finding("job's account", f"{account} has not roles/batch.jobsEditor; {without}", "warning", mend)
