@@ -86,6 +86,7 @@ class Session:
             self.heartbeat.enter(Phase.LISTENING)
             self.listener.hear_earlier()
             given = contract.attempt_from()
+            self._check_carried()
             self.control = Control.of_attempt(store, given) if self.group.first else None
             self.attempt: int = self.group.share("attempt", lambda: _claim(store, given))
             self.ledger = Ledger(store.file(contract.events_file(self.attempt, self.group.index)))
@@ -155,6 +156,16 @@ class Session:
         if self.store.remote is None:
             self._check_shared()
         return Agreement(self.group, lambda: self.step + self.looks, on_stop=self._note, lost=self._lost)
+
+    def _check_carried(self) -> None:
+        """Refuse several processes on a URL of which nobody carries there what each of them saves."""
+        carried = self.supervised and contract.process_from()[1] == self.group.count
+        if self.group.count > 1 and self.store.remote is not None and not carried:
+            raise ConfigError(
+                f"{self.group.count} processes save to {self.store.url}, and "
+                "each needs a supervisor that carries its part there: start them with jobkit submit, or let the run "
+                "directory be on a disk that all of them share"
+            )
 
     def _check_shared(self) -> None:
         """Refuse to go on where a process does not see what process 0 writes."""

@@ -1,11 +1,15 @@
 """Several processes that share nothing but a bucket: each saves its part, the URL has the step, all go on from it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from jobkit import contract
 from jobkit.checkpoint.restore import fetch
+from jobkit.contract import Exit
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.apart import parts
 from jobkit.rundir.store import Store
@@ -145,3 +149,29 @@ def test_other_numbers_of_processes(attempt: Attempt, tmp_path: Path) -> None:  
         assert [code for code, _ in ends] == [0] * count, ends
         holds = 2 * MB + count * 2 * MB
         assert number == 0 or server.bytes_out - before < 1.1 * holds
+
+
+@pytest.mark.slow
+def test_started_by_hand(attempt: Attempt, tmp_path: Path) -> None:  # noqa: F811
+    """Processes whose parts nobody would carry to the URL are refused, with the remedy; nothing is written there."""
+    before = attempt.remote.find()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program(10)],
+            env={
+                **os.environ,
+                contract.ENV_RUN: attempt.url,
+                contract.ENV_HOME: str(tmp_path / f"node-{index}"),
+                **own,
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, own in enumerate(training.processes(2))
+    ]
+    ends = [end(process, 120) for process in started]
+    assert [code for code, _ in ends] == [Exit.CONFIG] * 2, ends
+    assert all("start them with jobkit submit" in printed for _, printed in ends)
+    assert attempt.remote.find() == before
