@@ -186,6 +186,11 @@ class Supervisor:
         """Whether what lies in this home is this supervisor's to carry to the URL."""
         return self._leads or self._peers.apart
 
+    @property
+    def _begun(self) -> bool:
+        """Whether the program has come to its run; else none of several has, and the others wait for it for minutes."""
+        return self._link.read().phase >= Phase.LISTENING
+
     def run(self) -> int:
         """Start CMD, watch over it, and write down how it ended.
 
@@ -206,10 +211,8 @@ class Supervisor:
                     self._uploader.upload_files()  # the outcome itself
             self._peers.wait()
             self._stay(code)
-            # A launcher of several processes ends all when one ends badly. These may still be saving; but where this
-            # one never came to its run, none did, and they would wait for it for minutes.
-            begun = self._link.read().phase >= Phase.LISTENING
-            return 0 if code == Exit.PREEMPTED and not self._attempt.alone and begun else code
+            # A launcher of several processes ends all when one ends badly: these may still be saving.
+            return 0 if code == Exit.PREEMPTED and not self._attempt.alone and self._begun else code
         finally:
             self._watch.close()
             self._peers.close()
@@ -245,7 +248,7 @@ class Supervisor:
             while (where := gathering.look()) is None:
                 self._take_notices()
                 if self._notices.source is not None:
-                    gathering.give_up(f"process 0 was stopped: {self._reason(Outcome.PREEMPTED, Exit.PREEMPTED)}")
+                    gathering.give_up(self._reason(Outcome.PREEMPTED, Exit.PREEMPTED))
                     return int(Exit.PREEMPTED)
         except NotWholeError as error:
             self._hint = str(error)
@@ -266,7 +269,7 @@ class Supervisor:
         else:
             self._ledger.append("started", pid=self._program.pid, command=shlex.join(self._attempt.command))
             code = self._follow()
-        if code not in (Exit.DONE, Exit.PREEMPTED):
+        if code not in (Exit.DONE, Exit.PREEMPTED) or (code == Exit.PREEMPTED and not self._begun):
             self._peers.break_up(self._hint or self._reason(contract.outcome_of(code), code))
         return code
 
@@ -419,7 +422,7 @@ class Supervisor:
         Everything is on storage. Who starts the run again would do it on this machine, and lose one of its tries; SLURM
         knows better which nodes it has.
         """
-        if code != Exit.PREEMPTED or not self._attempt.alone or "SLURM_JOB_ID" in os.environ:
+        if code != Exit.PREEMPTED or not (self._attempt.alone or self._peers.apart) or "SLURM_JOB_ID" in os.environ:
             return
         until = (self._notices.deadline_at or time.monotonic()) + _STAY_S
         while self._notices.leaving and time.monotonic() < until:

@@ -19,6 +19,7 @@ from jobkit.rundir import mirror
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from tests.fakes.gcs_server import GcsServer
+from tests.fakes.metadata_server import Gce
 from tests.harness.jobs import children, until
 
 MEETS = "import os; print('meets at', os.environ['JOBKIT_COORDINATOR'])"
@@ -217,3 +218,51 @@ def test_process_0_leaves_last(attempt: Attempt) -> None:
     assert end(first)[0] == 0
     assert contract.process_outcome(0, 1) in attempt.remote.find("attempts/0")
     assert end(last)[0] == 0
+
+
+JOINS = "import jobkit; jobkit.initialize()"
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_that_has_not_begun(attempt: Attempt) -> None:
+    """SIGTERM during one's imports ends the other, which waits for it in initialize(), at once and as preempted."""
+    first, second = attempt.start(0, 2, JOINS), attempt.start(1, 2, HANGS)
+    until(lambda: children(first.pid) and children(second.pid), "both have begun", seconds=60)
+    before = time.monotonic()
+    second.send_signal(signal.SIGTERM)
+    ends = [end(process) for process in (first, second)]
+    assert [code for code, _ in ends] == [Exit.PREEMPTED] * 2, ends
+    assert time.monotonic() - before < 30, "it waited for one that was gone"
+    assert attempt.outcome(0)["notice"] == {"source": "peer", "reason": "process 1 ended: stopped on SIGTERM"}
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_when_all_have_come(attempt: Attempt) -> None:
+    """SIGTERM to one that has joined, and has not read yet that all are there, ends the others too."""
+    second = attempt.start(1, 2, HANGS)
+    until(lambda: attempt.joined(1), "it has come", seconds=60)
+    first = attempt.start(0, 2, HANGS)
+    until(lambda: contract.gathered_file(0) in attempt.remote.find("attempts/0"), "all have come", seconds=60)
+    second.send_signal(signal.SIGTERM)
+    ends = [end(process) for process in (first, second)]
+    assert [code for code, _ in ends] == [Exit.PREEMPTED] * 2, ends
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_taken_away(attempt: Attempt) -> None:
+    """The supervisor stays on it when all is said and done: nothing of the next attempt begins there."""
+    with Gce() as cloud:
+        there = attempt.start(0, 2, HANGS)
+        leaves = attempt.start(1, 2, HANGS, **{contract.ENV_METADATA: "gce"}, **cloud.environment)
+        until(lambda: children(there.pid) and children(leaves.pid), "both have begun", seconds=60)
+        cloud.preempt()
+        assert end(there)[0] == Exit.PREEMPTED
+        until(
+            lambda: contract.process_outcome(0, 1) in attempt.remote.find("attempts/0"),
+            "it has said how it ended",
+            seconds=60,
+        )
+        time.sleep(1.0)
+        assert leaves.poll() is None
+        leaves.terminate()
+        assert end(leaves)[0] == Exit.PREEMPTED

@@ -84,10 +84,15 @@ class Gathering:
         return where
 
     def give_up(self, reason: str) -> None:
-        """Say for all, as process 0, that this attempt does not begin; it may be too late for that."""
+        """Say why this process does not begin: as process 0 for all, unless all have come: then they wait for it."""
         if self._index == 0:
-            with contextlib.suppress(JobkitError):  # then they wait for their time to be over
-                self._remote.create(contract.gathered_file(self._attempt), _json(missing=reason))
+            self._say_missing(f"process 0 was stopped: {reason}")
+        if self._joined:
+            break_up(self._remote, self._attempt, self._index, reason)
+
+    def _say_missing(self, reason: str) -> None:
+        with contextlib.suppress(JobkitError):  # then they wait for their time to be over
+            self._remote.create(contract.gathered_file(self._attempt), _json(missing=reason))
 
     def _join(self) -> None:
         if self._joined:
@@ -115,7 +120,7 @@ class Gathering:
         named = ", ".join(map(str, (gone or missing)[:20]))
         did = "left again" if gone else f"did not come within {self._wait_s:g} s"
         reason = f"process {named} of {self._count} {did}"
-        self.give_up(reason)
+        self._say_missing(reason)
         raise NotWholeError(reason)
 
     def _follow(self, waited_s: float) -> str | None:
