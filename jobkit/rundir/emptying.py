@@ -31,23 +31,39 @@ _REST_S = 60.0
 def empty(store: Store) -> bool:
     """Remove from the home of a run that has ended what its URL has; tell whether that was everything.
 
+    So it is done with the homes that other processes of the run had on this machine.
+
     Nothing of the run may be running. A kill at any instant leaves a home with less in it, and nothing damaged.
 
     Raises:
         JobkitError: If the URL cannot be read or written.
     """
-    remote = store.remote
-    if remote is None:
+    if store.remote is None:
         return False
+    others = [store.of_process(process) for process in store.processes_here()]
+    emptied = [_empty(one, store.remote, of_other=one is not store) for one in (store, *others)]
+    return all(emptied)
+
+
+def _empty(store: Store, remote: Remote, *, of_other: bool) -> bool:
+    """Do so with one home: that of process 0, or that of another process, which has but parts of steps."""
     end = time.monotonic() + _REST_S
     later = max(store.numbers(contract.ATTEMPTS), default=-1) + 1
     Outbox(store, later).upload_earlier(go_on=lambda: time.monotonic() < end)
-    listing, here = remote.find(), commits.metrics(store)
-    if any(not _is_up(remote, step, listing) for step in _wanted(store, remote, here, listing)):
-        return False
+    listing = remote.find()
+    if of_other:
+        here = store.numbers(contract.CHECKPOINTS)
+        there = (step for step in remote_steps.committed(remote_steps.group(listing)) if _is_up(remote, step, listing))
+        if here and here[-1] > max(there, default=-1):  # what is older and not there never became a step
+            return False
+    else:
+        metrics = commits.metrics(store)
+        if any(not _is_up(remote, step, listing) for step in _wanted(store, remote, metrics, listing)):
+            return False
+        if remote.read(contract.EVENTS) != store.read(contract.EVENTS):
+            return False
+        here = list(metrics)
     sent = {name: growing_files.size_of(pieces) for name, pieces in growing_files.grouped(listing).items()}
-    if remote.read(contract.EVENTS) != store.read(contract.EVENTS):
-        return False
     files = files_in(store, *map(contract.attempt_dir, store.numbers(contract.ATTEMPTS)), contract.SCORES)
     if any(sent.get(name) != size for name in files if (size := store.size(name)) >= 0):
         return False

@@ -241,6 +241,13 @@ class Store:
         other.path = home_of(self.url, process)
         return other
 
+    def processes_here(self) -> list[int]:
+        """List the processes but 0 of which a run on a URL has a home on this machine, beside its own."""
+        before = f"{self.path.name}.process-"
+        with in_words(f"cannot list {self.path.parent}"):
+            ends = [name.removeprefix(before) for name in os.listdir(self.path.parent) if name.startswith(before)]
+        return sorted(number for end in ends if (number := names.number(end)) is not None)
+
     def with_deadline(self, deadline_s: float) -> "Store":
         """Return the same run directory, whose object store is given up on after so many seconds."""
         other = copy.copy(self)

@@ -133,6 +133,13 @@ def remove(store: Store) -> Removal:
             for name in store.names(""):
                 if _ours(store, name) and name not in (contract.RUN_JSON, contract.LOCK):
                     _remove(store.file(name))
+        for other in _other_homes(store):
+            with in_words(f"cannot remove {other.path}; repeat 'jobkit rm {store.url}'"):
+                for name in other.names(""):
+                    if _ours(store, name):
+                        _remove(other.file(name))
+                with contextlib.suppress(OSError):
+                    other.path.rmdir()
         if store.remote is not None:
             store.remote.remove([contract.RUN_JSON])
         with in_words(f"cannot remove {store.path}; repeat 'jobkit rm {store.url}'"):
@@ -186,6 +193,11 @@ def _top(store: Store) -> list[str]:
 def _ours(store: Store, name: str) -> bool:
     ours = _OURS if store.exists(contract.RUN_JSON) else _OURS - _SUBMITTED
     return name in ours or _PASSING.fullmatch(name) is not None
+
+
+def _other_homes(store: Store) -> list[Store]:
+    """Return what other processes of a run on a URL had on this machine."""
+    return [] if store.remote is None else [store.of_process(process) for process in store.processes_here()]
 
 
 def _files(store: Store) -> Iterator[tuple[str, int]]:

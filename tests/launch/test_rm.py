@@ -173,3 +173,16 @@ def test_runs_begun_by_hand_in_a_bucket(project: Project) -> None:
     assert remote.find("hand") == {}
     assert remote.find("y")
     remote.remove(remote.find())
+
+
+def test_homes_of_other_processes_go_too(project: Project) -> None:
+    """What other processes of a run in a bucket had on this machine goes with it, but for what is not jobkit's."""
+    store = ended(project, "memory://bucket/runs/several")
+    others = [store.of_process(process) for process in (1, 2)]
+    for other in others:
+        other.write("checkpoints/5/part-1.json", "{}")
+        other.write(contract.ID, "x")
+    others[1].write("own.txt", "mine")
+    assert call("rm", store.url, "--yes").exit_code == 0
+    assert [one.path.exists() for one in (store, *others)] == [False, False, True]
+    assert [path.name for path in others[1].path.iterdir()] == ["own.txt"]

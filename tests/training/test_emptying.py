@@ -115,6 +115,23 @@ def test_what_takes_room_goes_and_comes_back(run: Store) -> None:
     assert mirror.claim(run) == 1
 
 
+def test_homes_of_other_processes_are_emptied_too(run: Store) -> None:
+    """What other processes had on this machine goes as well, but for a part of a step that the URL does not have."""
+    other = run.of_process(1)
+    for step in (10, 20, 30):
+        other.write(f"checkpoints/{step}/part-1.json", b"a part")
+    other.write("attempts/0/log-1.txt", b"printed\n")
+    other.write("cache/x/y-cache", b"compiled")
+    other.write("samples/own.txt", b"the program's own")
+    before = _files(other)
+    assert not emptying.empty(run)
+    assert _files(other) == before
+    commits.remove(other, 30)
+    assert emptying.empty(run)
+    assert _files(other) == {"samples/own.txt": b"the program's own"}
+    assert run.bucket.find("attempts/0/log-1.txt.d")
+
+
 @pytest.mark.parametrize("name", ["model.npz", "out/results.csv", "train.py"])
 def test_what_the_program_wrote_below_its_code_stays(name: str, run: Store) -> None:
     """A program runs in the unpacked code: what it wrote into its working directory is nowhere else."""
