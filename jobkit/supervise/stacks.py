@@ -63,8 +63,8 @@ def take(directory: Path, pid: int) -> str:
     if not path.exists():
         return ""  # SIGQUIT would kill it
     before, blocked = path.stat().st_size, _blocking(pid)
-    # A signal to a stopped process goes to whichever thread wakes first, else to the main thread, which then stands still
-    # while its own stack is written; another thread would read it while it changes.
+    # A signal to a stopped process goes to whichever thread wakes first, which would read the main thread's stack while
+    # that runs on; else it goes to the main thread, which stands still then.
     for number in (signal.SIGCONT, SIGNAL):
         try:
             os.kill(pid, number)
