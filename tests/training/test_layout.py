@@ -1,5 +1,6 @@
 """Orbax's layout written by our handler: stock Orbax reads it bit for bit, and no flipped bit reaches a program."""
 
+import contextlib
 import errno
 import gc
 import itertools
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -27,7 +29,7 @@ from orbax.checkpoint._src.metadata.checkpoint import metadata_store
 
 import jobkit
 from jobkit import contract
-from jobkit.checkpoint import orbax_io, state
+from jobkit.checkpoint import orbax_io, saving, state
 from jobkit.checkpoint.layout import ocdbt, probe, reading, texts, writing
 from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectRestore, DirectSave
 from jobkit.checkpoint.layout.table import Chunked, cut
@@ -37,7 +39,7 @@ from jobkit.errors import ConfigError, DamagedError, StorageError
 from jobkit.rundir import commits
 from jobkit.rundir.retention import Keep
 from jobkit.rundir.store import Store
-from tests.harness import training
+from tests.harness import jobs, training
 from tests.training.test_checkpoint import ROOT, Life
 from tests.training.test_state import parts_of
 
@@ -131,6 +133,72 @@ def test_a_disk_that_fails_meanwhile_fails_the_save(tmp_path: Path, monkeypatch:
         life.raise_error()
     assert commits.steps(life.store) == [1]
     assert next(calls) == 8
+
+
+def _many(count: int) -> dict[str, np.ndarray]:
+    return {f"w{at}": np.full(1 << 15, at, np.int32) for at in range(count)}
+
+
+def _open_below(place: Path) -> int:
+    """Count the descriptors that this process has of files below a directory."""
+    found = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found += os.readlink(f"/proc/self/fd/{number}").startswith(f"{place}/")
+    return found
+
+
+def test_a_slow_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that does not keep up has four parts before it, and is given no more: nothing piles up."""
+    monkeypatch.setattr(writing, "_SYNC_BYTES", 1 << 16)
+    opened = []
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.02)
+        opened.append(_open_below(tmp_path))
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    tree = _many(64)
+    DirectCheckpointHandler().save(tmp_path, DirectSave(tree, sync=False))
+    assert len(opened) == 64
+    assert 2 <= max(opened) <= writing._SYNCS + 1
+    assert _open_below(tmp_path) == 0
+    assert _bits(DirectCheckpointHandler().restore(tmp_path, DirectRestore(tree))) == _bits(tree)
+
+
+@pytest.mark.parametrize("count", [3, 64])
+def test_a_slow_disk_holds_no_notice_up(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save is broken off at once, whatever the disk still has to take of it, in its middle and at its end."""
+    monkeypatch.setattr(writing, "_SYNC_BYTES", 1 << 16)
+    life = Life(tmp_path / "run")
+    life.save(1)
+    life.raise_error()
+    life.parts |= parts_of(big={name: jnp.asarray(array) for name, array in _many(count).items()})
+    begun, released = threading.Semaphore(0), threading.Event()
+    monkeypatch.setattr(saving, "silence", lambda: None)  # it is for a process that ends
+
+    def stuck(descriptor: int) -> None:
+        begun.release()
+        assert released.wait(60)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(os, "fdatasync", stuck)
+        life.checkpoints.save(state.take(life.parts), 2, reason="interval", metrics={})
+        for _ in range(min(count, writing._SYNCS)):
+            assert begun.acquire(timeout=60)
+        asked = time.monotonic()
+        assert life.checkpoints.abandon()
+        seconds = time.monotonic() - asked
+        assert not released.is_set()
+        released.set()
+        jobs.until(lambda: _open_below(tmp_path / "run/checkpoints") == 0, "what was under way is closed")
+    assert seconds < 1
+    assert not begun.acquire(blocking=False), "the disk is given nothing more"
+    assert commits.steps(life.store) == [1]
+    life.save(3)
+    life.raise_error()
+    life.checkpoints.close()
+    assert commits.steps(life.store) == [1, 3]
 
 
 def test_a_small_save_waits_for_the_disk_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

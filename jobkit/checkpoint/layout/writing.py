@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path as File
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ FILE_BYTES = 64 << 20
 """At so many bytes a file of values ends, and an array is cut."""
 _BUFFER_BYTES = 1 << 20
 _SYNC_BYTES, _SYNCS = 16 << 20, 4
-"""The disk gets so many bytes at a time, and is given more before it has them so often."""
+"""The disk gets so many bytes at a time, and is given more before it has them so often; then it is waited for."""
+_LOOK_S = 0.05
+"""How often it is looked meanwhile whether the save was cancelled."""
 METADATA = "_METADATA"
 """Orbax's file of what the tree is."""
 
@@ -117,28 +119,16 @@ def write(
         OSError: What the system says of the storage.
     """
     tree = texts.tree_text(tuple(array.path for array in taken))
-    table = write_values(directory, taken, file_bytes=file_bytes, cancel=cancel, measured=measured)
-    (directory / METADATA).write_text(tree)
-    (directory / contract.CHUNKS).write_bytes(written(table))
-
-
-def write_values(
-    directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cancel, measured: dict[str, FileRecord]
-) -> dict[str, Chunked]:
-    """Write arrays to a store of their own; as `write`, without what makes an item of it.
-
-    Returns:
-        What lies where.
-    """
     table, entries = write_files(directory, taken, file_bytes=file_bytes, cancel=cancel, measured=measured)
     write_tree(directory, entries)
-    return table
+    (directory / METADATA).write_text(tree)
+    (directory / contract.CHUNKS).write_bytes(written(table))
 
 
 def write_files(
     directory: File, taken: list[Taken], *, file_bytes: int, cancel: Cancel, measured: dict[str, FileRecord]
 ) -> tuple[dict[str, Chunked], list[ocdbt.Entry]]:
-    """Write the files of values of a store alone; as `write_values`.
+    """Write the files of values of a store alone; as `write`, without what makes an item of them.
 
     Returns:
         What lies where, and the entries of the store's tree.
@@ -146,7 +136,7 @@ def write_files(
     table: dict[str, Chunked] = {}
     entries: list[ocdbt.Entry] = []
     taken.reverse()
-    with _Values(directory, file_bytes) as values:
+    with _Values(directory, file_bytes, cancel) as values:
         while taken:
             _write_array(taken.pop(), table, entries, values, file_bytes, cancel)
         measured.update(values.measured())
@@ -215,16 +205,19 @@ class _Values:
     Args:
         directory: The store's.
         file_bytes: Bytes at which a file ends.
+        cancel: Ends the waiting for a disk that does not keep up.
     """
 
-    def __init__(self, directory: File, file_bytes: int) -> None:
-        self._directory, self._file_bytes = directory, file_bytes
+    def __init__(self, directory: File, file_bytes: int, cancel: Cancel) -> None:
+        self._directory, self._file_bytes, self._cancel = directory, file_bytes, cancel
         (directory / contract.VALUES).mkdir()
         self._file: io.BufferedWriter | None = None
         self._nbytes, self._unsynced, self._crc = 0, 0, 0
         self._records: dict[str, FileRecord] = {}
         self._pool = ThreadPoolExecutor(_SYNCS, thread_name_prefix="jobkit-write")
-        self._syncs: list[Future[None]] = []
+        self._syncs: dict[Future[None], int] = {}
+        """What the disk has not said that it has, with the descriptor of each."""
+        self._refused: BaseException | None = None
 
     def append(self, values: np.ndarray) -> tuple[ocdbt.Place, int]:
         """Write an array's bytes; return where they lie, and their crc32c."""
@@ -252,8 +245,22 @@ class _Values:
         """Have the disk begin with what is written: what the commit syncs is then the rest."""
         assert self._file is not None
         self._file.flush()
-        self._syncs.append(self._pool.submit(_sync, os.dup(self._file.fileno())))
+        self._wait(_SYNCS - 1)
+        descriptor = os.dup(self._file.fileno())
+        self._syncs[self._pool.submit(_sync, descriptor)] = descriptor
         self._unsynced = 0
+
+    def _wait(self, most: int) -> None:
+        """Wait until the disk has all but so many of what it was given.
+
+        Raises:
+            CancelledError: If the save is cancelled meanwhile.
+        """
+        while len(self._syncs) > most:
+            for one in wait(self._syncs, _LOOK_S, FIRST_COMPLETED).done:
+                del self._syncs[one]
+                self._refused = self._refused or one.exception()
+            self._cancel.check()
 
     def _end(self) -> None:
         if self._file is not None:
@@ -267,22 +274,28 @@ class _Values:
         """End the last file; return the size and the checksum of each, once the disk has what it was given before.
 
         Raises:
+            CancelledError: If the save is cancelled meanwhile.
             OSError: If it could not take it: nobody else hears of that.
         """
         self._end()
-        for one in self._syncs:
-            one.result()
+        self._wait(0)
+        if self._refused is not None:
+            raise self._refused
         return self._records
 
     def __enter__(self) -> "_Values":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close what a failure has left open."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close what a failure has left open, without waiting for the disk: nobody wants any more what it was given."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
-        self._pool.shutdown()
+        for one, descriptor in self._syncs.items():
+            if one.cancel():  # else its thread closes it
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._pool.shutdown(wait=kind is None)
 
 
 def _sync(descriptor: int) -> None:
