@@ -201,6 +201,21 @@ def test_a_slow_disk_holds_no_notice_up(count: int, tmp_path: Path, monkeypatch:
     assert commits.steps(life.store) == [1, 3]
 
 
+def test_half_an_array_is_no_item(tmp_path: Path) -> None:
+    """Arrays of which a shard is missing are refused: nothing could tell later that they were never whole."""
+    for shards in ([((0,), np.ones(2))], [((0,), np.ones(2)), ((2,), np.ones(2))]):
+        place = Path(tempfile.mkdtemp(dir=tmp_path))
+        with pytest.raises(ValueError, match=rf"x\.a has 3 chunks, of which {len(shards)} are here"):
+            writing.write(
+                place,
+                [writing.Taken(("x", "a"), (6,), shards)],
+                file_bytes=1 << 20,
+                cancel=writing.Cancel(),
+                measured={},
+            )
+        assert not (place / contract.CHUNKS).exists()
+
+
 def test_a_small_save_waits_for_the_disk_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not depend on one another is synced at once: the files, then the name of the step."""
     waits: list[tuple[float, float]] = []

@@ -13,7 +13,9 @@ import pytest
 
 from jobkit import contract
 from jobkit.checkpoint import orbax_io, state
-from jobkit.checkpoint.layout import reading
+from jobkit.checkpoint.layout import probe, reading
+from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave
+from jobkit.errors import ConfigError
 from jobkit.rundir import commits
 from jobkit.rundir.store import Store
 from tests.harness import jobs, training
@@ -136,3 +138,20 @@ def _impatient(point: str, run: Any) -> None:
 
     if point == "opened":
         saving._SAVE_S = 2.0
+
+
+@pytest.mark.slow
+def test_one_of_several_writes_nothing_alone(tmp_path: Path) -> None:
+    """The handler refuses half a tree, also where it does not write in the background; its tryout is process 0's."""
+    url = tmp_path / "run"
+    assert training.join_many(training.start_many(url, 2, steps=1, hook=_alone)) == [0, 0], logs(url)
+
+
+def _alone(point: str, run: Any) -> None:
+    import jax
+
+    if point == "ended":
+        with pytest.raises(ConfigError, match="is for programs of one process"):
+            DirectCheckpointHandler().save("nowhere", DirectSave({"a": np.ones(1)}))
+        if jax.process_index() == 0:
+            assert probe._wrong() is None

@@ -38,18 +38,16 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         Raises:
             ConfigError: If the tree cannot be written so.
         """
-        if jax.process_count() > 1 and args.share is None:
-            raise ConfigError("DirectCheckpointHandler is for programs of one process: use ocp.args.StandardSave")
-        if (share := args.share) is None:
-            taken = writing.take(args.leaves())
-        else:
-            taken = several.take(dict(args.leaves()), share.arrays, share.process)
-        work = _Work.of(args)
+        taken, work = _take(args), _Work.of(args)
         return [CommitFutureAwaitingContractedSignals(_write(directory, taken, work), name="jobkit-write")]
 
     def save(self, directory: Any, args: "DirectSave") -> None:
-        """Write a tree, and return when it is written."""
-        _Work.of(args).write(directory, writing.take(args.leaves()))
+        """Write a tree, and return when it is written.
+
+        Raises:
+            ConfigError: If the tree cannot be written so.
+        """
+        _Work.of(args).write(directory, _take(args))
 
     def restore(self, directory: Any, args: "DirectRestore | None" = None) -> Any:
         """Read a tree, every chunk checked against its crc32c.
@@ -76,6 +74,19 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
                 raise ConfigError(f"{'/'.join(path)} is {there[0]} {there[1]} in {root}, and {here[0]} {here[1]} here")
         found = reading.read(root, table, {path: getattr(leaf, "sharding", None) for path, leaf in wanted.items()})
         return jax.tree.unflatten(jax.tree.structure(args.item), [found[path] for path in wanted])
+
+
+def _take(args: "DirectSave") -> list[Taken]:
+    """Take off the devices what this process writes of a tree.
+
+    Raises:
+        ConfigError: If the tree cannot be written so.
+    """
+    if (share := args.share) is not None:
+        return several.take(dict(args.leaves()), share.arrays, share.process)
+    if jax.process_count() > 1:
+        raise ConfigError("DirectCheckpointHandler is for programs of one process: use ocp.args.StandardSave")
+    return writing.take(args.leaves())
 
 
 class _Work(NamedTuple):

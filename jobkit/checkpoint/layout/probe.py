@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jobkit.checkpoint.layout.handler import DirectCheckpointHandler, DirectSave, only
+from jobkit.checkpoint.layout import writing
+from jobkit.checkpoint.layout.handler import nested, only
 from jobkit.errors import say
 
 _LAYOUT = 2
@@ -54,10 +55,15 @@ def _remember(known: dict[str, bool]) -> None:
 
 def _wrong() -> str | None:
     """Write a tiny tree and read it back through stock Orbax; say what is wrong, None if nothing is."""
-    tree: dict[str, Any] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.array(7, np.int32)}}
+    arrays: dict[writing.Path, np.ndarray] = {
+        ("a",): np.arange(6, dtype=np.float32).reshape(2, 3),
+        ("b", "c"): np.array(7, np.int32),
+    }
+    tree: dict[str, Any] = nested(arrays)
     try:
         with tempfile.TemporaryDirectory(prefix="jobkit-layout-") as directory:
-            DirectCheckpointHandler().save(directory, DirectSave(tree))
+            taken, cancel = writing.take(arrays.items()), writing.Cancel()  # one of several processes does this alone
+            writing.write(Path(directory), taken, file_bytes=writing.FILE_BYTES, cancel=cancel, measured={})
             alone = only(jax.process_index())
             found = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone).restore(Path(directory))
         same = np.array_equal(found["a"], tree["a"]) and np.array_equal(found["b"]["c"], tree["b"]["c"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -172,6 +173,8 @@ def _write_array(
         cancel.check()
         place, sums[index] = values.append(content)
         entries.append((chunk_key(name, index), place))
+    if array.own is None and len(sums) != (count := math.prod(entry.grid)):
+        raise ValueError(f"{name} has {count} chunks, of which {len(sums)} are here, and nobody else writes the others")
     entry.crc32c = list(sums.values()) if len(sums) == 1 else [sums[at] for at in entry.indices if at in sums]
 
 
