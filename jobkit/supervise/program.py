@@ -78,6 +78,8 @@ _AWAY = re.compile(rf"\[Errno (?:{'|'.join(map(str, _GONE))})\]|: (?:{'|'.join(m
 
 _PART = 2
 """A step is left on the disk if it is larger than this part of the free memory."""
+_AHEAD_BYTES = 128 << 10
+"""Linux reads no more than this at one call, on most disks: what they read ahead by themselves."""
 
 
 def read_ahead(store: Store) -> bool:
@@ -89,9 +91,10 @@ def read_ahead(store: Store) -> bool:
         step = max(commits.steps(store), default=None)
         if step is None or (commit := commits.read(store, step)).nbytes > Memory().spare_bytes() // _PART:
             return False
-        for name in commit.files:
+        for name, nbytes in commit.sizes.items():
             with open(store.file(f"{contract.step_dir(step)}/{name}"), "rb", opener=names.opener) as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                for at in range(0, nbytes, _AHEAD_BYTES):
+                    os.posix_fadvise(file.fileno(), at, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         return True
     return False
 

@@ -110,13 +110,13 @@ def _committed(store: Store, nbytes: int) -> Path:
 def test_the_newest_step_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor has the step that is wanted in memory while the program starts; none that would fill it."""
     store = Store(tmp_path / "run")
-    path = _committed(store, 8 << 20)
+    path = _committed(store, 40 << 20)
     assert not _in_memory(path)
     with monkeypatch.context() as patch:
-        patch.setattr(Memory, "spare_bytes", lambda self: 15 << 20)
+        patch.setattr(Memory, "spare_bytes", lambda self: 79 << 20)
         assert not read_ahead(store)
     assert not _in_memory(path)
-    run = Supervised(tmp_path / "run", "sleep", "1")
+    run = Supervised(tmp_path / "run", "sleep", "2")
     run.wait_for(lambda: _in_memory(path))
     assert run.end()[0] == 0
     path.unlink()
