@@ -292,7 +292,8 @@ class Checkpoints:
             self.committed_step = max(commits.steps(self._store), default=-1)
             raise StorageError(f"step {step} of {self._store.url} was written but does not read back: {wrong[0]}")
         self._rehearsed = True
-        self._ledger.append("rehearsed", step=step, seconds=round(time.monotonic() - begun, 6))
+        if self._apart is None:  # else nobody has read the parts of the others
+            self._ledger.append("rehearsed", step=step, seconds=round(time.monotonic() - begun, 6))
 
     def _retain(self) -> None:
         faults.reach("before_retention")

@@ -69,7 +69,7 @@ def read(
 
 
 def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str] | None:
-    """Read a committed step the way a restore does, in this process alone.
+    """Read a committed step the way a restore does, in this process alone; of processes that share no disk, its part.
 
     Args:
         store: The run directory.
@@ -82,7 +82,10 @@ def read_back(store: Store, step: int, *, stop: Callable[[], bool]) -> list[str]
     Raises:
         JobkitError: If it could not be read, although its bytes are as they were written.
     """
-    part = bool(commits.read(store, step).parts)  # then no home has all of it
+    try:
+        part = bool(commits.read(store, step).parts)  # then no home has all of it
+    except DamagedError as error:
+        return [str(error)]
     wrong = commits.problems(store, step, stop=stop, part=part)
     if stop():
         return None

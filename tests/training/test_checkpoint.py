@@ -381,20 +381,21 @@ def test_a_changed_state_is_refused_before_anything_moves(life: Life) -> None:
     assert life.store.names(contract.SET_ASIDE) == []
 
 
-def test_a_save_that_does_not_read_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("damaged", "said"), [(largest, "crc32c"), (lambda *_: contract.COMMIT, "damaged")])
+def test_a_save_that_does_not_read_back(damaged: Any, said: str, tmp_path: Path) -> None:
     """Storage that corrupts what was written is found by the first save's rehearsal: set aside and said."""
     life = Life(tmp_path / "run")
 
     class Rotten(Ledger):
         def append(self, event: str, **fields: Any) -> None:  # type: ignore[override]
             if event == "saved":  # between the commit and the rehearsal
-                damage(life.store, fields["step"], largest(life.store, fields["step"]))
+                damage(life.store, fields["step"], damaged(life.store, fields["step"]))
             super().append(event, **fields)
 
     life.checkpoints._ledger = Rotten(life.store.file(contract.events_file(0, 0)))
     life.save(1)
     life.checkpoints.close()
-    with pytest.raises(StorageError, match=r"step 1 of .* was written but does not read back: .* crc32c"):
+    with pytest.raises(StorageError, match=rf"step 1 of .* was written but does not read back: .* {said}"):
         life.raise_error()
     assert commits.steps(life.store) == []
     assert life.checkpoints.committed_step == -1
