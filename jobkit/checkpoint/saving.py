@@ -167,7 +167,8 @@ class Save:
 
         done = self._group.share(f"committed/{self._number}", publish)
         if self._apart and not self._group.first:
-            parts.keep(self._store, self._group.index, done["steps"])
+            with contextlib.suppress(JobkitError):  # the step is committed; what cannot be removed now can be later
+                parts.keep(self._store, self._group.index, done["steps"])
         return bool(done["new"])
 
     def _publish_part(self, files: dict[str, Any]) -> str:
