@@ -67,8 +67,7 @@ class Checkpoints:
         self._store, self._attempt, self._keep, self._ledger = store, attempt, keep, ledger
         self._unsaved = unsaved or Unsaved(ledger, Heartbeat(None))
         self._busy, self._before_commit = busy, before_commit
-        self._group = group or Group("")
-        self._count = 0
+        self._group, self._count = group or Group(""), 0
         self._writer = orbax_io.Writer(stock=stock, group=self._group)
         self._spent: list[tuple[orbax_io.Writer, Save]] = []
         """Writers of saves that failed, which would raise what is left of that at the next."""
@@ -93,7 +92,7 @@ class Checkpoints:
     def _apart(self) -> Apart | None:
         """What processes that share no disk do otherwise; None where they share one."""
         shared = self._store.remote is None or self._group.count == 1
-        return None if shared else Apart(self._store, self._group, self._attempt)
+        return None if shared else Apart(self._store, self._group, self._attempt, self._ledger)
 
     @property
     def saving(self) -> bool:
@@ -366,8 +365,7 @@ class Checkpoints:
         if self._apart is not None:
             prepare()
         for turn in itertools.count():
-            apart = self._apart
-            step: int | None = apart.newest(turn) if apart else self._group.share(f"restore/{turn}", find)
+            step: int | None = self._apart.newest(turn) if self._apart else self._group.share(f"restore/{turn}", find)
             if step is None:
                 self._refuse_if_all_damaged()
                 return None
@@ -377,6 +375,10 @@ class Checkpoints:
                 return step
         raise AssertionError
 
+    def read(self, step: int, parts: Mapping[str, Part]) -> Callable[[], None]:
+        """Read a committed step, in every process; as `restore.read`."""
+        return self._apart.read(step, parts) if self._apart else read(self._store, step, parts)
+
     def _read(self, key: str, step: int, parts: Mapping[str, Part]) -> Callable[[], None] | None:
         """Read a step in all processes; return what puts its values into the parts.
 
@@ -385,7 +387,7 @@ class Checkpoints:
         give_back = None
         mine: dict[str, Any] = {}
         try:
-            give_back = self._apart.read(step, parts) if self._apart else read(self._store, step, parts)
+            give_back = self.read(step, parts)
         except DamagedError as error:
             mine = {"damaged": [str(error)]}
         except JobkitError as error:

@@ -16,7 +16,7 @@ from jobkit.checkpoint.layout.handler import nested
 from jobkit.checkpoint.leaves import Record, quoted
 from jobkit.errors import ConfigError, DamagedError, PackageError, StorageError, end_in_words
 from jobkit.rundir import commits, mirror, remote_steps, retention
-from jobkit.rundir.apart.fetching import Partial
+from jobkit.rundir.apart.fetching import Partial, wait_for
 from jobkit.rundir.store import Store
 
 
@@ -168,14 +168,20 @@ def bring(store: Store, step: int, *, attempt: int) -> None:
         raise StorageError(f"step {step} of {store.url} is damaged: {wrong[0]}; choose another step")
 
 
-def find_step(store: Store, step: int | str) -> int:
+def find_step(store: Store, step: int | str, *, apart: bool = False) -> int:
     """Return a committed and whole step: a number, 'latest' or 'best'.
+
+    Args:
+        store: The run directory.
+        step: What is meant.
+        apart: Whether processes that share no disk will read it: then it is one of the URL, once it is there.
 
     Raises:
         ConfigError: If there is none.
         StorageError: If it is damaged.
     """
-    known = commits.steps(store)
+    there = remote_steps.metrics(store.bucket) if apart else {}
+    known = sorted({*commits.steps(store), *there})
     if not known:
         if store.remote is None and not store.path.is_dir():
             raise ConfigError(f"{store.url} does not exist; give the directory of a run ('jobkit ls' lists those here)")
@@ -187,7 +193,7 @@ def find_step(store: Store, step: int | str) -> int:
         keep = retention.keep_of(store)
         if keep.best is None:
             raise ConfigError(f"{store.url} has no best step: its Run was given no keep_best=('metric', 'min')")
-        number = keep.best_of(commits.metrics(store))
+        number = keep.best_of(there | commits.metrics(store))
         if number is None:
             raise ConfigError(f"no committed step of {store.url} has the metric {keep.best[0]!r} yet")
     elif isinstance(step, int) and not isinstance(step, bool):
@@ -197,6 +203,9 @@ def find_step(store: Store, step: int | str) -> int:
         raise ConfigError(f"step {step!r} is neither a whole number nor 'latest' nor 'best'; write step={meant}")
     if number not in known:
         raise ConfigError(f"step {number} of {store.url} is not committed; committed are {', '.join(map(str, known))}")
+    if apart:
+        wait_for(store, number)
+        return number
     wrong = commits.problems(store, number, values=False)  # those are checked as they are read
     if wrong:
         raise StorageError(f"step {number} of {store.url} is damaged: {wrong[0]}; choose another step")

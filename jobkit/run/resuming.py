@@ -116,14 +116,14 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 
 
 def find(session: Session, step: int | str) -> int:
-    """Return the step that `Run.restore` means, once it is in the home: it may be on the run's URL alone."""
+    """Return the step that `Run.restore` means, once it is in the home: it may be on the run's URL alone.
+
+    Of several processes that share no disk each reads it from there, as far as its own home does not have it.
+    """
     remote = session.store.remote
     wanted = session.checkpoints.best_step() if step == "best" else step
     if remote is not None and session.group.count > 1:
-        there = remote_steps.steps(remote)
-        wanted = step = max(there, default=-1) if wanted == "latest" else wanted if isinstance(wanted, int) else step
-        if wanted in commits.steps(session.store):
-            remote_steps.complete(session.store, int(wanted))
+        return find_step(session.store, step, apart=True)
     absent = isinstance(wanted, int) and wanted not in commits.steps(session.store)
     if remote is not None and absent and wanted in remote_steps.steps(remote):
         bring(session.store, int(wanted), attempt=session.attempt)

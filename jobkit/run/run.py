@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, TypeVar
 
 from jobkit import faults
 from jobkit.checkpoint.kinds import ValuePart
-from jobkit.checkpoint.restore import restore
 from jobkit.checkpoint.schedule import SaveEvery
 from jobkit.data.epoch import Epoch
 from jobkit.drill.settings import drill_from
@@ -201,7 +200,7 @@ class Run:
         session.checkpoints.wait()
         self._asks += 1
         number: int = session.group.share(f"find/{self._asks}", lambda: resuming.find(session, step))
-        restore(self._store, number, parts)
+        session.checkpoints.read(number, parts)()
         return number
 
     # The loop.

@@ -12,8 +12,9 @@ from jobkit.checkpoint.restore import fetch
 from jobkit.contract import Exit
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.apart import parts
-from jobkit.rundir.store import Store
+from jobkit.rundir.store import Store, home_of
 from tests.harness import training
+from tests.harness.jobs import children, until
 from tests.training.test_gathering import Attempt, attempt, end  # noqa: F401
 
 TRAIN = """
@@ -151,6 +152,39 @@ def test_other_numbers_of_processes(attempt: Attempt, tmp_path: Path) -> None:  
         assert number == 0 or server.bytes_out - before < 1.1 * holds
 
 
+BEST = """
+import os, numpy as np, jobkit
+jobkit.initialize()
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+def made(step):
+    value = np.full((8, 4), step, np.float32)
+    return jax.make_array_from_callback(value.shape, rows, lambda at: value[at])
+with jobkit.Run(os.environ["JOBKIT_RUN"], save_every=None, keep=1, keep_best=("loss", "min")) as run:
+    state = run.resume(array=made(0), seen=0)
+    for step in run.steps(4):
+        state.array, state.seen = made(step + 1), step + 1
+        run.save(loss=abs(step + 1 - 2))
+    for wanted, at in (("best", 2), ("latest", 4), (2, 2)):
+        assert run.restore(wanted) == state.seen == at
+        for shard in state.array.addressable_shards:
+            assert np.array_equal(shard.data, np.full(shard.data.shape, at, np.float32))
+    try:
+        run.restore(99)
+    except jobkit.ConfigError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_the_best_step_comes_back(attempt: Attempt) -> None:  # noqa: F811
+    """After the loop each process has its shards of the best step back, and of the newest, which is on its way up."""
+    ends = [end(process, 300) for process in [attempt.start(index, 2, BEST) for index in range(2)]]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert all("step 99 of" in printed for _, printed in ends)
+
+
 @pytest.mark.slow
 def test_started_by_hand(attempt: Attempt, tmp_path: Path) -> None:  # noqa: F811
     """Processes whose parts nobody would carry to the URL are refused, with the remedy; nothing is written there."""
@@ -175,3 +209,79 @@ def test_started_by_hand(attempt: Attempt, tmp_path: Path) -> None:  # noqa: F81
     assert [code for code, _ in ends] == [Exit.CONFIG] * 2, ends
     assert all("start them with jobkit submit" in printed for _, printed in ends)
     assert attempt.remote.find() == before
+
+
+IMPATIENT = "from jobkit.rundir.apart import fetching; fetching._UPLOADED_S = 4.0\n"
+
+
+def held(run: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[Path]]:
+    """Return the newest step that two homes have both parts of, and where each has its own."""
+    places = []
+    for index in range(2):
+        with monkeypatch.context() as there:
+            there.setenv(contract.ENV_HOME, str(tmp_path / f"node-{index}"))
+            places.append(home_of(run.url, index) / contract.CHECKPOINTS)
+    steps = [int(path.parent.name) for path in places[1].glob("*/part-1.json")]
+    return max(step for step in steps if (places[0] / str(step) / contract.COMMIT).exists()), places
+
+
+def both_die(run: Attempt, point: str) -> None:
+    """Have both supervisors killed while they carry their part of step 10, which is not committed on the URL then."""
+    fault = {contract.ENV_FAULT: f"{point}:2@0"}
+    for process in [run.start(index, 2, program(20, 0.1), **fault) for index in range(2)]:
+        end(process, 300)
+    assert remote_steps.steps(run.remote) == [0]
+
+
+@pytest.mark.slow
+def test_a_slow_bucket_loses_no_step(
+    attempt: Attempt,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: str,
+) -> None:
+    """What all homes have is waited for; what does not come stays there, and the next attempt goes on from it."""
+    both_die(attempt, "before_part")
+    step, places = held(attempt, tmp_path, monkeypatch)
+    assert step >= 10
+    assert attempt.claim() == 1
+    attempt.server.faults.fail(503, count=None, match=r"^upload.*checkpoints/")
+    started = [attempt.start(index, 2, IMPATIENT + program(20), number=1) for index in range(2)]
+    until(lambda: all(children(process.pid) for process in started), "both programs have begun", seconds=60)
+    until(lambda: not any(children(process.pid) for process in started), "both have ended", seconds=120)
+    assert [(places[index] / str(step)).is_dir() for index in range(2)] == [True, True]
+    assert attempt.server.faults.fired["fail"]
+    attempt.server.faults.clear()
+    ends = [end(process, 120) for process in started]
+    assert [code for code, _ in ends] == [Exit.STORAGE] * 2, ends
+    assert attempt.claim() == 2
+    ends = train(attempt, 2, 20, number=2)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert f"attempt 2 resumes at step {step} of" in ends[0][1]
+    assert digest(attempt, tmp_path, monkeypatch) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_damaged_part_is_not_waited_for(
+    index: int,
+    attempt: Attempt,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: str,
+) -> None:
+    """A part that was damaged before it was carried is set aside in its home, and all go on from the step before."""
+    both_die(attempt, "before_part")
+    step, places = held(attempt, tmp_path, monkeypatch)
+    victim = max((path for path in (places[index] / str(step)).rglob("*") if path.is_file()), key=_size)
+    victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
+    assert attempt.claim() == 1
+    ends = train(attempt, 2, 20, number=1)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "is damaged" in ends[index][1]
+    assert list((places[index] / ".set-aside").glob(f"{step}-*/{victim.relative_to(places[index] / str(step))}"))
+    assert digest(attempt, tmp_path, monkeypatch) == undisturbed
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size

@@ -7,10 +7,11 @@ from typing import Any
 from jobkit import contract
 from jobkit.checkpoint.kinds import Part
 from jobkit.checkpoint.restore import read
-from jobkit.errors import DamagedError
+from jobkit.errors import DamagedError, say
 from jobkit.group import Group
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.apart import fetching, parts
+from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
 
 _HELD_S = 600.0
@@ -26,25 +27,47 @@ class Apart:
         store: The run; this process's home.
         group: The processes.
         attempt: Number of the attempt.
+        ledger: Where it is written what becomes of steps that are not gone on from.
     """
 
-    def __init__(self, store: Store, group: Group, attempt: int) -> None:
-        self._store, self._group, self._attempt = store, group, attempt
+    def __init__(self, store: Store, group: Group, attempt: int, ledger: Ledger) -> None:
+        self._store, self._group, self._attempt, self._ledger = store, group, attempt, ledger
 
     def newest(self, turn: int) -> int | None:
         """Choose the step that all go on from; what a home has of newer ones, which never became whole, goes.
 
         Raises:
-            JobkitError: If the URL cannot be read.
+            JobkitError: If the URL cannot be read, or a step that all homes have does not get there.
         """
+        self._set_damaged_aside()
         held = {str(step): crc for step, crc in parts.held(self._store, self._group.index).items()}
         said = self._group.gather(f"held/{turn}", held, _HELD_S)
         step: int | None = self._group.share(f"restore/{turn}", lambda: fetching.newest(self._store, said))
         if step is not None and self._group.first and step not in commits.steps(self._store):
             name = remote_steps.commit_name(step)  # retention, and metrics that come later, ask for it
             self._store.write(name, self._store.bucket.read(name))
-        parts.drop_newer(self._store, step)
+        self._drop_newer(step)
         return step
+
+    def _set_damaged_aside(self) -> None:
+        """Move what this home has of steps that are not on the URL yet out of the way, if it is damaged."""
+        there = max(remote_steps.steps(self._store.bucket), default=-1)
+        for step in self._store.numbers(contract.CHECKPOINTS):
+            if step > there and (wrong := parts.problems(self._store, step, self._group.index)):
+                commits.check_newest(self._store.bucket, self._attempt, f"set step {step} aside")
+                moved = commits.set_aside(self._store, step, wrong)
+                self._ledger.append("set_aside", step=step, reason=wrong[0], moved_to=str(moved), durable=True)
+                say(f"this process's part of step {step} is damaged: {wrong[0]}; set aside as {moved}")
+
+    def _drop_newer(self, step: int | None) -> None:
+        """Remove what this home has of steps that are newer than the one all go on from."""
+        newer = [number for number in self._store.numbers(contract.CHECKPOINTS) if step is None or number > step]
+        if newer:
+            commits.check_newest(self._store.bucket, self._attempt, "remove steps")
+        for number in newer:
+            commits.remove(self._store, number)
+            self._ledger.append("removed", step=number, reason="not all processes have their part of it")
+            say(f"step {number} is not gone on from: not all processes have their part of it")
 
     def read(self, step: int, given: Mapping[str, Part]) -> Callable[[], None]:
         """Read what this process needs of a step; as `restore.read`."""

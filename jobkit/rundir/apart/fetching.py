@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jobkit import contract
-from jobkit.errors import DamagedError, JobkitError
+from jobkit.errors import DamagedError, StorageError
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.apart import parts
 from jobkit.rundir.commits import Commit
@@ -16,37 +16,47 @@ from jobkit.rundir.remote import carry
 from jobkit.rundir.store import Store, in_words
 
 _UPLOADED_S, _POLL_S = 300.0, 2.0
-"""How long the supervisors may take to carry what all homes still have, and how often it is looked."""
+"""How long nothing more may come of what supervisors carry there, and how often it is looked."""
 Place = tuple[str, int, int]
 """File of a step, relative to it, offset and length."""
 
 
 def newest(store: Store, said: list[Mapping[str, str]]) -> int | None:
-    """Return the newest step that is committed on the URL, or will be in a moment; None if there is none.
+    """Return the newest step that is committed on the URL, once what all homes have is there; None if there is none.
 
     Args:
         store: The run; process 0's home.
         said: What each process holds, as `parts.held` says, with the steps as text.
+
+    Raises:
+        JobkitError: If the URL does not answer, or what all homes have does not get there: no reason to lose it.
     """
-    remote = store.bucket
-    there = remote_steps.steps(remote)
+    there = remote_steps.steps(store.bucket)
     for step in reversed(commits.steps(store)):
         if there and step <= there[-1]:
             break
-        with contextlib.suppress(JobkitError):
-            if parts.expected(commits.read(store, step), said) and _comes(store, step):
-                return step
+        if parts.expected(commits.read(store, step), said):
+            wait_for(store, step)
+            return step
     return max(there, default=None)
 
 
-def _comes(store: Store, step: int) -> bool:
-    """Wait until a step whose parts are all in the homes is on the URL; tell whether it is."""
-    deadline = time.monotonic() + _UPLOADED_S
-    while remote_steps.commit_name(step) not in store.bucket.find(contract.step_dir(step)):
-        if time.monotonic() >= deadline:
-            return False
+def wait_for(store: Store, step: int) -> None:
+    """Wait until a step that the homes have is on the URL, as long as more of it still gets there.
+
+    Raises:
+        StorageError: If no more does, or the URL does not answer.
+    """
+    seen, deadline = -1, 0.0
+    while remote_steps.commit_name(step) not in (there := store.bucket.find(contract.step_dir(step))):
+        if (size := sum(there.values())) > seen:
+            seen, deadline = size, time.monotonic() + _UPLOADED_S
+        elif time.monotonic() >= deadline:
+            raise StorageError(
+                f"step {step} does not get from the homes of its processes to {store.url}: nothing of it has come for "
+                f"{_UPLOADED_S:g} s, and it stays where it is"
+            )
         time.sleep(_POLL_S)
-    return True
 
 
 class Partial:
@@ -76,7 +86,10 @@ class Partial:
             JobkitError: If the URL cannot be read, or the home not written.
         """
         step, url = self._step, self._home.url
-        content = self._remote.read(remote_steps.commit_name(step))
+        try:
+            content = self._remote.read(remote_steps.commit_name(step))
+        except FileNotFoundError:
+            raise StorageError(f"step {step} of {url} is not there any more") from None
         self.commit: Commit = commits.parse(content, step, where=f"{url}/{remote_steps.commit_name(step)}")
         saved = self.commit.processes
         everyone = range(saved) if saved != self._count else [self._process]

@@ -15,7 +15,7 @@ from jobkit import contract, faults, names
 from jobkit.errors import StorageError
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord
-from jobkit.rundir.files import crc32c, remove_tree, sync_directory, sync_tree
+from jobkit.rundir.files import checksum, crc32c, remove_tree, sync_directory, sync_tree
 from jobkit.rundir.store import Store, in_words
 
 
@@ -79,6 +79,33 @@ def publish(store: Store, stage: Path, part: Part) -> str:
     return crc32c(content)
 
 
+def problems(store: Store, step: int, process: int) -> list[str]:
+    """Check every byte of the part of a step that a process has in its home; return what is wrong, if it is there.
+
+    Raises:
+        StorageError: If the storage does not answer, which says nothing of the step.
+    """
+    if process == 0:
+        return commits.problems(store, step, part=True) if step in commits.steps(store) else []
+    name = name_of(step, process)
+    if (content := store.get(name)) is None:
+        return []
+    try:
+        part = parse(content)
+    except (msgspec.MsgspecError, ValueError) as error:
+        return [f"{name} is damaged: {error}"]
+    wrong = []
+    for file, record in part.files.items():
+        try:
+            same = checksum(store.file(f"{contract.step_dir(step)}/{file}")) == (record.size, record.crc32c)
+        except OSError as error:
+            wrong.append(f"{file} cannot be read: {error.strerror}")
+            continue
+        if not same:
+            wrong.append(f"{file} differs from its checksum")
+    return wrong
+
+
 def held(store: Store, process: int) -> dict[int, str]:
     """Return the steps of which a process has its part, with the part's checksum."""
     there = ((step, store.get(name_of(step, process))) for step in store.numbers(contract.CHECKPOINTS))
@@ -90,13 +117,6 @@ def keep(store: Store, process: int, steps: Container[int]) -> None:
     for step in store.numbers(contract.CHECKPOINTS):
         if step not in steps and store.exists(name_of(step, process)):
             commits.remove(store, step)
-
-
-def drop_newer(store: Store, step: int | None) -> None:
-    """Remove what a home has of steps that are newer than the one all go on from: they never became whole."""
-    for number in store.numbers(contract.CHECKPOINTS):
-        if step is None or number > step:
-            commits.remove(store, number)
 
 
 def drop_partial(store: Store) -> None:
@@ -115,6 +135,8 @@ def expected(commit: Commit, said: list[Mapping[str, str]]) -> bool:
         commit: A step of process 0's home.
         said: What each process holds: step, as text, and checksum.
     """
+    if not commit.parts:  # of a process that was alone then: all of it is in this home
+        return True
     if len(said) != commit.processes:
         return False
     return all(

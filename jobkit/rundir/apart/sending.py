@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from jobkit import contract, faults, names
-from jobkit.errors import DamagedError, StorageError
+from jobkit.errors import DamagedError, JobkitError, StorageError, SupersededError
 from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.apart import parts
 from jobkit.rundir.apart.parts import Part
@@ -75,30 +75,42 @@ class Sender:
         return len(self._done) > before
 
     def _carry(self, *, leaving: bool) -> str:
-        """Carry what is new; say what is still waited for, '' if nothing is."""
+        """Carry what is new, whatever of it fails; say what is still waited for, '' if nothing is."""
         waiting = ""
         if not leaving and time.monotonic() < self._looked + _POLL_S:
             return waiting
         self._looked = time.monotonic()
+        failed: JobkitError | None = None
         for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
-            name = remote_steps.commit_name(step) if self._process == 0 else parts.name_of(step, self._process)
-            if (content := self._store.get(name)) is None or self._done.get(step) == (crc := crc32c(content)):
-                continue
-            sent = self._sent.get(step)
-            if sent is None or sent.crc != crc:
-                begun = time.monotonic()
-                if remote_steps.commit_name(step) in self._store.bucket.find(contract.step_dir(step)):
-                    self._done[step] = crc
-                    continue
-                if not self._push(step, content, shown=leaving):
-                    continue
-                sent = self._sent[step] = _Sent(crc, begun, time.monotonic())
-                self._seen.pop(step, None)
-            if missing := self._commit(step, sent, leaving=leaving):
-                waiting = waiting or f"step {step} of {self._store.url} waits for {missing}"
-            else:
-                self._done[step] = crc
+            try:
+                if missing := self._carry_step(step, leaving=leaving):
+                    waiting = waiting or f"step {step} of {self._store.url} waits for {missing}"
+            except SupersededError:
+                raise
+            except JobkitError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return waiting
+
+    def _carry_step(self, step: int, *, leaving: bool) -> str:
+        """Carry what this home has of a step, unless that is done; say what of it is still waited for."""
+        name = remote_steps.commit_name(step) if self._process == 0 else parts.name_of(step, self._process)
+        if (content := self._store.get(name)) is None or self._done.get(step) == (crc := crc32c(content)):
+            return ""
+        sent = self._sent.get(step)
+        if sent is None or sent.crc != crc:
+            begun = time.monotonic()
+            if remote_steps.commit_name(step) in self._store.bucket.find(contract.step_dir(step)):
+                self._done[step] = crc
+                return ""
+            if not self._push(step, content, shown=leaving):
+                return ""
+            sent = self._sent[step] = _Sent(crc, begun, time.monotonic())
+            self._seen.pop(step, None)
+        if not (missing := self._commit(step, sent, leaving=leaving)):
+            self._done[step] = crc
+        return missing
 
     def _push(self, step: int, content: bytes, *, shown: bool) -> bool:
         """Carry the files of a part, and then what makes it one; False if the home has lost it meanwhile."""
