@@ -15,7 +15,7 @@ from collections.abc import Callable
 from jobkit import contract
 from jobkit.errors import JobkitError, StorageError, SupersededError, say
 from jobkit.rundir import commits, growing_files, mirror, remote_steps, retention
-from jobkit.rundir.apart.sending import Sender
+from jobkit.rundir.apart.sending import MissingPartError, Sender
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store
 
@@ -77,7 +77,8 @@ class Uploader:
         """Carry everything that is left and end.
 
         Raises:
-            StorageError: If the newest committed step is not on the URL after `deadline_s`; it stays in the home.
+            StorageError: If the newest committed step is not on the URL after `deadline_s`, or lacks a part of another
+                process before that; it stays in the home.
         """
         if self._store.remote is None:
             return
@@ -96,7 +97,7 @@ class Uploader:
             except SupersededError:
                 raise
             except JobkitError as error:
-                if time.monotonic() >= end:
+                if time.monotonic() >= end or isinstance(error, MissingPartError):
                     raise StorageError(f"{error}; the newest saves wait in {self._store.path}") from error
                 self._fails("the rest", error)
                 time.sleep(_TICK_S)

@@ -27,6 +27,12 @@ _GIVE_UP_S = 600.0
 """How long a part may come later than the first one; the step is none then."""
 _TAKE_OVER_S, _TAKE_OVER_LEAVING_S = 60.0, 15.0
 """How long process 0's supervisor may take for a commit, before another one makes it."""
+_OTHERS_S = 120.0
+"""How long process 0's supervisor stays at the end for parts of others, once all that it carries itself is there."""
+
+
+class MissingPartError(StorageError):
+    """A part that another process carries has not come, and is waited for no longer."""
 
 
 class _Sent(NamedTuple):
@@ -60,17 +66,18 @@ class Sender:
 
         Raises:
             SupersededError: If a newer attempt has begun on the URL.
-            JobkitError: If something cannot be carried, or what is waited for at the end does not come.
+            MissingPartError: If what is waited for at the end does not come.
+            JobkitError: If something cannot be carried.
         """
         before = len(self._done)
         while waiting := self._carry(leaving=until is not None):
             if until is None:
                 break
-            last = max((sent.at for sent in self._sent.values()), default=0.0)
-            if self._process and time.monotonic() - last > 2 * _TAKE_OVER_LEAVING_S:
+            since = time.monotonic() - max((sent.at for sent in self._sent.values()), default=0.0)
+            if self._process and since > 2 * _TAKE_OVER_LEAVING_S:
                 break  # what is missing is not this one's
-            if time.monotonic() >= until:
-                raise StorageError(waiting)
+            if time.monotonic() >= until or (not self._process and since > _OTHERS_S):
+                raise MissingPartError(waiting)
             time.sleep(_POLL_S)
         return len(self._done) > before
 
