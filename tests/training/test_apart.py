@@ -1,5 +1,6 @@
 """Several processes that share nothing but a bucket: each saves its part, the URL has the step, all go on from it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -259,7 +260,18 @@ def both_die(run: Attempt, point: str) -> None:
     fault = {contract.ENV_FAULT: f"{point}:2@0"}
     for process in [run.start(index, 2, program(20, 0.1), **fault) for index in range(2)]:
         end(process, 300)
+    until(lambda: not _programs(run.url), "the programs, which save once more without them, have ended", seconds=60)
     assert remote_steps.steps(run.remote) == [0]
+
+
+def _programs(url: str) -> list[Path]:
+    """Return the processes of a run on this machine."""
+    found, run = [], f"{contract.ENV_RUN}={url}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if run in environ.read_bytes().split(b"\0"):
+                found.append(environ.parent)
+    return found
 
 
 @pytest.mark.slow
