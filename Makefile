@@ -43,7 +43,7 @@ ifdef CI
 test: test-all
 else
 test: lint types $(SLURM) $(BROWSER)
-	$(TESTS) -m "not slow"
+	$(TESTS) -m "not slow" @tests/apart.txt
 endif
 
 check: lint types
@@ -59,9 +59,10 @@ search: $(READY)
 
 # With a container engine: CI installs and starts one where none answers (tests/harness/engine.py). Tests about time come
 # first and alone, and what fails is run once more, to tell a race from a fault (tests/harness/classify.py).
-test-all: lint types $(SLURM) $(BROWSER) $(LOADERS) .venv/.slurm-26.05
-	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=30 @tests/apart.txt
-	$(MAKE) -s docs test-slurm-26.05 test-newest
+test-all: $(READY)
+	$(MAKE) -s -j3 lint types docs $(SLURM) $(BROWSER) $(LOADERS) .venv/.slurm-26.05 .venv/.libraries-newest
+	$(BIN)/python -m tests.harness.engine $(TESTS) --durations=60 @tests/apart.txt
+	$(MAKE) -s test-slurm-26.05 test-newest
 
 # What takes minutes and has a neighbour in test-all that differs in little, and the versions between: before a release.
 test-apart: $(READY) $(SLURM) $(BROWSER) $(LOADERS)

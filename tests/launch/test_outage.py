@@ -42,6 +42,7 @@ def told_by_runner(store: Store) -> list[str]:
     return store.read("runner.log").decode().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "writes"),
     [

@@ -127,6 +127,7 @@ def test_many_attempts(chromium: browser.Browser, tmp_path: Path) -> None:
     assert chromium.evaluate("document.querySelector('.lanes').getBoundingClientRect().height") < 1600
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     """`jobkit report` writes page and picture where it is told to, says where, and shows runs in a terminal."""
     project = Project(tmp_path)

@@ -341,6 +341,7 @@ def test_one_point_that_cannot_be_asked_keeps_no_other(project: jobs.Project, mo
     registry.cancel(first.url)
 
 
+@pytest.mark.slow
 def test_a_point_that_begins_while_its_sweep_is_cancelled(
     project: jobs.Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def on_a_terminal(project: Project, *arguments: str) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_run_acts_on_a_terminal(project: Project) -> None:
     """Last lines, metric names and the name of the run reach no terminal raw, by no command; JSON says the same."""
     run, words = f"{project.runs}/r", ("--max-failures", "0", "--", sys.executable, "evil.py", json.dumps(EVIL))

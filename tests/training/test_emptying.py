@@ -228,6 +228,7 @@ emptying.empty(Store(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_kill_while_it_is_emptied_harms_nothing(times: int, gcs: GcsServer) -> None:
     """Killed with a step half removed, the home has less in it and nothing damaged; a second try finishes."""

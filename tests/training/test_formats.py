@@ -76,6 +76,7 @@ def test_the_points_of_a_sweep_of_a_newer_format(tmp_path: Path) -> None:
         specs.read(Store(run / "points/0"))
 
 
+@pytest.mark.slow
 def test_a_program_of_an_older_jobkit_leaves_the_run_alone(tmp_path: Path) -> None:
     """It ends with 78 before it claims an attempt, which would end a newer one that is alive."""
     run = newer(tmp_path / "run")

@@ -81,6 +81,7 @@ def test_quick_steps_are_missed_after_a_minute() -> None:
     assert program.dog.silence() is None
 
 
+@pytest.mark.slow
 @given(st.floats(0.01, 400.0), st.integers(8, 40))
 def test_slow_steps_are_waited_for(step_s: float, count: int) -> None:
     """Whatever a step takes, ten times that is no silence, nor a minute; more than both is."""

@@ -99,6 +99,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(steps=STEPS)
 def test_whatever_is_killed_a_reader_sees_the_beginning(

@@ -191,6 +191,7 @@ def test_notice_after_the_last_step(tmp_path: Path, undisturbed: Path) -> None:
     assert_same(url, undisturbed)
 
 
+@pytest.mark.slow
 def test_notice_in_the_last_step(tmp_path: Path, undisturbed: Path) -> None:
     """A notice while the last step runs: the run commits the end and is done, not preempted."""
     url = tmp_path / "run"
@@ -629,6 +630,7 @@ def _two_runs(url: str) -> None:
                 run.state.total += 1
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_program(tmp_path: Path) -> None:
     """Two runs one after the other work alone; submitted as one run, the second is refused instead of mixed in."""
     assert training.attempt(tmp_path / "run", function=_two_runs) == (0, "")

@@ -75,6 +75,7 @@ def test_an_installed_package_that_is_too_old(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_attempt_s_ledger_names_them(tmp_path: Path) -> None:
     """What trained an attempt is in its ledger, and in what it has committed."""
     code, printed = training.attempt(tmp_path / "run", steps=2)

@@ -87,6 +87,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 SAVES = "import sys, jax.numpy as jnp, jobkit; jobkit.save(sys.argv[1], model={'w': jnp.full(5000, 2.0)})"
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves(tmp_path: Path) -> None:
     """SIGKILL at any point leaves the old or the new parts, whole; the next save takes what was left away."""
     points = {"after_data": 1.0, "before_rename": 1.0, "after_rename": 2.0, "during_retention": 2.0}

@@ -137,6 +137,7 @@ for step in (3,):
         assert told.stdout.splitlines() == ["StorageError"], (below, told.stderr)
 
 
+@pytest.mark.slow
 def test_a_bad_sector_is_damage(store: Store, tmp_path: Path) -> None:
     """A file that answers EIO for good is damaged; for a moment, it is not."""
     script = "commits._BAD_SECTOR_S = 4.0\nprint(commits.problems(store, 3))"
