@@ -4,43 +4,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobkit import contract
 from launch.lifecycle import run_status, submission
+from tests.cloud.conftest import GCP
 from tests.fakes.gcp_batch_server import BatchServer, RefusedError
-from tests.fakes.gcs_server import GcsServer
 from tests.harness.desk import URL, Desk
-from tests.launch.test_conformance import PROGRAM
-
-GCP = ("submit", "--on", "gcp", "--region", "us-central1", "--image", "registry/train:1", "--run", URL)
-
-
-@pytest.fixture
-def gcs() -> Iterator[GcsServer]:
-    """Run an emulated bucket."""
-    with GcsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def batch(gcs: GcsServer) -> Iterator[BatchServer]:
-    """Run a batch service."""
-    with BatchServer(gcs.environment()) as server:
-        yield server
-
-
-@pytest.fixture
-def desk(tmp_path: Path, gcs: GcsServer, batch: BatchServer, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    """Seat a user at the two."""
-    user = Desk(tmp_path, gcs)
-    user.use(monkeypatch, gcs.environment() | batch.environment)
-    user.write(PROGRAM, "job.py")
-    return user
 
 
 def submit(

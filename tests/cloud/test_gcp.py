@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +29,13 @@ from launch.lifecycle import run_status, submission
 from launch.report import follow
 from launch.spec.cloud_options import RETRIED, Cloud
 from launch.spec.jobspec import JobSpec
+from tests.cloud.conftest import GCP
 from tests.fakes.batch_vm import Containers
 from tests.fakes.gcp_batch_server import BatchServer, Job, RefusedError, checked
-from tests.fakes.gcs_server import GcsServer
 from tests.harness import training
-from tests.harness.desk import NAME, TRAIN, URL, Desk
+from tests.harness.desk import NAME, URL, Desk
 from tests.harness.engine import Engine
 from tests.harness.jobs import ROOT
-
-GCP = ("submit", "--on", "gcp", "--region", "us-central1", "--image", "registry/train:1", "--run", URL)
-
-
-@pytest.fixture
-def gcs() -> Iterator[GcsServer]:
-    """Run an emulated bucket."""
-    with GcsServer() as server:
-        yield server
-
-
-@pytest.fixture
-def batch(gcs: GcsServer) -> Iterator[BatchServer]:
-    """Run a batch service; nothing of its jobs is left at the end of a test."""
-    with BatchServer(gcs.environment()) as server:
-        yield server
-        ids = [job.id for job in server.jobs.values() if job.over]
-    assert not [pid for job in ids for pid in processes.with_environment("JOBKIT_JOB", job) if processes.alive(pid)]
-
-
-@pytest.fixture
-def desk(tmp_path: Path, gcs: GcsServer, batch: BatchServer, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    """Seat a user at the two."""
-    user = Desk(tmp_path, gcs)
-    user.use(monkeypatch, gcs.environment() | batch.environment)
-    user.write(TRAIN)
-    return user
 
 
 def submit(desk: Desk, *options: str, command: tuple[str, ...] = ("python", "train.py", "0.1")) -> str:
