@@ -27,6 +27,7 @@ def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> S
 
     Raises:
         ConfigError: If it cannot work; nothing is left behind then.
+        JobkitError: If a service does not answer.
 
     Durability: the run is on storage on return, and goes on without this process.
     """
@@ -40,6 +41,12 @@ def submit(spec: JobSpec, *, on: Backend | None = None, wait: bool = False) -> S
 
 def status(run: str | os.PathLike[str]) -> Status:
     """Read what a run is doing.
+
+    Args:
+        run: URL of the run directory, or of a sweep.
+
+    Returns:
+        Its status; of a sweep with one for each point.
 
     Raises:
         JobkitError: If it is not a run, or its run.json is damaged.
@@ -66,10 +73,15 @@ def resume(
         new_code: Whether it goes on with the code as it is now, in the directory that it was submitted from; it does so
             too if it is done.
         command: With `new_code`, its command from now on; empty for the one that it has.
-        setup: Lines of `--setup`, which no run directory has; empty to go on without.
+        setup: Lines of `--setup`, which no run directory has; empty to go on without; None for those it had.
+
+    Returns:
+        The run's status on return; of one that is done, and stays so, with that state.
 
     Raises:
-        ConfigError: If the run is alive, or nothing has changed.
+        ConfigError: If the run is alive, its backend refuses it, it has lines of `--setup` that are not known here, or
+            with `new_code` nothing has changed.
+        JobkitError: If it is not a run, or its storage or a service does not answer.
     """
     if command and not new_code:
         raise ConfigError("a run goes on with the command that it has; with another one: new_code=True")
@@ -82,7 +94,15 @@ def resume(
 
 
 def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = PATIENCE_S) -> Answer:
-    """Have a run commit the step in progress now, and go on; see `launch.backends.save_and_stop.save`.
+    """Have a run commit the step in progress now, and go on.
+
+    Args:
+        run: URL of the run directory.
+        wait: Whether to wait until it is committed.
+        timeout_s: How long to wait.
+
+    Returns:
+        Which attempt was asked, whether it is done, and the newest committed step.
 
     Raises:
         ConfigError: If nothing of the run trains.
@@ -92,7 +112,15 @@ def save(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = P
 
 
 def stop(run: str | os.PathLike[str], *, wait: bool = True, timeout_s: float = PATIENCE_S) -> Answer:
-    """Have a run commit and stop until somebody resumes it; see `launch.backends.save_and_stop.stop`.
+    """Have a run commit and stop until somebody resumes it.
+
+    Args:
+        run: URL of the run directory.
+        wait: Whether to wait until nothing of it runs any more.
+        timeout_s: How long to wait for a run that was not submitted; one that was gets its grace, and is then killed.
+
+    Returns:
+        Which attempt was asked, whether it is done, and the newest committed step.
 
     Raises:
         ConfigError: If the run is done, or was not submitted and does not run.
@@ -108,8 +136,12 @@ def cancel(run: str | os.PathLike[str], *, wait: bool = True) -> Status:
         run: URL of the run directory.
         wait: Whether to wait until nothing of it runs any more.
 
+    Returns:
+        The run's status on return.
+
     Raises:
         ConfigError: If the run is already done.
+        JobkitError: If it is not a run, or its storage or a service does not answer.
     """
     registry.cancel(run, wait=wait)
     return status(run)

@@ -226,10 +226,11 @@ def export_params(
         step: A committed step, 'latest' or 'best'.
 
     Returns:
-        The names of the exported leaves.
+        The names of the exported leaves, as `params/dense/kernel`; each has its dtype and its whole shape.
 
     Raises:
-        ConfigError: If there is no such step, no parameter in it, or `out` exists.
+        ConfigError: If there is no such step, no parameter in it, or `out` exists or cannot be written.
+        StorageError: If the step is damaged, or the storage does not answer.
     """
     store = Store(url)
     target = Path(out).expanduser().absolute()

@@ -26,10 +26,11 @@ class Batches:
     makes, every batch whose turn is its own. All get equally many.
 
     Args:
-        source: An array, a tuple or dict of arrays with the same first axis, or a list of examples: shuffled anew in
-            each epoch. Or a function of (seed, epoch) that returns the batches of one epoch: a list, a generator, a
-            tf.data dataset, a torch DataLoader, ... `seed` is an integer below 2**31 of that epoch's own, to shuffle
-            with; called again with the same two, it has to return the same batches.
+        source: An array of shape (rows, ...), a tuple or dict of arrays with as many rows, or a list of examples:
+            shuffled anew in each epoch. A batch has the same form, with `batch_size` rows, divided by the number of
+            processes that share it. Or a function of (seed, epoch) that returns the batches of one epoch: a list, a
+            generator, a tf.data dataset, a torch DataLoader, ... `seed` is an integer below 2**31 of that epoch's own,
+            to shuffle with; called again with the same two, it has to return the same batches.
         batch_size: Rows of a batch, over all processes; only for arrays and lists.
         seed: Makes the order of each epoch.
         shuffle: Whether arrays and lists are shuffled.
@@ -100,6 +101,10 @@ class Batches:
     def __next__(self) -> Any:
         """Return the next batch, of the next epoch after the last one.
 
+        Returns:
+            Rows in the form that the source has, of numpy's, with a first axis of `batch_size` (the last batch of an
+            epoch may have fewer); or what the function made, as it is.
+
         Raises:
             ConfigError: If an epoch has no batch.
         """
@@ -159,7 +164,7 @@ class Batches:
         for.
 
         Args:
-            values: Numbers or 0-d arrays.
+            values: Numbers, or arrays of shape (); they are added up as float32.
         """
         for name, value in values.items():
             value = value.astype("float32") if hasattr(value, "astype") else np.float32(value)
@@ -183,6 +188,9 @@ class Batches:
 
         Where the rows are divided into others now, it goes on with the row that comes next, if a batch begins there,
         else with the first one of the epoch, and says so.
+
+        Args:
+            state: What `state_dict` returned.
         """
         if state["seed"] != self._seed:
             say(f"Batches: the run began with seed {state['seed']} and goes on with it; seed={self._seed} is not used")

@@ -59,7 +59,7 @@ class Notice:
         return None if self.deadline_s is None else self.at_s + self.deadline_s
 
     def left_s(self) -> float | None:
-        """Return the seconds until then."""
+        """Return the seconds until then, below 0 when it is over; None where nobody said."""
         return None if self.deadline_at is None else self.deadline_at - time.monotonic()
 
 

@@ -43,7 +43,10 @@ class EarlyStopping:
         """Take the metric of one validation, and tell whether to stop; NaN is no improvement.
 
         Args:
-            value: A number or a 0-d array.
+            value: A number, or an array of shape ().
+
+        Returns:
+            Whether to stop; the same as `should_stop` from then on.
         """
         number = float(value)
         best = math.inf if self.best is None else self._sign * self.best
@@ -58,5 +61,9 @@ class EarlyStopping:
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         self.best, self.waited = state["best"], state["waited"]

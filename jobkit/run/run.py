@@ -150,7 +150,9 @@ class Run:
 
         NNX objects, iterators and generators are changed in place; pytrees and numbers live in `run.state` from here
         on, and may become something else as training goes on (another dtype, a list that grows): give what they are at
-        the start, in every attempt. A damaged checkpoint is set aside, loudly, and the next older one is used.
+        the start, in every attempt. An array comes back with its dtype, its shape and the sharding that it has in what
+        is given, whatever that was when it was saved. A damaged checkpoint is set aside, loudly, and the next older one
+        is used.
 
         Args:
             parts: Everything the next step depends on, by name: model, optimizer, RNGs, data iterator, ... Give
@@ -184,7 +186,7 @@ class Run:
 
         Raises:
             Preempted: If the training has not come to its end and a stop was said: what is committed goes on later.
-            ConfigError: Inside `steps()`, or if there is no such step.
+            ConfigError: Before `resume`, inside `steps()`, or if there is no such step.
             StorageError: If the step is damaged.
         """
         session, parts = self._session, self._saving.parts
@@ -239,6 +241,9 @@ class Run:
         Args:
             step: Completed steps.
 
+        Returns:
+            Whether to save.
+
         Raises:
             ConfigError: If `resume` was not called, or inside `steps()`, which saves by itself.
         """
@@ -267,6 +272,9 @@ class Run:
 
         Args:
             total: Steps of the whole run, over all attempts.
+
+        Yields:
+            The number of the step in progress, counted from 0: so many steps are completed.
 
         Raises:
             Preempted: On a notice, once the state is committed: SystemExit with code 75.
@@ -298,6 +306,10 @@ class Run:
                 iterator.
             steps_per_epoch: Steps of an epoch, where the data does not tell.
 
+        Yields:
+            An epoch: an integer from 0 on, and an iterator over what is left of its batches, as the data gives them, or
+            without data of its steps, numbered as in `steps`.
+
         Raises:
             Preempted: On a notice, once the state is committed: SystemExit with code 75.
             ConfigError: As in `steps`; if the end of an epoch is not known, the data is no part of the run, or an epoch
@@ -324,6 +336,9 @@ class Run:
         Args:
             items: What to go through: what is left of the run's epochs, say.
 
+        Yields:
+            The items.
+
         Raises:
             Preempted: On a notice: SystemExit with code 75.
             ConfigError: If `resume` was not called, or inside `steps()`.
@@ -344,11 +359,12 @@ class Run:
         Args:
             step: Completed steps; only in a loop of one's own.
             wait: Return only when the save is committed; only in a loop of one's own.
-            metrics: Named numbers kept with the checkpoint; `keep_best` chooses by one of them.
+            metrics: Named numbers, or arrays of shape (), kept with the checkpoint; `keep_best` chooses by one of them.
 
         Raises:
             Preempted: In a loop of one's own, on a notice, once the step is committed: SystemExit with code 75.
-            ConfigError: If called before `resume`, or with a step inside `steps()`.
+            ConfigError: If called before `resume`, or with a step inside `steps()`; if the step is less than were
+                completed, a metric is no number, or the one of `keep_best` is missing where only the best is saved.
             StorageError: With `wait`, if the save could not be committed.
         """
         session, boundary, ending, saving = self._session, self._boundary, self._ending, self._saving
@@ -394,10 +410,11 @@ class Run:
         on storage before that step is committed; a step that an interruption makes run twice counts once.
 
         Args:
-            values: Numbers or 0-d arrays.
+            values: Numbers, or arrays of shape (), of any dtype that is a number.
 
         Raises:
-            ConfigError: If a value is not a number; never after a notice, when nothing may keep a step from its commit.
+            ConfigError: Before the run is open, or if a value is not a number; never after a notice, when nothing may
+                keep a step from its commit.
         """
         session = self._session
         for name, value in list(values.items()):

@@ -66,13 +66,13 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """A run at one moment; JSON has null where a number is not known.
 
     Args:
-        state: One of `contract.State`.
-        attempt: Number of the newest attempt.
-        attempts: How many attempts there were.
+        run, name, backend, command: As they were submitted.
+        state: 'queued', 'running', 'requeued', 'done', 'failed' or 'cancelled'.
+        attempt, attempts: Number of the newest attempt; how many there were.
         step: Completed steps; of the running attempt, or where the last one ended.
         committed_step: Newest committed step.
         phase: What the running program is doing.
-        metrics: Newest logged values.
+        metrics: Newest logged values; null where a value is not finite.
         reason: Why the run is in this state, one clause.
         submitted, started, updated: Times of the submit, the newest attempt, the newest sign of life (epoch, s); of a
             run that was started by hand the first is when its first attempt began.

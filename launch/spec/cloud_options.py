@@ -69,7 +69,11 @@ class Cloud(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: int | None = None
 
     def restarts(self, most: int) -> int:
-        """Return how often one job is started again by a service that does so at most so often."""
+        """Return how often a service starts one job again.
+
+        Args:
+            most: How often it does so at most.
+        """
         return most if self.max_restarts is None else min(most, self.max_restarts)
 
     @property

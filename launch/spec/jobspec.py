@@ -97,7 +97,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         return int(self.sbatch.get("ntasks-per-node") or 1)
 
     def used_up(self, spent_s: float) -> str:
-        """Say which limit of the run is used up; '' while none is.
+        """Return which limit of the run is used up, as a clause; '' while none is.
 
         Args:
             spent_s: Seconds in attempts, all together.
@@ -109,7 +109,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def point(self, number: int) -> "JobSpec":
-        """Return the specification of one point of a sweep."""
+        """Return the specification of one point of a sweep.
+
+        Args:
+            number: The point's number, from 0 on.
+        """
         values = sweep.values(self.sweep, number)
         return msgspec.structs.replace(
             self,
@@ -123,7 +127,11 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def same_job(self, other: "JobSpec") -> bool:
-        """Tell whether both run the same command on the same code."""
+        """Return whether both run the same command on the same code.
+
+        Args:
+            other: What to compare with.
+        """
         return (self.command, self.sweep, self.code) == (other.command, other.sweep, other.code)
 
 

@@ -35,6 +35,13 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
     async def async_save(self, directory: Any, args: "DirectSave") -> list[Any]:
         """Take the arrays off the devices; what writes them is returned, for Orbax to wait for.
 
+        Args:
+            directory: Where; it exists and is empty.
+            args: What to save.
+
+        Returns:
+            One future of Orbax's, done when the files are written.
+
         Raises:
             ConfigError: If the tree cannot be written so.
         """
@@ -44,6 +51,10 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
     def save(self, directory: Any, args: "DirectSave") -> None:
         """Write a tree, and return when it is written.
 
+        Args:
+            directory: Where; it exists and is empty.
+            args: What to save.
+
         Raises:
             ConfigError: If the tree cannot be written so.
         """
@@ -52,13 +63,18 @@ class DirectCheckpointHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
     def restore(self, directory: Any, args: "DirectRestore | None" = None) -> Any:
         """Read a tree, every chunk checked against its crc32c.
 
+        Args:
+            directory: What `save` has written.
+            args: What to restore; None for all of it.
+
         Returns:
             The arrays in the tree of `args.item`, each placed on devices as there; without one, arrays of numpy's in
             nested dicts.
 
         Raises:
-            ConfigError: If the item has leaves that the checkpoint lacks, or another handler wrote it.
-            DamagedError: If it is damaged.
+            ConfigError: If the item has leaves that the checkpoint lacks, or of another dtype or shape, or another
+                handler wrote it.
+            StorageError: If it is damaged.
         """
         root = File(directory)
         table = reading.table_of(root)
@@ -195,7 +211,8 @@ class DirectRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
     """What `DirectCheckpointHandler` is to restore.
 
     Args:
-        item: A tree of arrays, or of `jax.ShapeDtypeStruct` with shardings, as it was saved; None for all as numpy.
+        item: A tree of arrays, or of `jax.ShapeDtypeStruct` with shardings, of the names, dtypes and shapes that were
+            saved; None for all as numpy.
     """
 
     item: Any = None

@@ -40,10 +40,11 @@ def load(url: str | os.PathLike[str], /, *, step: int | str = "latest", **parts:
         parts: As for `Run.resume`, any subset; NNX objects and iterators are changed in place.
 
     Returns:
-        A namespace holding the value parts by name.
+        A namespace holding the value parts by name, each array in its dtype and shape, and on the devices that what was
+        given for it is on.
 
     Raises:
-        ConfigError: If there is no such step or part, or shapes differ.
+        ConfigError: If there is no such step or part, or shapes or structure differ.
         StorageError: If the step is damaged.
     """
     made = _parts(parts)
