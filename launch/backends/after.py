@@ -102,7 +102,7 @@ def check_backend(backend: Backend, spec: JobSpec) -> None:
     Raises:
         ConfigError: With the remedy.
     """
-    if spec.after and "after" not in backend.reads:
+    if spec.after and not backend.waits:
         raise ConfigError(f"--after {spec.after}: a job --on {backend.name} cannot wait for a run; {_instead(spec)}")
 
 

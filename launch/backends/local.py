@@ -28,6 +28,7 @@ from launch.spec import container
 from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
 from launch.spec.jobspec import JobSpec
+from launch.spec.profiles import refuse_foreign
 
 _ELSEWHERE_S = 2.0
 """How often a run that another machine runs is looked at."""
@@ -44,7 +45,8 @@ class Local(Backend):
     """
 
     name = "local"
-    reads = frozenset({"container", "after"})
+    options = frozenset({"ntasks-per-node", "container-runtime", "mount"})
+    waits = True
     runtimes = (container.DOCKER,)
     processes_here = True
 
@@ -55,6 +57,7 @@ class Local(Backend):
         """See `Backend`. In an image nothing here is looked for."""
         if spec.setup:
             raise ConfigError("--setup is for jobs; on this machine set up the shell that you submit from")
+        refuse_foreign(spec, self.name, self.options)
         plan = submission.prepare(spec, elsewhere=spec.container is not None, look=look)
         if spec.container is not None:
             container.refuse_foreign(spec.container, self.name, self.runtimes)

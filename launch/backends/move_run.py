@@ -112,7 +112,7 @@ def _fitting(store: Store, place: Placement, setup: Sequence[str] | None, spec: 
     merged = msgspec.structs.replace(
         _merged(spec, place, same=not moves),
         setup=tuple(setup or ()),
-        setup_digest=spec.setup_digest if setup is None and "setup" in backend.reads else "",
+        setup_digest=spec.setup_digest if setup is None and "setup" in backend.options else "",
     )
     with_setup(store, merged, setup)
     specs.check(merged)

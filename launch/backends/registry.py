@@ -38,9 +38,13 @@ def named(name: str) -> Backend:
     return _BY_NAME[name]
 
 
-def reading(field: str) -> list[str]:
-    """Name the backends that read a field of a specification; see `Backend.reads`."""
-    return [name for name, backend in _BY_NAME.items() if field in backend.reads]
+OPTIONS = frozenset[str]().union(*(each.options for each in _BY_NAME.values()))
+"""Options that not every backend has to know."""
+
+
+def knowing(option: str) -> list[str]:
+    """Name the backends that know an option; see `Backend.options`."""
+    return [name for name, backend in _BY_NAME.items() if option in backend.options]
 
 
 def of(store: Store) -> Backend:

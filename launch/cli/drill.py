@@ -111,15 +111,14 @@ def drill(
 def _options(backend: "Backend", command: tuple[str, ...], given: Mapping[str, Any]) -> "Options":
     """Read how a program is to be drilled."""
     from jobkit.units import duration_s
-    from launch.cli.options import container_of
+    from launch.cli.options import container_of, refuse_foreign
     from launch.drill.drill import Options, default_jobs
     from launch.spec.jobspec import JobSpec, fresh_place
 
     full, steps, at, partition = given["full"], given["steps"], given["at"], given["partition"]
     sbatch = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in given["sbatch"])}
     sbatch |= {"partition": partition} if partition else {}
-    if sbatch and "sbatch" not in backend.reads:
-        raise ConfigError("--partition and --sbatch are for --on slurm")
+    refuse_foreign(backend, {}, given)
     if full and steps is not None:
         raise ConfigError(f"--full and --steps {steps}: give one of them")
     if at is not None and steps is not None and at >= steps - 1:

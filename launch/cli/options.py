@@ -20,7 +20,7 @@ _OPTIONS = (
     click.option("--account", help="SLURM: account. [default: the cluster's]"),
     click.option("--qos", help="SLURM: quality of service. [default: the cluster's]"),
     click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]"),
-    click.option("--ntasks-per-node", type=int, help="Processes per node, on SLURM and local. [default: 1]"),
+    click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]"),
     click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8."),
     click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process. [default: the cluster's]"),
     click.option("--mem", help="SLURM: memory per node, such as 64G. [default: the cluster's]"),
@@ -28,8 +28,8 @@ _OPTIONS = (
     click.option("--constraint", help="SLURM: features that nodes must have."),
     click.option("--sbatch", multiple=True, metavar="NAME[=VALUE]", help="SLURM: any other option of sbatch."),
     click.option("--image", help="Container image with jobkit in it, on every backend."),
-    click.option("--container-runtime", help="Of --image. SLURM: apptainer, singularity, pyxis. local: docker."),
-    click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="Of --image: what to see inside too."),
+    click.option("--container-runtime", help="SLURM, local: apptainer, singularity or pyxis; docker."),
+    click.option("--mount", multiple=True, metavar="SOURCE[:TARGET]", help="SLURM, local: what is in --image too."),
     click.option("--project", help="gcp: project. [default: the credentials' own]"),
     click.option("--region", help="gcp, aws: region. [default: gcp: that of --zones]"),
     click.option("--zones", metavar="ZONE,...", help="gcp: zones to try. [default: all of the region]"),
@@ -122,23 +122,19 @@ def placement(options: dict[str, Any], given: dict[str, Any]) -> "Placement":
 
     name = given["on"] or options.get("on", "local")
     backend = registry.named(name)
-    managed = "cloud" in backend.reads
+    refuse_foreign(backend, options, given)
+    managed = not backend.options.isdisjoint(cloud.OPTIONS)
     sbatch = {str(key): str(value) for key, value in options.get("sbatch", {}).items()}
     for text in given["sbatch"]:
         key, _, value = text.lstrip("-").partition("=")
         sbatch[key] = value
     sbatch |= {key: str(value) for key in SBATCH if (value := _choose(key, options, given)) is not None}
     time = sbatch.pop("time", "") if managed else ""
-    foreign = [] if "sbatch" in backend.reads else [option for option in sbatch if option != "ntasks-per-node"]
-    if foreign:
-        raise ConfigError(_foreign(foreign[0], "sbatch", name))
     tables = {table: options.get(table, {}) | _pairs(given[table], table) for table in ("env", "secret", "label")}
     plain = [option for option in cloud.OPTIONS if option not in tables]
     asked = {option: value for option in plain if (value := _choose(option, options, given)) is not None}
     asked |= {option: table for option, table in tables.items() if table}
     container = container_of(backend, asked.pop("image", None), given, options) if not managed else None
-    if asked and not managed:
-        raise ConfigError(_foreign(next(iter(asked)), "cloud", name))
     fields = cloud.fields_of(asked, time=time) if managed else None
     max_time = _choose("max-time", options, given)
     return Placement(
@@ -161,15 +157,22 @@ def setup_lines(options: Mapping[str, Any], given: Iterable[str], name: str) -> 
     from launch.backends import registry
 
     lines = (*map(str, options.get("setup", ())), *given)
-    if lines and "setup" not in registry.named(name).reads:
-        raise ConfigError(_foreign("setup", "setup", name))
+    refuse_foreign(registry.named(name), {}, {"setup": lines})
     return lines
 
 
-def _foreign(option: str, field: str, name: str) -> str:
+def refuse_foreign(backend: "Backend", options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse an option, of a profile or of the command line, that its backend does not know.
+
+    Raises:
+        ConfigError: With the backends that do.
+    """
     from launch.backends import registry
 
-    return f"--{option} is for --on {' or '.join(registry.reading(field))}; this is --on {name}"
+    for option in sorted(registry.OPTIONS - backend.options):
+        if given.get(option.replace("-", "_")) not in (None, ()) or options.get(option) is not None:
+            knowing = " or ".join(registry.knowing(option))
+            raise ConfigError(f"--{option} is for --on {knowing}; this is --on {backend.name}")
 
 
 def container_of(

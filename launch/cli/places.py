@@ -52,8 +52,8 @@ def doctor(profile: str | None, probe: bool, as_json: bool, **given: Any) -> Non
     place = placement({"on": "slurm"} | options, given)
     backend = registry.named(place.backend)
     run = str(given["run"] or options.get("run", ""))
-    if probe and "sbatch" not in backend.reads:
-        raise ConfigError(f"--probe is for --on {' or '.join(registry.reading('sbatch'))}")
+    if probe and "sbatch" not in backend.options:
+        raise ConfigError(f"--probe is for --on {' or '.join(registry.knowing('sbatch'))}")
     if probe and not run:
         raise ConfigError("--probe writes to the place where runs will lie: give --run URL")
     spec = JobSpec(

@@ -74,14 +74,16 @@ class Backend(ABC):
 
     Attributes:
         name: As `--on` and run.json have it.
-        reads: Fields of `JobSpec` for some backends alone that are for it: sbatch, cloud, container, setup, after.
+        options: Those that it knows of the options that not every backend has, as the command line spells them.
+        waits: Whether a run of it can start after another one.
         runtimes: Runtimes of containers that it knows, its default first.
         processes_here: Whether its runs are processes of the machine that submits: those can be watched, signalled and
             taken over.
     """
 
     name: ClassVar[str]
-    reads: ClassVar[frozenset[str]] = frozenset()
+    options: ClassVar[frozenset[str]] = frozenset()
+    waits: ClassVar[bool] = False
     runtimes: ClassVar[tuple[str, ...]] = ()
     processes_here: ClassVar[bool] = False
 

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobkit.errors import ConfigError
-from launch.spec.cloud_options import OPTIONS
+from launch.spec.cloud_options import OPTIONS, Cloud
 from launch.spec.container import Container
+from launch.spec.jobspec import JobSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,36 @@ SBATCH = (
     "constraint",
 )  # fmt: skip
 """Options of sbatch that are options of `jobkit submit` too."""
+
+
+def refuse_foreign(spec: JobSpec, backend: str, known: Collection[str]) -> None:
+    """Refuse a specification with an option that its backend would not look at.
+
+    Args:
+        spec: The specification.
+        backend: Name of its backend.
+        known: See `Backend.options`.
+
+    Raises:
+        ConfigError: With the option.
+    """
+    for option in _asked(spec):
+        if option not in known:
+            raise ConfigError(f"--{option} means nothing to --on {backend}: leave it out")
+
+
+def _asked(spec: JobSpec) -> Iterator[str]:
+    """Name the options of `Backend.options` that a specification has."""
+    yield from (name if name in SBATCH else "sbatch" for name in spec.sbatch)
+    if spec.container is not None:
+        yield "container-runtime"
+    cloud, default = spec.cloud or Cloud(), Cloud()
+    for name, option in OPTIONS.items():
+        field = option.field or name.replace("-", "_")
+        if name != "image" and getattr(cloud, field) != getattr(default, field):
+            yield name
+
+
 _OPTIONS: dict[str, Any] = (
     {
         "name": str,
@@ -84,7 +115,7 @@ DEFAULT = "default"
 """The profile that applies by itself."""
 _ANYWHERE = frozenset({
     "name", "run", "grace", "max-failures", "stall", "snapshot", "shared", "notify", "array-parallelism", "image",
-    "mount", "max-time", "max-cost",
+    "max-time", "max-cost",
 })  # fmt: skip
 """Options that mean the same on every backend."""
 

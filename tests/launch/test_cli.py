@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import jobkit
 from jobkit.rundir.store import Store
 from launch.backends import registry
+from launch.cli import options
 from launch.lifecycle import run_status
 from tests.harness import jobs
 from tests.harness.jobs import Project, until, until_over, until_stepping
@@ -89,6 +91,59 @@ def test_mistakes(project: Project, arguments: list[str], message: str, monkeypa
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert sorted(project.path.parent.rglob("*")) == before
+
+
+VALUES = {
+    "time": "1:00:00", "env": "A=b", "secret": "A=b", "label": "a=b", "gpus": "L4:1", "boot-disk-size": "200GB",
+    "memory": "4GiB", "max-time": "1h", "nodes": "2", "mount": "/data",
+}  # fmt: skip
+"""A value of each option for which the word `1` is none."""
+TABLES = ("sbatch", "env", "secret", "label")
+
+
+def placing() -> dict[str, set[str]]:
+    """Return the options that say where a run runs and on what, and the backends that the help of each is for."""
+    command = options.placement_options(click.command("none")(lambda: None))
+    prefix = re.compile(r"(?:^|\. )((?:(?:local|SLURM|gcp|aws)(?:, )?)+): ")
+    names = {}
+    for option in command.params:
+        assert isinstance(option, click.Option)
+        assert option.help is not None
+        backends = {name.lower() for found in prefix.findall(option.help) for name in found.split(", ")}
+        names[max(option.opts, key=len).removeprefix("--")] = backends or set(registry.NAMES)
+    return names
+
+
+def toml(option: str) -> str:
+    """Return a value of an option as a profile has it."""
+    numbers = ("nodes", "ntasks-per-node", "cpus-per-task", "max-restarts", "cpus", "price-per-hour", "max-cost")
+    by_option = (
+        dict.fromkeys(TABLES, '{A = "b"}') | dict.fromkeys(numbers, "1") | {"mount": '["/data"]', "spot": "true"}
+    )
+    return by_option.get(option, f'"{VALUES.get(option, "1")}"')
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_an_option_of_another_backend(project: Project, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each option is refused, with the backends that know it, on every backend that its help does not name.
+
+    The same from a profile.
+    """
+    monkeypatch.chdir(project.path)
+    refused = {"command line": set(), "profile": set()}
+    foreign = {option for option, backends in placing().items() if name not in backends}
+    for option in placing():
+        value = [] if option == "spot" else [VALUES.get(option, "1")]
+        given = jobs.command_line("submit", "--on", name, f"--{option}", *value, "--dry-run", "--", "no such program")
+        (project.path / "jobkit.toml").write_text(f"[profile.p]\n{option} = {toml(option)}\n")
+        table = jobs.command_line("submit", "--on", name, "--profile", "p", "--dry-run", "--", "no such program")
+        for way, done in (("command line", given), ("profile", table)):
+            assert done.returncode == 2, (option, way)
+            if found := re.search(r"--(\S+) is for --on (.*); this is --on (\w+)", done.stderr):
+                assert (found[1], found[3]) == (option, name)
+                assert set(found[2].split(" or ")) == placing()[option], done.stderr
+                refused[way].add(option)
+    assert refused == {"command line": foreign, "profile": foreign}
 
 
 def test_failed_write_leaves_nothing(project: Project) -> None:

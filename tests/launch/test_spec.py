@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.store import Store
+from launch.backends import registry
 from launch.backends.slurm import doctor
 from launch.lifecycle import notify, troubles
 from launch.spec import jobspec as specs
@@ -53,6 +54,37 @@ def test_round_trip(spec: JobSpec) -> None:
 
     content = specs.encode(spec, "local")
     assert msgspec.convert(json.loads(content)["spec"], JobSpec) == spec
+
+
+FOREIGN = {
+    "partition": {"sbatch": {"partition": "low"}},
+    "sbatch": {"sbatch": {"mail-type": "FAIL"}},
+    "container-runtime": {"container": Container(image="i")},
+    "setup": {"setup": ("module load x",)},
+    "region": {"cloud": Cloud(region="r")},
+    "spot": {"cloud": Cloud(spot=False)},
+    "zones": {"cloud": Cloud(zones=("r-a",))},
+    "boot-disk-size": {"cloud": Cloud(boot_disk_gb=9)},
+    "secret": {"cloud": Cloud(secrets={"A": "b"})},
+    "queue": {"cloud": Cloud(queue="q")},
+    "execution-role": {"cloud": Cloud(execution_role="arn")},
+    "memory": {"cloud": Cloud(memory_mib=512)},
+}
+"""An option that not every backend has, and what a specification has for it."""
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_what_a_backend_does_not_know(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python too each backend refuses what it would not look at, by the option's name; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    backend = registry.named(name)
+    foreign = FOREIGN.keys() - backend.options
+    assert foreign
+    run = str(tmp_path / "r") if "region" in foreign else "gs://bucket/r"
+    for option in foreign:
+        with pytest.raises(ConfigError, match=rf"--{option} (means nothing to --on {name}|is for jobs)"):
+            backend.check(JobSpec(command=("true",), run=run, **FOREIGN[option]), look=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_created_once(tmp_path: Path) -> None:

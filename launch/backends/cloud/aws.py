@@ -15,7 +15,7 @@ from jobkit.errors import ConfigError, JobkitError
 from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import aws_doctor
-from launch.backends.cloud.managed import Managed, command, variables
+from launch.backends.cloud.managed import OPTIONS, Managed, command, variables
 from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import Cloud
 from launch.spec.finding import Finding
@@ -40,9 +40,14 @@ _SIGN_IN = (
 
 
 class Aws(Managed):
-    """The AWS Batch backend."""
+    """The AWS Batch backend.
+
+    Args:
+        cloud: What its jobs ask for; by default what the specification has.
+    """
 
     name = "aws"
+    options = OPTIONS | {"queue", "execution-role", "cpus", "memory"}
     scheme = "s3"
     restarts = 9
     """retryStrategy.attempts is 1..10, the first one included."""
@@ -53,9 +58,6 @@ class Aws(Managed):
         assert cloud is not None
         if not cloud.queue:
             raise ConfigError("no job queue: give --queue, one of those of 'aws batch describe-job-queues'")
-        for name in ("project", "zones", "machine_type", "network", "subnetwork", "boot_disk_gb"):
-            if getattr(cloud, name):
-                raise ConfigError(f"--{name.replace('_', '-')} is for --on gcp; on AWS the queue's environment decides")
         if cloud.gpus and not cloud.gpus.rpartition(":")[2].isdecimal():
             raise ConfigError(f"--gpus {cloud.gpus!r}: on AWS give their number; the queue's environment has the type")
         if cloud.secrets and not cloud.execution_role:

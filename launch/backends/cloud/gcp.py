@@ -17,7 +17,7 @@ from jobkit.rundir.remote import identity
 from jobkit.rundir.store import Store
 from launch.backends.cloud import gcp_doctor, gcp_request
 from launch.backends.cloud.googleapi import GoogleError, Session
-from launch.backends.cloud.managed import Managed
+from launch.backends.cloud.managed import OPTIONS, Managed
 from launch.lifecycle import run_status
 from launch.lifecycle.run_status import Job
 from launch.spec.cloud_options import RETRIED, Cloud
@@ -31,9 +31,14 @@ _ACTIVE = (*_PENDING, "RUNNING", "CANCELLATION_IN_PROGRESS", "DELETION_IN_PROGRE
 
 
 class Gcp(Managed):
-    """The Google Batch backend."""
+    """The Google Batch backend.
+
+    Args:
+        cloud: What its jobs ask for; by default what the specification has.
+    """
 
     name = "gcp"
+    options = OPTIONS | {"project", "zones", "machine-type", "spot", "network", "subnetwork", "boot-disk-size"}
     scheme = "gs"
     restarts = gcp_request.RESTARTS
 

@@ -36,12 +36,17 @@ from launch.spec import jobspec as specs
 from launch.spec.cloud_options import Cloud
 from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
+from launch.spec.profiles import refuse_foreign
 
 _POLL_S = 1.0
 _HEARD_S = 15.0
 """How long a VM may take to hear of a cancel in the bucket, on top of the grace, before the service is told."""
 
 
+OPTIONS = frozenset({
+    "ntasks-per-node", "time", "region", "gpus", "max-restarts", "env", "secret", "label", "service-account", "setup",
+})  # fmt: skip
+"""Of `Backend.options` what every service has."""
 _SCHEMES = ("gs", "gcs", "s3", "s3a")
 COMMAND = ("env", "--block-signal=TERM,INT", "python3", "-P", "-m", "launch.backends.cloud.vm_job")
 """What the container runs, with the run's URL. To PID 1 a signal without a handler is lost: `env` holds them back."""
@@ -54,7 +59,6 @@ class Managed(Backend):
         cloud: What its jobs ask for; by default what the specification has.
     """
 
-    reads = frozenset({"cloud", "setup"})
     scheme: ClassVar[str]
     """Of the URLs of the buckets that its jobs are signed in to."""
     restarts: ClassVar[int]
@@ -141,6 +145,7 @@ class Managed(Backend):
         return self._completed(spec)
 
     def _completed(self, spec: JobSpec) -> JobSpec:
+        refuse_foreign(spec, self.name, self.options)
         cloud = spec.cloud or Cloud()
         cloud_options.check(cloud, grace_s=spec.grace_s)
         return self.complete(msgspec.structs.replace(spec, cloud=cloud))

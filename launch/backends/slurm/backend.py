@@ -27,6 +27,7 @@ from launch.spec import jobspec as specs
 from launch.spec.command import check_code, in_container
 from launch.spec.finding import Finding
 from launch.spec.jobspec import JobSpec
+from launch.spec.profiles import SBATCH, refuse_foreign
 
 
 class Slurm(Backend):
@@ -38,7 +39,8 @@ class Slurm(Backend):
     """
 
     name = batch_script.BACKEND
-    reads = frozenset({"sbatch", "container", "setup", "after"})
+    options = frozenset({*SBATCH, "sbatch", "container-runtime", "mount", "setup"})
+    waits = True
     runtimes = ("apptainer", "singularity", container.PYXIS)
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -48,6 +50,7 @@ class Slurm(Backend):
         """See `Backend`. In an image nothing here is looked for."""
         if self._options is not None:
             spec = msgspec.structs.replace(spec, sbatch=dict(self._options))
+        refuse_foreign(spec, self.name, self.options)
         check_options(spec.sbatch, grace_s=spec.grace_s)
         if spec.after and "dependency" in spec.sbatch:
             raise ConfigError("--after is a dependency, and --sbatch dependency would replace it: give one of them")
