@@ -173,9 +173,21 @@ class Remote:
         objects = (path for path, size in sizes.items() if size or (path and not path.endswith("/")))
         return {path: sizes[path] for path in names.sift(objects, where=self.url)}
 
+    def has(self, name: str) -> bool:
+        """Tell whether there is an object, with one small request however large it is."""
+        try:
+            self._call("read", _first_byte, name)
+        except FileNotFoundError:
+            return False
+        return True
+
     def numbers(self, name: str) -> list[int]:
-        """List what there is below a name, as far as it begins with a number, in rising order."""
-        below = {found.removeprefix(f"{name}/").partition("/")[0] for found in self.find(name)}
+        """List what there is right below a name and is a number, in rising order; one request per thousand of them."""
+        try:
+            listing = self._call("list", "ls", name, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        below = {path.rstrip("/").rpartition("/")[2] for path in listing}
         return sorted(number for entry in below if (number := names.number(entry)) is not None)
 
     def modified(self, name: str) -> float:
@@ -243,6 +255,14 @@ class Remote:
         """Write an object's content to a local file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(self.read(name))
+
+
+def _first_byte(fs: Any, path: str, **options: Any) -> None:
+    try:
+        fs.cat_file(path, start=0, end=1, **options)
+    except Exception as error:
+        if _code(error) != 416:  # it has none
+            raise
 
 
 def _remove_generation(fs: Any, path: str, generation: str, timeout: float) -> None:

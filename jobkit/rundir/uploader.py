@@ -8,11 +8,12 @@ Under a dead bucket the training goes on; saves wait in the home, as many as ret
 """
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable
 
-from jobkit import contract
+from jobkit import contract, decode
 from jobkit.errors import JobkitError, StorageError, SupersededError, say
 from jobkit.rundir import commits, growing_files, mirror, remote_steps, retention
 from jobkit.rundir.apart.sending import MissingPartError, Sender
@@ -232,10 +233,11 @@ class Outbox:
     def __init__(self, store: Store, attempt: int) -> None:
         self._store, self._attempt = store, attempt
         self._stamps: dict[str, tuple[int, int]] = {}
-        self._senders: dict[str, growing_files.Sender] | None = None
-        """None until it is known what is on the URL."""
-        self._left: list[str] = []
-        """Files of earlier attempts that are not on the URL as they are here."""
+        self._senders: dict[str, growing_files.Sender] = {}
+        self._left: list[str] | None = None
+        """Files of earlier attempts that are not on the URL as they are here; None until it has been looked."""
+        self._unsure = {attempt}
+        """The attempts of this home of which it is not written down that all is on the URL."""
 
     def upload(self, described: list[str], *, final: bool, go_on: Callable[[], bool]) -> bool:
         """Carry what is new, small files first; tell whether everything is on the URL now.
@@ -254,16 +256,21 @@ class Outbox:
     def upload_earlier(self, *, go_on: Callable[[], bool]) -> bool:
         """Carry only what earlier attempts left; tell whether all of that is on the URL now.
 
+        What the home says of that is not believed: somebody may have removed something there.
+
         Args:
             go_on: Asked before each part of a log or ledger.
 
         Raises:
             JobkitError: If the URL cannot be written.
         """
+        self._left = self._begin(believe=False)
         return self._send([], final=True, go_on=go_on)
 
     def _send(self, wanted: list[str], *, final: bool, go_on: Callable[[], bool]) -> bool:
-        senders = self._begin() if self._senders is None else self._senders
+        if self._left is None:
+            self._left = self._begin(believe=True)
+        sizes = {attempt: self._sizes(attempt) for attempt in self._unsure} if final else {}
         wanted = [*wanted, *self._left]
         for name in wanted:
             if not growing_files.is_growing(name):
@@ -271,31 +278,39 @@ class Outbox:
         done = True
         # Ledgers before logs: they are smaller, and say more.
         for name in sorted(filter(growing_files.is_growing, wanted)):
-            sender = senders.setdefault(name, growing_files.Sender(self._store, name, {}))
-            done = sender.send(go_on) and done
+            done = self._sender(name).send(go_on) and done
         if done:
             self._left = []
+            for attempt, here in sizes.items():  # as they were before they were sent
+                if here:
+                    with contextlib.suppress(JobkitError):  # then it is asked once more
+                        self._store.write(_sent_file(attempt), json.dumps(here).encode())
         return done
 
-    def _begin(self) -> dict[str, growing_files.Sender]:
-        """See what is on the URL already."""
+    def _sizes(self, attempt: int) -> dict[str, int]:
+        return {name: self._store.size(name) for name in files_in(self._store, contract.attempt_dir(attempt))}
+
+    def _sender(self, name: str) -> growing_files.Sender:
+        if (sender := self._senders.get(name)) is None:
+            parts = growing_files.grouped(self._store.bucket.find(f"{name}.d")).get(name, {})
+            sender = self._senders[name] = growing_files.Sender(self._store, name, parts)
+        return sender
+
+    def _begin(self, *, believe: bool) -> list[str]:
+        """List what earlier attempts left in this home; what others have there costs no request."""
         remote = self._store.bucket
-        there = growing_files.grouped(remote.find(contract.ATTEMPTS))
-        code = remote.find(contract.CODE)
-        for name in (f"{contract.CODE}/{file}" for file in self._store.names(contract.CODE)):
-            if (info := self._store.stat(name)) is not None and code.get(name) == info.st_size:
+        code = [f"{contract.CODE}/{file}" for file in self._store.names(contract.CODE)]
+        there = remote.find(contract.CODE) if code else {}
+        for name in code:
+            if (info := self._store.stat(name)) is not None and there.get(name) == info.st_size:
                 self._stamps[name] = info.st_size, info.st_mtime_ns  # named by its content
+        left = []
         for attempt in (number for number in self._store.numbers(contract.ATTEMPTS) if number < self._attempt):
-            for name in files_in(self._store, contract.attempt_dir(attempt)):
-                sent = growing_files.size_of(there[name]) if name in there else -1
-                if self._store.size(name) > sent if growing_files.is_growing(name) else sent < 0:
-                    self._left.append(name)
-        self._senders = {
-            name: growing_files.Sender(self._store, name, parts)
-            for name, parts in there.items()
-            if growing_files.is_growing(name)
-        }
-        return self._senders
+            sent = decode.json_object(self._store.get(_sent_file(attempt)) or b"") or {}
+            unsure = [name for name, size in self._sizes(attempt).items() if not believe or sent.get(name) != size]
+            left += [name for name in unsure if growing_files.is_growing(name) or not remote.has(name)]
+            self._unsure |= {attempt} if unsure and believe else set()
+        return left
 
     def _upload_whole(self, name: str, *, final: bool) -> None:
         if (info := self._store.stat(name)) is None:
@@ -310,6 +325,11 @@ class Outbox:
             commits.check_newest(self._store.bucket, self._attempt, f"commit to {self._store.url}")
         self._store.bucket.write(name, self._store.read(name))
         self._stamps[name] = stamp
+
+
+def _sent_file(attempt: int) -> str:
+    """Return where a home has the sizes of the files of an attempt that are on the URL."""
+    return f"{contract.attempt_dir(attempt)}/.sent.json"
 
 
 def files_in(store: Store, *places: str) -> list[str]:

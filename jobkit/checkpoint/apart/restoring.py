@@ -39,7 +39,9 @@ class Apart:
         Raises:
             JobkitError: If the URL cannot be read, or a step that all homes have does not get there.
         """
-        self._set_damaged_aside()
+        bucket = self._store.bucket
+        there = self._group.share(f"there/{turn}", lambda: max(remote_steps.steps(bucket), default=-1))
+        self._set_damaged_aside(there)
         held = {str(step): crc for step, crc in parts.held(self._store, self._group.index).items()}
         said = self._group.gather(f"held/{turn}", held, _HELD_S)
         step: int | None = self._group.share(f"restore/{turn}", lambda: fetching.newest(self._store, said))
@@ -49,9 +51,12 @@ class Apart:
         self._drop_newer(step)
         return step
 
-    def _set_damaged_aside(self) -> None:
-        """Move what this home has of steps that are not on the URL yet out of the way, if it is damaged."""
-        there = max(remote_steps.steps(self._store.bucket), default=-1)
+    def _set_damaged_aside(self, there: int) -> None:
+        """Move what this home has of steps that are newer than the newest on the URL out of the way, if it is damaged.
+
+        Args:
+            there: The newest on the URL, -1 for none.
+        """
         for step in self._store.numbers(contract.CHECKPOINTS):
             if step > there and (wrong := parts.problems(self._store, step, self._group.index)):
                 commits.check_newest(self._store.bucket, self._attempt, f"set step {step} aside")

@@ -108,7 +108,7 @@ class Sender:
         sent = self._sent.get(step)
         if sent is None or sent.crc != crc:
             begun = time.monotonic()
-            if remote_steps.commit_name(step) in self._store.bucket.find(contract.step_dir(step)):
+            if self._store.bucket.has(remote_steps.commit_name(step)):
                 self._done[step] = crc
                 return ""
             if not self._push(step, content, shown=leaving):
@@ -157,13 +157,12 @@ class Sender:
 
     def _commit(self, step: int, sent: _Sent, *, leaving: bool) -> str:
         """Commit a step on the URL if all parts are there; say what is missing, '' if nothing is any more."""
-        remote = self._store.bucket
+        remote, waited = self._store.bucket, time.monotonic() - sent.at
+        if self._process and waited < (_TAKE_OVER_LEAVING_S if leaving else _TAKE_OVER_S):
+            return "" if remote.has(remote_steps.commit_name(step)) else "commit.json"
         there = remote.find(contract.step_dir(step))
         if remote_steps.commit_name(step) in there:
             return ""
-        waited = time.monotonic() - sent.at
-        if self._process and waited < (_TAKE_OVER_LEAVING_S if leaving else _TAKE_OVER_S):
-            return "commit.json"
         try:
             content = remote.read(parts.name_of(step, 0))
             commit = commits.parse(content, step, where=f"{remote.url}/{parts.name_of(step, 0)}")
