@@ -84,10 +84,17 @@ class Faults:
         """Bytes per second of one request's or answer's content."""
         self.bandwidth_total: float | None = None
         """Bytes per second of all contents, in each direction."""
+        self.object_writes_s: float | None = None
+        """How often a second one object may be written; 429 beyond."""
+        self.writes_s: float | None = None
+        self.reads_s: float | None = None
+        """How many requests that write, and read, the bucket takes in a second; 429 beyond."""
         self.down: str | None = None
         """'503' answers everything so; 'closed' resets every connection that asks something."""
         self._rules: list[_Rule] = []
         self._stale: set[str] | None = None
+        self._written: dict[str, float] = {}
+        self._taken: dict[str, tuple[float, int]] = {}
 
     def _add(self, kind: str, count: int | None, match: str, method: str, value: Any = None, after: int = 0) -> None:
         with self._lock:
@@ -151,6 +158,8 @@ class Faults:
             self.fired["down"] += self.down is not None
         if self.down:
             return Reply.error(503, "The service is currently unavailable.")
+        if self._is_too_much(subject):
+            return Reply.error(429, "The rate of requests is over the limit. Please reduce it.")
         if expired or self.take("expired", subject):
             return Reply.error(401, "Invalid Credentials")
         if self.take("forbid", subject):
@@ -162,6 +171,24 @@ class Faults:
         reply = Reply.error(status, "We encountered an internal error. Please try again.")
         reply.headers |= {} if retry_after is None else {"Retry-After": str(retry_after)}
         return reply
+
+    def _is_too_much(self, subject: str) -> bool:
+        """Tell whether a request comes too soon after others, which it then does not count among."""
+        method, now = subject.split(" ")[1], time.monotonic()
+        what, limit = ("reads", self.reads_s) if method == "GET" else ("writes", self.writes_s)
+        with self._lock:
+            since, count = self._taken.get(what, (now, 0))
+            since, count = (since, count) if now < since + 1 else (now, 0)
+            name = "" if method == "GET" else subject.partition(" ")[2]
+            per_object = bool(name) and self.object_writes_s is not None
+            too_much = limit is not None and count >= limit
+            too_much |= per_object and now < self._written.get(name, 0.0) + 1 / (self.object_writes_s or 1)
+            self.fired["limited"] += too_much
+            if not too_much:
+                self._taken[what] = since, count + 1
+                if per_object:
+                    self._written[name] = now
+            return too_much
 
 
 def _denied(subject: str) -> str:
@@ -322,7 +349,12 @@ class GcsServer(Server):
                 known(**value)
             else:
                 setattr(self.faults, name, value)
-        return {"requests": self.requests, "fired": self.faults.fired, "uploads_open": self.uploads_open()}
+        return {
+            "requests": self.requests,
+            "fired": self.faults.fired,
+            "uploads_open": self.uploads_open(),
+            "cpu_s": time.process_time(),
+        }
 
 
 def control(url: str, **wanted: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _POLL_S = 2.0
 _GIVE_UP_S = 600.0
 """How long a part may come later than the first one; the step is none then."""
 _TAKE_OVER_S, _TAKE_OVER_LEAVING_S = 60.0, 15.0
-"""How long process 0's supervisor may take for a commit, before another one makes it."""
+"""How long process 0's supervisor may take for a commit, before that of process 1 makes it; see `_patience_s`."""
 _OTHERS_S = 120.0
 """How long process 0's supervisor stays at the end for parts of others, once all that it carries itself is there."""
 
@@ -74,7 +74,7 @@ class Sender:
             if until is None:
                 break
             since = time.monotonic() - max((sent.at for sent in self._sent.values()), default=0.0)
-            if self._process and since > 2 * _TAKE_OVER_LEAVING_S:
+            if self._process and since > self._patience_s(leaving=True) + _TAKE_OVER_LEAVING_S:
                 break  # what is missing is not this one's
             if time.monotonic() >= until or (not self._process and since > _OTHERS_S):
                 raise MissingPartError(waiting)
@@ -158,7 +158,7 @@ class Sender:
     def _commit(self, step: int, sent: _Sent, *, leaving: bool) -> str:
         """Commit a step on the URL if all parts are there; say what is missing, '' if nothing is any more."""
         remote, waited = self._store.bucket, time.monotonic() - sent.at
-        if self._process and waited < (_TAKE_OVER_LEAVING_S if leaving else _TAKE_OVER_S):
+        if self._process and waited < self._patience_s(leaving=leaving):
             return "" if remote.has(remote_steps.commit_name(step)) else "commit.json"
         there = remote.find(contract.step_dir(step))
         if remote_steps.commit_name(step) in there:
@@ -179,6 +179,14 @@ class Sender:
             seconds = round(time.monotonic() - sent.begun, 6)
             self._ledger.append("uploaded", durable=True, step=step, seconds=seconds, bytes=commit.nbytes)
         return ""
+
+    def _patience_s(self, *, leaving: bool) -> float:
+        """Return how long this process leaves a commit to others: the later, the more of them are before it.
+
+        A thousand that made it at once would each read all parts, and write one object more often than a store allows.
+        """
+        share = 1 + (self._process.bit_length() - 1) / 4
+        return share * (_TAKE_OVER_LEAVING_S if leaving else _TAKE_OVER_S)
 
     def _missing(self, remote: Remote, commit: Commit, there: dict[str, int]) -> list[int]:
         """Return the processes whose part of a commit is not on the URL; what was there once stays."""
