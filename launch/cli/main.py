@@ -220,7 +220,8 @@ def completion(shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None
-    print(kind(cli, {}, "jobkit", "_JOBKIT_COMPLETE").source())
+    script = kind(cli, {}, "jobkit", "_JOBKIT_COMPLETE").source()
+    print(script.replace('string split ","', 'string split --max 1 ","'))  # for fish a help ended at its first comma
 
 
 def main() -> None:

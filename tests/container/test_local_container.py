@@ -1,5 +1,6 @@
 """Attempts in containers on this machine: `jobkit submit --image IMAGE`, and a drill in one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -188,6 +189,39 @@ def test_a_runner_that_is_killed_before_the_container_is_there(
     (tmp_path / "go").touch()
     until(lambda: not orphans.processes_of(made.store), "nothing of the run is left", seconds=30)
     assert run_status.status(made.store).step is None
+
+
+def sleeping() -> int | None:
+    """Return the process that sleeps for 61 seconds."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == b"sleep\061\0":
+                return int(path.parent.name)
+    return None
+
+
+@pytest.mark.slow
+def test_attach(run: Submitted) -> None:
+    """A command beside the attempt is in its container, with its Python, data and token, and is no part of it."""
+    pids = run.steps()
+    attach = [sys.executable, "-m", "launch", "attach", run.store.url]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    script = "import os, sys; print(sys.prefix, open('data/words').read(), os.environ['SOME_TOKEN'], os.getcwd())"
+    done = subprocess.run([*attach, "--", "python3", "-c", script], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["/opt/jobkit", "there", "s3cr3t", os.readlink(f"/proc/{pids['program']}/cwd")]
+    terminal, inside = os.openpty()
+    with subprocess.Popen(attach, env=environ, stdin=inside, stdout=inside, stderr=inside):
+        os.write(terminal, b"echo it is $((6 * 7)); exec sleep 61\n")
+        told = b""
+        while b"it is 42" not in told:
+            told += os.read(terminal, 4096)
+        until(lambda: sleeping() is not None, "the shell is what it was asked to become")
+        sleeper = sleeping()
+        assert sleeper is not None
+        assert sleeper not in orphans.processes_of(run.store)
+        os.kill(sleeper, signal.SIGKILL)
+    assert run.steps() == pids
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -20,7 +19,6 @@ from jobkit import contract
 from jobkit.rundir.ledger import attempt_events
 from jobkit.rundir.store import Store
 from launch.cli.main import cli
-from launch.cli.names import RUN
 from launch.console import Console
 from launch.lifecycle import run_status, submission
 from launch.lifecycle.run_status import Status
@@ -271,45 +269,3 @@ def test_prometheus(project: Project) -> None:
         assert any(line.startswith(f"# HELP jobkit_run_{name} ") for line in lines)
     assert {"attempts": 2, "lost_steps": 9, "committed_step": -1, "running": 0, "over": 1}.items() <= values.items()
     assert call(project, "status", 'a"b\\c', "--prometheus", "--json").exit_code != 0
-
-
-def complete(project: Project, words: str) -> list[str]:
-    """Have a real bash complete the last of some words, with what `jobkit completion bash` prints."""
-    script = f"""eval "$(jobkit completion bash)"
-COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _jobkit_completion jobkit
-printf '%s\\n' "${{COMPREPLY[@]}}" """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=project.path, env=os.environ | {"PATH": path}, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    return done.stdout.split()
-
-
-@pytest.mark.slow
-def test_bash_completes(project: Project) -> None:
-    """Commands, options, the names of runs and backends are completed in a real bash."""
-    fabricate(project, "mnist/first")
-    fabricate(project, "other")
-    assert {"checkpoints", "completion"} <= set(complete(project, "jobkit c"))
-    assert complete(project, "jobkit submit --spo") == ["--spot"]
-    assert complete(project, "jobkit status mn") == ["mnist/first"]
-    assert complete(project, "jobkit submit --on sl") == ["slurm"]
-
-
-def test_a_name_that_is_more_than_a_word_is_not_completed(project: Project) -> None:
-    """What a shell would act on when it inserts it is left out."""
-    for name in ("plain", "x;touch y", "$(touch z)"):
-        fabricate(project, name)
-    with contextlib.chdir(project.path):
-        items = RUN.shell_complete(click.Context(cli), click.Argument(["run"]), "")
-    assert [item.value for item in items] == ["plain"]
-
-
-def test_completion_for_every_shell(project: Project) -> None:
-    """Each shell gets a script of its own, and the help says where to put it."""
-    told = call(project, "completion", "--help").stdout
-    for shell in ("bash", "zsh", "fish"):
-        script = call(project, "completion", shell).stdout
-        assert f"_JOBKIT_COMPLETE={shell}_complete" in script
-        assert f"jobkit completion {shell}" in told
