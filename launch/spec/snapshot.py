@@ -1,8 +1,8 @@
 """The code of a run, as it was when it was submitted: one deterministic archive, unpacked once, run by every attempt.
 
 What git ignores (data, environments) is no part of the archive; it is linked into the unpacked tree, so that relative
-paths keep working. So is what looks like a secret and is in no repository. A copy is never readable for anybody who
-cannot read the original.
+paths keep working. So is what looks like a secret, or is a checkpoint, and is in no repository. A copy is never
+readable for anybody who cannot read the original.
 """
 
 import dataclasses
@@ -79,12 +79,13 @@ def find(cwd: Path, run: Path, *, limit_bytes: int = LIMIT_BYTES, secret: Iterab
     tracked, untracked, ignored = _git_files(top) if top else ([], *_all_files(cwd))
     root = top or cwd
     private, known = {path.resolve() for path in secret}, set(tracked)
+    code = {str(above) for name in tracked for above in PurePosixPath(name).parents}
     kept: set[str] = set()
     others, runs = set(ignored), {run: True} | _holding(root, run, tracked)
     secrets = {name for name in untracked if _looks_secret(name)}
     secrets |= {name for name in [*tracked, *untracked] if private and (root / name).resolve() in private}
     for name in [*tracked, *untracked]:
-        linked = _apart_above(root, name, runs) or (name if name in secrets else None)
+        linked = _apart_above(root, name, runs, code) or (name if name in secrets else None)
         if linked is None and _is_output(root / name, tracked=name in known):
             continue
         if linked is not None and root / linked in run.parents:  # a link there would lead around in a circle
@@ -249,9 +250,20 @@ def _directories(path: Path) -> list[Path]:
         return []
 
 
-def _stands_apart(path: Path) -> bool:
-    """Tell whether a directory is linked, never copied: a run directory or a virtual environment."""
-    return _is_run(path) or (path / "pyvenv.cfg").is_file()
+def _stands_apart(path: Path, *, tracked: bool = False) -> bool:
+    """Tell whether a directory is linked, never copied: a run, a virtual environment, or a checkpoint of no repository.
+
+    Args:
+        path: The directory.
+        tracked: Whether it has files that git tracks.
+    """
+    return _is_run(path) or (path / "pyvenv.cfg").is_file() or (not tracked and _is_checkpoint(path))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Tell whether a directory is what Orbax wrote, as an export of ours is, or what `jobkit.save` did."""
+    saved = (path / contract.CHECKPOINTS).glob(f"*/{contract.COMMIT}")
+    return (path / "_CHECKPOINT_METADATA").is_file() or any(saved)
 
 
 def _is_run(path: Path) -> bool:
@@ -262,14 +274,21 @@ def _is_run(path: Path) -> bool:
     return submitted or by_hand
 
 
-def _apart_above(root: Path, name: str, runs: dict[Path, bool]) -> str | None:
-    """Return the directory apart that a file lies in, relative to root, None if it is in none; `runs` is a memory."""
+def _apart_above(root: Path, name: str, runs: dict[Path, bool], code: set[str]) -> str | None:
+    """Return the directory apart that a file lies in, relative to root, None if it is in none.
+
+    Args:
+        root: The tree.
+        name: The file.
+        runs: A memory of which directories stand apart.
+        code: Directories with files that git tracks.
+    """
     parts = name.split("/")
     for depth in range(1, len(parts)):
         above = "/".join(parts[:depth])
         path = root / above
         if path not in runs:
-            runs[path] = _stands_apart(path)
+            runs[path] = _stands_apart(path, tracked=above in code)
         if runs[path]:
             return above
     return None

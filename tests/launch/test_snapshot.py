@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jobkit
 from jobkit.errors import ConfigError
 from jobkit.rundir.store import Store
 from launch.lifecycle import submission
@@ -356,6 +359,31 @@ def test_what_our_own_tools_wrote_is_no_code(tmp_path: Path, repository: bool) -
         (top / "runs" / "mine.py").write_text("")
         git(top, "add", "runs/mine.py")
         assert "runs/mine.py" in snapshot.find(top, run).files
+
+
+@pytest.mark.parametrize("repository", [True, False])
+def test_checkpoints_are_no_code(tmp_path: Path, repository: bool) -> None:
+    """What an export, `jobkit.save` and plain Orbax wrote is linked, so that it is found; what git tracks is code."""
+    top, tree = tmp_path / "work", {"w": np.ones(3)}
+    (top / "pkg").mkdir(parents=True)
+    (top / "train.py").write_text("")
+    with jobkit.Run(tmp_path / "run", trackers=()) as run:
+        state = run.resume(params=tree, optimizer=None)
+        for _ in run.steps(1):
+            state.params = {"w": state.params["w"] + 1}
+    jobkit.export_params(tmp_path / "run", top / "exported")
+    jobkit.save(top / "pkg" / "saved", params=tree)
+    with ocp.CheckpointManager(top / "manager") as manager:
+        manager.save(7, args=ocp.args.StandardSave(tree))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(top / "tracked", tree)
+    if repository:
+        git(top, "init", "-q")
+        git(top, "add", "tracked", "train.py")
+    found = snapshot.find(top, tmp_path / "elsewhere")
+    apart = ("exported", "manager/7", "pkg/saved")
+    assert found.links == (apart if repository else (*apart, "tracked"))
+    assert {name.partition("/")[0] for name in found.files} == {"train.py"} | ({"tracked"} if repository else set())
 
 
 @pytest.mark.slow
