@@ -174,6 +174,7 @@ def look(browser: Browser, page: Path, kept: Path) -> None:
         assert browser.complaints() == []
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         assert browser.evaluate(_STICKS_OUT) == []
+        assert browser.evaluate(_BROKEN) == []
         assert browser.evaluate("document.querySelectorAll('.lane rect').length") > 3
         colors[name] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         browser.screenshot(kept / f"{page.stem}-{name}.png")
@@ -185,6 +186,14 @@ _STICKS_OUT = """[...document.querySelectorAll('main *')].filter(element => {
     const box = element.getBoundingClientRect();
     return box.right > innerWidth + 1 || box.left < -1;
 }).map(element => element.outerHTML.slice(0, 200))"""
+
+
+_BROKEN = """[...document.querySelectorAll('table.runs td:nth-child(2)')].filter(cell => {
+    const range = document.createRange();
+    range.selectNodeContents(cell);
+    return range.getClientRects().length > 1;
+}).map(cell => cell.textContent)"""
+"""States of runs that are broken in the middle of a word."""
 
 
 def main(stamp: str | None = None) -> int:
