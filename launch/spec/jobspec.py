@@ -304,10 +304,15 @@ def check_format(store: Store) -> None:
 
 
 def sweep_of(store: Store) -> tuple[Store, int] | None:
+    """Return the sweep on a disk that a run is a point of, and which one; None if it is of none."""
+    return _place(store) if store.remote is None else None
+
+
+def _place(store: Store) -> tuple[Store, int] | None:
     """Return the sweep that a run is a point of, and which one, by the run's place alone; None if it is of none."""
     above, _, number = store.url.rpartition(f"/{contract.POINTS}/")
     point = names.number(number)
-    return (store.at(above), point) if above and point is not None and store.remote is None else None
+    return (store.at(above), point) if above and point is not None else None
 
 
 def code_store(store: Store, spec: JobSpec) -> Store:
@@ -333,7 +338,7 @@ def read_file(store: Store) -> RunFile:
     try:
         return _read_own(store)
     except ConfigError:
-        place = sweep_of(store)
+        place = _place(store)
         if place is None or not exists(place[0]):
             raise
         if exists(store):  # it has started this very moment

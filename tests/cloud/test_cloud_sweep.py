@@ -1,6 +1,7 @@
 """Sweeps on Google Batch: each point is a run in the bucket with a job of its own, at most so many at once."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -182,13 +183,14 @@ def test_an_outage_where_a_lane_goes_on(desk: Desk, batch: BatchServer) -> None:
 
 
 @pytest.mark.slow
-def test_one_point_that_waits_is_cancelled(desk: Desk, batch: BatchServer) -> None:
+@pytest.mark.parametrize("how", [(), ("--no-wait",)], ids=["waiting", "not waiting"])
+def test_one_point_that_waits_is_cancelled(desk: Desk, batch: BatchServer, how: tuple[str, ...]) -> None:
     """Without a VM that could do it the next point of its lane is submitted, but only where it held a place."""
     batch.queue_s = 3600.0
     submit(desk, "--array-parallelism", "2")
-    desk.jobkit("cancel", f"{URL}/points/3")
+    desk.jobkit("cancel", f"{URL}/points/3", *how)
     assert len(batch.jobs) == 2
-    desk.jobkit("cancel", f"{URL}/points/0")
+    desk.jobkit("cancel", f"{URL}/points/0", *how)
     told = desk.status()["points"]
     assert [point["state"] for point in told] == ["cancelled", *["queued"] * 2, "cancelled", *["queued"] * 2]
     assert sorted(job.id for job in live(batch)) == sorted(told[number]["job"] for number in (1, 2))
@@ -196,3 +198,26 @@ def test_one_point_that_waits_is_cancelled(desk: Desk, batch: BatchServer) -> No
     desk.jobkit("cancel", URL)
     assert not live(batch)
     assert len(batch.jobs) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [(), ("--array-parallelism", "2")], ids=["all", "lanes"])
+def test_the_status_of_a_submit_that_was_killed(desk: Desk, batch: BatchServer, parallel: tuple[str, ...]) -> None:
+    """Status, ls and cancel of a sweep of which only some points were made say what there is, on any machine."""
+    words = ("--grace", "10s", "--sweep", "a=0..3", *parallel, "--", "python", "job.py", "exit:0,exit:{a}")
+    batch.queue_s = 3600.0
+    environ = os.environ | {contract.ENV_FAULT: "before_create:2"}
+    killed = subprocess.run([sys.executable, "-m", "launch", *GCP, *words], env=environ, check=False)
+    assert (killed.returncode, len(batch.jobs)) == (-9, 1)
+    prefix = URL.removeprefix("gs://bucket/")
+    for name in desk.gcs.names(prefix=f"{prefix}/points/2/") + desk.gcs.names(prefix=f"{prefix}/points/3/"):
+        desk.gcs.remove(name)
+    shutil.rmtree(desk.home / "disk")
+    told = desk.status()
+    assert (told["state"], len(told["points"])) == ("queued", 4), told
+    assert told["points"][3]["runner"] == "gone", told
+    assert URL.rpartition("/")[2] in desk.jobkit("ls", URL.rpartition("/")[0])
+    desk.jobkit(*GCP, *words)
+    batch.queue_s = 0.0
+    desk.jobkit("cancel", URL)
+    assert {point["state"] for point in desk.status()["points"]} == {"cancelled"}

@@ -352,6 +352,7 @@ class Managed(Backend):
     def _stop(self, store: Store, cancelled: Cancelled) -> None:
         wait, spec = cancelled.wait, specs.read(store)
         asked, last_action = time.monotonic(), ""
+        alone = bool(spec.sweep_url) and store is cancelled.store
         # Until nothing runs, or somebody takes the cancel back: the job of a resume is not ended.
         while cancel_content(store) is not None and (job := self._asked(store)) is not None and job.active:
             late = time.monotonic() - asked > spec.grace_s + _HEARD_S
@@ -362,12 +363,15 @@ class Managed(Backend):
                 last_action = "waiting"
                 grace = show_duration(spec.grace_s)
                 cancelled.progress(f"waiting for job {job.id} to save and stop (killed after {grace})")
-            if not wait:
+            if not wait and not (alone and last_action == job.id):
+                return
+            if not wait and late:  # of a job without a VM nobody else has the next one of its lane begin
+                say(f"job {job.id} has not ended yet; the next point begins with: jobkit cancel {store.url}")
                 return
             time.sleep(_POLL_S)
         with contextlib.suppress(JobkitError):
             submission.refresh(store)
-        alone = spec.sweep_url and store is cancelled.store and points.has_job(store)
+        alone = alone and points.has_job(store)
         submission.end_cancelled(store, cancelled.cancels[store])
         if alone and run_status.has_ended(store):  # there was no VM that could have the next one begin
             points.start_next(store, self._submit_from_here)
