@@ -102,9 +102,13 @@ VARIABLES = (
 """All that a run's processes share; who hides one, hands one on or takes one away asks this table."""
 
 
+OF_ATTEMPT = tuple(variable.name for variable in VARIABLES if variable.of_attempt)
+"""Variables that an attempt, and nothing that is started beside it, has."""
+
+
 def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment as a run that is submitted from it gets it: with nothing of an attempt that it is in."""
-    excluded = {variable.name for variable in VARIABLES if variable.of_attempt}
+    excluded = set(OF_ATTEMPT)
     if ENV_ATTEMPT in environ:
         excluded |= {ENV_FAULT, ENV_DRILL, ENV_DRILL_CLOCK}  # of the drill that goes on around it
     return {name: value for name, value in environ.items() if name not in excluded}

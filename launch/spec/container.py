@@ -137,7 +137,10 @@ def beside(url: str, command: Sequence[str]) -> list[str]:
     found = _run_docker("ps", "--quiet", "--no-trunc", "--filter", f"label={_LABEL}={url}").stdout.split()
     if not found:
         raise ConfigError(f"no container of {url} runs just now: 'jobkit status {url}'")
-    return [DOCKER, "exec", "--interactive", *(["--tty"] if sys.stdin.isatty() else []), found[0], *command]
+    # Whoever looks for what is left of an attempt must not take a person's shell for a part of it.
+    own = [word for name in contract.OF_ATTEMPT for word in ("-u", name)]
+    tty = ["--tty"] if sys.stdin.isatty() else []
+    return [DOCKER, "exec", "--interactive", *tty, found[0], "env", *own, *command]
 
 
 def refuse_foreign(container: Container, backend: str, known: Sequence[str]) -> None:

@@ -193,10 +193,10 @@ def test_a_runner_that_is_killed_before_the_container_is_there(
 
 def sleeping() -> int | None:
     """Return the process that sleeps for 61 seconds."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for name in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            if path.read_bytes() == b"sleep\061\0":
-                return int(path.parent.name)
+            if Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")[:2] == [b"sleep", b"61"]:
+                return int(name)
     return None
 
 
@@ -216,7 +216,7 @@ def test_attach(run: Submitted) -> None:
         told = b""
         while b"it is 42" not in told:
             told += os.read(terminal, 4096)
-        until(lambda: sleeping() is not None, "the shell is what it was asked to become")
+        until(lambda: sleeping() is not None, "the shell is what it was asked to become", seconds=60)
         sleeper = sleeping()
         assert sleeper is not None
         assert sleeper not in orphans.processes_of(run.store)

@@ -64,7 +64,8 @@ def test_the_shell_of_an_image(project: Project, tmp_path: Path) -> None:
     docker.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = project.cli("attach", store.url, PATH=path, SHELL="/opt/fancy")
-    assert done.stdout.endswith(" abc /bin/sh\n"), done
+    assert " abc env -u JOBKIT_" in done.stdout, done
+    assert done.stdout.endswith(" /bin/sh\n"), done
 
 
 @pytest.mark.slow
