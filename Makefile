@@ -32,7 +32,7 @@ help:
 	@echo "make lint, make types, make format"
 	@echo "                ruff and mypy; format mends what ruff can"
 	@echo "make docs       the documentation as pages, in build/docs"
-	@echo "make bench      what a step and a save cost"
+	@echo "make bench      every speed that is claimed, against a named peer (QUICK=1: in minutes)"
 	@echo "make clean      remove .venv and everything generated"
 
 # The training and report extras are enough; where everything is set up, nothing more is.
@@ -98,7 +98,7 @@ docs: $(READY)
 	@echo "open build/docs/docs/index.html"
 
 bench: $(READY)
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,9 @@
 """What `status`, `explain` and `report` cost for a run of thousands of attempts: CPU seconds and peak memory.
 
-Run: python -m tests.benchmarks.attempts [ATTEMPTS]
+Run: python -m tests.benchmarks.attempts [--attempts N]
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -11,9 +12,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.rows import Row, main, parser
 from tests.harness import ledgers
 
 COMMANDS = (("status",), ("ls",), ("explain",), ("report",), ("report", "--html"))
+PARSER = parser(__doc__, attempts=2_000)
 
 
 def measured(words: list[str], cwd: Path) -> tuple[float, float]:
@@ -29,9 +32,9 @@ def measured(words: list[str], cwd: Path) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 
 
-def main() -> None:
-    """Measure and print."""
-    attempts = int(sys.argv[1]) if len(sys.argv) > 1 else 2_000
+def claims(given: argparse.Namespace) -> list[Row]:
+    """Measure and print; there is nothing that is claimed of it."""
+    attempts = given.attempts
     with tempfile.TemporaryDirectory() as place:
         run = ledgers.many(Path(place) / "run", attempts)
         table = Table("command", "CPU", "memory", title=f"a run of {attempts:,} attempts, 200 events each")
@@ -42,7 +45,8 @@ def main() -> None:
             seconds, megabytes = measured(words, Path(place))
             table.add_row(" ".join([command, *more]), f"{seconds:.2f} s", f"{megabytes:.0f} MB")
         Console().print(table)
+    return []
 
 
 if __name__ == "__main__":
-    main()
+    main(PARSER, claims)

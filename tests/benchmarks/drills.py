@@ -3,9 +3,10 @@
 The program is jobkit.examples.text as it stands. The undisturbed run is the program alone, started by hand, before and
 after each drill; all begin without anything compiled.
 
-Run: python -m tests.benchmarks.drills [STEPS]
+Run: python -m tests.benchmarks.drills [--quick] [--steps N]
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -17,8 +18,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.rows import Row, main, parser
+
 ROOT = Path(__file__).parent.parent.parent
-LIMITS = {"--quick": 4.0, "every scenario": 12.0}
+MUST = {"--quick": 4.0, "every scenario": 12.0}
+PARSER = parser(__doc__, steps=500)
 
 
 def _seconds(place: str, *command: str) -> float:
@@ -29,25 +33,27 @@ def _seconds(place: str, *command: str) -> float:
     return time.monotonic() - begun
 
 
-def main(steps: str = "500") -> int:
-    """Measure and print; return 1 if a drill costs more than its limit."""
-    program = ["jobkit.examples.text", "--steps", steps]
+def claims(given: argparse.Namespace) -> list[Row]:
+    """Measure and print."""
+    program = ["jobkit.examples.text", "--steps", str(given.steps)]
     drill = ["launch", "drill", "--json"]
-    table = Table("", "seconds", "as a multiple", "limit", title=f"jobkit.examples.text, {steps} steps")
-    worst = 0.0
+    table = Table("", "seconds", "as a multiple", title=f"jobkit.examples.text, {given.steps} steps")
+    listed = []
     with tempfile.TemporaryDirectory(prefix="jobkit-bench-") as place:
         alone = [_seconds(place, *program, "--run", "alone")]
-        for name, limit in LIMITS.items():
+        for name, must in MUST.items():
+            if given.quick and name != "--quick":
+                continue
             quick = ["--quick"] if name == "--quick" else []
             seconds = _seconds(place, *drill, *quick, "--", "python", "-m", *program)
             alone.append(_seconds(place, *program, "--run", f"alone-{len(alone)}"))
             multiple = seconds / statistics.mean(alone[-2:])
-            worst = max(worst, multiple / limit)
-            table.add_row(name, f"{seconds:.1f}", f"{multiple:.1f}", f"{limit:.0f}")
-    table.add_row("undisturbed", ", ".join(f"{seconds:.1f}" for seconds in alone), "1", "")
+            listed.append(Row(f"a drill, {name}", "the undisturbed run", [multiple], must))
+            table.add_row(name, f"{seconds:.1f}", f"{multiple:.1f}")
+    table.add_row("undisturbed", ", ".join(f"{seconds:.1f}" for seconds in alone), "1")
     Console().print(table)
-    return int(worst > 1)
+    return listed
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(PARSER, claims)

@@ -6,13 +6,14 @@
     raw             so many bytes written to one file and synced
 
 Every contender has a compile cache. `cold` begins without what that and the page cache hold, `warm` with both; the
-contenders take turns. `to first step` is from the spawn to the end of the first step, `open + restore` a part of it;
-`SIGTERM to commit` begins when the step in progress has ended; `memory` is the most that the process had, with all that
-it imports. A picture is written beside the table.
+contenders take turns. `to first step` is from the spawn to the end of the first step, `open` (of the run, or of the
+manager) and `restore` parts of it; `SIGTERM to commit` begins when the step in progress has ended; `memory` is the most
+that the process had, with all that it imports. A picture is drawn.
 
-Run: python -m tests.benchmarks.restarts [--quick] [PICTURE.png]
+Run: python -m tests.benchmarks.restarts [--quick] [--pictures DIRECTORY]
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -28,14 +29,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.restores import _forget
-from tests.benchmarks.saves import _median
+from tests.benchmarks.restores import forget
+from tests.benchmarks.rows import Row, main, median, parser, ratios
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS, QUICK = 5, 1
 CONTENDERS = ("bare", "through Orbax", "jobkit")
-FIGURES = ("to first step", "open + restore", "SIGTERM to commit", "memory")
+FIGURES = ("to first step", "open", "restore", "SIGTERM to commit", "memory")
+OPEN_S = 0.05
 NBYTES = 353_000_000
+PARSER = parser(__doc__)
 
 _PROGRAM = """
 import json, os, resource, signal, sys, time
@@ -94,6 +97,7 @@ if kind == "bare":
     marks["built"] = time.time()
     manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(max_to_keep=1))
     step = manager.latest_step() or 0
+    marks["opened"] = time.time()
     if step:
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {name: nnx.state(part) for name, part in parts.items()})
         for name, state in manager.restore(step, args=ocp.args.StandardRestore(like)).items():
@@ -115,6 +119,7 @@ if kind == "bare":
 import jobkit
 marks["built"] = time.time()
 with jobkit.Run(save_every=None, keep=1, trackers=(), writer="orbax" if kind == "through Orbax" else "jobkit") as run:
+    marks["opened"] = time.time()
     run.resume(model=model, optimizer=optimizer)
     jax.block_until_ready(nnx.state(optimizer))
     marks["restored"] = time.time()
@@ -160,7 +165,8 @@ def _life(place: Path, kind: str) -> dict[str, float]:
     marks = json.loads(out.read_text())
     return {
         "to first step": marks["first"] - begun,
-        "open + restore": marks["restored"] - marks["built"],
+        "open": marks["opened"] - marks["built"],
+        "restore": marks["restored"] - marks["opened"],
         "SIGTERM to commit": marks["committed"] - marks["step"],
         "memory": marks["memory"] / 1e9,
     }
@@ -178,7 +184,7 @@ def _raw(place: Path) -> float:
     return seconds
 
 
-def picture(rows: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
+def picture(taken: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
     """Draw the seconds of every contender."""
     import matplotlib
 
@@ -186,23 +192,24 @@ def picture(rows: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> N
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axis, name in zip(axes, FIGURES[:3], strict=True):
-        for shift, (cache, by_kind) in enumerate(rows.items()):
+    for axis, name in zip(axes, ("to first step", "restore", "SIGTERM to commit"), strict=True):
+        for shift, (cache, by_kind) in enumerate(taken.items()):
             values = [statistics.median(by_kind[kind][name]) for kind in CONTENDERS]
             axis.bar([at + shift * 0.4 for at in range(len(CONTENDERS))], values, 0.38, label=cache)
         axis.set(title=name, ylabel="s")
         axis.set_xticks([at + 0.2 for at in range(len(CONTENDERS))], CONTENDERS)
         axis.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    print(path)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def claims(given: argparse.Namespace) -> list[Row]:
     """Measure, and print the table."""
-    given = sys.argv[1:] if arguments is None else arguments
-    rounds = QUICK if "--quick" in given else ROUNDS
+    rounds = QUICK if given.quick else ROUNDS
     root = Path(tempfile.mkdtemp(prefix="jobkit-restarts-"))
-    rows: dict[str, dict[str, dict[str, list[float]]]] = {
+    taken: dict[str, dict[str, dict[str, list[float]]]] = {
         cache: {kind: {name: [] for name in FIGURES} for kind in CONTENDERS} for cache in ("cold", "warm")
     }
     raw = []
@@ -211,37 +218,48 @@ def main(arguments: list[str] | None = None) -> int:
         _life(root / kind, kind)
     for _ in range(rounds):
         raw.append(_raw(root))
-        for cache, by_kind in rows.items():
+        for cache, by_kind in taken.items():
             for kind, figures in by_kind.items():
                 if cache == "cold":
                     for place in (root / kind / "cache", root / kind / "saved" / "cache"):
                         with contextlib.suppress(FileNotFoundError):
                             shutil.rmtree(place)
-                    _forget(root / kind)
+                    forget(root / kind)
                 for name, value in _life(root / kind, kind).items():
                     figures[name].append(value)
-    shown = Table("caches", "", *FIGURES[:2], "of bare", FIGURES[2], "of raw", "memory GB", title=f"{rounds} rounds")
-    for cache, by_kind in rows.items():
-        for kind, figures in by_kind.items():
-            first, opened, commit, memory = (figures[name] for name in FIGURES)
-            peers = by_kind["bare"]["open + restore"]
-            shown.add_row(
-                cache,
-                kind,
-                _median(first),
-                _median(opened),
-                _median([mine / theirs for mine, theirs in zip(opened, peers, strict=True)]),
-                _median(commit),
-                _median([mine / theirs for mine, theirs in zip(commit, raw, strict=True)]),
-                _median(memory),
-            )
-    Console(width=160).print(shown)
-    target = next((Path(word) for word in given if word.endswith(".png")), root.with_suffix(".png"))
-    picture(rows, target)
-    print(f"raw: {_median(raw)} s; picture: {target}")
     shutil.rmtree(root)
-    return 0
+    shown = Table("caches", "", *(f"{name} s" for name in FIGURES[:-1]), "memory GB", title=f"{rounds} rounds, medians")
+    for cache, by_kind in taken.items():
+        for kind, figures in by_kind.items():
+            shown.add_row(cache, kind, *(f"{statistics.median(figures[name]):.2f}" for name in FIGURES))
+    Console(width=160).print(shown)
+    print(f"raw: {median(raw)} s")
+    picture(taken, given.pictures / "restarts.png")
+    return [*_claimed(taken["warm"], raw), *_opening(taken)]
+
+
+def _claimed(warm: dict[str, dict[str, list[float]]], raw: list[float]) -> list[Row]:
+    bare, before, now = (warm[kind] for kind in CONTENDERS)
+    opened, opened_before = (
+        ratios(map(sum, zip(figures["open"], figures["restore"], strict=True)), bare["restore"])
+        for figures in (now, before)
+    )
+    listed = [Row("open + restore, 353 MB, warm", "Orbax's restore alone", opened, 0.6, opened_before)]
+    for name, peer, theirs, must in (
+        ("SIGTERM to commit", "raw", raw, 2.5),
+        ("to first step", "bare", bare["to first step"], 0.85),
+    ):
+        figures, earlier = ratios(now[name], theirs), ratios(before[name], theirs)
+        listed.append(Row(f"{name}, 353 MB, warm", peer, figures, must, earlier))
+    return listed
+
+
+def _opening(taken: dict[str, dict[str, dict[str, list[float]]]]) -> list[Row]:
+    return [
+        Row(f"opening a Run, {cache}", "s", by_kind["jobkit"]["open"], OPEN_S, by_kind["through Orbax"]["open"])
+        for cache, by_kind in taken.items()
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(PARSER, claims)
