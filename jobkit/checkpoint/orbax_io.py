@@ -200,7 +200,7 @@ def read(
         return {}
     item = store.file(contract.step_dir(step)) / contract.ORBAX_ITEM
     if (table := reading.table_of(item)) is not None:
-        placed = {path: placement(records[path], live) if records else None for path, live in wanted.items()}
+        placed = {path: _place(records[path], live) if records else None for path, live in wanted.items()}
         if partial is not None:
             places = layout.places(item, lambda name: partial.bring(f"{contract.ORBAX_ITEM}/{name}"))
             keys = (key for key in reading.keys(table, placed) if key in places)
@@ -220,6 +220,12 @@ def read(
             ),
         )
     return {path: reduce(getitem, path, tree) for path in wanted}
+
+
+def _place(record: Record, live: Any) -> reading.Placement:
+    """Return where a leaf's array is to be."""
+    place: reading.Placement = placement(record, live)
+    return place or (reading.UNCOMMITTED if record["is"] == "jax" else None)
 
 
 def batches(

@@ -258,22 +258,58 @@ def test_shards_are_chunks_and_go_anywhere(tmp_path: Path) -> None:
 def check_shards(tmp_path: Path) -> None:
     """Do what the test above says, on eight devices."""
     assert jax.device_count() == 8
-    values = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
+    small = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)
+    for name, values in ("small", small), ("large", np.repeat(small[:, :, None], 1 << 14, axis=2)):
+        _check_shards(tmp_path / name, values)
+
+
+def _check_shards(place: Path, values: np.ndarray) -> None:
+    place.mkdir()
     tree = {"both": _spread(values, "x", "y"), "one": _spread(values, None, "y"), "none": _spread(values)}
-    DirectCheckpointHandler().save(tmp_path, DirectSave(tree))
-    table = reading.table_of(tmp_path)
+    DirectCheckpointHandler().save(place, DirectSave(tree))
+    table = reading.table_of(place)
     assert table is not None
     shards = {name: array.addressable_shards[0].data.shape for name, array in tree.items()}
     assert {name: tuple(array.chunk) for name, array in table.items()} == shards
     others = [_spread(values, "y", "x"), _spread(values, "y"), _spread(values), jnp.asarray(values)]
     for other in others:
         for name in tree:
-            got = reading.read(tmp_path, table, {(name,): other.sharding})[(name,)]
+            got = reading.read(place, table, {(name,): other.sharding})[(name,)]
             assert got.sharding == other.sharding
             assert np.array_equal(got, values), name
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=others[0].sharding), tree)
     with ocp.StandardCheckpointer() as stock:
-        assert _bits(stock.restore(tmp_path, like)) == _bits(tree)
+        assert _bits(stock.restore(place, like)) == _bits(tree)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_memory_that_is_read_into_is_nobodys(aligned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays that are read into the same memory one after another stay what they were, even if JAX kept that memory."""
+    random_bytes = np.random.default_rng(0)
+    tree = {f"{dtype}{at}": random_bytes.integers(0, 99, 1 << 18).astype(dtype) for at in range(3) for dtype in _WIDE}
+    tree |= {f"small{at}": np.full(at + 1, at, np.int32) for at in range(20)}
+    DirectCheckpointHandler().save(tmp_path, DirectSave(tree))
+    table = reading.table_of(tmp_path)
+    assert table is not None
+    if aligned:
+        monkeypatch.setattr(reading, "_OFF", 0)
+    reading._kept.cache_clear()
+    assert reading._kept(None) is aligned
+    placed = reading.read(tmp_path, table, {(name,): reading.UNCOMMITTED for name in tree}, budget_bytes=1)
+    reading._kept.cache_clear()
+    whole = reading.read(tmp_path, table, {(name,): None for name in tree}, budget_bytes=1)
+    for name, values in tree.items():
+        array = placed[(name,)]
+        assert isinstance(array, jax.Array)
+        assert not array.committed
+        assert array.dtype == jnp.asarray(values).dtype
+        assert np.array_equal(array, values), name
+        assert whole[(name,)].dtype == values.dtype
+        assert np.array_equal(whole[(name,)], values), name
+        whole[(name,)][...] = 0  # the program's own
+
+
+_WIDE = ("float32", "bfloat16", "int64", "float64", "uint8")
 
 
 @given(shape=st.lists(st.integers(1, 400), max_size=3), most=st.integers(1, 4000))
