@@ -1,5 +1,7 @@
 """Files and directories as a run needs them: made durable, listed as they are, measured, removed."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,6 +46,28 @@ def raise_unlisted(error: OSError) -> None:
     """Have `os.walk` leave out only what is not there: by itself it takes a directory it cannot list for empty."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[bool]:
+    """Let others that do the same below a directory wait, in this process and in others; it is made if it is not there.
+
+    Yields whether they do: not every file system has such locks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile has it, too
+    finally:
+        os.close(descriptor)
 
 
 def files_below(root: Path) -> Iterator[str]:

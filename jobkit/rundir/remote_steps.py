@@ -11,7 +11,7 @@ from jobkit import contract, names
 from jobkit.errors import DamagedError, JobkitError, StorageError
 from jobkit.rundir import commits
 from jobkit.rundir.commits import Commit, FileRecord
-from jobkit.rundir.files import crc32c, remove_tree, sync_tree
+from jobkit.rundir.files import crc32c, one_at_a_time, remove_tree, sync_tree
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.remote import Remote, carry
 from jobkit.rundir.store import Store, in_words
@@ -103,7 +103,7 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
     """
     remote = store.bucket
     begun = time.monotonic()
-    if commit_name(step) in remote.find(contract.step_dir(step)):
+    if remote.has(commit_name(step)):
         # Perhaps with other bytes, of an attempt on another node: what is committed on the URL is never touched.
         ledger.append("skipped", step=step, reason="committed on the URL before")
         return True
@@ -158,23 +158,37 @@ def push_file(remote: Remote, commit: Described, name: str, file: IO[bytes], att
 def fetch_newest(store: Store, ledger: Ledger, *, attempt: int) -> int | None:
     """Bring the newest whole step of the URL into the home, unless the home has it or a newer one.
 
-    A step that does not check out is set aside on the URL, with the reason, and the next older one is taken.
+    A step that does not check out is set aside on the URL, with the reason, and the next older one is taken. Of what
+    the home has, the values are left to be checked as they are read.
     """
     remote = store.bucket
-    for step in reversed(steps(remote)):
-        if any(have >= step and not commits.problems(store, have) for have in commits.steps(store)):
-            return None
-        try:
-            wrong = fetch(store, step, attempt=attempt)
-            if wrong:  # once more: one bad download is no reason to lose a step
+    with in_words(f"cannot write into {store.path}"), one_at_a_time(store.file(contract.CHECKPOINTS)):
+        for step in reversed(steps(remote)):
+            here = (have for have in commits.steps(store) if have >= step)
+            if any(not commits.problems(store, have, values=False) for have in here):
+                return None
+            try:
                 wrong = fetch(store, step, attempt=attempt)
-        except FileNotFoundError:
-            continue  # removed meanwhile
-        if not wrong:
-            return step
-        set_aside(remote, step, wrong)
-        ledger.append("set_aside", step=step, reason=wrong[0], durable=True)
+                if wrong:  # once more: one bad download is no reason to lose a step
+                    wrong = fetch(store, step, attempt=attempt)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            if not wrong:
+                return step
+            set_aside(remote, step, wrong)
+            ledger.append("set_aside", step=step, reason=wrong[0], durable=True)
     return None
+
+
+def fetch_ahead(store: Store, *, attempt: int) -> bool:
+    """Bring the newest step of the URL into the home for a program that is starting, which waits for it as it restores.
+
+    Returns:
+        Whether there was a newer one than the home's, and it is whole; whatever is wrong with it `fetch_newest` finds.
+    """
+    with one_at_a_time(store.file(contract.CHECKPOINTS)) as alone:
+        newest = max(steps(store.bucket), default=-1) if alone else -1
+        return newest > max(commits.steps(store), default=-1) and not fetch(store, newest, attempt=attempt)
 
 
 def fetch(store: Store, step: int, *, attempt: int) -> list[str]:

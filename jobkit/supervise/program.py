@@ -17,7 +17,7 @@ from typing import IO
 
 from jobkit import compilecache, contract, names
 from jobkit.errors import ConfigError, JobkitError
-from jobkit.rundir import commits
+from jobkit.rundir import commits, remote_steps
 from jobkit.rundir.store import Store, explain
 from jobkit.supervise import processes
 from jobkit.supervise.heartbeat import Link, Phase
@@ -76,10 +76,20 @@ _GONE = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN)
 _AWAY = re.compile(rf"\[Errno (?:{'|'.join(map(str, _GONE))})\]|: (?:{'|'.join(map(os.strerror, _GONE))})(?:$|:)")
 
 
+_AHEAD_S = 10.0
+"""A bucket that does not answer for so long is left to the program."""
 _PART = 2
 """A step is left on the disk if it is larger than this part of the free memory."""
 _AHEAD_BYTES = 128 << 10
 """Linux reads no more than this at one call, on most disks: what they read ahead by themselves."""
+
+
+def get_ready(store: Store, attempt: int) -> None:
+    """Have the newest step at hand by the time that the program, which is starting, restores it."""
+    if store.remote is not None:
+        with contextlib.suppress(JobkitError, OSError):  # the program says what is wrong
+            remote_steps.fetch_ahead(store.with_deadline(_AHEAD_S), attempt=attempt)
+    read_ahead(store)
 
 
 def read_ahead(store: Store) -> bool:
@@ -130,7 +140,8 @@ class Program:
             try:
                 self._start(log)
                 if self._attempt.alone:  # nobody waits for it
-                    threading.Thread(target=read_ahead, args=(self._attempt.store,), daemon=True).start()
+                    ready = (self._attempt.store, self._attempt.number)
+                    threading.Thread(target=get_ready, args=ready, daemon=True).start()
                 return ""
             except ConfigError as error:
                 with contextlib.suppress(OSError):

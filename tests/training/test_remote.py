@@ -234,6 +234,64 @@ def test_supervisor_uploads_what_a_killed_program_committed(place: Place) -> Non
     assert b"uploaded" in there.read("attempts/0/events-supervisor.jsonl")
 
 
+_ON_ANOTHER_NODE = """
+import os, pathlib, sys, time
+import numpy as np
+home, until = pathlib.Path(os.environ["JOBKIT_HOME"]), time.monotonic() + 60
+while sys.argv[1:] and not list(home.glob("*/checkpoints/2/commit.json")):  # the program starts
+    assert time.monotonic() < until
+    time.sleep(0.02)
+import jobkit
+with jobkit.Run(save_every=None) as run:
+    state = run.resume(w=np.zeros(3_000_000), n=0, optimizer=None)
+    for step in run.steps(3 if sys.argv[1:] else 2):
+        state.n += 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["gs"], indirect=True)
+def test_the_step_is_brought_while_the_program_starts(place: Place, gcs: GcsServer) -> None:
+    """On a node without it the supervisor brings the newest step before the program has a run, and nobody again."""
+    script = place.homes / "train.py"
+    script.write_text(_ON_ANOTHER_NODE)
+    supervised = [sys.executable, "-m", "jobkit.supervise", "--run", place.url, "--", sys.executable, str(script)]
+    subprocess.run(supervised, env=os.environ | place.node("a"), check=True)
+    gcs.log.clear()
+    subprocess.run([*supervised, "again"], env=os.environ | place.node("b"), check=True)
+    read = [subject for kind, subject in gcs.log if kind == "object.media" and "/checkpoints/2/" in subject]
+    brought = sorted(subject for subject in read if contract.COMMIT not in subject)
+    assert any("/values/" in subject for subject in brought)
+    assert brought == sorted(set(brought))
+    (home,) = (place.homes / "b").iterdir()
+    assert commits.steps(Store(home))[-1] == 3
+    restored = next(event for event in read_events(Store(home)) if event["event"] == "restored")
+    assert restored["step"] == 2
+
+
+@pytest.mark.parametrize("place", ["gs"], indirect=True)
+def test_requests_of_a_save(place: Place, gcs: GcsServer) -> None:
+    """A save takes a request for each of its files, and three; retention and ledgers have their own."""
+    import numpy as np
+
+    import jobkit
+
+    with jobkit.Run(place.url, save_every=None) as run:
+        run.resume(w=np.zeros(3_000_000), n=0, optimizer=None)
+        run._session.checkpoints.wait()
+        assert run._session.uploader is not None
+        run._session.uploader.close(deadline_s=60)
+        run.state.n += 1
+        run.save(1, wait=True)
+        gcs.log.clear()
+        store = Store(place.url)
+        assert remote_steps.push(store, 1, attempt=run.attempt, ledger=Ledger(store.file("test.jsonl")))
+        counted = sum(gcs.requests.values())
+    files = commits.read(store, 1).files
+    assert len(list(filter(contract.is_values, files))) > 1
+    assert counted <= len(files) + 3  # commit.json, and whether it is there and this is the newest attempt
+
+
 @pytest.mark.slow
 def test_the_same_step_with_other_bytes_stays_as_committed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that comes back with its own version of a step, never uploaded, does not touch the one in the bucket."""
