@@ -148,9 +148,9 @@ class Restart:
 
     @property
     def both(self) -> tuple[Look, Look] | None:
-        """The step at which the resumed attempt begins, before the interruption and after it; None if not seen."""
-        at = min(self.after, default=-1)
-        return (self.before[at], self.after[at]) if at in self.before else None
+        """The step at which the resumed attempt begins, without the interruption and after it; None if not seen."""
+        at, usual = min(self.after, default=-1), self.uninterrupted
+        return (usual[at], self.after[at]) if at in usual else None
 
     @property
     def uninterrupted(self) -> Looks:
@@ -161,6 +161,10 @@ class Restart:
         """Tell whether a variable, or a global generator, differs between two runs that nobody has interrupted yet."""
         one, two = self.before, self.usual
         return any(one[step].fingerprint(name) != two[step].fingerprint(name) for step in one.keys() & two.keys())
+
+    def moves(self, name: str) -> bool:
+        """Tell whether a variable, or a global generator, changes as it trains: one run may have ended too early."""
+        return _moves(self.before, name) or _moves(self.usual, name)
 
     def begins_anew(self, name: str) -> bool:
         """Tell whether a variable is after the restart what it was before the very first step."""
@@ -185,7 +189,7 @@ def carried(restart: Restart) -> list[Diagnosis]:
     start = restart.before.get(0)
     suspects = []
     for name, variable in _others(then, now):
-        lasting = variable.live and (start is None or name in start.outside) and _moves(restart.before, name)
+        lasting = variable.live and (start is None or name in start.outside) and restart.moves(name)
         saved = variable.kind is Kind.ARRAY and restart.copies_parts(name)
         if lasting and not saved and not restart.varies(name):
             cause, what = _KINDS[variable.kind], _placed(name, variable)
@@ -229,7 +233,7 @@ def lost(restart: Restart) -> Diagnosis | None:
 def _globals(restart: Restart, then: Look, now: Look) -> Iterator[Diagnosis]:
     """Yield the global generators that the training moves, and that were not carried over."""
     for name, title in _GLOBALS.items():
-        moved = _moves(restart.before, name) and then.fingerprint(name) != now.fingerprint(name)
+        moved = restart.moves(name) and then.fingerprint(name) != now.fingerprint(name)
         if moved and not restart.varies(name):
             observation = (
                 f"the training moves {title}, and after the restart it is in another state at step {then.step}"
@@ -268,7 +272,7 @@ def _other_batch(restart: Restart, then: Look, now: Look) -> Diagnosis | None:
 def _each_attempt(restart: Restart, then: Look, now: Look) -> Diagnosis | None:
     """Look for a variable that stands still, in each attempt at another value."""
     for name, variable in _others(then, now):
-        if variable.live and not _moves(restart.before, name) and not restart.varies(name):
+        if variable.live and not restart.moves(name) and not restart.varies(name):
             observation = f"{_placed(name, variable)} stands still as it trains; after the restart it is another one"
             return Diagnosis("start", name, [observation], line=variable.line)
     return None
@@ -278,7 +282,7 @@ def _drawn_ahead(restart: Restart, then: Look, now: Look) -> Diagnosis | None:
     """Look for what a thread draws from ahead of the steps: where it stands is another place in each run."""
     threads = _threads(restart.before)
     for name, variable in _others(then, now) if threads else ():
-        if variable.kind in (Kind.RNG, Kind.ITERATOR) and _moves(restart.before, name):
+        if variable.kind in (Kind.RNG, Kind.ITERATOR) and restart.moves(name):
             observation = f"{_placed(name, variable)} is drawn from ahead of the steps, by a thread: {threads[0]}"
             return Diagnosis(_KINDS[variable.kind], name, [observation], line=variable.line)
     return None
@@ -288,7 +292,7 @@ def hidden(restart: Restart) -> Diagnosis | None:
     """Look for an iterator that hides where it stands, once nothing else differs, the time of day included."""
     then = restart.both[0].outside if restart.both is not None else {}
     for name, variable in then.items():
-        if variable.live and variable.kind is Kind.ITERATOR and not _moves(restart.before, name):
+        if variable.live and variable.kind is Kind.ITERATOR and not restart.moves(name):
             hides = f"nothing that the drill can see differs, and {_placed(name, variable)} hides where it stands"
             return Diagnosis("data", name, [hides], line=variable.line)
     return None

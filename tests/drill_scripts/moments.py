@@ -32,7 +32,7 @@ def main() -> None:
             run.state.key, key = jax.random.split(run.state.key)
             noise = jax.random.normal(key, (8, 1))
             run.state.params, run.state.opt, loss = train_step(run.state.params, run.state.opt, batch, noise)
-            if step in (20, 40):
+            if step in (10, 57):  # far from the middle, where a kill must not fall into it
                 evaluate(best, float(loss))
     print(float(loss))  # after a restart there is no loss
 

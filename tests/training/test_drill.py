@@ -500,6 +500,18 @@ def test_generator_comes_before_counter() -> None:
     assert found.evidence[-1] == "also another after the restart: count in a.py:main"
 
 
+def test_run_that_ended_early_is_judged_by_another() -> None:
+    """Whether a generator moves, and where it stood, an undisturbed run tells where the interrupted one ended at its
+    first save already, before it was looked at.
+    """
+    usual = {step: seen(step, outside={"order in a.py:main": ["rng", f"o{step}", 7]}) for step in (0, 1, 2, 3)}
+    after = {1: seen(1, outside={"order in a.py:main": ["rng", "o0", 7]})}
+    for steps in (0, 1), (0,):
+        found = suspects.lost(Restart({step: usual[step] for step in steps}, after, usual))
+        assert found is not None
+        assert found.name == "unsaved RNG: order in a.py:main"
+
+
 def test_data_that_hides_its_position() -> None:
     """Where the iterator cannot be looked into, the batch of the first resumed step tells."""
     one = {step: seen(step) for step in (0, 30)}
@@ -1044,9 +1056,9 @@ def test_moments(tmp_path: Path) -> None:
         "evaluation": "ValueError",
         "after": "UnboundLocalError",
     }
-    assert told["reference"]["long_step"][0] == 40
+    assert told["reference"]["long_step"][0] == 57
     evaluation = next(each for each in told["scenarios"] if each["name"] == "evaluation")
-    assert evaluation["endings"][0]["reached_step"] == 40
+    assert evaluation["endings"][0]["reached_step"] == 57
     assert told["diagnosis"] is None
 
 
