@@ -71,7 +71,8 @@ class Remote:
                 try:
                     import fsspec
 
-                    fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **_OPTIONS.get(needed, {}))
+                    options = _OPTIONS.get(needed, {}) | _credentials(needed)
+                    fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
                 except ImportError as error:
                     remedy = f"pip install {_NEEDS[scheme]}" if scheme in _NEEDS else str(error)
                     raise ConfigError(f"{self.url} needs a package that is not installed: {remedy}") from None
@@ -263,6 +264,18 @@ def _first_byte(fs: Any, path: str, **options: Any) -> None:
     except Exception as error:
         if _code(error) != 416:  # it has none
             raise
+
+
+def _credentials(package: str) -> dict[str, Any]:
+    """Return none for an emulated bucket, as Google's own client does; those that fsspec is configured with stand.
+
+    Else gcsfs asks for some, of a VM's metadata server too, and google-auth warns that there are none.
+    """
+    import fsspec
+
+    emulated = package == "gcsfs" and os.environ.get("STORAGE_EMULATOR_HOST", "")
+    given = any("token" in fsspec.config.conf.get(scheme, {}) for scheme in ("gs", "gcs"))
+    return {"token": "anon"} if emulated and not given else {}
 
 
 def _remove_generation(fs: Any, path: str, generation: str, timeout: float) -> None:

@@ -170,5 +170,6 @@ def environment(url: str) -> dict[str, str]:
         "NO_GCE_CHECK": "true",
         "GCLOUD_PROJECT": "project",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else a gRPC call for every bucket's type
-        "FSSPEC_GS": '{"use_listings_cache": false}',  # else Orbax's own gcsfs never sees what others wrote
+        # Else Orbax's own gcsfs never sees what others wrote, and asks for credentials.
+        "FSSPEC_GS": '{"use_listings_cache": false, "token": "anon"}',
     }

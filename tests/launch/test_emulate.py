@@ -38,7 +38,7 @@ def test_until_ctrl_c(tmp_path: Path) -> None:
         lines.append(server.stdout.readline())
     script = "".join(lines) + "echo $STORAGE_EMULATOR_HOST $FSSPEC_GS"
     host, _, options = subprocess.check_output(["sh", "-c", script], text=True).strip().partition(" ")
-    assert json.loads(options) == {"use_listings_cache": False}
+    assert json.loads(options) == {"use_listings_cache": False, "token": "anon"}
     urllib.request.urlopen(f"{host}/storage/v1/b/bucket").close()
     server.send_signal(signal.SIGINT)
     assert server.wait(20) == 0

@@ -166,6 +166,22 @@ def test_find_names_no_directories(place: Place, monkeypatch: pytest.MonkeyPatch
     assert remote.find("checkpoints") == {}
 
 
+def test_an_emulated_bucket_is_not_asked_for_credentials(gcs: GcsServer, tmp_path: Path) -> None:
+    """Where STORAGE_EMULATOR_HOST says that it is one, none are looked for, and nothing warns of them; those that
+    fsspec is given are used.
+    """
+    script = "import logging; logging.basicConfig(); from jobkit.rundir.remote import Remote; "
+    script += "Remote('gs://bucket/x', deadline_s=2).write('a', b'1')"
+    environment = {**os.environ, **gcs.environment(), "HOME": str(tmp_path)}
+    del environment["FSSPEC_GS"]
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert gcs.read("x/a") == b"1"
+    environment["FSSPEC_GS"] = '{"token": "/nonexistent.json"}'
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+
+
 def test_a_bucket_that_does_not_exist_is_said_so(place: Place) -> None:
     """Writing to a bucket that does not exist is one sentence, not a retry for minutes."""
     begun = time.monotonic()
