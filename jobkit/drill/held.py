@@ -18,6 +18,7 @@ from typing import Any
 import google_crc32c
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from jobkit.checkpoint.kinds import Part, is_iterator, part_of
@@ -67,11 +68,11 @@ class Outside:
             code, place = one.f_code, Path(one.f_code.co_filename).name
             if not _at_top(one):
                 lines = partial(liveness.line_of, code)
-                self._look_into(one.f_locals, f"{place}:{code.co_name}", lines, liveness.live(one))
+                self._look_into(one.f_locals, f"{place}:{code.co_name}", lines, one)
             if id(one.f_globals) not in visited:
                 visited.add(id(one.f_globals))
                 if (top := tops.get(id(one.f_globals))) is not None:
-                    self._look_into(one.f_globals, place, partial(liveness.line_of, top.f_code), liveness.live(top))
+                    self._look_into(one.f_globals, place, partial(liveness.line_of, top.f_code), top)
                 else:
                     self._look_into(one.f_globals, place, partial(_line_in, code.co_filename))
         for module in list(sys.modules.values()):
@@ -85,10 +86,14 @@ class Outside:
         variables: Mapping[str, Any],
         place: str,
         line_of: Callable[[str], int | None],
-        live: frozenset[str] | None = None,
+        frame: types.FrameType | None = None,
     ) -> None:
+        live = liveness.live(frame) if frame is not None else None
+        taken = liveness.taken(frame.f_code) if frame is not None else ()
         for word, value in list(variables.items()):
             self._look_at(word, place, value, line_of(word), live is None or word in live)
+            if word in taken and (variable := self.variables.get(f"{word} in {place}")) is not None:
+                self.variables[f"{word} in {place}"] = msgspec.structs.replace(variable, taken=True)
 
     def _look_at(self, word: str, place: str, value: Any, line: int | None, live: bool, depth: int = _DEPTH) -> None:
         if isinstance(value, types.MethodType | types.BuiltinFunctionType):

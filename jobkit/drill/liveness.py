@@ -1,7 +1,7 @@
 """Which variables of a frame are live: read again before they are written. What is dead no step hands to the next.
 
-Found in the byte code, as compilers do it: a loss that each step computes anew is dead between two steps, a moving
-average is live. Exceptions are left out of account.
+And which of them hold what an iterator gave. Found in the byte code, as compilers do it: a loss that each step computes
+anew is dead between two steps, a moving average is live. Exceptions are left out of account.
 """
 
 import dis
@@ -35,6 +35,24 @@ def line_of(code: CodeType, name: str, *, attribute: bool = False) -> int | None
     word = f".{name}" if attribute else name
     lines = _lines(code)
     return lines[0].get(word) or lines[1].get(word)
+
+
+@lru_cache(maxsize=256)
+def taken(code: CodeType) -> frozenset[str]:
+    """Return the variables that a code sets to what an iterator gives: the targets of `for`, and of `x = next(...)`."""
+    names: set[str] = set()
+    taking = storing = False
+    for instruction in dis.get_instructions(code):
+        touched = _touched(instruction)
+        stored = [name for how, name in touched if how == "STORE"]
+        if instruction.opname == "FOR_ITER" or ("LOAD", "next") in touched:
+            taking, storing = True, instruction.opname == "FOR_ITER"
+        elif taking and stored:
+            names.update(stored)
+            storing = True
+        elif instruction.opname == "POP_TOP" or (storing and not instruction.opname.startswith("UNPACK")):
+            taking = storing = False
+    return frozenset(names)
 
 
 @lru_cache(maxsize=1024)

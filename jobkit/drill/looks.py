@@ -25,6 +25,7 @@ class Variable(msgspec.Struct, frozen=True, array_like=True):
         line: Which line writes it, None if none does.
         live: Whether it is read again before it is written.
         copy: Whether there are arrays in it, and all of them are the parts' own as well.
+        taken: Whether it is what an iterator gave.
     """
 
     kind: Kind
@@ -32,6 +33,7 @@ class Variable(msgspec.Struct, frozen=True, array_like=True):
     line: int | None = None
     live: bool = True
     copy: bool = False
+    taken: bool = False
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):

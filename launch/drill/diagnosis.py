@@ -176,12 +176,18 @@ def warnings(interrupted: Store, reference: Store) -> list[str]:
     restart = Restart.of(interrupted, reference)
     if restart.both is None:
         return ["which variables a restart does not bring back could not be seen"]
-    return [
-        f"{one.what}{f', line {one.line}' if one.line else ''}: changes from step to step, is no part, and is another "
-        f"after the restart"
+    suspected = [
+        one
         for one in suspects.carried(restart)
         # One that was made anew from the step has yielded the same, one that began with the first again by chance.
         if one.cause != "data" or restart.begins_anew(one.what)
+    ]
+    if not any(one.cause == "data" for one in suspected):  # else it is named where it comes from
+        suspected += suspects.given_anew(restart)
+    return [
+        f"{one.what}{f', line {one.line}' if one.line else ''}: changes from step to step, is no part, and is another "
+        f"after the restart"
+        for one in suspected
     ]
 
 

@@ -44,8 +44,10 @@ _QUEUE_S = 600.0
 """How long a job of a drill may wait for its turn."""
 _TRIES = 3
 """A program that was over before it could be hit is run again, slower."""
-_PROBED = ("notice", "kill", "requeue", "kill-commit", "kill-save", "damage", "notice-save")
-"""Scenarios that restart a run in its middle, one of which is probed: the first that is asked for."""
+_PROBED = ("kill", "damage", "kill-commit", "kill-save", "notice", "requeue", "notice-save")
+"""Scenarios that restart a run in its middle, one of which is probed: the first that is asked for. After a kill steps
+are repeated, which can then be compared.
+"""
 _ACCELERATORS = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 

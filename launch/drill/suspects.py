@@ -166,6 +166,12 @@ class Restart:
         """Tell whether a variable, or a global generator, changes as it trains: one run may have ended too early."""
         return _moves(self.before, name) or _moves(self.usual, name)
 
+    def repeats(self, name: str) -> bool:
+        """Tell whether a variable is the same in two runs that nobody has interrupted yet, and changes in them."""
+        steps = [step for step in self.before.keys() & self.usual.keys() if step > 0]
+        one, two = ([seen[step].fingerprint(name) for step in steps] for seen in (self.before, self.usual))
+        return one == two and len({*one} - {None}) > 1
+
     def begins_anew(self, name: str) -> bool:
         """Tell whether a variable is after the restart what it was before the very first step."""
         start = self.before.get(0)
@@ -199,6 +205,29 @@ def carried(restart: Restart) -> list[Diagnosis]:
             )
             suspects.append(Diagnosis(cause, name, [observation], line=variable.line))
     return sorted(suspects, key=_likeliest)
+
+
+def given_anew(restart: Restart) -> list[Diagnosis]:
+    """Return what an iterator gives in the first resumed steps, where it is another than without the interruption.
+
+    The parts are the same there, so it feeds nothing that trains; the iterator may be nowhere to be seen. Only what two
+    undisturbed runs have the same, and another at each step, is held against a restart: no time, no count of seconds.
+    """
+    if restart.both is None:
+        return []
+    (then, now), start = restart.both, restart.before.get(0)
+    steps = [step for step in (then.step + 1, then.step + 2) if step in restart.before and step in restart.after]
+    pairs = [(restart.before[step], restart.after[step]) for step in steps]
+    if not pairs or any(one.parts != other.parts for one, other in pairs):
+        return []
+    names = [name for name, variable in _others(*pairs[0]) if variable.taken and not variable.live]
+    return [
+        Diagnosis("data", name, [], line=pairs[0][0].outside[name].line)
+        for name in names
+        if name not in now.outside and (start is None or name not in start.outside)
+        if all(one.fingerprint(name) != other.fingerprint(name) for one, other in pairs)
+        if restart.repeats(name)
+    ]
 
 
 def _likeliest(suspect: Diagnosis) -> int:

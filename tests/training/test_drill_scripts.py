@@ -47,6 +47,7 @@ RIGHT = {
     "python_generators": Right(),
     "same_environment": Right(),
     "after_the_loop": Right(),
+    "printed_rates": Right(("rate in printed_rates.py:main, line 15: changes from step to step",)),
     "forgotten": Right(("schedule in forgotten.py:main", "plateau in forgotten.py", "stopping in forgotten.py")),
     "torch_sound": Right(),
     "tf_sound": Right(),

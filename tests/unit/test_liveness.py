@@ -35,6 +35,24 @@ def test_what_a_step_hands_to_the_next() -> None:
     assert seen[1] == seen[2] == seen[0]
 
 
+def test_what_an_iterator_gives() -> None:
+    """The targets of a loop, and what next() gave, whole or taken apart; not what is made of them, or drawn unnamed."""
+
+    def draws(rows: Iterator[int]) -> None:
+        made = 0
+        for number, (left, right) in zip(rows, [(1, 2)], strict=False):
+            first = next(rows)
+            second = float(next(rows, 0))
+            third, fourth = next(rows), 0
+            print(next(rows))
+            made = first + second + third + fourth + number + left + right
+        print(made, next(iter([1])))
+        made = 2
+
+    names = {"number", "left", "right", "first", "second", "third"}
+    assert names <= liveness.taken(draws.__code__) <= names | {"fourth"}
+
+
 def test_what_a_function_inside_reads_is_live() -> None:
     """A variable that a closure reads may be read by whoever calls it."""
     seen: list[frozenset[str]] = []
