@@ -117,6 +117,7 @@ if kind == "bare":
     sys.exit(75)
 
 import jobkit
+jobkit.Run  # which brings Orbax in, as the import of the bare script has
 marks["built"] = time.time()
 with jobkit.Run(save_every=None, keep=1, trackers=(), writer="orbax" if kind == "through Orbax" else "jobkit") as run:
     marks["opened"] = time.time()
