@@ -42,8 +42,15 @@ def unsound(value: Any) -> str:
 
     A StatefulDataLoader of torchdata restores the order of the epoch that it is in. Those that follow are the same only
     if its sampler keeps a generator for itself, in torchdata's own class: of `generator=` the seeds of the workers are
-    drawn too, and a random sampler of PyTorch has no state (torchdata 0.11).
+    drawn too, and a random sampler of PyTorch has no state (torchdata 0.11). An IterableDataset of Hugging Face's takes
+    up its state only as it is gone through, in each later epoch again, and without what its shuffle buffer held
+    (datasets 5.2).
     """
+    if kind_of(value) == "a datasets.iterable_dataset.IterableDataset":
+        return (
+            "an IterableDataset of Hugging Face's, whose state lacks its shuffle buffer and is used again by the next "
+            "epoch: make jobkit.Batches(lambda seed, epoch: data.shuffle(seed=seed).iter(32)) of it"
+        )
     if kind_of(value) != "a torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader":
         return ""
     sampler, generator = getattr(value, "sampler", None), getattr(value, "generator", None)

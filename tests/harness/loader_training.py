@@ -76,11 +76,22 @@ def _datasets() -> Any:
     return jobkit.Batches(lambda seed, epoch: rows.shuffle(seed=seed).with_format("numpy").iter(SIZE))
 
 
+def _stream() -> Any:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"x": [float(row) for row in range(ROWS)]}).to_iterable_dataset(num_shards=2)
+    with pytest.raises(ConfigError, match="whose state lacks its shuffle buffer and is used again by the next epoch"):
+        part_of("data", rows)
+    shuffled = rows.with_format("numpy")
+    return jobkit.Batches(lambda seed, epoch: shuffled.shuffle(seed=seed, buffer_size=9).iter(SIZE))
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "tensorflow": _tensorflow,
     "torch": _torch,
     "torchdata": _torchdata,
     "datasets": _datasets,
+    "stream": _stream,
 }
 
 
@@ -93,7 +104,7 @@ def train(kind: str) -> None:
         state = run.resume(w=jnp.zeros(()), data=data, optimizer=None)
         for epoch in run.epochs(EPOCHS, data):
             for batch in epoch:
-                rows = np.asarray(batch["x"] if kind == "datasets" else batch, np.float32)
+                rows = np.asarray(batch["x"] if kind in ("datasets", "stream") else batch, np.float32)
                 state.w = 0.9 * state.w + rows @ np.arange(1, SIZE + 1, dtype=np.float32)
             run.log(epoch=epoch, w=state.w)
 

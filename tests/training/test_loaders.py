@@ -21,7 +21,7 @@ from tests.harness.loader_training import KINDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_twice(tmp_path: Path, kind: str) -> None:
     """Stopped by a SIGTERM and by a SIGKILL in the middle of epochs, it goes on to the same end, to the bit."""
-    needed = loaders.needed("torch" if kind == "torchdata" else kind)
+    needed = loaders.needed({"torchdata": "torch", "stream": "datasets"}.get(kind, kind))
     command = [sys.executable, "-W", "ignore", "-m", "tests.harness.loader_training", kind, str(tmp_path)]
     environment = {**os.environ, **needed, "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, cwd=loaders.ROOT, capture_output=True, text=True, timeout=240)
