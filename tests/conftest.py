@@ -47,9 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Name the versions that the tests ran on, and where it lies what they wrote, if any has failed."""
-    from tests.harness import libraries
+    from tests.harness import browser, libraries
 
     terminalreporter.write_line(f"on {libraries.in_use()}")
+    if pictures := sorted(picture.name for picture in browser.SHOTS.glob("*.png")):
+        terminalreporter.write_line(f"pictures of {len(pictures)} pages and screens lie in {browser.SHOTS}")
     if exitstatus == pytest.ExitCode.TESTS_FAILED:
         terminalreporter.write_line(f"what the tests wrote is kept in {config.stash[TEMPORARY]}")
         del config.stash[TEMPORARY]

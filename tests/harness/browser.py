@@ -27,6 +27,8 @@ _FLAGS = [
     "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
 ]  # fmt: skip
 _PATIENCE_S = 60.0
+SHOTS = Path(__file__).parent.parent.parent / ".pytest_cache" / "screenshots"
+"""Where the tests leave pictures of pages and terminals, for somebody to look at."""
 
 
 def find() -> str | None:
@@ -165,8 +167,8 @@ def inspect(page: Path, kept: Path | None = None) -> None:
         look(running, page, kept or page.parent)
 
 
-def look(browser: Browser, page: Path, kept: Path) -> None:
-    """Open a report in light, dark and at 390 pixels: no request, no complaint, nothing sticks out."""
+def look(browser: Browser, page: Path) -> None:
+    """Open a report in light, dark and at 390 pixels: no request, no complaint, nothing sticks out; keep pictures."""
     colors = {}
     for name, width, dark in (("light", 1100, False), ("dark", 1100, True), ("phone", 390, False)):
         browser.open(page, width=width, dark=dark)
@@ -177,8 +179,8 @@ def look(browser: Browser, page: Path, kept: Path) -> None:
         assert browser.evaluate(_BROKEN) == []
         assert browser.evaluate("document.querySelectorAll('.lane rect').length") > 3
         colors[name] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-        browser.screenshot(kept / f"{page.stem}-{name}.png")
-        assert (kept / f"{page.stem}-{name}.png").read_bytes().startswith(b"\x89PNG")
+        browser.screenshot(SHOTS / f"{page.stem}-{name}.png")
+        assert (SHOTS / f"{page.stem}-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert colors["light"] == colors["phone"] != colors["dark"]
 
 

@@ -59,14 +59,13 @@ def html(*runs: ledgers.Written) -> str:
 def test_in_a_browser(chromium: browser.Browser, tmp_path: Path) -> None:
     """One run and three: no request to anywhere, no complaint, no sideways scrolling; dark where the reader's is dark.
 
-    The screenshots stay in $SCREENSHOTS if that is set, to be looked at.
+    The screenshots stay, to be looked at.
     """
     runs = three(tmp_path)
-    kept = Path(os.environ.get("SCREENSHOTS") or tmp_path / "shots")
     for name, text in (("one", html(runs[1])), ("three", html(*runs))):
         path = tmp_path / f"{name}.html"
         path.write_text(text)
-        browser.look(chromium, path, kept)
+        browser.look(chromium, path)
 
 
 def test_a_browser_that_sees_a_bad_page(chromium: browser.Browser, tmp_path: Path) -> None:
@@ -303,7 +302,7 @@ def test_a_sweep_s_page(chromium: browser.Browser, tmp_path: Path) -> None:
     """Swept values and metrics are columns that sort by a click, the best point is marked, one plot has all curves."""
     path = tmp_path / "sweep.html"
     path.write_text(html_of(a_sweep(tmp_path)))
-    browser.look(chromium, path, Path(os.environ.get("SCREENSHOTS") or tmp_path / "shots"))
+    browser.look(chromium, path)
     chromium.open(path, width=1100)
     assert chromium.evaluate("document.title") == "sweep grid: 6 points"
     assert chromium.evaluate("document.querySelector('.verdict').textContent").startswith(
@@ -343,7 +342,6 @@ def test_the_demo_s_page(equal: bool, answer: str, tone: str, tmp_path: Path) ->
 def test_what_a_terminal_shows(chromium: browser.Browser, tmp_path: Path) -> None:
     """`ls` and `status` fit 80 columns; pictures of them stay beside those of the pages, to be looked at."""
     three(tmp_path / "runs")
-    kept = Path(os.environ.get("SCREENSHOTS") or tmp_path / "shots")
     environ = os.environ | {"COLUMNS": "80", "PYTHONPATH": str(ROOT)}
     for name, words in (("ls", ["ls", "runs"]), ("status", ["status", "runs/interrupted"])):
         command = [sys.executable, "-m", "launch", *words]
@@ -353,5 +351,5 @@ def test_what_a_terminal_shows(chromium: browser.Browser, tmp_path: Path) -> Non
         assert max(len(line) for line in done.stdout.splitlines() if str(tmp_path) not in line) <= 80
         (tmp_path / f"{name}.html").write_text(f"<meta charset=utf-8><pre>{escape(done.stdout)}</pre>")
         chromium.open(tmp_path / f"{name}.html", width=800)
-        chromium.screenshot(kept / f"{name}.png")
-        assert (kept / f"{name}.png").stat().st_size > 1000
+        chromium.screenshot(browser.SHOTS / f"{name}.png")
+        assert (browser.SHOTS / f"{name}.png").stat().st_size > 1000
