@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Our own modules are compiled once, not in each of the thousands of processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-apart $(LIBRARIES:%=test-%) check one search lint format types docs bench clean
+.PHONY: help demo test test-all test-apart $(LIBRARIES:%=test-%) check one search campaign lint format types docs bench clean
 help:
 	@echo "make demo       train once undisturbed and once under fire, and compare the bits (RUN=gs://bucket/demo: there)"
 	@echo "make test       lint, types and the tests (with CI=true also the slow ones)"
@@ -29,6 +29,7 @@ help:
 	@echo "make check      lint, types and the tests that start no training (SEED=7: other examples)"
 	@echo "make one T=name the tests whose name holds that, one after the other and with every word"
 	@echo "make search     search for two minutes for what breaks a property (SEED=7, FOR=600)"
+	@echo "make campaign   faults put into runs of several machines that share nothing but a bucket (SEED=7, FAULTS=500)"
 	@echo "make lint, make types, make format"
 	@echo "                ruff and mypy; format mends what ruff can"
 	@echo "make docs       the documentation as pages, in build/docs"
@@ -56,6 +57,10 @@ one: $(READY) $(SLURM) $(BROWSER)
 # Other examples of the property tests, apart from the tests: a seed that finds something finds it again.
 search: $(READY)
 	$(BIN)/python -m tests.harness.search $(SEED) $(if $(FOR),--for $(FOR))
+
+# Hours; each life of a run prints a line for each fault. A seed that finds something finds it again.
+campaign: $(READY)
+	$(BIN)/python -m tests.harness.campaign $(if $(FAULTS),--faults $(FAULTS)) $(if $(SEED),--seed $(SEED))
 
 # With a container engine: CI installs and starts one where none answers (tests/harness/engine.py). Tests about time come
 # first and alone, and what fails is run once more, to tell a race from a fault (tests/harness/classify.py).

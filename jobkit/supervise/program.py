@@ -71,6 +71,8 @@ class Attempt:
 
 _OF_ERRORS = (1, 2, 126)
 """Exit codes of Python after a traceback, and without its script; of a shell that cannot run a program."""
+_NOBODY = "the JAX distributed service detected fatal errors"
+"""What JAX's client says as it aborts a process whose service, or whose peer, does not answer any more."""
 _GONE = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN)
 """What a shared file system says while its server is away: NFS the first two, Lustre the third."""
 _AWAY = re.compile(rf"\[Errno (?:{'|'.join(map(str, _GONE))})\]|: (?:{'|'.join(map(os.strerror, _GONE))})(?:$|:)")
@@ -244,13 +246,22 @@ class Program:
         """Whether CMD ended itself because a file that it read, its code say, was not to be had just then."""
         return self.codes.get(self.pid) in _OF_ERRORS and _AWAY.search(self.last_line()) is not None
 
-    def last_line(self) -> str:
-        """Return the last line of the log, which knows best why the program ended itself."""
+    @property
+    def lost_the_others(self) -> bool:
+        """Whether JAX ended CMD because another process of the attempt was not to be reached."""
+        aborted = (-signal.SIGABRT, 128 + signal.SIGABRT)  # the latter of a shell
+        return self.codes.get(self.pid) in aborted and _NOBODY in self._tail(1 << 16)
+
+    def _tail(self, nbytes: int) -> str:
+        """Return the end of the log, empty where it cannot be read."""
         try:
             with open(self._attempt.log, "rb", opener=names.opener) as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
-                lines = log.read().decode(errors="replace").split("\n")
+                log.seek(max(0, log.seek(0, os.SEEK_END) - nbytes))
+                return log.read().decode(errors="replace")
         except OSError:
             return ""
-        stripped = (line.strip() for line in reversed(lines))
+
+    def last_line(self) -> str:
+        """Return the last line of the log, which knows best why the program ended itself."""
+        stripped = (line.strip() for line in reversed(self._tail(4096).split("\n")))
         return textwrap.shorten(next((line for line in stripped if line.strip("-") and _JAX not in line), ""), 500)

@@ -32,7 +32,7 @@ from jobkit.supervise.oom import Memory
 from jobkit.supervise.program import Attempt, Program
 from jobkit.supervise.slurm_grace import DeadlineExtension
 from jobkit.supervise.stall_monitor import StallMonitor
-from jobkit.supervise.together.gathering import Gathering, NotWholeError
+from jobkit.supervise.together.gathering import Gathering
 from jobkit.supervise.together.peers import Peers
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -250,9 +250,6 @@ class Supervisor:
                 if self._notices.source is not None:
                     gathering.give_up(self._reason(Outcome.PREEMPTED, Exit.PREEMPTED))
                     return int(Exit.PREEMPTED)
-        except NotWholeError as error:
-            self._hint = str(error)
-            return int(Exit.PREEMPTED)
         except JobkitError as error:
             self._hint = str(error)
             return int(error.exit_code)
@@ -339,6 +336,9 @@ class Supervisor:
         # redo. Whatever it makes of that in its exit code: it was not through, and has not failed by itself.
         if asked and beat.phase == Phase.STARTING:
             self._notices.source = self._notices.source or signal.Signals(-code).name
+            return int(Exit.PREEMPTED)
+        if beat.phase == Phase.STARTING and self._peers.apart and self._program.lost_the_others:
+            self._hint = "the processes of this attempt did not all come to jobkit.initialize()"
             return int(Exit.PREEMPTED)
         if code > 0 and self._program.lost_its_disk:
             return int(Exit.STORAGE)

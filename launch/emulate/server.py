@@ -102,9 +102,9 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int, owner: "Server", handler: type[Handler]) -> None:
+    def __init__(self, host: str, port: int, owner: "Server", handler: type[Handler]) -> None:
         self.owner, self.connections = owner, set[socket.socket]()
-        super().__init__(("127.0.0.1", port), handler)
+        super().__init__((host, port), handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Remember the connection, so that closing the server ends it."""
@@ -123,10 +123,11 @@ class Listener(ThreadingHTTPServer):
 
 
 class Server:
-    """A Google Cloud Storage on a port of this machine, for processes of this machine alone.
+    """A Google Cloud Storage on a port of this machine, for processes of this machine alone unless it has another host.
 
     Args:
         port: 0 for a free one.
+        host: The address of this machine at which it listens.
         buckets: The names of the buckets that are there at the start.
         handler: Serves a connection.
 
@@ -135,10 +136,15 @@ class Server:
     """
 
     def __init__(
-        self, *, port: int = 0, buckets: Iterable[str] = ("bucket",), handler: type[Handler] = Handler
+        self,
+        *,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        buckets: Iterable[str] = ("bucket",),
+        handler: type[Handler] = Handler,
     ) -> None:
-        self._listener = Listener(port, self, handler)
-        self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
+        self._listener = Listener(host, port, self, handler)
+        self.url = f"http://{host}:{self._listener.server_address[1]}"
         self.storage = Storage(self.url)
         self.storage.buckets |= {name: {} for name in buckets}
         self._thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True)

@@ -277,10 +277,11 @@ class GcsServer(Server):
 
     Args:
         port: 0 for a free one.
+        host: The address of this machine at which it listens.
         buckets: The names of the buckets that are there at the start.
     """
 
-    def __init__(self, *, port: int = 0, buckets: Iterable[str] = ("bucket",)) -> None:
+    def __init__(self, *, port: int = 0, host: str = "127.0.0.1", buckets: Iterable[str] = ("bucket",)) -> None:
         self.faults = Faults()
         self.log: list[tuple[str, str]] = []
         """Kind and subject of every request, in order of arrival."""
@@ -288,7 +289,7 @@ class GcsServer(Server):
         self.bytes_out = 0
         """Bytes of contents that were read."""
         self._closing = threading.Event()
-        super().__init__(port=port, buckets=buckets, handler=_Handler)
+        super().__init__(port=port, host=host, buckets=buckets, handler=_Handler)
 
     def __enter__(self) -> "GcsServer":
         return self

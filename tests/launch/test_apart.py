@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fsspec
 import msgspec
 import pytest
 
@@ -21,8 +20,7 @@ from launch.backends.local import Local
 from launch.lifecycle import run_status, submission, verbs
 from launch.lifecycle.submission import open_run
 from launch.spec.jobspec import JobSpec
-from tests.fakes.gcs_server import GcsServer
-from tests.harness import jobs
+from tests.harness import jobs, machines
 from tests.harness.jobs import Project, until, until_over
 
 PROGRAM = '''\
@@ -38,15 +36,9 @@ if here[0] == "0":
 
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Run a bucket's server, which this process's clients use; yield what others need for that."""
-    with GcsServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "here"))
-        fsspec.config.conf.clear()
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        fsspec.filesystem("gs").clear_instance_cache()
+    with machines.bucket(tmp_path / "here") as server:
         yield server.environment()
 
 

@@ -3,13 +3,11 @@
 import sys
 from pathlib import Path
 
-import fsspec
 import pytest
 
-from jobkit import contract
 from jobkit.rundir.ledger import read_json
 from launch.lifecycle.submission import open_run
-from tests.fakes.gcs_server import GcsServer
+from tests.harness import machines
 from tests.harness.jobs import until
 from tests.harness.login import Login
 
@@ -20,15 +18,9 @@ print(os.environ["JOBKIT_PROCESS"], "of", os.environ["JOBKIT_PROCESSES"], "runs 
 
 
 @pytest.mark.slow
-def test_each_node_makes_itself_ready(login: Login, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_node_makes_itself_ready(login: Login, tmp_path: Path) -> None:
     """Of two nodes the second brings the code into a home of its own, and both processes meet through the bucket."""
-    with GcsServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "disk"))
-        fsspec.config.conf.clear()
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        fsspec.filesystem("gs").clear_instance_cache()
+    with machines.bucket(tmp_path / "disk"):
         (login.home / "where.py").write_text(PROGRAM)
         url = f"gs://bucket/{tmp_path.name}"
         login.jobkit("submit", "--on", "slurm", "-N", "2", "--run", url, "--", sys.executable, "where.py")

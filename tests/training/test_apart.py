@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from jobkit.rundir.apart import parts, sending
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, home_of
 from jobkit.rundir.uploader import Uploader
+from jobkit.supervise.together import gathering
 from tests.harness import jobs, training
 from tests.harness.jobs import children, until
 from tests.training.test_gathering import Attempt, attempt, end  # noqa: F401
@@ -264,14 +266,47 @@ def both_die(run: Attempt, point: str) -> None:
     assert remote_steps.steps(run.remote) == [0]
 
 
-def _programs(url: str) -> list[Path]:
-    """Return the processes of a run on this machine."""
-    found, run = [], f"{contract.ENV_RUN}={url}".encode()
+def _programs(url: str, index: int | None = None) -> list[Path]:
+    """Return the processes of a run on this machine, or those of one of its programs."""
+    found, wanted = [], {f"{contract.ENV_RUN}={url}".encode()}
+    wanted |= set() if index is None else {f"{contract.ENV_PROCESS}={index}".encode()}
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if run in environ.read_bytes().split(b"\0"):
+            if wanted <= {*environ.read_bytes().split(b"\0")}:
                 found.append(environ.parent)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_home_is_lost_whose_part_is_there(
+    lost: int,
+    attempt: Attempt,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: str,
+) -> None:
+    """A part on the URL is as good as one in a home: with the other's, which is nowhere else, the step is committed."""
+    killed = {contract.ENV_FAULT: "before_part:2@0"}
+    started = [
+        attempt.start(index, 2, program(20, 0.1), node=f"node-{index}", **(killed if index != lost else {}))
+        for index in range(2)
+    ]
+    assert end(started[1 - lost], 300)[0] == -signal.SIGKILL
+    until(lambda: not _programs(attempt.url, 1 - lost), "its program, which saves once more, has ended", seconds=60)
+    gathering.open_attempt(attempt.remote, 1 - lost)  # its machine comes back: nobody waits for its part
+    end(started[lost], 300)
+    assert remote_steps.steps(attempt.remote) == [0]
+    newest = max(step for step in range(1, 21) if parts.name_of(step, lost) in attempt.remote.find("checkpoints"))
+    assert newest >= 10
+    assert attempt.claim() == 1
+    ends = [end(process, 300) for process in (
+        attempt.start(lost, 2, program(20), number=1, node="another"),
+        attempt.start(1 - lost, 2, program(20), number=1, node=f"node-{1 - lost}"),
+    )]  # fmt: skip
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert f"attempt 1 resumes at step {newest} of" in "".join(printed for _, printed in ends)
+    assert digest(attempt, tmp_path, monkeypatch) == undisturbed
 
 
 @pytest.mark.slow

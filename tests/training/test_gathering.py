@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from jobkit import contract
@@ -20,6 +19,7 @@ from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from tests.fakes.gcs_server import GcsServer
 from tests.fakes.metadata_server import Gce
+from tests.harness import machines
 from tests.harness.jobs import children, until
 
 MEETS = "import os; print('meets at', os.environ['JOBKIT_COORDINATOR'])"
@@ -88,15 +88,9 @@ def end(process: "subprocess.Popen[str]", timeout_s: float = 60.0) -> tuple[int,
 
 
 @pytest.fixture
-def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempt]:
+def attempt(tmp_path: Path) -> Iterator[Attempt]:
     """Yield a run in a new bucket, whose attempt 0 is claimed."""
-    with GcsServer() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv(contract.ENV_HOME, str(tmp_path / "node-0"))
-        fsspec.config.conf.clear()
-        fsspec.config.set_conf_env(fsspec.config.conf)
-        fsspec.filesystem("gs").clear_instance_cache()
+    with machines.bucket(tmp_path / "node-0") as server:
         made = Attempt(f"gs://bucket/runs/{tmp_path.name}", server.environment(), tmp_path, server)
         assert made.claim() == 0
         yield made
@@ -234,6 +228,21 @@ def test_a_notice_to_one_that_has_not_begun(attempt: Attempt) -> None:
     assert [code for code, _ in ends] == [Exit.PREEMPTED] * 2, ends
     assert time.monotonic() - before < 30, "it waited for one that was gone"
     assert attempt.outcome(0)["notice"] == {"source": "peer", "reason": "process 1 ended: stopped on SIGTERM"}
+
+
+@pytest.mark.slow
+def test_one_that_dies_before_jax_knows_it(attempt: Attempt) -> None:
+    """A supervisor that is killed when all have come: JAX aborts who waits for it, and that is no failure of theirs."""
+    impatient = f"from jobkit import group; group._CONNECT_S = 4; {JOINS}"
+    dies = attempt.start(1, 2, JOINS, **{contract.ENV_FAULT: "after_gathered"})
+    waits = attempt.start(0, 2, impatient)
+    assert end(dies)[0] == -signal.SIGKILL
+    until(lambda: contract.process_outcome(0, 0) in attempt.remote.find("attempts/0"), "it has ended", seconds=90)
+    assert attempt.claim() == 1  # it waits no longer for the other one's word
+    assert end(waits)[0] == Exit.PREEMPTED
+    said = attempt.outcome(0)
+    assert (said["outcome"], said["notice"]) == ("preempted", None)
+    assert said["reason"] == "the processes of this attempt did not all come to jobkit.initialize()"
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from launch.lifecycle import submission
 from tests.fakes.gcs_server import GcsServer
-from tests.harness import training
+from tests.harness import machines, training
 from tests.harness.jobs import until
 
 
@@ -103,6 +103,18 @@ def test_find_read_write_remove(place: Place) -> None:
     assert remote.find() == {"a/two": 3}
     with pytest.raises(FileNotFoundError):
         remote.read("a/one")
+
+
+def test_attempts_are_listed_by_one_request(tmp_path: Path) -> None:
+    """However much the attempts of a run have written, who asks which is the newest takes one request."""
+    with machines.bucket(tmp_path / "here") as server:
+        for number in range(12):
+            for name in range(120):
+                server.write(f"run/attempts/{number}/log-0.txt.d/{name}", b"x")
+        remote, before = Remote("gs://bucket/run"), len(server.log)
+        assert remote.numbers("attempts") == list(range(12))
+        assert len(server.log) - before == 1
+        assert remote.numbers("checkpoints") == []
 
 
 def test_an_object_is_removed_by_its_content(place: Place) -> None:

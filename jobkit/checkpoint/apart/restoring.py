@@ -44,7 +44,9 @@ class Apart:
         self._set_damaged_aside(there)
         held = {str(step): crc for step, crc in parts.held(self._store, self._group.index).items()}
         said = self._group.gather(f"held/{turn}", held, _HELD_S)
-        step: int | None = self._group.share(f"restore/{turn}", lambda: fetching.newest(self._store, said))
+        step: int | None = self._group.share(
+            f"restore/{turn}", lambda: fetching.newest(self._store, said, self._attempt)
+        )
         if step is not None and self._group.first and step not in commits.steps(self._store):
             name = remote_steps.commit_name(step)  # retention, and metrics that come later, ask for it
             self._store.write(name, self._store.bucket.read(name))

@@ -9,7 +9,7 @@ from pathlib import Path
 from jobkit import contract
 from jobkit.errors import DamagedError, StorageError
 from jobkit.rundir import commits, remote_steps
-from jobkit.rundir.apart import parts
+from jobkit.rundir.apart import parts, whole
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.files import checksum, crc32c, remove_tree
 from jobkit.rundir.remote import carry
@@ -21,36 +21,57 @@ Place = tuple[str, int, int]
 """File of a step, relative to it, offset and length."""
 
 
-def newest(store: Store, said: list[Mapping[str, str]]) -> int | None:
-    """Return the newest step that is committed on the URL, once what all homes have is there; None if there is none.
+def newest(store: Store, said: list[Mapping[str, str]], attempt: int) -> int | None:
+    """Return the newest step that is committed on the URL; None if there is none.
+
+    One of which each part is in its process's home or on the URL is waited for, and committed there.
 
     Args:
         store: The run; process 0's home.
         said: What each process holds, as `parts.held` says, with the steps as text.
+        attempt: Number of the attempt.
 
     Raises:
-        JobkitError: If the URL does not answer, or what all homes have does not get there: no reason to lose it.
+        JobkitError: If the URL does not answer, or such a step does not get there: no reason to lose it.
     """
-    there = remote_steps.steps(store.bucket)
-    for step in reversed(commits.steps(store)):
-        if there and step <= there[-1]:
+    remote = store.bucket
+    by_step = remote_steps.group(remote.find(contract.CHECKPOINTS))
+    there = max(remote_steps.committed(by_step), default=None)
+    here = commits.steps(store)
+    for step in sorted({*here, *by_step}, reverse=True):
+        if there is not None and step <= there:
             break
-        if parts.expected(commits.read(store, step), said):
-            wait_for(store, step)
+        if step in here:
+            commit, by = commits.read(store, step), None
+        elif (described := whole.description(remote, step, by_step[step])) is not None:
+            commit, by = described[1], attempt
+        else:
+            continue
+        if parts.expected(commit, said, lambda names: whole.checksums(remote, names)):
+            wait_for(store, step, by)
             return step
-    return max(there, default=None)
+    return there
 
 
-def wait_for(store: Store, step: int) -> None:
+def wait_for(store: Store, step: int, attempt: int | None = None) -> None:
     """Wait until a step that the homes have is on the URL, as long as more of it still gets there.
+
+    Args:
+        store: The run; this process's home.
+        step: The step.
+        attempt: Number of the attempt, if this process is to commit the step where supervisors cannot know of it: the
+            one that carries process 0's part has lost what it knew with its home.
 
     Raises:
         StorageError: If no more does, or the URL does not answer.
     """
-    seen, deadline = -1, 0.0
-    while remote_steps.commit_name(step) not in (there := store.bucket.find(contract.step_dir(step))):
-        if (size := sum(there.values())) > seen:
-            seen, deadline = size, time.monotonic() + _UPLOADED_S
+    remote = store.bucket
+    most, deadline, seen = -1, 0.0, set[str]()
+    while remote_steps.commit_name(step) not in (there := remote.find(contract.step_dir(step))):
+        if attempt is not None and not whole.commit(remote, step, attempt, there, seen)[0]:
+            return
+        if (size := sum(there.values())) > most:
+            most, deadline = size, time.monotonic() + _UPLOADED_S
         elif time.monotonic() >= deadline:
             raise StorageError(
                 f"step {step} does not get from the homes of its processes to {store.url}: nothing of it has come for "

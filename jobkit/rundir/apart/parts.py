@@ -6,7 +6,7 @@ the step's commit.json, which names the other parts and their checksums; it is w
 
 import contextlib
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -128,21 +128,26 @@ def drop_partial(store: Store) -> None:
                 commits.remove(store, step)
 
 
-def expected(commit: Commit, said: list[Mapping[str, str]]) -> bool:
-    """Tell whether every process of a commit still has its part of it.
+def expected(
+    commit: Commit,
+    said: Sequence[Mapping[str, str]],
+    there: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {},
+) -> bool:
+    """Tell whether every part of a commit is in its process's home, or on the URL and in nobody's home another one.
 
     Args:
-        commit: A step of process 0's home.
+        commit: A step that is process 0's to describe.
         said: What each process holds: step, as text, and checksum.
+        there: Tells checksums of parts on the URL.
     """
-    if not commit.parts:  # of a process that was alone then: all of it is in this home
-        return True
-    if len(said) != commit.processes:
-        return False
-    return all(
-        said[process].get(str(commit.step)) == commit.parts.get(name_of(commit.step, process))
+    held = {
+        name: said[process].get(str(commit.step), "") if process < len(said) else ""
         for process in range(1, commit.processes)
-    )
+        if (name := name_of(commit.step, process)) in commit.parts
+    }
+    absent = [name for name, crc in held.items() if not crc]
+    known = {**held, **there(absent)} if absent else held
+    return all(crc == commit.parts[name] for name, crc in known.items())
 
 
 def parse(content: bytes) -> Part:

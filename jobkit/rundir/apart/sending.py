@@ -11,20 +11,20 @@ from typing import NamedTuple
 import msgspec
 
 from jobkit import contract, faults, names
-from jobkit.errors import DamagedError, JobkitError, StorageError, SupersededError
+from jobkit.errors import JobkitError, StorageError, SupersededError, say
 from jobkit.rundir import commits, remote_steps
-from jobkit.rundir.apart import parts
+from jobkit.rundir.apart import parts, whole
 from jobkit.rundir.apart.parts import Part
 from jobkit.rundir.commits import Commit
 from jobkit.rundir.files import crc32c
 from jobkit.rundir.ledger import Ledger
-from jobkit.rundir.remote import Remote, carry
+from jobkit.rundir.remote import carry
 from jobkit.rundir.store import Store, in_words
 
 _POLL_S = 2.0
 """How often it is looked whether the other parts have come."""
-_GIVE_UP_S = 600.0
-"""How long a part may come later than the first one; the step is none then."""
+_LONG_S, _SELDOM_S = 600.0, 30.0
+"""After how long that is said, and how often it is looked then; a part may still come."""
 _TAKE_OVER_S, _TAKE_OVER_LEAVING_S = 60.0, 15.0
 """How long process 0's supervisor may take for a commit, before that of process 1 makes it; see `_patience_s`."""
 _OTHERS_S = 120.0
@@ -56,6 +56,10 @@ class Sender:
         self._sent: dict[int, _Sent] = {}
         self._done: dict[int, str] = {}
         self._seen: dict[int, set[str]] = {}
+        self._late: dict[int, float] = {}
+        """When it was looked last for parts that are late."""
+        self._missing: set[int] = set()
+        """Processes whose parts had not come when it was looked last."""
         self._looked = 0.0
 
     def carry_parts(self, until: float | None = None) -> bool:
@@ -76,7 +80,10 @@ class Sender:
             since = time.monotonic() - max((sent.at for sent in self._sent.values()), default=0.0)
             if self._process and since > self._patience_s(leaving=True) + _TAKE_OVER_LEAVING_S:
                 break  # what is missing is not this one's
-            if time.monotonic() >= until or (not self._process and since > _OTHERS_S):
+            over = time.monotonic() >= until or (not self._process and since > _OTHERS_S)
+            missing = {*self._missing}
+            none_to_come = not self._process and missing <= whole.left(self._store.bucket, self._attempt, missing)
+            if over or (none_to_come and self._carry(leaving=True)):
                 raise MissingPartError(waiting)
             time.sleep(_POLL_S)
         return len(self._done) > before
@@ -87,6 +94,7 @@ class Sender:
         if not leaving and time.monotonic() < self._looked + _POLL_S:
             return waiting
         self._looked = time.monotonic()
+        self._missing.clear()
         failed: JobkitError | None = None
         for step in reversed(self._store.numbers(contract.CHECKPOINTS)):
             try:
@@ -156,29 +164,30 @@ class Sender:
         return msgspec.structs.replace(commit, files=parts.own(commit) if commit.parts else commit.files)
 
     def _commit(self, step: int, sent: _Sent, *, leaving: bool) -> str:
-        """Commit a step on the URL if all parts are there; say what is missing, '' if nothing is any more."""
-        remote, waited = self._store.bucket, time.monotonic() - sent.at
+        """Commit a step on the URL if all parts are there; say what is missing, '' if nothing is."""
+        remote = self._store.bucket
+        now = time.monotonic()
+        if not leaving and now < self._late.get(step, now - _SELDOM_S) + _SELDOM_S:
+            return "a part that is late"
+        waited = now - sent.at
         if self._process and waited < self._patience_s(leaving=leaving):
             return "" if remote.has(remote_steps.commit_name(step)) else "commit.json"
         there = remote.find(contract.step_dir(step))
         if remote_steps.commit_name(step) in there:
             return ""
-        try:
-            content = remote.read(parts.name_of(step, 0))
-            commit = commits.parse(content, step, where=f"{remote.url}/{parts.name_of(step, 0)}")
-        except (FileNotFoundError, DamagedError):
-            return self._or_given_up(step, waited, "the part of process 0")
-        if missing := self._missing(remote, commit, there):
-            return self._or_given_up(step, waited, f"the part of process {', '.join(map(str, missing))}")
-
-        def fence() -> None:
-            commits.check_newest(remote, self._attempt, f"commit to {remote.url}")
-
-        fence()
-        if remote.create(remote_steps.commit_name(step), content, fence=fence):
+        missing, commit = whole.commit(remote, step, self._attempt, there, self._seen.setdefault(step, set()))
+        if commit is not None:
             seconds = round(time.monotonic() - sent.begun, 6)
             self._ledger.append("uploaded", durable=True, step=step, seconds=seconds, bytes=commit.nbytes)
-        return ""
+        if not missing:
+            return ""
+        self._missing.update(missing)
+        named = f"the part of process {', '.join(map(str, missing))}"
+        if waited > _LONG_S:
+            if step not in self._late:
+                say(f"step {step} of {self._store.url} has waited {_LONG_S:g} s for {named}, and waits on")
+            self._late[step] = now
+        return named
 
     def _patience_s(self, *, leaving: bool) -> float:
         """Return how long this process leaves a commit to others: the later, the more of them are before it.
@@ -187,21 +196,3 @@ class Sender:
         """
         share = 1 + (self._process.bit_length() - 1) / 4
         return share * (_TAKE_OVER_LEAVING_S if leaving else _TAKE_OVER_S)
-
-    def _missing(self, remote: Remote, commit: Commit, there: dict[str, int]) -> list[int]:
-        """Return the processes whose part of a commit is not on the URL; what was there once stays."""
-        seen = self._seen.setdefault(commit.step, set())
-        new = {name: there[name] for name in commit.parts if name in there and name not in seen}
-
-        def look(name: str) -> str:
-            return name if crc32c(remote.read(name)) == commit.parts[name] else ""
-
-        seen.update(filter(None, carry("", new, look, shown=False)))
-        wanted = {parts.name_of(commit.step, process): process for process in range(1, commit.processes)}
-        return [process for name, process in wanted.items() if name in commit.parts and name not in seen]
-
-    def _or_given_up(self, step: int, waited_s: float, missing: str) -> str:
-        if waited_s < _GIVE_UP_S:
-            return missing
-        self._ledger.append("skipped", step=step, reason=f"{missing} did not come within {_GIVE_UP_S:g} s")
-        return ""

@@ -16,6 +16,7 @@ import socket
 import time
 
 from jobkit import contract, decode, faults
+from jobkit.contract import Exit
 from jobkit.errors import JobkitError, StorageError, SupersededError
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
@@ -33,6 +34,8 @@ _ANSWER_S = 10.0
 
 class NotWholeError(JobkitError):
     """An attempt has not all its processes: nobody's failure, to be tried again."""
+
+    exit_code = Exit.PREEMPTED
 
 
 class Gathering:
@@ -164,14 +167,22 @@ def open_attempt(remote: Remote, index: int) -> int | None:
     over = f"{contract.attempt_dir(newest)}/{contract.OUTCOME}" in there
     joined = contract.joined_file(newest, index) in there
     if joined and not over and contract.process_outcome(newest, index) not in there:
-        break_up(remote, newest, index, "its machine was lost, and has come back")
+        break_up(remote, newest, index, "its machine was lost, and has come back", lost=True)
     return None if joined or over or contract.gathered_file(newest) in there else newest
 
 
-def break_up(remote: Remote, attempt: int, index: int, reason: str) -> None:
-    """Tell the processes of an attempt that one of them has ended badly, unless one has before."""
+def break_up(remote: Remote, attempt: int, index: int, reason: str, *, lost: bool = False) -> None:
+    """Tell the processes of an attempt that one of them has ended badly, unless one has before.
+
+    Args:
+        remote: The run's URL.
+        attempt: Number of the attempt.
+        index: Of the process.
+        reason: Why it ended.
+        lost: Whether its supervisor is gone too, so that nobody carries its part of a step any more.
+    """
     with contextlib.suppress(JobkitError):  # else JAX's own heartbeats tell them, a little later
-        remote.create(contract.broken_file(attempt), _json(process=index, reason=reason))
+        remote.create(contract.broken_file(attempt), _json(process=index, reason=reason, lost=lost))
 
 
 def is_claimed(remote: Remote, attempt: int) -> bool:

@@ -10,6 +10,7 @@ import time
 
 from jobkit import contract, decode
 from jobkit.errors import JobkitError
+from jobkit.rundir.apart import whole
 from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from jobkit.supervise.together.gathering import break_up, is_claimed
@@ -76,16 +77,16 @@ class Peers:
             break_up(self._remote, self._attempt, self._index, reason)
 
     def wait(self, *, seconds: float = PARTING_S) -> None:
-        """Stay, as process 0, until all others have said how they ended; what they wrote is on the URL then."""
+        """Stay, as process 0, until all others have said how they ended, or are lost; what they wrote is on the URL."""
         if self._remote is None or self._index or not self.gathered:
             return
-        wanted = {contract.process_outcome(self._attempt, index) for index in range(1, self._count)}
+        others = {*range(1, self._count)}
         deadline = time.monotonic() + seconds
         while True:
             with contextlib.suppress(JobkitError):
                 if is_claimed(self._remote, self._attempt + 1):  # nobody waits for this one any more
                     return
-                if wanted <= self._remote.find(contract.attempt_dir(self._attempt)).keys():
+                if others <= whole.left(self._remote, self._attempt, others):
                     return
             if time.monotonic() >= deadline:
                 return
