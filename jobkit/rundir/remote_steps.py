@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -138,8 +138,28 @@ def push(store: Store, step: int, *, attempt: int, ledger: Ledger, shown: bool =
     return True
 
 
-def push_file(remote: Remote, commit: Described, name: str, file: IO[bytes], attempt: int) -> None:
-    """Create one file; what a dead attempt left under its name gives way, what is the same stays."""
+def push_file(
+    remote: Remote,
+    commit: Described,
+    name: str,
+    file: IO[bytes],
+    attempt: int,
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Create one file; what a dead attempt left under its name gives way, what is the same stays.
+
+    Args:
+        remote: The URL.
+        commit: What is known of the step's files.
+        name: Of the file, relative to the step.
+        file: Its content.
+        attempt: Number of the attempt.
+        before: Called before something gives way.
+
+    Raises:
+        SupersededError: If a newer attempt has begun on the URL.
+        JobkitError: If it cannot be created.
+    """
     target = f"{contract.step_dir(commit.step)}/{name}"
     content = file.read()
     if crc32c(content) != commit.files[name].crc32c:
@@ -151,6 +171,7 @@ def push_file(remote: Remote, commit: Described, name: str, file: IO[bytes], att
         commits.check_newest(remote, attempt, f"commit to {remote.url}")
         if commit_name(commit.step) in remote.find(contract.step_dir(commit.step)):
             raise StorageError(f"step {commit.step} of {remote.url} was committed by another attempt meanwhile")
+        before()
         remote.remove([target])
     raise StorageError(f"{remote.url}/{target} is being written by another attempt")
 

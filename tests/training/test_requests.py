@@ -72,3 +72,17 @@ def test_what_is_known_to_be_there_is_not_asked_for(attempt: Attempt, home: Stor
     assert Outbox(home, 2).upload([], final=True, go_on=lambda: True)
     pieces = [name for name in attempt.remote.find("attempts/0") if name.startswith("attempts/0/events-supervisor-1")]
     assert b"".join(attempt.remote.read(name) for name in sorted(pieces)) == b"{}\n{}\n"
+
+
+def test_a_part_whose_files_are_replaced_is_none(attempt: Attempt, home: Store) -> None:  # noqa: F811
+    """Where an earlier attempt left a part with other bytes, it is gone before the first of its files is."""
+    attempt.remote.write(parts.name_of(5, 1), b"{}")
+    attempt.remote.write("checkpoints/5/default/x", b"of an earlier attempt")
+    before = len(attempt.server.log)
+    assert not Sender(home, 1, 1, Ledger(home.file("ledger.jsonl"))).carry_parts()
+    gone = [
+        subject.split(" ")[2].rpartition("/5/")[2] for kind, subject in attempt.server.log[before:] if "del" in kind
+    ]
+    assert gone == ["part-1.json", "default/x"]
+    assert attempt.remote.read("checkpoints/5/default/x") == home.read("checkpoints/5/default/x")
+    assert attempt.remote.read(parts.name_of(5, 1)) == home.read(parts.name_of(5, 1))

@@ -130,7 +130,11 @@ class Sender:
     def _push(self, step: int, content: bytes, *, shown: bool) -> bool:
         """Carry the files of a part, and then what makes it one; False if the home has lost it meanwhile."""
         remote, place = self._store.bucket, contract.step_dir(step)
-        part = self._part(step, content)
+        part, target = self._part(step, content), parts.name_of(step, self._process)
+
+        def none_yet() -> None:  # what an earlier attempt's part describes is about to be replaced
+            remote.remove([target])
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(in_words(f"cannot read step {step} of {self._store.path}", absent=True))
             try:
@@ -143,11 +147,10 @@ class Sender:
             carry(
                 f"uploading step {step}",
                 part.sizes,
-                lambda name: remote_steps.push_file(remote, part, name, files[name], self._attempt),
+                lambda name: remote_steps.push_file(remote, part, name, files[name], self._attempt, none_yet),
                 shown=shown,
             )
         faults.reach("before_part")
-        target = parts.name_of(step, self._process)
         commits.check_newest(remote, self._attempt, f"commit to {remote.url}")
         if not remote.create(target, content):  # of an earlier save of this step, which never became one
             remote.write(target, content)
