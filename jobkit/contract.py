@@ -224,6 +224,8 @@ SCORES = "scores"
 ATTEMPTS = "attempts"
 LEASES = "leases"
 """Who may run attempts, one file a runner, newest number first (see launch/lifecycle/lease.py)."""
+RESTARTED = "restarted"
+"""How often each VM of a job of several was started again (see launch/backends/cloud/vm_member.py)."""
 OUTCOME = "outcome.json"
 REPORT = "report"
 CACHE = "cache"
@@ -237,8 +239,8 @@ POINTS = "points"
 SLURM = "slurm"
 """The job's script and SLURM's own output."""
 LAYOUT = (
-    RUN_JSON, ID, README, CANCEL, SAVE, EVENTS, LOCK, CODE, CHECKPOINTS, SCORES, ATTEMPTS, LEASES, REPORT, CACHE,
-    TENSORBOARD, RUNNER_LOG, POINTS, SLURM,
+    RUN_JSON, ID, README, CANCEL, SAVE, EVENTS, LOCK, CODE, CHECKPOINTS, SCORES, ATTEMPTS, LEASES, RESTARTED, REPORT,
+    CACHE, TENSORBOARD, RUNNER_LOG, POINTS, SLURM,
 )  # fmt: skip
 """What the launching side leaves at the top of a run directory, and what it has the program leave there."""
 

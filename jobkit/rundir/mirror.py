@@ -74,7 +74,8 @@ def upload_ledger(store: Store) -> None:
         store.remote.write(contract.EVENTS, store.read(contract.EVENTS))
 
 
-_NOT_BROUGHT = tuple(f"{place}/" for place in (contract.CHECKPOINTS, contract.CACHE, contract.LEASES, contract.POINTS))
+_OTHERS = (contract.CHECKPOINTS, contract.CACHE, contract.LEASES, contract.RESTARTED, contract.POINTS)
+_NOT_BROUGHT = tuple(f"{place}/" for place in _OTHERS)
 """What each who needs it fetches, or reads on the URL alone."""
 
 

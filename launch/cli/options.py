@@ -19,7 +19,7 @@ _OPTIONS = (
     click.option("-p", "--partition", help="SLURM: partition. [default: the cluster's]"),
     click.option("--account", help="SLURM: account. [default: the cluster's]"),
     click.option("--qos", help="SLURM: quality of service. [default: the cluster's]"),
-    click.option("-N", "--nodes", type=int, help="SLURM: number of nodes. [default: 1]"),
+    click.option("-N", "--nodes", type=int, help="SLURM, gcp: number of nodes. [default: 1]"),
     click.option("--ntasks-per-node", type=int, help="Processes per node. [default: 1]"),
     click.option("--gpus-per-node", help="SLURM: GPUs per node, such as 8 or a100:8."),
     click.option("--cpus-per-task", type=int, help="SLURM: CPU cores per process. [default: the cluster's]"),

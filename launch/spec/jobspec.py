@@ -41,7 +41,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
         stall_s: Seconds that a step may take before the program counts as stalled and is started again; 0: it never
             does; None: what this run was seen to do, generously.
         sbatch: For the SLURM backend: long options of sbatch and their values, empty for a switch. The local one knows
-            `ntasks-per-node` alone.
+            `ntasks-per-node` alone, gcp `nodes` alone.
         container: What the processes of the run are in, on this machine or on SLURM; None for neither.
         notify: Who is told what becomes of the run, as env:NAME or file:PATH (see targets.py).
         sweep: Names in the command, written {name}, and their values: one run per combination; empty for a single run.

@@ -124,6 +124,14 @@ def test_what_may_not_be_read_is_not_checked(
     assert {one["topic"] for one in found if one["verdict"] == "ok"} >= {"credentials", "your roles", "image", "quota"}
 
 
+def test_several_vms_take_as_much_as_all_of_them(desk: Desk, batch: BatchServer) -> None:
+    """There is quota for two of four CPUs, and not for three."""
+    batch.cloud.quotas.update(CPUS=(8.0, 0.0))
+    assert bad(ask(desk, "--nodes", "2")) == []
+    ((topic, verdict, mend),) = bad(ask(desk, "--nodes", "3", code=1))
+    assert (topic, verdict, mend.rpartition("=")[2]) == ("quota", "fail", "12")
+
+
 def test_other_registries_and_no_bucket(desk: Desk) -> None:
     """What was not named, or lies where nobody is asked, is said to be unchecked, with what to give or do."""
     found = json.loads(desk.jobkit(*ASK[:5], "--image", "ghcr.io/lab/train:1", "--json"))

@@ -66,7 +66,8 @@ def test_gcp(tmp_path: Path) -> None:
         printed = dict(play(DOCS / "gcp.md", tmp_path, {"STORAGE_EMULATOR_HOST": server.url}))
         assert server.names() == []
     requests = [out for line, out in printed.items() if "submit" in line]
-    assert len(requests) == 3
+    assert len(requests) == 4
+    assert [out.count('"taskCount": "4"') for out in requests] == [0, 0, 0, 1]
     assert all("trainer@my-project" in out for out in requests), requests
 
 

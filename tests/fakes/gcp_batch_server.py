@@ -1,10 +1,11 @@
 """A small Google Batch on this machine, which executes what it is asked to run.
 
 It speaks the API of jobs (create, get, list, cancel, delete, tasks) and of their log; what it is sent is checked by the
-types of the real client, whose `Job.from_json` knows every field. A job runs as processes with the metadata server of a
-VM of its own; a preemption comes as on a real one: `instance/preempted` becomes TRUE, the container gets SIGTERM, and
-what is left after the grace is killed with the VM, exit code 50001. Tasks are started again by `lifecyclePolicies` and
-`maxRetryCount`. A VM may submit jobs itself, with the token of its account, if that has a role for it.
+types of the real client, whose `Job.from_json` knows every field. Each task of a job runs as processes with a disk and
+the metadata server of a VM of its own; a preemption comes as on a real one: `instance/preempted` becomes TRUE, the
+container gets SIGTERM, and what is left after the grace is killed with the VM, exit code 50001. A task is started again
+by `lifecyclePolicies` and `maxRetryCount`, whatever the others do. A VM may submit jobs itself, with the token of its
+account, if that has a role for it.
 
     with GcsServer() as gcs, BatchServer(gcs.environment()) as batch:
         batch.environment  # for jobkit, and for google-auth
@@ -39,93 +40,61 @@ _ACT_AS = "iam.serviceAccountUser"
 REGIONS = ("us-central1", "europe-west4")
 
 
-class Job(Machine):
-    """A job, and the thread that executes it."""
+class Task(Machine):
+    """A task of a job, each on a VM of its own, and the thread that executes it."""
 
-    def __init__(self, server: "BatchServer", name: str, asked: dict[str, Any]) -> None:
-        self.server, self.name, self.asked = server, name, asked
-        self.id = name.rpartition("/")[2]
-        self.uid = f"{self.id[:20]}-{secrets.token_hex(8)}"
-        self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.state = "QUEUED"
-        self.lives, server.lives = server.lives, 0
+    def __init__(self, job: "Job", index: int) -> None:
+        self.job, self.index = job, index
+        self.lives = job.server.lives.get(index, 0) if isinstance(job.server.lives, dict) else job.server.lives
         self.codes = [PREEMPTED] * self.lives
-        self.events: list[dict[str, Any]] = []
-        self.task = "PENDING"
-        self.log = server.folder / f"{self.id}.log"
-        self.log.touch()
-        self.cancelled = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=self.id, daemon=True)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing happens to it any more."""
-        return self.state in ("SUCCEEDED", "FAILED", "CANCELLED")
+        self.state = "PENDING"
+        self.thread = threading.Thread(target=self._run, name=f"{job.id}/{index}", daemon=True)
 
     def resource(self) -> dict[str, Any]:
-        """Return it as the API does."""
-        counts = {} if self.state in ("QUEUED", "SCHEDULED") else {self.task: "1"}
-        status = {"state": self.state, "statusEvents": self.events, "taskGroups": {"group0": {"counts": counts}}}
-        return self.asked | {"name": self.name, "uid": self.uid, "createTime": self.created, "status": status}
-
-    def tasks(self) -> dict[str, Any]:
-        """Return its only task; an event of a success carries no exit code."""
+        """Return it as the API does; an event of a success carries no exit code."""
         events: list[dict[str, Any]] = [
             {"type": "STATUS_CHANGED", "taskState": "FAILED", "description": f"Task state is updated: {code}",
              "taskExecution": {"exitCode": code}} if code else {"type": "STATUS_CHANGED", "taskState": "SUCCEEDED"}
             for code in self.codes
         ]  # fmt: skip
-        name = f"{self.name}/taskGroups/group0/tasks/0"
-        return {"tasks": [{"name": name, "status": {"state": self.state, "statusEvents": events}}]}
-
-    def _to(self, state: str, why: str = "") -> None:
-        said = f"Job state is set from {self.state} to {state} for job {self.name}. {why}".strip()
-        self.events.append({"type": "STATUS_CHANGED", "description": said})
-        self.state = state
+        name = f"{self.job.name}/taskGroups/group0/tasks/{self.index}"
+        return {"name": name, "status": {"state": self.state, "statusEvents": events}}
 
     def _run(self) -> None:
-        spec = self.asked["taskGroups"][0]["taskSpec"]
-        if self.cancelled.wait(self.server.queue_s):
-            return self._to("CANCELLED")
-        self._to("SCHEDULED")
-        self._to("RUNNING")
+        spec = self.job.asked["taskGroups"][0]["taskSpec"]
         for attempt in range(self.lives, int(spec.get("maxRetryCount", 0)) + 1):
-            if self.cancelled.wait(self.server.boot_s):
-                return self._to("CANCELLED")
+            if self.job.cancelled.wait(self.job.server.boot_s):
+                return
             code = self._execute(spec, attempt)
             self.codes.append(code)
-            self.task = "FAILED" if code else "SUCCEEDED"
-            time.sleep(self.server.settle_s)
-            if self.cancelled.is_set():
-                return self._to("CANCELLED")
-            if code == 0:
-                return self._to("SUCCEEDED")
-            if not self._retries(spec, code):
-                break
-            self.task = "PENDING"
-        return self._to("FAILED", f"due to task failure with exit code {self.codes[-1]}")
+            self.state = "FAILED" if code else "SUCCEEDED"
+            if self.job.cancelled.is_set() or not self._retries(spec, code):
+                return
+            if attempt < int(spec.get("maxRetryCount", 0)):
+                self.state = "PENDING"
 
     @staticmethod
     def _retries(spec: dict[str, Any], code: int) -> bool:
         """Tell whether a task is started again: any failure is, unless policies name codes."""
         policies = spec.get("lifecyclePolicies", [])
         named = [policy for policy in policies if code in policy["actionCondition"].get("exitCodes", [])]
-        return named[0]["action"] == "RETRY_TASK" if named else not policies
+        return code != 0 and (named[0]["action"] == "RETRY_TASK" if named else not policies)
 
     def _execute(self, spec: dict[str, Any], attempt: int) -> int:
-        given = spec.get("environment", {})
-        environment = self.server.given | given.get("variables", {}) | {"BATCH_TASK_RETRY_ATTEMPT": str(attempt)}
+        given, server, count = spec.get("environment", {}), self.job.server, len(self.job.members)
+        environment = server.given | given.get("variables", {}) | {"BATCH_TASK_RETRY_ATTEMPT": str(attempt)}
+        environment |= {"BATCH_TASK_INDEX": str(self.index), "BATCH_TASK_COUNT": str(count)}
         for name, secret in given.get("secretVariables", {}).items():
-            environment[name] = self.server.secrets[secret]
+            environment[name] = server.secrets[secret]
         container = spec["runnables"][0]["container"]
-        vm = Vm(self.id, container, environment)
-        vm.metadata.token = f"ya29.{self.uid}.{attempt}"
+        vm = Vm(self.job.id, container, environment)
+        vm.metadata.token = f"ya29.{self.job.uid}.{self.index}.{attempt}"
         limit = spec.get("maxRunDuration", "")
         until = time.monotonic() + (float(limit.rstrip("s")) if limit else float("inf"))
         try:
             self.vm = vm
-            running = self.server.executor.start(vm, self.log)
-            self.container, self.task = running, "RUNNING"
+            running = server.executor.start(vm, self.job.log)
+            self.container, self.state = running, "RUNNING"
             while (code := running.wait(0.02)) is None:
                 if time.monotonic() > until:
                     vm.lost = TIMED_OUT
@@ -135,6 +104,72 @@ class Job(Machine):
         finally:
             self.vm, self.container = None, None
             vm.close()
+
+
+class Job:
+    """A job of one task or several, and the thread that sees to them."""
+
+    def __init__(self, server: "BatchServer", name: str, asked: dict[str, Any]) -> None:
+        self.server, self.name, self.asked = server, name, asked
+        self.id = name.rpartition("/")[2]
+        self.uid = f"{self.id[:20]}-{secrets.token_hex(8)}"
+        self.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.state = "QUEUED"
+        self.events: list[dict[str, Any]] = []
+        self.log = server.folder / f"{self.id}.log"
+        self.log.touch()
+        self.cancelled = threading.Event()
+        self.members = [Task(self, index) for index in range(int(asked["taskGroups"][0].get("taskCount", 1)))]
+        server.lives = 0
+        self.thread = threading.Thread(target=self._run, name=self.id, daemon=True)
+
+    @property
+    def codes(self) -> list[int]:
+        """How the lives of its first task have ended."""
+        return self.members[0].codes
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing happens to it any more."""
+        return self.state in ("SUCCEEDED", "FAILED", "CANCELLED")
+
+    def resource(self) -> dict[str, Any]:
+        """Return it as the API does."""
+        tasks = [] if self.state in ("QUEUED", "SCHEDULED") else [task.state for task in self.members]
+        counts = {state: str(tasks.count(state)) for state in tasks}
+        status = {"state": self.state, "statusEvents": self.events, "taskGroups": {"group0": {"counts": counts}}}
+        return self.asked | {"name": self.name, "uid": self.uid, "createTime": self.created, "status": status}
+
+    def tasks(self) -> dict[str, Any]:
+        """Return its tasks."""
+        return {"tasks": [task.resource() for task in self.members]}
+
+    def _to(self, state: str, why: str = "") -> None:
+        said = f"Job state is set from {self.state} to {state} for job {self.name}. {why}".strip()
+        self.events.append({"type": "STATUS_CHANGED", "description": said})
+        self.state = state
+
+    def _run(self) -> None:
+        if self.cancelled.wait(self.server.queue_s):
+            return self._to("CANCELLED")
+        self._to("SCHEDULED")
+        self._to("RUNNING")
+        for task in self.members:
+            task.thread.start()
+        for task in self.members:  # whether Batch lets the others run on where one has failed for good is not written
+            task.thread.join()
+        time.sleep(self.server.settle_s)
+        if self.cancelled.is_set():
+            return self._to("CANCELLED")
+        failed = [task.codes[-1] for task in self.members if task.state != "SUCCEEDED"]
+        if failed:
+            return self._to("FAILED", f"due to task failure with exit code {failed[0]}")
+        return self._to("SUCCEEDED")
+
+    def stop(self, grace_s: float) -> None:
+        """Ask what runs to stop; pull the plug after a while."""
+        for task in self.members:
+            threading.Thread(target=task.stop, args=(grace_s,), daemon=True).start()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -179,11 +214,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(written)
         return None
 
-    def _hang_up(self, vm: Job | None = None) -> None:
+    def _hang_up(self, vm: Task | None = None) -> None:
         """Answer nothing, and take a VM away."""
         self.close_connection = True
         if vm is not None:
-            self.server.batch.power_off(vm)
+            self.server.batch.power_off(vm.job, vm.index)
 
     do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - the names are http.server's
 
@@ -231,8 +266,8 @@ class BatchServer:
         """What the next requests are answered with, each once."""
         self.lose_answers = 0
         """How many of the next POSTs are served but never answered."""
-        self.lives = 0
-        """How many VMs the next job that is created has lost already."""
+        self.lives: int | dict[int, int] = 0
+        """How many VMs the next job that is created has lost already; of each of its tasks, or of those by number."""
         self.lose_at_submit: list[str] = []
         """When VMs that submit jobs go, one each: 'before' the service hears of it, or 'after', before the answer."""
         self._asked: dict[str, Job] = {}
@@ -263,9 +298,10 @@ class BatchServer:
         """End every job and stop listening."""
         for job in self.jobs.values():
             job.cancelled.set()
-            container = job.container
-            if container is not None:
-                container.kill()
+            for task in job.members:
+                container = task.container
+                if container is not None:
+                    container.kill()
             job.thread.join(20)
         self._listener.shutdown()
         self._listener.server_close()
@@ -277,44 +313,47 @@ class BatchServer:
         (job,) = self.jobs.values()
         return job
 
-    def preempt(self, job: Job, *, grace_s: float = 30.0, notice_s: float = 0.0) -> None:
+    def preempt(self, job: Job, index: int = 0, *, grace_s: float = 30.0, notice_s: float = 0.0) -> None:
         """Take a job's VM away.
 
         Args:
             job: The job, which must run.
+            index: Of the task whose VM it is.
             grace_s: Seconds from SIGTERM until the VM is off.
             notice_s: Seconds from the notice in the metadata until SIGTERM.
         """
-        vm = job.vm
-        assert vm is not None, f"{job.id} has no VM: {job.state}"
+        task = job.members[index]
+        vm = task.vm
+        assert vm is not None, f"task {index} of {job.id} has no VM: {job.state}, {task.state}"
         vm.metadata.preempt()
         until = time.monotonic() + notice_s
-        while job.vm is vm and time.monotonic() < until:
+        while task.vm is vm and time.monotonic() < until:
             time.sleep(0.02)
-        if job.vm is vm:
-            job.stop(grace_s, lost=PREEMPTED)
+        if task.vm is vm:
+            task.stop(grace_s, lost=PREEMPTED)
 
-    def power_off(self, job: Job) -> None:
-        """Take a job's VM away without a word."""
-        assert job.vm is not None
-        assert job.container is not None
-        job.vm.lost = PREEMPTED
-        job.container.kill()
+    def power_off(self, job: Job, index: int = 0) -> None:
+        """Take the VM of a job's task away without a word."""
+        task = job.members[index]
+        assert task.vm is not None
+        assert task.container is not None
+        task.vm.lost = PREEMPTED
+        task.container.kill()
 
     # The API.
 
-    def authorized(self, header: str) -> Job | None:
-        """Return the job whose VM asks, None for the user; the real client comes without a token in tests.
+    def authorized(self, header: str) -> Task | None:
+        """Return the task whose VM asks, None for the user; the real client comes without a token in tests.
 
         Raises:
             RefusedError: If the token is nobody's.
         """
         if not header or header == f"Bearer {self.account.token}":
             return None
-        for job in self.jobs.values():
-            vm = job.vm
+        for task in (task for job in self.jobs.values() for task in job.members):
+            vm = task.vm
             if vm is not None and header == f"Bearer {vm.metadata.token}":
-                return job
+                return task
         raise RefusedError(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
 
     def may_submit(self) -> None:
@@ -381,7 +420,7 @@ class BatchServer:
             raise RefusedError(400, "INVALID_ARGUMENT", "Job has already ended")
         job.state = "CANCELLATION_IN_PROGRESS"
         job.cancelled.set()
-        threading.Thread(target=job.stop, args=(25.0,), daemon=True).start()
+        job.stop(25.0)
         return {"done": False}
 
     def _entries(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -405,7 +444,10 @@ def checked(content: bytes | str) -> dict[str, Any]:
 
 def _check(asked: dict[str, Any], region: str) -> None:
     """Refuse what Batch refuses at creation; an image that is not there shows itself when the VM pulls it."""
-    spec = asked["taskGroups"][0]["taskSpec"]
+    group = asked["taskGroups"][0]
+    spec, count = group["taskSpec"], int(group.get("taskCount", 1))
+    if not 1 <= int(group.get("parallelism", 1)) <= count:
+        raise RefusedError(400, "INVALID_ARGUMENT", "parallelism should be in range [1, task_count]")
     if not 0 <= int(spec.get("maxRetryCount", 0)) <= 10:
         raise RefusedError(400, "INVALID_ARGUMENT", "max_retry_count should be in range [0, 10]")
     policy = asked["allocationPolicy"]["instances"][0]["policy"]

@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 
 from jobkit import contract, decode, faults
 from jobkit.contract import Exit
@@ -93,9 +94,9 @@ class Gathering:
         if self._joined:
             break_up(self._remote, self._attempt, self._index, reason)
 
-    def _say_missing(self, reason: str) -> None:
+    def _say_missing(self, reason: str, absent: Sequence[int] = ()) -> None:
         with contextlib.suppress(JobkitError):  # then they wait for their time to be over
-            self._remote.create(contract.gathered_file(self._attempt), _json(missing=reason))
+            self._remote.create(contract.gathered_file(self._attempt), _json(missing=reason, absent=absent))
 
     def _join(self) -> None:
         if self._joined:
@@ -123,7 +124,7 @@ class Gathering:
         named = ", ".join(map(str, (gone or missing)[:20]))
         did = "left again" if gone else f"did not come within {self._wait_s:g} s"
         reason = f"process {named} of {self._count} {did}"
-        self._say_missing(reason)
+        self._say_missing(reason, () if gone else missing)
         raise NotWholeError(reason)
 
     def _follow(self, waited_s: float) -> str | None:
@@ -169,6 +170,20 @@ def open_attempt(remote: Remote, index: int) -> int | None:
     if joined and not over and contract.process_outcome(newest, index) not in there:
         break_up(remote, newest, index, "its machine was lost, and has come back", lost=True)
     return None if joined or over or contract.gathered_file(newest) in there else newest
+
+
+def absent(remote: Remote, attempt: int) -> list[int]:
+    """Return the processes that an attempt waited for in vain; none where it was whole, or ended for another reason.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    try:
+        word = decode.json_object(remote.read(contract.gathered_file(attempt))) or {}
+    except FileNotFoundError:
+        return []
+    named = word.get("absent")
+    return [index for index in named if isinstance(index, int)] if isinstance(named, list) else []
 
 
 def break_up(remote: Remote, attempt: int, index: int, reason: str, *, lost: bool = False) -> None:

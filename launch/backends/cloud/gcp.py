@@ -1,8 +1,8 @@
-"""The Google Batch backend: one job per submit, one task, one container on one VM, spot by default.
+"""The Google Batch backend: one job per submit, one container on one VM for each of its tasks, spot by default.
 
-Batch pulls the image, installs drivers, tries the zones, starts the task again after a preemption, and deletes the VM
-itself. What the container does is in vm_job.py; the verbs are in managed.py. The job's state is what `job.status.state`
-says: events of a task that succeeded carry no exit code.
+Batch pulls the image, installs drivers, tries the zones, starts a task again after its VM was preempted, and deletes
+VMs itself. What the container does is in vm_job.py; the verbs are in managed.py. The job's state is what
+`job.status.state` says: events of a task that succeeded carry no exit code.
 """
 
 import os
@@ -38,7 +38,9 @@ class Gcp(Managed):
     """
 
     name = "gcp"
-    options = OPTIONS | {"project", "zones", "machine-type", "spot", "network", "subnetwork", "boot-disk-size"}
+    options = OPTIONS | {
+        "nodes", "project", "zones", "machine-type", "spot", "network", "subnetwork", "boot-disk-size",
+    }  # fmt: skip
     scheme = "gs"
     restarts = gcp_request.RESTARTS
 
@@ -56,6 +58,13 @@ class Gcp(Managed):
             project = self._session.project
         if not project:
             raise ConfigError("no Google Cloud project: give --project, or 'gcloud config set project NAME'")
+        if not re.fullmatch("[1-9][0-9]{0,2}", nodes := spec.sbatch.get("nodes", "1")):
+            raise ConfigError(f"--nodes {nodes!r} is no number of VMs, 1 to 999")
+        if gcp_request.nodes(spec) > 1 and spec.tasks_per_node > 1:
+            raise ConfigError(
+                f"--nodes {nodes} and --ntasks-per-node {spec.tasks_per_node}: of several VMs each has one process; "
+                "give --ntasks-per-node 1"
+            )
         zones = tuple(zone.removeprefix("zones/") for zone in cloud.zones)
         region = cloud.region or (zones[0].rpartition("-")[0] if zones else "")
         if not re.fullmatch(r"[a-z]+-[a-z]+\d+", region):
@@ -140,7 +149,9 @@ class Gcp(Managed):
             tasks = self._call("GET", f"{_jobs(spec, job)}/taskGroups/group0/tasks")
         except JobkitError:
             return ""
-        events = [event for task in tasks.get("tasks", []) for event in task.get("status", {}).get("statusEvents", [])]
+        states = [task.get("status", {}) for task in tasks.get("tasks", [])]
+        failed = [status for status in states if status.get("state") == "FAILED"] or states
+        events = failed[0].get("statusEvents", []) if failed else []
         codes = [code for event in events if (code := event.get("taskExecution", {}).get("exitCode"))]
         if not codes:
             return _last_words({"statusEvents": events})

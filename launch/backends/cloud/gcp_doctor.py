@@ -50,6 +50,7 @@ class _Place:
         bucket: Of the run's URL; '' for none.
         member: Who asks, as IAM names members.
         lanes: Whether points of a sweep wait for one another.
+        nodes: VMs of a job.
     """
 
     session: Session
@@ -57,6 +58,7 @@ class _Place:
     bucket: str
     member: str
     lanes: bool = False
+    nodes: int = 1
 
     def get(self, service: str, path: str, **query: str | list[str]) -> dict[str, Any]:
         return self.session.call(service, "GET", path, query=query)
@@ -104,7 +106,7 @@ def examine(spec: JobSpec, session: Session) -> list[Finding]:
     person = "user:$(gcloud config get account)"
     member = f"serviceAccount:{email}" if "@" in email else person
     bucket = spec.run.partition("://")[2].partition("/")[0] if is_remote(spec.run) else ""
-    place = _Place(session, cloud, bucket, member, lanes=spec.parallel is not None)
+    place = _Place(session, cloud, bucket, member, lanes=spec.parallel is not None, nodes=gcp_request.nodes(spec))
     findings, silent = [], ""
     for topic, service, check in _CHECKS:
         if silent:
@@ -329,7 +331,7 @@ def _image(place: _Place) -> Iterator[Finding]:
 
 
 def _machine(place: _Place) -> Iterator[Finding]:
-    """Tell in which zones there are such machines, and whether the quota has room for one."""
+    """Tell in which zones there are such machines, and whether the quota has room for them."""
     cloud = place.cloud
     path = f"compute/v1/projects/{cloud.project}"
     zones = cloud.zones or tuple(
@@ -348,7 +350,8 @@ def _quota(place: _Place) -> Iterator[Finding]:
     cloud = place.cloud
     reply = place.get("compute", f"compute/v1/projects/{cloud.project}/regions/{cloud.region}")
     quotas = {str(one["metric"]): one for one in reply.get("quotas", [])}
-    for metric, count in _needs(cloud, quotas):
+    for metric, each in _needs(cloud, quotas):
+        count = each * place.nodes
         if metric not in quotas:
             look = f"gcloud compute regions describe {cloud.region} --project {cloud.project}"
             yield _unchecked("quota", f"the region does not tell its {metric}", look)

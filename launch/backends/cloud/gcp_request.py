@@ -71,6 +71,11 @@ def machine_type(cloud: Cloud) -> str:
     return types[count]
 
 
+def nodes(spec: JobSpec) -> int:
+    """Return how many VMs a job has, with one process each where there are several."""
+    return int(spec.sbatch.get("nodes") or 1)
+
+
 def resources(machine_type: str) -> dict[str, str]:
     """Return what a task asks for, which is the whole VM; nothing where the name does not tell how large that is."""
     family, _, size = machine_type.rpartition("-")
@@ -122,6 +127,10 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
         kind, count = cloud.gpu
         if kind in _ATTACHED:
             policy["accelerators"] = [{"type": _ATTACHED[kind], "count": str(count)}]
+    # One VM for each task; Batch starts the task of a lost VM again, and leaves the others alone.
+    group: dict[str, Any] = {"taskCount": str(nodes(spec)), "parallelism": str(nodes(spec)), "taskSpec": task}
+    if nodes(spec) > 1:
+        group["taskCountPerNode"] = "1"
     labels = cloud.labels | {OURS: "run", LABEL: run_label(job)}
     allocation: dict[str, Any] = {
         "location": {"allowedLocations": [f"regions/{cloud.region}", *(f"zones/{zone}" for zone in cloud.zones)]},
@@ -133,7 +142,7 @@ def request(store: Store, spec: JobSpec, job: str) -> dict[str, Any]:
     if cloud.network or cloud.subnetwork:
         allocation["network"] = {"networkInterfaces": [_interface(cloud)]}
     return {
-        "taskGroups": [{"taskCount": "1", "parallelism": "1", "taskSpec": task}],
+        "taskGroups": [group],
         "allocationPolicy": allocation,
         "labels": labels,
         "logsPolicy": {"destination": "CLOUD_LOGGING"},

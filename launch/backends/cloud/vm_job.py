@@ -9,7 +9,7 @@ becomes the container's: the service would take a 137 for a lost VM and start th
 
 A service starts one job again about ten times. A notice in the last life but one makes the job submit its successor
 instead, which begins with as many restarts again; where that life was lost without a notice, the last one does so as
-soon as it comes up.
+soon as it comes up. Of a job with several VMs, each of which is started again so often, the one lost most often counts.
 """
 
 import contextlib
@@ -29,9 +29,10 @@ from jobkit.errors import ConfigError, JobkitError, StorageError, say
 from jobkit.rundir import mirror
 from jobkit.rundir.ledger import read_json
 from jobkit.rundir.store import Store
+from jobkit.supervise.together import gathering
 from jobkit.units import show_duration
 from launch.backends import registry
-from launch.backends.cloud import points
+from launch.backends.cloud import points, vm_member
 from launch.backends.cloud.managed import Managed, restarts_before
 from launch.backends.cloud.vm_member import Member
 from launch.backends.job_runner import JobRunner
@@ -78,6 +79,8 @@ class VmRunner(JobRunner):
         """How often VMs of the run were replaced before this job."""
         self._limit_at = float("inf")
         """When the run's time is used up, on the clock of `time.monotonic`."""
+        self._others: dict[int, int] = {}
+        """Of each other VM of the job, how often it was started again, as far as that is known here."""
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """See `JobRunner`; a point of a sweep that is over has the next one begin."""
@@ -115,7 +118,14 @@ class VmRunner(JobRunner):
         """Return how often the service starts this very job again."""
         limit = None if self._spec.cloud is None else self._spec.cloud.max_restarts
         most = self._service.restarts if limit is None else min(self._service.restarts, limit - self._before)
-        return most - self._retries
+        return most - self._restarted()
+
+    def _restarted(self) -> int:
+        """Return how often that VM of this job was started again which was so most often."""
+        if contract.process_from()[1] > 1:
+            with contextlib.suppress(JobkitError):
+                self._others = vm_member.restarts(self._store.bucket, self._job)
+        return max([self._retries, *self._others.values()])
 
     def _lives_left(self) -> float:
         """Return how often the service starts this job again; as often as it wants where that is all the run may."""
@@ -128,7 +138,7 @@ class VmRunner(JobRunner):
         """Have a successor go on; return the exit code that ends this job, None if the run has to go on in it."""
         if run_status.has_ended(self._store) or (self._over_anywhere() or (State.REQUEUED,))[0] is not State.REQUEUED:
             return None
-        restarts = self._before + self._retries + 1
+        restarts = self._before + self._restarted() + 1
         try:
             if not self._service.declared(self._store, self._job) and (lost := self._fruitless()) >= _FRUITLESS:
                 raise ConfigError(f"{lost} VMs in a row were lost before they began an attempt")
@@ -186,7 +196,26 @@ class VmRunner(JobRunner):
             return self._end(*over)
         if over is not None or (self._history[-1].outcome is Outcome.PREEMPTED and self._is_taken()):
             return self._hand_back(decision.reason)
+        if contract.process_from()[1] > 1:  # another VM may be in its last life
+            before = self._others
+            if self._lives_left() <= 1 and (code := self._hand_on("another VM was lost")) is not None:
+                return code
+            if (gone := self._gone(before)) is not None:
+                more = f"its restarts are used up; continue with: jobkit resume {self._store.url}"
+                return self._end(State.FAILED, f"process {gone} did not come: {more}")
         return super()._go_on(decision, why)
+
+    def _gone(self, before: Mapping[int, int]) -> int | None:
+        """Return a process that the last attempt has waited for in vain, and whose VM the service does not start again.
+
+        Args:
+            before: As `_others` was when the attempt began: who came up since may not have known that there was one.
+        """
+        most = self._lives_here() + self._restarted()
+        with contextlib.suppress(JobkitError):
+            absent = gathering.absent(self._store.bucket, self._newest_attempt)
+            return next((index for index in absent if before.get(index, 0) >= most), None)
+        return None
 
     def _is_taken(self) -> bool:
         """Tell whether it was this VM that had to go, and not another one of several."""
@@ -271,6 +300,7 @@ def main(arguments: list[str]) -> int:
         else:
             store = Store(arguments[0], deadline_s=_PATIENCE_S).of_process(index)
             mirror.fetch_described(store)
+            vm_member.count_restart(store.bucket, job, index, retries)
     except StorageError as error:
         say(str(error))
         return int(Exit.PREEMPTED)  # perhaps another VM gets there

@@ -11,10 +11,11 @@ import subprocess
 import time
 from typing import Protocol
 
-from jobkit import contract
+from jobkit import contract, names
 from jobkit.contract import Exit
 from jobkit.errors import JobkitError, say
 from jobkit.rundir import mirror
+from jobkit.rundir.remote import Remote
 from jobkit.rundir.store import Store
 from jobkit.supervise import processes
 from jobkit.supervise.together import gathering
@@ -23,6 +24,36 @@ _ASK_S, _SELDOM_S = 2.0, 10.0
 """How often the URL is asked for the next attempt, at first and later."""
 _ALONE_S = 3600.0
 """Without an attempt for so long this VM is given back; the service may start it again."""
+
+
+def count_restart(remote: Remote, job: str, index: int, restarts: int) -> None:
+    """Write down, for the first VM, how often this one was started again.
+
+    Args:
+        remote: The run's URL.
+        job: The job.
+        index: Of this process.
+        restarts: How often, in this job.
+
+    Raises:
+        JobkitError: If the URL cannot be written.
+    """
+    if restarts:
+        remote.create(f"{contract.RESTARTED}/{job}/{index}-{restarts}", b"\n")
+
+
+def restarts(remote: Remote, job: str) -> dict[int, int]:
+    """Return, of each VM but the first, how often it was started again in a job; see `count_restart`.
+
+    Raises:
+        JobkitError: If the URL cannot be read.
+    """
+    most: dict[int, int] = {}
+    for name in remote.find(f"{contract.RESTARTED}/{job}"):
+        index, count = map(names.number, name.rpartition("/")[2].partition("-")[::2])
+        if index is not None and count is not None:
+            most[index] = max(count, most.get(index, 0))
+    return most
 
 
 class Prepares(Protocol):
