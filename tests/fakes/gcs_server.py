@@ -183,12 +183,13 @@ class Faults:
             per_object = bool(name) and self.object_writes_s is not None
             too_much = limit is not None and count >= limit
             too_much |= per_object and now < self._written.get(name, 0.0) + 1 / (self.object_writes_s or 1)
-            self.fired["limited"] += too_much
-            if not too_much:
-                self._taken[what] = since, count + 1
-                if per_object:
-                    self._written[name] = now
-            return too_much
+            if too_much:
+                self.fired["limited"] += 1
+                return True
+            self._taken[what] = since, count + 1
+            if per_object:
+                self._written[name] = now
+            return False
 
 
 def _denied(subject: str) -> str:

@@ -201,6 +201,7 @@ class Machines:
         _ip("-n", bridge, "link", "add", "bridge", "type", "bridge")
         _ip("-n", bridge, "link", "set", "bridge", "up")
         outside = f"jk{subnet}"
+        _ip("link", "delete", outside, check=False)  # the kernel takes it away some time after its namespace
         _ip("link", "add", outside, "type", "veth", "peer", "name", "desk", "netns", bridge)
         _ip("address", "add", f"{_address(subnet, 1)}/24", "dev", outside)
         _ip("link", "set", outside, "up")
