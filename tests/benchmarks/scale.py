@@ -333,6 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     counts = named or (QUICK if given.quick else COUNTS)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.environ |= environment("")  # read as it is imported
     import gcsfs  # noqa: F401 - warm for all that are forked
 
     import jobkit.rundir.uploader
