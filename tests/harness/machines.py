@@ -109,13 +109,7 @@ class Machine:
 
     def pids(self) -> list[int]:
         """Return all that runs on it, those too whose parents are gone."""
-        mark = f"TMPDIR={self.place / 'tmp'}".encode()
-        found = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark in environ.read_bytes().split(b"\0"):
-                    found.append(int(environ.parent.name))
-        return found
+        return list(processes.with_environment("TMPDIR", str(self.place / "tmp")))
 
     def lose(self, *, disk: bool = False) -> None:
         """Take it away at this instant, with all that runs on it.

@@ -1,6 +1,5 @@
 """Several processes that share nothing but a bucket: each saves its part, the URL has the step, all go on from it."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from jobkit.rundir.apart import parts, sending
 from jobkit.rundir.ledger import Ledger
 from jobkit.rundir.store import Store, home_of
 from jobkit.rundir.uploader import Uploader
+from jobkit.supervise import processes
 from jobkit.supervise.together import gathering
 from tests.harness import jobs, training
 from tests.harness.jobs import children, until
@@ -266,15 +266,10 @@ def both_die(run: Attempt, point: str) -> None:
     assert remote_steps.steps(run.remote) == [0]
 
 
-def _programs(url: str, index: int | None = None) -> list[Path]:
+def _programs(url: str, index: int | None = None) -> list[int]:
     """Return the processes of a run on this machine, or those of one of its programs."""
-    found, wanted = [], {f"{contract.ENV_RUN}={url}".encode()}
-    wanted |= set() if index is None else {f"{contract.ENV_PROCESS}={index}".encode()}
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if wanted <= {*environ.read_bytes().split(b"\0")}:
-                found.append(environ.parent)
-    return found
+    found = processes.with_environment(contract.ENV_RUN, url).items()
+    return [pid for pid, environ in found if index is None or environ.get(contract.ENV_PROCESS) == str(index)]
 
 
 @pytest.mark.slow
