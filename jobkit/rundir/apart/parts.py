@@ -131,7 +131,7 @@ def drop_partial(store: Store) -> None:
 def expected(
     commit: Commit,
     said: Sequence[Mapping[str, str]],
-    there: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {},
+    there: Callable[[Collection[str]], Mapping[str, str]],
 ) -> bool:
     """Tell whether every part of a commit is in its process's home, or on the URL and in nobody's home another one.
 
